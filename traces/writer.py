@@ -1,0 +1,230 @@
+"""Writing a trace: the plan first, then one sequence after another, each marked when complete."""
+
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from retrace.traces.errors import RetraceError
+from retrace.traces.reader import open_trace
+from retrace.traces.schema import DTYPES, FORMAT_KEY, FORMAT_VERSION, TENSOR_AXES, LayerRules
+
+CHUNK_POSITIONS = 16384
+"""Longest run of positions in one inner chunk."""
+SHARD_BYTES = 1 << 30
+"""A sequence's tensor of a layer is one shard up to this size, and is split along position above."""
+
+
+class TraceWriter:
+    """Writes the tensors of one trace, sequence by sequence.
+
+    Made by `create_trace` or `resume_trace`. One sequence's tensor of a layer is one shard, and the
+    small arrays have one sequence per chunk, so that no two sequences share a stored object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._group = zarr.open_group(path, mode="r+", use_consolidated=False)
+
+    def write_layer(
+        self,
+        sequence: int,
+        layer: int,
+        query: npt.NDArray[Any],
+        key: npt.NDArray[Any],
+        value: npt.NDArray[Any],
+    ) -> None:
+        """Store one layer's tensors of one sequence, in the trace's dtype.
+
+        Shapes: query (heads, queries, channels), key (kv_heads, positions, channels),
+        value (kv_heads, positions, value channels).
+        """
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            array = self._group[f"layers/{layer}/{name}"]
+            assert isinstance(array, zarr.Array)
+            if tensor.dtype != array.dtype:
+                raise TypeError(f"{name} is {tensor.dtype}, the trace stores {array.dtype}.")
+            # The whole shard at once: a part of one would be read back, changed and rewritten.
+            shard = np.zeros(array.shape[1:], array.dtype)
+            shard[:, : tensor.shape[1]] = tensor
+            array[sequence] = shard
+
+    def finish_sequence(self, sequence: int, nll: npt.NDArray[np.float32]) -> None:
+        """Store the negative log-likelihoods (positions,) and mark the sequence complete."""
+        self._array("nll")[sequence, : nll.shape[0]] = nll
+        self._array("done")[sequence] = True
+
+    def close(self) -> None:
+        """Write the consolidated metadata of a trace that will not grow any more."""
+        with warnings.catch_warnings():
+            # Consolidated metadata is an extension of Zarr v3; readers without it lose nothing.
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(self._group.store)
+
+    def _array(self, name: str) -> "zarr.Array[Any]":
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+
+def create_trace(
+    path: Path,
+    *,
+    rules: Mapping[int, LayerRules],
+    tokens: Sequence[npt.NDArray[np.int32]],
+    query_positions: Sequence[npt.NDArray[np.int32]],
+    dtype: str,
+    attributes: Mapping[str, Any],
+) -> TraceWriter:
+    """Create a trace that holds its whole plan and no tensors yet.
+
+    Args:
+        path: where; must not exist.
+        rules: the rules of every recorded layer, by layer index.
+        tokens: token ids (positions,) of each sequence.
+        query_positions: positions (queries,) of the queries that are kept, of each sequence.
+        dtype: element type of the tensors, a name in `DTYPES`.
+        attributes: what else is to be known of the trace: model, task, settings, versions.
+    """
+    if path.exists():
+        raise RetraceError(f"{path} exists already.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Built aside and renamed, so that a trace either holds its whole plan or is not there.
+    aside = path.with_name(f".{path.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        group = zarr.open_group(
+            aside, mode="w", attributes={FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes}
+        )
+        _create_small_arrays(group, tokens, query_positions)
+        positions = max(len(t) for t in tokens)
+        queries = max(len(q) for q in query_positions)
+        for layer, layer_rules in rules.items():
+            _create_layer(group, layer, layer_rules, len(tokens), positions, queries, dtype)
+        aside.rename(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return TraceWriter(path)
+
+
+def resume_trace(
+    path: Path,
+    *,
+    rules: Mapping[int, LayerRules],
+    tokens: Sequence[npt.NDArray[np.int32]],
+    query_positions: Sequence[npt.NDArray[np.int32]],
+    dtype: str,
+    attributes: Mapping[str, Any],
+) -> TraceWriter:
+    """Go on with an interrupted trace; refuses one that was planned differently.
+
+    `attributes` names the ones that must be equal; others in the trace are left alone.
+    """
+    trace = open_trace(path)
+    ours = {"dtype": dtype, **attributes}
+    different = [name for name, value in ours.items() if trace.attributes.get(name) != value]
+    if trace.planned != len(tokens) or any(
+        not np.array_equal(trace.tokens(s), t) for s, t in enumerate(tokens)
+    ):
+        different.append("tokens")
+    elif any(
+        not np.array_equal(trace.query_positions(s), q) for s, q in enumerate(query_positions)
+    ):
+        different.append("queries")
+    if trace.layers != tuple(rules) or any(trace.layer(i).rules != rules[i] for i in rules):
+        different.append("layers")
+    if different:
+        raise RetraceError(
+            f"{path} was captured with other {', '.join(different)}: resume it with the settings "
+            "that it was started with, or start anew with --overwrite."
+        )
+    return TraceWriter(path)
+
+
+def tensor_bytes(
+    rules: Mapping[int, LayerRules],
+    tokens: Sequence[npt.NDArray[np.int32]],
+    query_positions: Sequence[npt.NDArray[np.int32]],
+    dtype: str,
+) -> int:
+    """Bytes that the tensors of a trace of this plan take on disk."""
+    positions = max(len(t) for t in tokens)
+    queries = max(len(q) for q in query_positions)
+    per_sequence = sum(
+        queries * r.heads * r.key_dim + positions * r.kv_heads * (r.key_dim + r.value_dim)
+        for r in rules.values()
+    )
+    return per_sequence * len(tokens) * DTYPES[dtype].itemsize
+
+
+def _create_small_arrays(
+    group: zarr.Group,
+    tokens: Sequence[npt.NDArray[np.int32]],
+    query_positions: Sequence[npt.NDArray[np.int32]],
+) -> None:
+    """The arrays with one chunk per sequence; all but `nll` and `done` are filled at once."""
+    count = len(tokens)
+
+    def create(
+        name: str, axes: tuple[str, ...], extent: tuple[int, ...], dtype: str, fill: Any
+    ) -> "zarr.Array[Any]":
+        return group.create_array(
+            name,
+            shape=(count, *extent),
+            chunks=(1, *extent),
+            dtype=dtype,
+            fill_value=fill,
+            compressors=(Crc32cCodec(),),
+            dimension_names=("sequence", *axes),
+        )
+
+    positions = max(len(t) for t in tokens)
+    queries = max(len(q) for q in query_positions)
+    token_array = create("tokens", ("position",), (positions,), "int32", -1)
+    length_array = create("length", (), (), "int32", 0)
+    query_array = create("query_positions", ("query_position",), (queries,), "int32", -1)
+    create("nll", ("position",), (positions,), "float32", float("nan"))
+    create("done", (), (), "bool", False)
+    for s in range(count):
+        token_array[s, : len(tokens[s])] = tokens[s]
+        length_array[s] = len(tokens[s])
+        query_array[s, : len(query_positions[s])] = query_positions[s]
+
+
+def _create_layer(
+    group: zarr.Group,
+    layer: int,
+    rules: LayerRules,
+    sequences: int,
+    positions: int,
+    queries: int,
+    dtype: str,
+) -> None:
+    layer_group = group.require_group(f"layers/{layer}")
+    layer_group.attrs.update(rules.to_attributes())
+    shapes = {
+        "query": (rules.heads, queries, rules.key_dim),
+        "key": (rules.kv_heads, positions, rules.key_dim),
+        "value": (rules.kv_heads, positions, rules.value_dim),
+    }
+    for name, (heads, length, channels) in shapes.items():
+        chunk_length = min(length, CHUNK_POSITIONS)
+        chunk_bytes = heads * chunk_length * channels * DTYPES[dtype].itemsize
+        chunks_per_shard = max(1, min(-(-length // chunk_length), SHARD_BYTES // chunk_bytes))
+        layer_group.create_array(
+            name,
+            shape=(sequences, heads, length, channels),
+            chunks=(1, 1, chunk_length, channels),
+            shards=(1, heads, chunks_per_shard * chunk_length, channels),
+            dtype=DTYPES[dtype],
+            # Post-RoPE tensors compress by a few per cent only; a checksum is worth more.
+            compressors=(Crc32cCodec(),),
+            dimension_names=TENSOR_AXES[name],
+        )

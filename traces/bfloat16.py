@@ -11,15 +11,15 @@ from typing import Any, ClassVar, Literal, Self, TypeGuard, overload
 import ml_dtypes
 import numpy as np
 from zarr.core.common import JSON, ZarrFormat
-from zarr.dtype import DataTypeValidationError, Float32, ZDType, data_type_registry
-from zarr.core.dtype.common import DTypeConfig_V2, DTypeJSON, HasItemSize
+from zarr.core.dtype.common import DTypeConfig_V2, DTypeJSON, HasEndianness, HasItemSize
 from zarr.core.dtype.wrapper import TBaseDType
+from zarr.dtype import DataTypeValidationError, Float32, ZDType, data_type_registry
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BFloat16(ZDType[Any, Any], HasItemSize):
+class BFloat16(ZDType[Any, Any], HasEndianness, HasItemSize):
     """Zarr data type of 16-bit brain floating point numbers (little-endian in memory)."""
 
     dtype_cls = type(BFLOAT16)

@@ -104,7 +104,7 @@ class Trace:
     def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
         """Positions (queries,) of the queries that were kept, ascending."""
         stored = self._query_positions[sequence]
-        return stored[stored >= 0]
+        return np.asarray(stored[stored >= 0])
 
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood over all finished sequences."""

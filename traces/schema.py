@@ -70,7 +70,7 @@ class LayerRules:
                 raise RetraceError(f"{self.module}: {name} must be at least 1, not {extent}.")
         if self.sinks is not None and len(self.sinks) != self.heads:
             raise RetraceError(
-                f"{self.module}: {len(self.sinks)} sinks for {self.heads} heads; one each is needed."
+                f"{self.module}: {len(self.sinks)} sinks for {self.heads} heads: one each."
             )
 
     @property

@@ -18,7 +18,7 @@ from retrace.traces.schema import DTYPES, FORMAT_KEY, FORMAT_VERSION, TENSOR_AXE
 CHUNK_POSITIONS = 16384
 """Longest run of positions in one inner chunk."""
 SHARD_BYTES = 1 << 30
-"""A sequence's tensor of a layer is one shard up to this size, and is split along position above."""
+"""A sequence's tensor of a layer is one shard up to this size; above, several along position."""
 
 
 class TraceWriter:

@@ -1,0 +1,19 @@
+"""Capture: run a causal language model over text and store what its attention saw, as a trace."""
+
+from typing import TYPE_CHECKING, Any
+
+from retrace.capture.settings import CaptureSettings
+
+if TYPE_CHECKING:
+    from retrace.capture.run import Progress, capture
+
+__all__ = ["CaptureSettings", "Progress", "capture"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; a help page must not wait for them.
+    if name in ("Progress", "capture"):
+        from retrace.capture import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

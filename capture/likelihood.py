@@ -1,0 +1,73 @@
+"""Logits and negative log-likelihoods, block by block, whatever the size of the vocabulary."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 26
+"""Logits that are held at once: 256 MiB of float32."""
+
+
+def next_token_nll(model: Any, tokens: Tensor) -> Tensor:
+    """Run the model; -log p(token[i + 1] | tokens[: i + 1]) as float32 (batch, positions) on the
+    CPU, NaN at the last position.
+
+    Args:
+        model: a causal language model.
+        tokens: (batch, positions), on the model's device.
+    """
+    batch, length = tokens.shape
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 1 << 17))
+    rows = max(1, BLOCK_ELEMENTS // (batch * vocabulary))
+    nll = torch.full((batch, length), torch.nan)
+    blocks = torch.split(torch.arange(length, device=tokens.device), rows)
+    for block, logits in zip(blocks, logits_in_blocks(model, tokens, list(blocks)), strict=True):
+        predicting = block[block < length - 1]
+        if len(predicting):
+            scores = logits[:, : len(predicting)].float().flatten(0, 1)
+            targets = tokens[:, predicting + 1].flatten()
+            loss = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
+            nll[:, int(predicting[0]) : int(predicting[-1]) + 1] = loss.view(batch, -1).cpu()
+    return nll
+
+
+def logits_in_blocks(model: Any, tokens: Tensor, blocks: list[Tensor]) -> Iterator[Tensor]:
+    """Run the model once; its logits (batch, rows, vocabulary) for each block of positions (rows,).
+
+    The body of the model runs once. Its head runs for each block, with everything that the model
+    does to logits besides: a model is asked again for other positions (`logits_to_keep`) while its
+    body hands out the hidden states that it gave before.
+    """
+    body = model.base_model
+    if body is model or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        yield from (logits[:, block] for block in blocks)
+        return
+    given: list[Any] = []
+    hook = body.register_forward_hook(lambda module, inputs, output: given.append(output))
+    try:
+        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=blocks[0]).logits
+    finally:
+        hook.remove()
+    yield logits
+    for block in blocks[1:]:
+        with _answering(body, given[0]):
+            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=block).logits
+        yield logits
+
+
+@contextlib.contextmanager
+def _answering(body: torch.nn.Module, output: Any) -> Iterator[None]:
+    """`body` answers every call with `output`, and computes nothing."""
+    before = body.__dict__.get("forward")
+    body.forward = lambda *inputs, **options: output
+    try:
+        yield
+    finally:
+        del body.forward
+        if before is not None:
+            body.forward = before

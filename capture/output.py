@@ -1,0 +1,76 @@
+"""Where a trace is written, and what happens to one that is there already."""
+
+import errno
+import shutil
+from pathlib import Path
+
+from retrace.traces import RetraceError, open_trace
+
+
+class Output:
+    """The place of a trace: refuses what stands in the way before any work is done.
+
+    With `overwrite` the new trace is written aside, and takes the place of the old one when it is
+    complete. With `resume` an interrupted one goes on, be it aside or in place.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool, resume: bool) -> None:
+        self.path = path
+        # No names that end in .zarr: these are nothing that a listing of traces should show.
+        self._aside = path.with_name(f".{path.name}.replacement")
+        self._retired = path.with_name(f".{path.name}.replaced")
+        if self._retired.exists() and not path.exists():
+            self._retired.rename(path)  # killed between the two renames of `complete`
+        if path.exists() and not (overwrite or resume):
+            raise RetraceError(
+                f"{path} exists: go on with it by --resume, replace it by --overwrite, or name "
+                "another place with --out."
+            )
+        if path.exists() and overwrite:
+            open_trace(path)  # refuses to replace what is not a trace
+        replaces = path.exists() and (overwrite or self._aside.exists())
+        self.writing = self._aside if replaces else path
+        """Path that the trace is written to."""
+        self.resumes = resume and self.writing.exists()
+        """Whether there is an interrupted trace to go on with."""
+
+    def clear(self) -> None:
+        """Remove what an earlier capture left aside, before a new trace is begun."""
+        shutil.rmtree(self._aside, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove the trace that was begun, which nothing was recorded in."""
+        shutil.rmtree(self.writing, ignore_errors=True)
+
+    def check_space(self, needed: int) -> None:
+        """Refuse a trace of `needed` bytes that the disk has no room for."""
+        folder = self.path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise RetraceError(
+                f"The trace takes {_gigabytes(needed)} and {folder} has {_gigabytes(free)} free: "
+                "record fewer --layers, --queries or sequences (--limit), or choose another --out."
+            )
+
+    def complete(self) -> None:
+        """Put the finished trace in its place."""
+        if self.writing != self.path:
+            shutil.rmtree(self._retired, ignore_errors=True)
+            self.path.rename(self._retired)
+            self.writing.rename(self.path)
+        shutil.rmtree(self._retired, ignore_errors=True)
+
+    def explain(self, error: OSError) -> RetraceError | None:
+        """What a full disk in the middle of a capture means, and how to go on."""
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return None
+        return RetraceError(
+            f"The disk is full; what was finished of {self.path} is kept. Make room and give the "
+            "same command with --resume (without --overwrite)."
+        )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"

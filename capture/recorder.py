@@ -1,0 +1,171 @@
+"""Observers of attention calls: one that learns every layer's rules, one that stores tensors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrace.capture.interface import AttentionCall, unrecordable
+from retrace.capture.rules import mask_fits, read_rules
+from retrace.traces import LayerRules, RetraceError, to_numpy
+
+
+class LayerSink(Protocol):
+    """Where the tensors of a layer go: a `TraceWriter`, or something that feeds one."""
+
+    def write_layer(
+        self,
+        sequence: int,
+        layer: int,
+        query: npt.NDArray[Any],
+        key: npt.NDArray[Any],
+        value: npt.NDArray[Any],
+    ) -> None:
+        """Store query (heads, queries, channels), key (kv_heads, positions, channels) and
+        value (kv_heads, positions, value channels) of one sequence."""
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """An attention module of a model, as it was seen at work."""
+
+    index: int
+    module: torch.nn.Module
+    rules: LayerRules
+    dtype: torch.dtype
+
+
+class RulesObserver:
+    """Reads the rules of every call, and tells the layers apart."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[AttentionCall, LayerRules]] = []
+
+    def __call__(self, call: AttentionCall) -> None:
+        """Take note of one call."""
+        rules = read_rules(
+            call.path, call.module, call.query, call.key, call.value, call.mask, call.arguments
+        )
+        dtypes = {tensor.dtype for tensor in (call.query, call.key, call.value)}
+        if len(dtypes) != 1:
+            raise RetraceError(
+                f"{call.path} mixes {' and '.join(sorted(map(str, dtypes)))} in its queries, keys "
+                "and values: a trace stores one type."
+            )
+        if any(rules.module == other.module for _, other in self._seen):
+            raise RetraceError(
+                f"{call.path} calls attention more than once for a token "
+                f"({type(call.module).__name__}): a trace holds one call per layer."
+            )
+        self._seen.append((call, rules))
+
+    def layers(self, model: Any) -> dict[int, AttentionLayer]:
+        """The layers that were seen in one forward pass, by index, ascending."""
+        if not self._seen:
+            raise unrecordable(model)
+        numbers: list[Any] = [getattr(call.module, "layer_idx", None) for call, _ in self._seen]
+        usable = all(isinstance(n, int) and n >= 0 for n in numbers)
+        if not usable or len(set(numbers)) != len(numbers):
+            numbers = list(range(len(self._seen)))  # the order of the calls, where indices repeat
+        layers = [
+            AttentionLayer(int(number), call.module, rules, call.query.dtype)
+            for number, (call, rules) in zip(numbers, self._seen, strict=True)
+        ]
+        return {layer.index: layer for layer in sorted(layers, key=lambda layer: layer.index)}
+
+
+@dataclass(frozen=True)
+class RecordedSequence:
+    """One row of a batch that is to be stored."""
+
+    row: int
+    """Its place in the batch."""
+    sequence: int
+    """Its number in the trace."""
+    length: int
+    """Positions, padding excluded."""
+    query_positions: npt.NDArray[np.int32]
+    """Positions (queries,) whose queries are kept."""
+    sampled_positions: npt.NDArray[np.int32] | None = None
+    """Positions (queries,) whose attention output is kept for checking."""
+
+
+class TensorRecorder:
+    """Stores queries, keys and values of each call at once, so that one layer is held at a time."""
+
+    def __init__(self, sink: LayerSink, layers: Mapping[int, AttentionLayer]) -> None:
+        self._sink = sink
+        self._layers = {layer.module: layer for layer in layers.values()}
+        self._batch: Sequence[RecordedSequence] = ()
+        self._recorded: set[int] = set()
+        self._fitting: dict[Any, tuple[Tensor | None, bool]] = {}
+        self.samples: dict[int, npt.NDArray[np.float64]] = {}
+        """Attention output (queries, heads, value channels) at the sampled positions, by layer."""
+
+    def start(self, batch: Sequence[RecordedSequence]) -> None:
+        """What the next forward pass holds."""
+        self._batch = batch
+        self._recorded = set()
+        self._fitting = {}
+        self.samples = {}
+
+    def finish(self) -> None:
+        """Make sure that every layer was recorded in the forward pass."""
+        self._fitting = {}
+        for layer in self._layers.values():
+            if layer.index not in self._recorded:
+                raise RetraceError(
+                    f"{layer.rules.module} was not called for sequence {self._batch[0].sequence}, "
+                    "though it was for the first: this model cannot be captured."
+                )
+
+    def __call__(self, call: AttentionCall) -> None:
+        """Store one layer's tensors of every sequence in the batch."""
+        layer = self._layers.get(call.module)
+        if layer is None:
+            return
+        if layer.index in self._recorded:
+            raise RetraceError(f"{call.path} called attention twice for a sequence.")
+        self._recorded.add(layer.index)
+        self._check(call, layer.rules)
+        for part in self._batch:
+            positions = torch.from_numpy(part.query_positions).long()
+            whole = len(positions) == part.length
+            query = call.query[part.row, :, : part.length]
+            query = query if whole else query[:, positions.to(query.device)]
+            key = call.key[part.row, :, : part.length]
+            value = call.value[part.row, :, : part.length]
+            for name, tensor in (("queries", query), ("keys", key), ("values", value)):
+                if not bool(torch.isfinite(tensor).all()):
+                    raise RetraceError(
+                        f"{call.path} has {name} that are not finite in sequence {part.sequence}: "
+                        "try another --dtype."
+                    )
+            self._sink.write_layer(
+                part.sequence, layer.index, to_numpy(query), to_numpy(key), to_numpy(value)
+            )
+            if part.sampled_positions is not None:
+                sampled = torch.from_numpy(part.sampled_positions).long()
+                output = call.output[part.row, sampled.to(call.output.device)]
+                self.samples[layer.index] = output.double().cpu().numpy()
+
+    def _check(self, call: AttentionCall, rules: LayerRules) -> None:
+        """Refuse a call that follows other rules than those that the trace states."""
+        mask, length = call.mask, call.query.shape[-2]
+        scale = call.arguments.get("scaling")
+        moved = scale is not None and float(scale) != rules.scale
+        place = None if mask is None else (mask.data_ptr(), mask.shape, mask.stride())
+        key = (place, rules.window, rules.chunk)
+        if key not in self._fitting:
+            # The mask is kept, so that no other takes its place in memory meanwhile.
+            self._fitting[key] = (mask, mask_fits(mask, length, rules))
+        if moved or not self._fitting[key][1]:
+            what = "scale" if moved else "mask"
+            raise RetraceError(
+                f"{call.path} has another {what} in sequence {self._batch[0].sequence} than in "
+                "the sequence that the model was examined with: this model cannot be captured."
+            )

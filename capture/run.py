@@ -1,0 +1,375 @@
+"""Capturing a trace, from the settings to the finished store."""
+
+import datetime
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from retrace.capture.check import check_stored, examine, sampled_positions
+from retrace.capture.interface import observed_attention
+from retrace.capture.likelihood import next_token_nll
+from retrace.capture.models import Checkpoint, find_device, open_checkpoint, quiet_libraries
+from retrace.capture.output import Output
+from retrace.capture.queries import parse_queries
+from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
+from retrace.capture.settings import DEFAULT_MAX_LENGTH, CaptureSettings
+from retrace.capture.tasks import SequenceSet, WindowCutter, read_sequences
+from retrace.traces import (
+    LayerRules,
+    RetraceError,
+    Trace,
+    TraceWriter,
+    create_trace,
+    open_trace,
+    resume_trace,
+    tensor_bytes,
+)
+
+PACKAGES = ("retrace-attention", "torch", "transformers", "datasets", "zarr", "numpy")
+COMPARED = ("model", "tokenizer", "task", "capture")
+"""Attributes that a capture must have in common with the one that it resumes."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a capture has come."""
+
+    stage: Literal["loading", "checking", "recording"]
+    """Loading the model and the text, checking that it can be recorded, or recording."""
+    sequences: int = 0
+    """Sequences that are finished, those of an interrupted capture included."""
+    total_sequences: int = 0
+    tokens: int = 0
+    """Tokens of the finished sequences."""
+    total_tokens: int = 0
+    bytes: int = 0
+    """Bytes of queries, keys and values that the trace holds so far."""
+    total_bytes: int = 0
+
+
+ShowProgress = Callable[[Progress], None]
+
+
+def capture(
+    pretrained: str,
+    *,
+    tasks: Sequence[str] = (),
+    text: Sequence[str | Path] = (),
+    data: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    max_length: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    layers: Sequence[int] | None = None,
+    queries: str = "all",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    command: str | None = None,
+    progress: ShowProgress | None = None,
+) -> Trace:
+    """Run a model over text and store every layer's queries, keys and values in a trace.
+
+    The arguments are the fields of `CaptureSettings`, which says what each means; besides:
+
+    Args:
+        command: what the user typed, to be noted in the trace.
+        progress: called with a `Progress` whenever there is some.
+
+    Returns:
+        The finished trace.
+
+    Raises:
+        RetraceError: what was asked for cannot be done; one line says why, and the cure.
+    """
+    settings = CaptureSettings(
+        pretrained=pretrained,
+        tasks=tasks,
+        text=text,
+        data=data,
+        limit=limit,
+        batch_size=batch_size,
+        max_length=max_length,
+        dtype=dtype,
+        device=device,
+        layers=layers,
+        queries=queries,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        out=out,
+        overwrite=overwrite,
+        resume=resume,
+    )
+    output = Output(settings.output(), overwrite=overwrite, resume=resume)
+    find_device(device)  # refuses one that is not there
+    show = progress or (lambda progress: None)
+    with quiet_libraries():
+        return _capture(settings, output, command, show)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that a trace holds but the tensors."""
+
+    rules: dict[int, LayerRules]
+    tokens: list[npt.NDArray[np.int32]]
+    query_positions: list[npt.NDArray[np.int32]]
+    dtype: str
+    attributes: dict[str, Any]
+
+    def bytes(self) -> int:
+        """Bytes of the tensors."""
+        return tensor_bytes(self.rules, self.tokens, self.query_positions, self.dtype)
+
+    def open(self, output: Output) -> TraceWriter:
+        """Begin the trace, or go on with one of the same plan."""
+        everything = {
+            "rules": self.rules,
+            "tokens": self.tokens,
+            "query_positions": self.query_positions,
+            "dtype": self.dtype,
+        }
+        if output.resumes:
+            compared = {name: self.attributes[name] for name in COMPARED}
+            return resume_trace(output.writing, attributes=compared, **everything)  # type: ignore[arg-type]
+        output.clear()
+        return create_trace(output.writing, attributes=self.attributes, **everything)  # type: ignore[arg-type]
+
+
+def _capture(
+    settings: CaptureSettings, output: Output, command: str | None, show: ShowProgress
+) -> Trace:
+    show(Progress("loading"))
+    checkpoint = open_checkpoint(settings)
+    max_length = _max_length(settings, checkpoint)
+    cut = WindowCutter(checkpoint.tokenizer, max_length, settings.limit)
+    sets = read_sequences(settings, cut)
+    model = checkpoint.load(settings.dtype, settings.device)
+    try:
+        show(Progress("checking"))
+        tokens = [sequence for one in sets for sequence in one.sequences]
+        # The longest shows what shorter ones hide: a window, say.
+        layers = examine(model, max(tokens, key=len))
+        recorded = _choose(layers, settings)
+        attributes = _describe(settings, checkpoint, model, sets, cut, layers, max_length)
+        attributes |= {
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": command,
+        }
+        select = parse_queries(settings.queries)
+        plan = _Plan(
+            rules={index: layer.rules for index, layer in recorded.items()},
+            tokens=tokens,
+            query_positions=[select.positions(len(t)) for t in tokens],
+            dtype=str(next(iter(recorded.values())).dtype).removeprefix("torch."),
+            attributes=attributes,
+        )
+        return _record(settings, output, plan, model, recorded, show)
+    except torch.OutOfMemoryError as error:
+        raise RetraceError(
+            f"{model.device} has too little memory: lower --batch-size or --max-length, or choose "
+            "another --dtype or --device."
+        ) from error
+    except OSError as error:
+        raise output.explain(error) or error from error
+
+
+def _record(
+    settings: CaptureSettings,
+    output: Output,
+    plan: _Plan,
+    model: Any,
+    layers: Mapping[int, AttentionLayer],
+    show: ShowProgress,
+) -> Trace:
+    """Run the model over every sequence that the trace does not hold yet."""
+    count = len(plan.tokens)
+    done = set(open_trace(output.writing).sequences) if output.resumes else set()
+    output.check_space(plan.bytes() * (count - len(done)) // count)
+    writer = plan.open(output)
+    show(_progress(plan, done))
+    recorder = TensorRecorder(writer, layers)
+    checked = False
+    try:
+        with torch.inference_mode(), observed_attention(model, recorder):
+            for start in range(0, count, settings.batch_size):
+                # A batch is run again as it was though some of it be done: results must not
+                # depend, by a rounding, on where a capture was interrupted.
+                batch = range(start, min(start + settings.batch_size, count))
+                parts = _missing_parts(plan, batch, done, None if checked else layers)
+                if not parts:
+                    continue
+                nll = _run_batch(model, recorder, plan, batch, parts)
+                if not checked:
+                    _check_first(output.writing, parts[0], recorder)
+                    checked = True
+                for part in parts:
+                    writer.finish_sequence(part.sequence, nll[part.row, : part.length])
+                    done.add(part.sequence)
+                show(_progress(plan, done))
+    except RetraceError:
+        if not output.resumes and not done:
+            output.discard()
+        raise
+    writer.close()
+    output.complete()
+    return open_trace(output.path)
+
+
+def _missing_parts(
+    plan: _Plan,
+    batch: range,
+    done: set[int],
+    to_check: Mapping[int, AttentionLayer] | None,
+) -> list[RecordedSequence]:
+    """The sequences of a batch that are not done; of the first, what is `to_check`, is sampled."""
+    parts: list[RecordedSequence] = []
+    for row, sequence in enumerate(batch):
+        if sequence in done:
+            continue
+        kept = plan.query_positions[sequence]
+        sampled = None
+        if to_check is not None and not parts:
+            sampled = sampled_positions(kept, to_check)
+        parts.append(RecordedSequence(row, sequence, len(plan.tokens[sequence]), kept, sampled))
+    return parts
+
+
+def _run_batch(
+    model: Any,
+    recorder: TensorRecorder,
+    plan: _Plan,
+    batch: range,
+    parts: Sequence[RecordedSequence],
+) -> npt.NDArray[np.float32]:
+    """Record one batch; its negative log-likelihoods (batch, positions)."""
+    lengths = [len(plan.tokens[s]) for s in batch]
+    # Padding on the right needs no mask: no position sees a later one. Any token will do.
+    tokens = np.zeros((len(batch), max(lengths)), np.int64)
+    for row, s in enumerate(batch):
+        tokens[row, : lengths[row]] = plan.tokens[s]
+    recorder.start(parts)
+    nll = next_token_nll(model, torch.from_numpy(tokens).to(model.device))
+    recorder.finish()
+    for row, length in enumerate(lengths):
+        nll[row, length - 1 :] = torch.nan
+    for part in parts:
+        if not bool(torch.isfinite(nll[part.row, : part.length - 1]).all()):
+            raise RetraceError(
+                f"The model's likelihoods are not finite in sequence {part.sequence}: try another "
+                "--dtype."
+            )
+    likelihoods: npt.NDArray[np.float32] = nll.numpy()
+    return likelihoods
+
+
+def _check_first(path: Path, part: RecordedSequence, recorder: TensorRecorder) -> None:
+    assert part.sampled_positions is not None
+    check_stored(open_trace(path), part.sequence, part.sampled_positions, recorder.samples)
+
+
+def _progress(plan: _Plan, done: set[int]) -> Progress:
+    lengths = [len(t) for t in plan.tokens]
+    return Progress(
+        "recording",
+        sequences=len(done),
+        total_sequences=len(lengths),
+        tokens=sum(lengths[s] for s in done),
+        total_tokens=sum(lengths),
+        bytes=plan.bytes() * len(done) // len(lengths),
+        total_bytes=plan.bytes(),
+    )
+
+
+def _max_length(settings: CaptureSettings, checkpoint: Checkpoint) -> int:
+    most = checkpoint.max_positions
+    if settings.max_length is None:
+        return min(DEFAULT_MAX_LENGTH, most or DEFAULT_MAX_LENGTH)
+    if most is not None and settings.max_length > most:
+        raise RetraceError(
+            f"{settings.pretrained} reads {most} positions at most: max_length cannot be "
+            f"{settings.max_length}."
+        )
+    return settings.max_length
+
+
+def _choose(
+    layers: Mapping[int, AttentionLayer], settings: CaptureSettings
+) -> dict[int, AttentionLayer]:
+    """The layers to record, ascending."""
+    wanted = sorted(set(layers if settings.layers is None else settings.layers))
+    missing = [index for index in wanted if index not in layers]
+    if missing:
+        raise RetraceError(
+            f"{settings.pretrained} has no attention in layer {', '.join(map(str, missing))}; it "
+            f"has some in {', '.join(map(str, layers))}."
+        )
+    return {index: layers[index] for index in wanted}
+
+
+def _describe(
+    settings: CaptureSettings,
+    checkpoint: Checkpoint,
+    model: Any,
+    sets: Sequence[SequenceSet],
+    cut: WindowCutter,
+    layers: Mapping[int, AttentionLayer],
+    max_length: int,
+) -> dict[str, Any]:
+    """The trace's attributes, as JSON gives them back."""
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None) or max(layers) + 1
+    tokenizer = checkpoint.tokenizer
+    attributes = {
+        "model": {
+            "pretrained": settings.pretrained,
+            "revision": getattr(checkpoint.config, "_commit_hash", None) or settings.revision,
+            "architecture": type(model).__name__,
+            "model_type": model.config.model_type,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "layers": count,
+        },
+        "tokenizer": {
+            "class": type(tokenizer).__name__,
+            "vocabulary": len(tokenizer),
+            "starts_with_bos": cut.starts_with_bos,
+        },
+        "task": [
+            {"task": one.task, "source": one.source, "sequences": len(one.sequences)}
+            for one in sets
+        ],
+        "capture": {
+            "limit": settings.limit,
+            "max_length": max_length,
+            "layers": None if settings.layers is None else sorted(set(settings.layers)),
+            "queries": settings.queries,
+        },
+        "unrecorded_layers": [i for i in range(count) if i not in layers],
+        "position_encoding": getattr(config, "rope_parameters", None),
+        "batch_size": settings.batch_size,
+        "device": str(model.device),
+        "versions": {"python": sys.version.split()[0], **_versions()},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(attributes, default=str))
+    return plain
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

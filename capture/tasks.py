@@ -1,0 +1,205 @@
+"""Sequences of tokens: from tasks, which are sets of documents, and from plain text files."""
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import numpy.typing as npt
+
+from retrace.capture.hub import datasets_offline, hub_reachable
+from retrace.capture.settings import TASKS, CaptureSettings
+from retrace.traces import RetraceError
+
+Tokens = npt.NDArray[np.int32]
+MARGIN_TOKENS = 64
+"""How far the end of a text that is cut short may change the tokens before it, amply."""
+ARTICLE_TITLE = re.compile(r" = [^=\n].* = $")
+LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class SequenceSet:
+    """The sequences of one task or text file."""
+
+    task: str
+    """Name of the task; `text` for a text file."""
+    source: str
+    """Data set or file that they were read from."""
+    sequences: list[Tokens]
+    """Token ids (positions,) of each sequence."""
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A data set on the Hub and how its rows make documents."""
+
+    name: str
+    configuration: str
+    split: str
+    column: str
+    documents: Callable[[Iterable[str]], Iterator[str]]
+
+
+def articles(rows: Iterable[str]) -> Iterator[str]:
+    """WikiText's rows, which are lines, joined to its articles again.
+
+    An article begins at a line ` = Title = `; the headings inside have more equals signs.
+
+    >>> list(articles([" = A = ", " one ", " = = B = = ", " = C = ", " two "]))
+    [' = A = \\n one \\n = = B = = \\n', ' = C = \\n two \\n']
+    """
+    article: list[str] = []
+    for row in rows:
+        line = row if row.endswith("\n") else row + "\n"
+        if ARTICLE_TITLE.match(line.split("\n", 1)[0]) and "".join(article).strip():
+            yield "".join(article)
+            article = []
+        article.append(line)
+    if "".join(article).strip():
+        yield "".join(article)
+
+
+HUB_DATA: dict[str, HubData] = {
+    "wikitext": HubData("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", articles)
+}
+assert tuple(HUB_DATA) == TASKS
+
+
+def read_sequences(settings: CaptureSettings, cut: "WindowCutter") -> tuple[SequenceSet, ...]:
+    """The sequences that the settings ask for, task by task and file by file."""
+    sets = [_read_task(task, settings.data, cut) for task in settings.tasks]
+    sets += [_read_text(Path(path), cut) for path in settings.text]
+    return tuple(sets)
+
+
+class WindowCutter:
+    """Turns documents into consecutive windows of 2 to `max_length` tokens.
+
+    Each begins with the tokenizer's BOS token where the tokenizer puts one first by itself. No
+    more of a document is tokenised than is needed for `limit` windows.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, limit: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._limit = limit
+        begin = tokenizer.bos_token_id
+        by_default = tokenizer("a")["input_ids"]
+        self._prefix = [begin] if begin is not None and by_default[:1] == [begin] else []
+        self._content = max_length - len(self._prefix)
+
+    @property
+    def starts_with_bos(self) -> bool:
+        """Whether each window begins with a BOS token."""
+        return bool(self._prefix)
+
+    def windows(self, documents: Iterable[TextIO]) -> list[Tokens]:
+        """Windows (positions,) of the documents, in their order, `limit` at most."""
+        windows: list[Tokens] = []
+        for document in documents:
+            left = None if self._limit is None else self._limit - len(windows)
+            tokens = self._first_tokens(document, None if left is None else left * self._content)
+            for start in range(0, len(tokens), self._content):
+                window = self._prefix + tokens[start : start + self._content]
+                if len(window) >= 2:  # one token alone predicts nothing
+                    windows.append(np.array(window, np.int32))
+            if self._limit is not None and len(windows) >= self._limit:
+                return windows[: self._limit]
+        return windows
+
+    def _first_tokens(self, document: TextIO, count: int | None) -> list[int]:
+        """The document's first `count` tokens, as tokenising all of it would give them."""
+        if count is None:
+            return self._tokenize(document.read())
+        text = document.read(6 * (count + MARGIN_TOKENS))
+        while True:
+            tokens = self._tokenize(text)
+            if len(tokens) >= count + MARGIN_TOKENS:
+                return tokens[:count]
+            more = document.read(max(len(text), 4096))
+            if not more:
+                return tokens[:count]
+            text += more
+
+    def _tokenize(self, text: str) -> list[int]:
+        tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+
+def _read_text(path: Path, cut: WindowCutter) -> SequenceSet:
+    try:
+        with path.open(encoding="utf-8") as text:
+            windows = cut.windows([text])
+    except UnicodeDecodeError as error:
+        raise RetraceError(f"{path} is not UTF-8 text: {error.reason}.") from error
+    if not windows:
+        raise RetraceError(f"{path} holds no text: fewer than two tokens.")
+    return SequenceSet("text", str(path), windows)
+
+
+def _read_task(task: str, data: str | Path | None, cut: WindowCutter) -> SequenceSet:
+    hub_data = HUB_DATA[task]
+    source = f"{hub_data.name}/{hub_data.configuration}" if data is None else str(data)
+    rows = _hub_rows(task, hub_data) if data is None else _local_rows(Path(data), hub_data)
+    windows = cut.windows(io.StringIO(document) for document in hub_data.documents(rows))
+    if not windows:
+        raise RetraceError(f"{source} holds no text for the task {task}.")
+    return SequenceSet(task, source, windows)
+
+
+def _hub_rows(task: str, data: HubData) -> Iterator[str]:
+    import datasets
+
+    reachable = hub_reachable()
+    try:
+        with contextlib.nullcontext() if reachable else datasets_offline():
+            rows = datasets.load_dataset(data.name, data.configuration, split=data.split)
+    except (OSError, ValueError) as error:  # builtin ConnectionError is an OSError
+        if reachable:
+            cause = str(error).strip().splitlines()[0]
+        else:
+            cause = "it is not in the local cache and the Hugging Face Hub cannot be reached"
+        raise RetraceError(
+            f"The documents of {task} ({data.name}) cannot be loaded: {cause}. Check the network, "
+            "name a local copy with --data PATH, or read any text file with --text FILE."
+        ) from error
+    for row in rows:
+        yield row[data.column]
+
+
+def _local_rows(path: Path, data: HubData) -> Iterator[str]:
+    import datasets
+
+    files = _data_files(path, data.split)
+    loader = LOADERS[files[0].suffix]
+    options = {"keep_linebreaks": True} if loader == "text" else {}
+    rows = datasets.load_dataset(
+        loader,
+        data_files=[str(file) for file in files],
+        split="train",
+        streaming=True,  # read as it is needed, with no copy in the cache
+        **options,
+    )
+    for row in rows:
+        if not isinstance(row.get(data.column), str):
+            raise RetraceError(
+                f"{path} has no text in {data.column!r}; its columns: {', '.join(row)}."
+            )
+        yield row[data.column]
+
+
+def _data_files(path: Path, split: str) -> list[Path]:
+    """The data files at a path; of a folder those of the split, where their names tell."""
+    if path.is_file():
+        files = [path] if path.suffix in LOADERS else []
+    else:
+        files = sorted(file for file in path.rglob("*") if file.suffix in LOADERS)
+        files = [file for file in files if split in file.stem] or files
+        files = [file for file in files if file.suffix == files[0].suffix]
+    if not files:
+        raise RetraceError(f"{path} holds no data: expected {', '.join(LOADERS)}.")
+    return files

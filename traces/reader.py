@@ -39,6 +39,10 @@ class Layer:
         """Values (kv_heads, positions, value channels)."""
         return self._read("value", sequence, kv_heads, self._trace.length(sequence))
 
+    def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
+        """Positions (queries,) of the queries that were kept, ascending."""
+        return self._trace.query_positions(sequence)
+
     def _read(self, name: str, sequence: int, heads: slice, length: int) -> npt.NDArray[Any]:
         array = self._group[name]
         assert isinstance(array, zarr.Array)

@@ -1,0 +1,227 @@
+"""How far a selection is from exact attention, query by query."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.reference import Reference
+from retrace.analyze.selection import Selection
+from retrace.analyze.unit import Block
+
+GATHERED_VALUES = 1 << 24
+"""Elements of values gathered at once when outputs are computed."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The metrics of a block's queries, each (budgets, group, queries), by name."""
+
+    ks: tuple[int, ...]
+    at_all: dict[str, Tensor]
+    """At every budget of the selection."""
+    at_points: dict[str, Tensor]
+    """At the budgets asked for."""
+
+
+class ExactBlock:
+    """What every selection for a block is compared with."""
+
+    def __init__(self, block: Block, reference: Reference) -> None:
+        self.block = block
+        self.reference = reference
+        ranks = reference.ids.shape[-1]
+        self.no_rank = ranks
+        # The rank of every key, so that a list of keys looks its ranks up.
+        shape = (*block.queries.shape[:2], block.end + 1)
+        self._rank = torch.full(shape, ranks, dtype=torch.int32, device=block.queries.device)
+        order = torch.arange(ranks, dtype=torch.int32, device=block.queries.device)
+        # The id -1 lands on a last column that stands for no key.
+        places = torch.where(reference.ids < 0, block.end, reference.ids)
+        self._rank.scatter_(-1, places, order.expand(places.shape))
+        self._rank[..., -1] = ranks
+
+    def selection(self, ks: tuple[int, ...]) -> Selection:
+        """What exact attention over the k keys of largest score attends."""
+        block = self.block
+        budgets = torch.tensor(ks, device=block.positions.device)
+        attended = torch.minimum(budgets[:, None], block.visible_count)[:, None]
+        return Selection(
+            ks,
+            self.reference.ids[..., : ks[-1]],
+            attended.expand(-1, len(block.queries), -1),
+            aux_bytes=block.visible_count * block.unit.group.key_bytes,
+            holds_keys=True,
+        )
+
+    def part(self, rows: slice) -> "ExactBlock":
+        """Some of the block's queries."""
+        if rows == slice(0, len(self.block.positions)):
+            return self
+        return ExactBlock(self.block.part(rows), self.reference.part(rows))
+
+    def ranks(self, ids: Tensor) -> Tensor:
+        """Exact rank of each key (group, queries, any); `no_rank` beyond those known."""
+        places = torch.where(ids < 0, self.block.end, ids)
+        return self._rank.gather(-1, places)
+
+    def probabilities(self, ids: Tensor) -> Tensor:
+        """Exact probability of each key (group, queries, any) float64; 0 for the id -1."""
+        scores = self.block.scores_at(ids).double()
+        return torch.exp(scores - self.reference.log_normalizer[..., None])
+
+
+def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measured:
+    """All metrics of one selection.
+
+    Args:
+        exact: the exact answers for the block.
+        selection: what the method attends.
+        points: indices into `selection.ks` of the budgets that want an output and a cost.
+    """
+    block, ids = exact.block, selection.ids
+    ks = torch.tensor(selection.ks, device=ids.device)
+    probability = exact.probabilities(ids)
+    cumulative = _prefixes(probability)
+    attended = selection.attended
+    fraction = cumulative.expand(len(ks), *cumulative.shape).gather(-1, attended[..., None])
+    best = exact.reference.ids[..., : selection.ks[-1]]
+    best_cumulative = _prefixes(exact.probabilities(best))
+    at_all = {
+        "recall": _recall(exact, selection, ids >= 0, best >= 0),
+        "attention_fraction": fraction.squeeze(-1),
+        "exact_attention_fraction": best_cumulative[..., ks].movedim(-1, 0),
+    }
+    if selection.anything_given:
+        at_all["candidate_recall"] = _recall(
+            exact,
+            selection,
+            (ids >= 0) & ~selection.given(ids),
+            (best >= 0) & ~selection.given(best),
+        )
+    output = selection.output
+    if output is None:
+        output = _outputs(exact, selection, probability, points)
+    chosen = attended[points]
+    return Measured(
+        selection.ks,
+        at_all,
+        {
+            "error_norm": _error_norm(exact.reference.output, output),
+            "density": chosen / block.visible_count,
+            "bytes_ratio": _bytes_ratio(block, selection, chosen),
+        },
+    )
+
+
+def _prefixes(values: Tensor) -> Tensor:
+    """Sums of the first 0, 1, ... values of the last axis."""
+    return torch.nn.functional.pad(values.cumsum(dim=-1), (1, 0))
+
+
+def _recall(exact: ExactBlock, selection: Selection, listed: Tensor, wanted: Tensor) -> Tensor:
+    """|R_k n T_k| / |T_k| at every budget (budgets, group, queries), over the keys that `listed`
+    (like the list) and `wanted` (like the exact list) leave in; NaN where T_k is empty.
+
+    The j-th listed key of exact rank r is a hit at budget k when it is attended there, is among
+    the k best-ranked, and r < k: so from some budget on, and counting them is a cumulative sum.
+    """
+    ks = torch.tensor(selection.ks, device=listed.device)
+    ranks = exact.ranks(selection.ids)
+    places = torch.arange(listed.shape[-1], device=listed.device)
+    reach = torch.minimum(selection.attended, ks[:, None, None]).movedim(0, -1).contiguous()
+    from_place = torch.searchsorted(reach, places.expand(*reach.shape[:2], -1), right=True)
+    from_rank = torch.searchsorted(ks, ranks, right=True)
+    first_budget = torch.maximum(from_place, from_rank)
+    hits = _count_up(first_budget, listed, len(ks))
+    order = torch.arange(wanted.shape[-1], device=listed.device)
+    wanted_from = torch.searchsorted(ks, order, right=True).expand(wanted.shape)
+    total = _count_up(wanted_from, wanted, len(ks))
+    return (hits / total.masked_fill(total == 0, torch.nan)).movedim(-1, 0)
+
+
+def _count_up(first_budget: Tensor, counts: Tensor, budgets: int) -> Tensor:
+    """How many entries (group, queries, any) take part at each budget (group, queries, budgets),
+    each from its first budget on."""
+    tally = torch.zeros(*counts.shape[:2], budgets + 1, device=counts.device)
+    tally.scatter_add_(-1, first_budget.to(torch.int64), counts.to(tally.dtype))
+    return tally[..., :budgets].cumsum(dim=-1)
+
+
+def _outputs(
+    exact: ExactBlock, selection: Selection, probability: Tensor, points: list[int]
+) -> Tensor:
+    """Softmax over the attended keys, renormalised, times their values
+    (points, group, queries, value channels); nothing attended gives zeros."""
+    block = exact.block
+    attended = selection.attended[points].movedim(0, -1)[..., None]
+    width = int(attended.max())
+    places = torch.arange(width, device=attended.device)
+    # float64, since the probabilities of what was selected may all be tiny.
+    weights = probability[..., None, :width] * (places < attended)
+    total = weights.sum(dim=-1, keepdim=True)
+    if block.unit.sinks is not None:
+        sink = block.unit.sinks[:, None] - exact.reference.log_normalizer
+        total = total + sink.double().exp()[..., None, None]
+    weights = (weights / total.masked_fill(total == 0, 1.0)).to(block.unit.values.dtype)
+    ids = selection.ids[..., :width].clamp(min=0)
+    output = torch.cat(
+        [
+            # (group, rows, points, listed) @ (group, rows, listed, value channels)
+            weights[:, rows] @ block.unit.values[ids[:, rows]]
+            for rows in _row_slices(ids, block.unit.values.shape[1])
+        ],
+        dim=1,
+    )
+    if selection.estimates is not None:
+        # SparQ Attention (arXiv:2312.04985), eq. 7: the mean value stands for the mass left out.
+        share = _prefixes(selection.estimates).gather(-1, attended.squeeze(-1)).to(output.dtype)
+        fill = block.unit.mean_values[block.positions][:, None]
+        output = share[..., None] * output + (1 - share[..., None]) * fill
+    return output.movedim(2, 0)
+
+
+def _row_slices(ids: Tensor, channels: int) -> list[slice]:
+    """Slices of the queries, so small that the values gathered for one stay within bounds."""
+    group, rows, listed = ids.shape
+    step = max(1, GATHERED_VALUES // max(1, group * listed * channels))
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _error_norm(exact: Tensor, output: Tensor) -> Tensor:
+    """||o - o'|| / ||o|| over the value channels."""
+    norm = exact.norm(dim=-1)
+    error = (exact - output).norm(dim=-1)
+    return torch.where(error == 0, 0.0, error / norm)
+
+
+def _bytes_ratio(block: Block, selection: Selection, attended: Tensor) -> Tensor:
+    """Bytes read for the whole group over those of full attention, the same for every head of the
+    group: keys and values are read once for all heads that attend them."""
+    group = block.unit.group
+    union = _union(block, selection, attended)
+    full = group.key_bytes + group.value_bytes
+    read = union * (group.value_bytes if selection.holds_keys else full) + selection.aux_bytes
+    return (read / (block.visible_count * full))[:, None].expand(attended.shape)
+
+
+def _union(block: Block, selection: Selection, attended: Tensor) -> Tensor:
+    """Distinct keys that any head of the group attends (points, queries)."""
+    ids = selection.ids
+    heads, rows, listed = ids.shape
+    if heads == 1:
+        return attended[:, 0]
+    places = torch.arange(listed, device=ids.device).expand(heads, rows, -1)
+    by_rank = attended.movedim(0, -1).contiguous()
+    first_point = torch.searchsorted(by_rank, places.contiguous(), right=True)
+    # Of the heads that list a key, the one that attends it at the smallest budget counts it.
+    owner = first_point * heads + torch.arange(heads, device=ids.device)[:, None, None]
+    flat = torch.where(ids < 0, block.end, ids).movedim(0, 1).reshape(rows, -1)
+    claims = owner.movedim(0, 1).reshape(rows, -1)
+    least = torch.full((rows, block.end + 1), claims.numel(), device=ids.device)
+    least.scatter_reduce_(-1, flat, claims, "amin")
+    counted = (least.gather(-1, flat) == claims) & (flat < block.end)
+    points = len(attended)
+    tally = torch.zeros(rows, points + 1, dtype=torch.int64, device=ids.device)
+    tally.scatter_add_(-1, claims // heads, counted.to(torch.int64))
+    return tally[:, :points].cumsum(dim=-1).movedim(-1, 0)

@@ -1,0 +1,57 @@
+"""Replaying an attention function as models define them."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.attention import visible
+from retrace.analyze.methods.base import AttendMethod, HeadGroup
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Function(AttendMethod):
+    """A function `(query, key, value, attention_mask, head_mask) -> (output, scores, ids)`.
+
+    All tensors are (batch, heads, positions, channels), keys and values repeated for the group;
+    `attention_mask` (1, 1, queries, keys) is added to scores: 0 where a key is visible, the least
+    finite number elsewhere; `head_mask` is None. `ids` (batch, heads, queries, any) are the keys
+    attended, best first, -1 where a query sees fewer than were asked for; `scores` may be None and
+    are not used. If the function takes a keyword `topk`, it is called once per budget with it;
+    otherwise its one answer stands for all budgets. Queries come scaled so that the usual
+    1 / sqrt(channels) inside the function gives the layer's own scale.
+    """
+
+    source: ClassVar[str] = "a function of yours"
+
+    function: AttentionFunction = field(metadata={"help": "the function"})
+
+    def build(self, keys: Tensor, values: Tensor, group: HeadGroup) -> Any:
+        """The keys and values themselves."""
+        return keys, values, group.rules
+
+    def attend(
+        self, state: Any, queries: Tensor, positions: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Call the function for a block of queries and the keys up to the last of them."""
+        keys, values, rules = state
+        end = int(positions[-1]) + 1
+        shape = (1, len(queries), -1, -1)
+        hidden = ~visible(positions, torch.arange(end, device=keys.device), rules)
+        mask = torch.zeros(hidden.shape, device=keys.device)
+        mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)[None, None]
+        budget = {"topk": k} if "topk" in inspect.signature(self.function).parameters else {}
+        output, _, ids = self.function(
+            queries[None] * (rules.scale * queries.shape[-1] ** 0.5),
+            keys[:end].expand(shape),
+            values[:end].expand(shape),
+            mask,
+            None,
+            **budget,
+        )
+        return output[0], ids[0].to(torch.int64)

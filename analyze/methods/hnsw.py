@@ -1,0 +1,72 @@
+"""A hierarchical navigable small-world graph, by faiss."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrace.analyze.methods.base import HeadGroup, SearchMethod
+from retrace.traces import RetraceError
+
+
+@dataclass(frozen=True, kw_only=True)
+class HNSW(SearchMethod):
+    """Beam search by inner product over a graph of the keys; each query head searches for itself.
+
+    Keys join the graph in order of position, as faiss adds them, so that a query only ever meets
+    keys before it. The beam is `ef` wide, or k where that is more. faiss counts the keys that a
+    search compares the query with; their bytes are the method's cost.
+    """
+
+    source: ClassVar[str] = "arXiv:1603.09320 (HNSW); faiss IndexHNSWFlat"
+    extra: ClassVar[str | None] = "faiss"
+    incremental: ClassVar[bool] = True
+
+    m: int = field(default=32, metadata={"help": "links of a key in the graph"})
+    ef_construction: int = field(default=40, metadata={"help": "beam width when keys are added"})
+    ef: int = field(default=64, metadata={"help": "beam width of a search"})
+
+    def build(self, keys: Tensor, values: Tensor, group: HeadGroup) -> Any:
+        """A graph of the keys, and what its searches have cost."""
+        faiss = _faiss()
+        index = faiss.IndexHNSWFlat(keys.shape[1], self.m, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = self.ef_construction
+        return self.extend({"index": index, "compared": 0.0}, keys, values, group)
+
+    def extend(self, state: Any, keys: Tensor, values: Tensor, group: HeadGroup) -> Any:
+        """Add the keys to the graph, in order."""
+        state["index"].add(_array(keys))
+        return state
+
+    def search(self, state: Any, queries: Tensor, k: int) -> Tensor:
+        """The best k that a beam search meets."""
+        faiss = _faiss()
+        index, wanted = state["index"], min(k, state["index"].ntotal)
+        statistics = faiss.cvar.hnsw_stats
+        statistics.reset()
+        parameters = faiss.SearchParametersHNSW(efSearch=max(self.ef, k))
+        found = index.search(_array(queries.flatten(0, 1)), wanted, params=parameters)[1]
+        state["compared"] = statistics.ndis / max(1, queries.shape[0] * queries.shape[1])
+        state["group"] = queries.shape[0]
+        return torch.from_numpy(found).view(*queries.shape[:2], -1).to(queries.device)
+
+    def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
+        """The keys that a search compared with, for every head of the group, and their links."""
+        links = 2 * self.m * 4  # the lowest level has 2 m links of four bytes each
+        return float(state["compared"] * state["group"] * (group.key_bytes + links))
+
+
+def _array(tensor: Tensor) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    return np.ascontiguousarray(tensor.cpu().numpy(), dtype=np.float32)
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise RetraceError(
+            "The method hnsw needs faiss: pip install 'retrace-attention[faiss]'."
+        ) from error
+    return faiss

@@ -1,0 +1,165 @@
+"""From a method spec to a method: `quest`, `quest:page=32,pool=sum`, `./mine.py:Mine:a=1`."""
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from retrace.analyze.keep import Keep
+from retrace.analyze.methods.base import Method
+from retrace.analyze.methods.function import Function
+from retrace.traces import RetraceError
+
+ENTRY_POINTS = "retrace.methods"
+_LOOSE = re.compile(r"(?P<path>.+\.py):(?P<name>\w+)(?::(?P<parameters>.*))?")
+
+
+class MethodSpec:
+    """A method by the name it is known by, with its parameters."""
+
+    def __init__(self, name: str, method: Method, source_digest: str | None = None) -> None:
+        self.name = name
+        self.method = method
+        self.source_digest = source_digest
+        """SHA-256 of the loose file that the method comes from."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Every parameter with its value, as text or number."""
+        return {
+            f.name: str(value) if isinstance(value, Keep) else value
+            for f in parameter_fields(type(self.method))
+            for value in (getattr(self.method, f.name),)
+        }
+
+    def __str__(self) -> str:
+        """The shortest spec that gives this method: parameters at their default are left out."""
+        changed = [
+            f"{f.name}={self.parameters[f.name]}"
+            for f in parameter_fields(type(self.method))
+            if getattr(self.method, f.name) != f.default
+        ]
+        return ":".join([self.name, *([",".join(changed)] if changed else [])])
+
+
+def parse_spec(text: str) -> MethodSpec:
+    """The method that a spec names.
+
+    Raises:
+        RetraceError: no such method or parameter (with the nearest name), or a bad value.
+    """
+    if loose := _LOOSE.fullmatch(text):
+        return _loose_method(Path(loose["path"]), loose["name"], loose["parameters"] or "")
+    name, _, parameters = text.partition(":")
+    return MethodSpec(name, _make(method_class(name), name, _read_parameters(parameters, name)))
+
+
+def method_names() -> list[str]:
+    """The methods that are installed, this package's and others', in alphabetical order."""
+    return sorted({point.name for point in entry_points(group=ENTRY_POINTS)})
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of an installed method."""
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == name:
+            loaded = point.load()
+            if not (isinstance(loaded, type) and issubclass(loaded, Method)):
+                raise RetraceError(f"The entry point {name} ({point.value}) is not a method.")
+            return loaded
+    raise RetraceError(
+        f"There is no method {name!r}.{nearest(name, method_names())} "
+        "`retrace methods` lists them all."
+    )
+
+
+def parameter_fields(method: type[Method]) -> list[Field[Any]]:
+    """The parameters that a spec can set."""
+    return [f for f in fields(method) if f.init and f.name != "function"]
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """` Did you mean ...?`, or nothing where no known word is near."""
+    close = get_close_matches(word, known, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def _read_parameters(text: str, name: str) -> dict[str, str]:
+    parameters: dict[str, str] = {}
+    for part in text.split(",") if text else ():
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise RetraceError(f"{name}: {part!r} in its spec is not of the form key=value.")
+        parameters[key.strip()] = value.strip()
+    return parameters
+
+
+def _make(method: type[Method], name: str, parameters: Mapping[str, str]) -> Method:
+    hints = get_type_hints(method)
+    known = {f.name: f for f in parameter_fields(method)}
+    values = {}
+    for key, text in parameters.items():
+        if key not in known:
+            raise RetraceError(
+                f"The method {name} has no parameter {key!r}.{nearest(key, list(known))} "
+                f"It has {', '.join(known) or 'none'}."
+            )
+        values[key] = _convert(text, hints[key], f"{name}: {key}")
+    missing = [k for k, f in known.items() if f.default is MISSING and k not in values]
+    if missing:
+        raise RetraceError(f"The method {name} needs {', '.join(f'{k}=...' for k in missing)}.")
+    try:
+        return method(**values)
+    except RetraceError as error:
+        raise RetraceError(f"{name}: {error}") from error
+
+
+def _convert(text: str, kind: Any, where: str) -> Any:
+    """A parameter's text as the type of its field."""
+    if text.lower() == "none" and kind not in (Keep, str):
+        return None
+    kinds = getattr(kind, "__args__", (kind,))
+    if Keep in kinds:
+        return Keep.parse(text)
+    try:
+        if bool in kinds:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if int in kinds:
+            return int(text)
+        if float in kinds:
+            return float(text)
+    except (KeyError, ValueError):
+        wanted = next(k.__name__ for k in (bool, int, float) if k in kinds)
+        raise RetraceError(f"{where}={text!r}: expected {wanted}.") from None
+    return text
+
+
+def _loose_method(path: Path, name: str, parameters: str) -> MethodSpec:
+    """A class or function from a file that the user named: the only code run from outside."""
+    if not path.is_file():
+        raise RetraceError(f"There is no file {path} to load the method {name} from.")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    spec = importlib.util.spec_from_file_location(f"retrace_loose_{digest[:16]}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise RetraceError(f"{path} could not be loaded: {error!r}.") from error
+    found = getattr(module, name, None)
+    label = f"{path.name}:{name}"
+    if isinstance(found, type) and issubclass(found, Method):
+        method = _make(found, label, _read_parameters(parameters, label))
+    elif callable(found) and not isinstance(found, type):
+        if parameters:
+            raise RetraceError(f"{label} is a function: it takes no parameters in a spec.")
+        method = Function(function=found)
+    else:
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise RetraceError(f"{path} has no method or function {name!r}.{nearest(name, names)}")
+    return MethodSpec(label, method, digest)

@@ -1,0 +1,144 @@
+"""The exact answers that every method is measured against, computed once and kept."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrace.analyze.top import top
+from retrace.analyze.unit import Block, Unit
+
+KEPT_RANKS = 128
+"""Ranks kept for later runs, so that a larger budget does not repeat the pass."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Exact attention of the queries of a block."""
+
+    ids: Tensor
+    """Keys of largest score (group, queries, ranks) int64, ties to the lower key; -1 where a query
+    sees fewer."""
+    log_normalizer: Tensor
+    """log of the softmax's denominator (group, queries)."""
+    output: Tensor
+    """(group, queries, value channels)"""
+
+    def part(self, rows: slice) -> "Reference":
+        """The answers for some of the block's queries."""
+        return Reference(self.ids[:, rows], self.log_normalizer[:, rows], self.output[:, rows])
+
+
+def exact_pass(block: Block, ranks: int) -> Reference:
+    """Scores, best keys, normalizer and output of a block of queries, in one pass."""
+    scores = block.scores
+    best, ids = top(scores, ranks)
+    largest = best[..., :1]
+    weights = torch.exp(scores - largest)
+    total = weights.sum(dim=-1)
+    if block.unit.sinks is not None:
+        total += torch.exp(block.unit.sinks[:, None] - largest.squeeze(-1))
+    output = (weights @ block.unit.values[: block.end]) / total[..., None]
+    return Reference(ids, largest.squeeze(-1) + total.log(), output)
+
+
+class ReferenceStore:
+    """Exact answers on disk, one file per layer and sequence, beside the trace.
+
+    A file holds the answers of all queries of a layer and sequence and is named after the
+    sequence's digest, so that it can't be taken for another capture's.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    @property
+    def active(self) -> bool:
+        """Whether answers are kept at all."""
+        return self._folder is not None
+
+    def load(self, digest: str, layer: int, ranks: int, positions: int) -> "KeptReferences | None":
+        """The answers for a layer of a sequence of so many positions, if there are any with at
+        least `ranks` ranks, or as many as there are keys."""
+        if self._folder is None:
+            return None
+        try:
+            with np.load(self._path(digest, layer)) as arrays:
+                kept = KeptReferences(arrays["ids"], arrays["log_normalizer"], arrays["output"])
+        except (OSError, ValueError, KeyError):
+            return None  # not there, or cut off: computed anew
+        return kept if kept.ids.shape[-1] >= min(ranks, positions) else None
+
+    def save(self, digest: str, layer: int, references: "KeptReferences") -> None:
+        """Keep the answers for a layer of a sequence."""
+        if self._folder is None:
+            return
+        path = self._path(digest, layer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".partial")
+        with aside.open("wb") as file:
+            np.savez(
+                file,
+                ids=references.ids,
+                log_normalizer=references.log_normalizer,
+                output=references.output,
+            )
+        aside.replace(path)
+
+    def _path(self, digest: str, layer: int) -> Path:
+        assert self._folder is not None
+        return self._folder / digest / f"{layer}.npz"
+
+
+@dataclass(frozen=True)
+class KeptReferences:
+    """Exact answers of all queries and heads of a layer and sequence, as arrays."""
+
+    ids: npt.NDArray[np.uint16 | np.int32]
+    """(heads, queries, ranks); the largest value of the type where a query sees fewer keys."""
+    log_normalizer: npt.NDArray[np.float32]
+    """(heads, queries)"""
+    output: npt.NDArray[np.float32]
+    """(heads, queries, value channels)"""
+
+    @classmethod
+    def allocate(cls, unit: Unit, ranks: int) -> "KeptReferences":
+        """Room for all units of the layer and sequence that `unit` is of."""
+        rules, queries, keys = unit.group.rules, len(unit.positions), len(unit.keys)
+        kind: type[np.uint16] | type[np.int32] = np.uint16 if keys < 1 << 16 else np.int32
+        return cls(
+            np.empty((rules.heads, queries, min(ranks, keys)), kind),
+            np.empty((rules.heads, queries), np.float32),
+            np.empty((rules.heads, queries, rules.value_dim), np.float32),
+        )
+
+    def put(self, block: Block, reference: Reference) -> None:
+        """Keep a block's answers."""
+        at = (self._heads(block), block.rows)
+        ranks = self.ids.shape[-1]
+        none = np.iinfo(self.ids.dtype).max
+        ids = reference.ids[..., :ranks]
+        self.ids[at] = ids.masked_fill(ids < 0, none).cpu().numpy()
+        self.log_normalizer[at] = reference.log_normalizer.cpu().numpy()
+        self.output[at] = reference.output.cpu().numpy()
+
+    def get(self, block: Block, ranks: int) -> Reference:
+        """A block's answers."""
+        at = (self._heads(block), block.rows)
+        device = block.queries.device
+        ids = torch.from_numpy(self.ids[at][..., :ranks].astype(np.int64)).to(device)
+        missing = ids == np.iinfo(self.ids.dtype).max
+        short = ranks - ids.shape[-1]
+        return Reference(
+            torch.nn.functional.pad(ids.masked_fill(missing, -1), (0, max(short, 0)), value=-1),
+            torch.from_numpy(self.log_normalizer[at]).to(device),
+            torch.from_numpy(self.output[at]).to(device),
+        )
+
+    @staticmethod
+    def _heads(block: Block) -> slice:
+        group = block.unit.group
+        return slice(group.kv_head * group.rules.group, (group.kv_head + 1) * group.rules.group)

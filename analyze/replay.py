@@ -1,0 +1,247 @@
+"""The replay engine: one exact pass over a layer and sequence, shared by methods and budgets."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from retrace.analyze.measure import ExactBlock, Measured, measure
+from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.methods.exact import Exact
+from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.moments import Moments, empty
+from retrace.analyze.reference import KEPT_RANKS, KeptReferences, ReferenceStore, exact_pass
+from retrace.analyze.select import select
+from retrace.analyze.states import Protocol, States
+from retrace.analyze.unit import Block, Unit, load_units
+from retrace.traces import RetraceError, Trace
+
+EXACT = Exact()
+"""Its selection is the exact pass itself."""
+EVERY_BUDGET_TO = 256
+"""Curves have a point at every budget up to here, and further ones evenly on a log scale."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One method at the budgets asked for."""
+
+    spec: MethodSpec
+    topk: tuple[int, ...]
+    """Ascending."""
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The budgets at which recall and attention fraction are measured: all on the way where
+        one ranked list holds them, otherwise those asked for."""
+        method = self.spec.method
+        if not isinstance(method, ScoreMethod) or method.keep.recent_share:
+            return self.topk
+        return curve_budgets(self.topk)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is replayed, and under which rules; the same for every unit."""
+
+    methods: tuple[Replayed, ...]
+    protocol: Protocol
+    min_context: int | None = None
+    """The first position that counts, whatever the budget; 10 k for budget k if unset."""
+    block_elements: int | None = None
+    """Scores held at once."""
+
+    @property
+    def ranks(self) -> int:
+        """Exact ranks that the largest budget needs."""
+        return max(method.topk[-1] for method in self.methods)
+
+    def first_counted(self, k: int, length: int) -> int:
+        """The first position of a sequence of this length that counts for budget k."""
+        context = 10 * k if self.min_context is None else self.min_context
+        return max(context, self.protocol.first_query(length))
+
+
+@dataclass
+class Tally:
+    """What one method came to in one layer: moments over queries, by metric."""
+
+    ks: tuple[int, ...]
+    topk: tuple[int, ...]
+    at_all: dict[str, Moments] = field(default_factory=dict)
+    """(ks, heads), by metric."""
+    at_points: dict[str, Moments] = field(default_factory=dict)
+    """(topk, heads), by metric."""
+
+    def merge(self, other: "Tally") -> None:
+        """Add another sequence's queries."""
+        for ours, theirs in ((self.at_all, other.at_all), (self.at_points, other.at_points)):
+            for metric, moments in theirs.items():
+                ours[metric] = ours[metric].merge(moments) if metric in ours else moments
+
+
+class Clock:
+    """Seconds spent, by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def charge(self, what: str) -> Iterator[None]:
+        """Charge what runs inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+
+def curve_budgets(topk: Sequence[int]) -> tuple[int, ...]:
+    """Every budget up to the largest asked for; thinned beyond `EVERY_BUDGET_TO`."""
+    largest = max(topk)
+    budgets = set(range(1, min(largest, EVERY_BUDGET_TO) + 1)) | set(topk)
+    k = float(EVERY_BUDGET_TO)
+    while k < largest:
+        k *= 2 ** (1 / 16)
+        budgets.add(min(int(k), largest))
+    return tuple(sorted(budgets))
+
+
+def replay(
+    trace: Trace,
+    layer: int,
+    sequence: int,
+    plan: Plan,
+    device: torch.device,
+    store: ReferenceStore,
+    clock: Clock,
+) -> list[Tally]:
+    """Replay every method of the plan against one layer of one sequence, all its heads.
+
+    Returns one tally per method, in the plan's order. Units and tasks are independent: merged in
+    the plan's order they give the same figures wherever they ran.
+    """
+    length = trace.length(sequence)
+    digest = trace.digest(sequence) if store.active else ""
+    with clock.charge("read"):
+        units = load_units(trace.layer(layer), sequence, device)
+        kept = store.load(digest, layer, plan.ranks, length)
+    fresh: KeptReferences | None = None
+    heads: list[list[Tally]] = []
+    while True:
+        with clock.charge("read"):
+            unit = next(units, None)
+        if unit is None:
+            break
+        if kept is None and fresh is None and store.active:
+            fresh = KeptReferences.allocate(unit, max(plan.ranks, KEPT_RANKS))
+        heads.append(_replay_unit(unit, plan, kept, fresh, clock))
+    if fresh is not None:
+        with clock.charge("keep"):
+            store.save(digest, layer, fresh)
+    return [
+        Tally(
+            tallies[0].ks,
+            tallies[0].topk,
+            _side_by_side([t.at_all for t in tallies]),
+            _side_by_side([t.at_points for t in tallies]),
+        )
+        for tallies in zip(*heads, strict=True)
+    ]
+
+
+def _replay_unit(
+    unit: Unit,
+    plan: Plan,
+    kept: KeptReferences | None,
+    fresh: KeptReferences | None,
+    clock: Clock,
+) -> list[Tally]:
+    """One tally per method, with the heads of this unit only."""
+    length = len(unit.keys)
+    smallest = min(method.topk[0] for method in plan.methods)
+    any_curve = any(method.ks != method.topk for method in plan.methods)
+    first = plan.first_counted(1 if any_curve else smallest, length)
+    tallies = [Tally(m.ks, m.topk) for m in plan.methods]
+    states = [States(m.spec.method, unit, plan.protocol) for m in plan.methods]
+    # Answers that are kept for later runs must not depend on which queries this one counts.
+    for block in unit.blocks(0 if fresh is not None else first, plan.block_elements):
+        with clock.charge("exact"):
+            ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS)
+            if kept is not None:
+                reference = kept.get(block, plan.ranks)
+            else:
+                reference = exact_pass(block, ranks)
+            if fresh is not None:
+                fresh.put(block, reference)
+            counted = int(torch.searchsorted(block.positions, first))
+            if counted == len(block.positions):
+                continue
+            rows = slice(counted, len(block.positions))
+            exact = ExactBlock(block.part(rows), reference.part(rows))
+        for method, tally, state in zip(plan.methods, tallies, states, strict=True):
+            with clock.charge(str(method.spec)):
+                _replay_method(method, exact, state, plan, tally)
+    for tally in tallies:
+        _fill_missing(tally, unit.group.rules.group)
+    return tallies
+
+
+def _replay_method(
+    method: Replayed, exact: ExactBlock, states: States, plan: Plan, tally: Tally
+) -> None:
+    """Add a block's queries to a method's tally."""
+    length = len(exact.block.unit.keys)
+    for rows, state, indexed in states.serve(exact.block):
+        # What shares one list is selected together; otherwise only what counts for the budget.
+        shared = isinstance(method.spec.method, ScoreMethod)
+        for ks in [method.ks] if shared else [(k,) for k in method.topk]:
+            first = plan.first_counted(min(ks), length)
+            start = int(torch.searchsorted(exact.block.positions[rows], first))
+            if rows.start + start >= rows.stop:
+                continue
+            part = exact.part(slice(rows.start + start, rows.stop))
+            try:
+                if method.spec.method == EXACT:
+                    selections = [part.selection(ks)]
+                else:
+                    selections = select(method.spec.method, state, indexed, part.block, ks)
+            except RetraceError as error:
+                raise RetraceError(f"{method.spec} {error}") from error
+            for selection in selections:
+                points = [i for i, k in enumerate(selection.ks) if k in method.topk]
+                measured = measure(part, selection, points)
+                _add(tally, measured, points, part.block, plan)
+
+
+def _add(tally: Tally, measured: Measured, points: list[int], block: Block, plan: Plan) -> None:
+    length = len(block.unit.keys)
+    first = torch.tensor([plan.first_counted(k, length) for k in measured.ks])
+    counted = (block.positions >= first.to(block.positions.device)[:, None])[:, None]
+    at_points = [tally.topk.index(measured.ks[i]) for i in points]
+    at_all = [tally.ks.index(k) for k in measured.ks]
+    for values, sums, mask, places, budgets in (
+        (measured.at_all, tally.at_all, counted, at_all, tally.ks),
+        (measured.at_points, tally.at_points, counted[points], at_points, tally.topk),
+    ):
+        together = Moments.of(torch.stack(list(values.values())), mask)
+        for i, metric in enumerate(values):
+            moments = together.take(i)
+            if len(places) < len(budgets):
+                moments = moments.spread(places, len(budgets))
+            sums[metric] = sums[metric].merge(moments) if metric in sums else moments
+
+
+def _side_by_side(parts: list[dict[str, Moments]]) -> dict[str, Moments]:
+    return {metric: Moments.stack([part[metric] for part in parts], -1) for metric in parts[0]}
+
+
+def _fill_missing(tally: Tally, group: int) -> None:
+    """A sequence too short for any query to count still has its place in the merge."""
+    for metric in ("recall", "attention_fraction", "exact_attention_fraction"):
+        tally.at_all.setdefault(metric, empty((len(tally.ks), group)))
+    for metric in ("error_norm", "density", "bytes_ratio"):
+        tally.at_points.setdefault(metric, empty((len(tally.topk), group)))

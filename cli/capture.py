@@ -1,0 +1,148 @@
+"""`retrace capture`: run a model over text and store what its attention saw."""
+
+import ast
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from retrace.cli.command import TYPED, Command
+from retrace.cli.config import CONFIG
+from retrace.cli.parameters import Names, Numbers
+from retrace.cli.screen import note, plural, print_facts, size
+
+if TYPE_CHECKING:
+    from retrace.capture.run import Progress, ShowProgress
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+@cache
+def setting_docs() -> dict[str, str]:
+    """The docstring of each field of `CaptureSettings`, read from its source: to import it takes
+    longer than a help page may."""
+    package = importlib.util.find_spec("retrace.capture")
+    assert package is not None and package.submodule_search_locations
+    source = Path(package.submodule_search_locations[0], "settings.py").read_text(encoding="utf-8")
+    settings = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "CaptureSettings"
+    )
+    docs = {}
+    for field, below in zip(settings.body, settings.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            docs[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    return docs
+
+
+def setting(*flags: str, **options: Any) -> Callable[[Decorated], Decorated]:
+    """An option that sets the field of `CaptureSettings` of its name, and is explained by it."""
+    name = flags[0].removeprefix("--").replace("-", "_")
+    return click.option(*flags, name, help=setting_docs()[name], **options)
+
+
+@click.command(
+    "capture",
+    cls=Command,
+    interrupted="What is finished is kept: go on with the same command and --resume "
+    "(without --overwrite).",
+    epilog="""\b
+Example:
+  retrace capture --pretrained EleutherAI/pythia-70m --tasks wikitext --limit 10
+  retrace capture --pretrained builtin:smollm2 --text notes.txt --max-length 1024""",
+)
+@setting("--pretrained", required=True, metavar="MODEL")
+@setting("--tasks", type=Names(), metavar="NAME,...")
+@setting("--text", type=click.Path(), multiple=True, metavar="FILE")
+@setting("--data", type=click.Path(), metavar="PATH")
+@setting("--limit", type=int, metavar="N")
+@setting("--batch-size", "--batch", type=int, metavar="N")
+@setting("--max-length", type=int, metavar="N")
+@setting("--dtype", metavar="NAME")
+@setting("--device", metavar="NAME")
+@setting("--layers", type=Numbers(), metavar="0,2,5-8")
+@setting("--queries", metavar="WHICH")
+@setting("--revision", metavar="NAME")
+@setting("--trust-remote-code", is_flag=True)
+@setting("--out", type=click.Path(), metavar="PATH")
+@setting("--overwrite", is_flag=True)
+@setting("--resume", is_flag=True)
+@CONFIG
+@click.pass_context
+def command(ctx: click.Context, /, **settings: Any) -> None:
+    """Run a model over text and store every layer's queries, keys and values in a trace."""
+    from retrace.capture import capture
+
+    # What was not given has its default in CaptureSettings.
+    given = {name: value for name, value in settings.items() if value is not None}
+    with progress_bar() as progress:
+        trace = capture(**given, command=ctx.meta[TYPED], progress=progress)
+    tokens = sum(trace.length(sequence) for sequence in trace.sequences)
+    print_facts(
+        [
+            ("Trace", str(trace.path)),
+            (
+                "Holds",
+                f"{plural(len(trace.layers), 'layer')} x "
+                f"{plural(len(trace.sequences), 'sequence')}, {plural(tokens, 'token')}, "
+                f"{size(trace.nbytes())} in {trace.attributes['dtype']}",
+            ),
+            ("Perplexity", f"{trace.perplexity():.2f}"),
+            ("Next", f"retrace analyze {trace.path} --method exact --topk 10"),
+        ]
+    )
+
+
+@contextmanager
+def progress_bar() -> Iterator["ShowProgress"]:
+    """Shows how far a capture is, on stderr; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[facts]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        row = bar.add_task("", total=None, facts="")
+        begun = False
+
+        def show(progress: "Progress") -> None:
+            nonlocal begun
+            if progress.stage != "recording":
+                words = {"loading": "Loading model and text", "checking": "Checking the model"}
+                bar.update(row, description=words[progress.stage])
+                return
+            if not begun:  # what is there already says nothing about the speed
+                bar.reset(
+                    row,
+                    description="Recording",
+                    total=progress.total_tokens,
+                    completed=progress.tokens,
+                )
+                begun = True
+            bar.update(row, completed=progress.tokens)
+            speed = bar.tasks[0].speed
+            rate = "" if speed is None else f", {speed:,.0f} tokens/s"
+            bar.update(
+                row,
+                facts=f"{progress.sequences}/{progress.total_sequences} sequences{rate}, "
+                f"{size(progress.bytes)} of {size(progress.total_bytes)}",
+            )
+
+        yield show
+    if not begun:
+        note("Nothing was left to record.")

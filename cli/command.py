@@ -1,0 +1,71 @@
+"""What all commands have in common: mistakes in one line, and warnings on stderr."""
+
+import errno
+import logging
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+TYPED = "retrace.cli.typed"
+"""Where a context keeps what the user typed."""
+INTERRUPTED = 130
+"""Exit code of a shell's command that Ctrl-C ended."""
+
+
+class Command(click.Command):
+    """A command that answers mistakes with one line and exit code 2, and no traceback.
+
+    Other exceptions are bugs of ours: they show a traceback, and exit with code 1.
+    """
+
+    def __init__(self, *args: Any, interrupted: str = "", **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._interrupted = interrupted
+        """How to go on after Ctrl-C."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, and note what was typed."""
+        ctx.meta[TYPED] = shlex.join(["retrace", str(self.name), *args])
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            with warnings_on_stderr():
+                return super().invoke(ctx)
+        except ValueError as error:
+            # Imported late: a help page must not wait for Zarr, which comes with it.
+            from retrace.traces import RetraceError
+
+            if not isinstance(error, RetraceError):
+                raise
+            raise click.UsageError(str(error), ctx) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            place = f" ({error.filename})" if error.filename else ""
+            raise click.UsageError(
+                f"The disk is full{place}: make room, or write elsewhere with --out.", ctx
+            ) from error
+        except KeyboardInterrupt:
+            click.echo(f"\nInterrupted. {self._interrupted}".rstrip(), err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """Show what retrace logs as a warning as one line on stderr."""
+    logger, handler = logging.getLogger("retrace"), _Lines(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{record.levelname.capitalize()}: {record.getMessage()}", err=True)

@@ -1,0 +1,144 @@
+"""`retrace info`: what a trace holds."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from retrace.cli.command import Command
+from retrace.cli.facts import model_name, task_names
+from retrace.cli.parameters import FORMAT
+from retrace.cli.screen import plural, print_facts, print_json, print_table, ranges, size
+
+if TYPE_CHECKING:
+    from retrace.traces import Trace
+
+
+@click.command(
+    "info",
+    cls=Command,
+    epilog="""\b
+Example:
+  retrace info traces/pythia-70m-wikitext.zarr""",
+)
+@click.argument("trace", type=click.Path(path_type=Path))
+@FORMAT
+def command(trace: Path, form: str) -> None:
+    """Print what TRACE holds: model, sequences, layers and their rules."""
+    from retrace.traces import open_trace
+
+    facts = describe(open_trace(trace))
+    if form == "json":
+        print_json(facts)
+    else:
+        _print(facts)
+
+
+def describe(trace: "Trace") -> dict[str, Any]:
+    """A trace's facts; layers of equal rules that follow each other are one entry."""
+    lengths = [trace.length(sequence) for sequence in trace.sequences]
+    return {
+        "trace": str(trace.path),
+        "format": trace.attributes["retrace_format"],
+        "model": trace.attributes.get("model"),
+        "task": trace.attributes.get("task"),
+        "dtype": trace.attributes["dtype"],
+        "sequences": {"finished": len(trace.sequences), "planned": trace.planned},
+        "tokens": sum(lengths),
+        "lengths": {"least": min(lengths, default=0), "most": max(lengths, default=0)},
+        "queries": sum(len(trace.query_positions(sequence)) for sequence in trace.sequences),
+        "bytes": trace.nbytes(),
+        "perplexity": trace.perplexity(),
+        "layers": _layer_groups(trace),
+        "unrecorded_layers": trace.attributes.get("unrecorded_layers", []),
+        "created": trace.attributes.get("created"),
+        "command": trace.attributes.get("command"),
+        "versions": trace.attributes.get("versions"),
+    }
+
+
+def _layer_groups(trace: "Trace") -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = []
+    for index in trace.layers:
+        rules = asdict(trace.layer(index).rules)
+        # gpt_neox.layers.3.attention -> gpt_neox.layers.*.attention
+        rules["module"] = re.sub(rf"(?<=\.){index}(?=\.|$)", "*", rules["module"])
+        sinks = rules.pop("sinks")
+        rules["sinks"] = sinks is not None
+        if groups and all(groups[-1][name] == value for name, value in rules.items()):
+            groups[-1]["layers"].append(index)
+        else:
+            groups.append({"layers": [index], **rules})
+    return groups
+
+
+def _print(facts: dict[str, Any]) -> None:
+    model = facts["model"] if isinstance(facts["model"], dict) else {}
+    finished, planned = facts["sequences"]["finished"], facts["sequences"]["planned"]
+    least, most = facts["lengths"]["least"], facts["lengths"]["most"]
+    length = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    lines = [
+        ("Trace", f"{facts['trace']} (format {facts['format']})"),
+        (
+            "Model",
+            model_name(facts)
+            + (f" at {model['revision']}" if model.get("revision") else "")
+            + (f", {model['parameters']:,} parameters" if "parameters" in model else ""),
+        ),
+        ("Task", task_names(facts, sources=True)),
+        ("Dtype", facts["dtype"]),
+        (
+            "Sequences",
+            f"{finished} of {planned} finished, {plural(facts['tokens'], 'token')}"
+            + (f", {length} each" if finished else ""),
+        ),
+    ]
+    if facts["queries"] != facts["tokens"]:
+        lines.append(("Queries", f"{facts['queries']:,} of {facts['tokens']:,} kept"))
+    lines.append(("Tensors", size(facts["bytes"])))
+    if facts["perplexity"] == facts["perplexity"]:
+        lines.append(("Perplexity", f"{facts['perplexity']:.2f}"))
+    if facts["unrecorded_layers"]:
+        lines.append(("Without attention", f"layers {ranges(facts['unrecorded_layers'])}"))
+    if facts["created"]:
+        lines.append(("Created", str(facts["created"])))
+    if finished < planned:
+        lines.append(("Incomplete", "go on with the command it was made with and --resume"))
+    if facts["command"]:
+        lines.append(("Command", str(facts["command"])))
+    print_facts(lines)
+    _print_layers(facts["layers"])
+
+
+def _print_layers(groups: list[dict[str, Any]]) -> None:
+    rules = {
+        "window": "Window",
+        "chunk": "Chunk",
+        "softcap": "Softcap",
+        "sinks": "Sinks",
+    }
+    shown = [name for name in rules if any(group[name] for group in groups)]
+    rows = [
+        [
+            ranges(group["layers"]),
+            group["module"],
+            str(group["heads"]),
+            str(group["kv_heads"]),
+            str(group["key_dim"])
+            if group["key_dim"] == group["value_dim"]
+            else f"{group['key_dim']}/{group['value_dim']}",
+            f"{group['scale']:.6g}",
+            *(_rule(group[name]) for name in shown),
+        ]
+        for group in groups
+    ]
+    columns = ["Layers", "Module", "Heads", "Kv heads", "Channels", "Scale"]
+    print_table([*columns, *(rules[name] for name in shown)], rows)
+
+
+def _rule(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "-"
+    return "-" if value is None else f"{value:g}"

@@ -1,0 +1,116 @@
+"""Words and numbers as they are printed; rich is loaded only by what draws with it."""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units.
+
+    >>> size(1_234_567)
+    '1.2 MB'
+    """
+    for unit, exponent in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if count >= 10**exponent:
+            return f"{count / 10**exponent:,.1f} {unit}"
+    return f"{count} bytes"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers with runs joined.
+
+    >>> ranges([0, 1, 2, 5])
+    '0-2,5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def plural(count: int, word: str) -> str:
+    """A count and its word.
+
+    >>> plural(2, "layer")
+    '2 layers'
+    """
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def note(text: str) -> None:
+    """A message for people, on stderr."""
+    click.echo(text, err=True)
+
+
+def print_json(content: Any) -> None:
+    """Print JSON on stdout; NaN, which JSON has no word for, is null."""
+    click.echo(json.dumps(_without_nan(content), indent=2, default=str))
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
+
+
+def on_terminal() -> bool:
+    """Whether stdout is read by a person."""
+    return sys.stdout.isatty()
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str | None = None,
+    left: Sequence[str] = (),
+) -> None:
+    """Print a table on stdout that fits the terminal; the first column and those named in `left`
+    begin at the left, the others end at the right.
+
+    Where stdout is no terminal, the table is as wide as its contents.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for i, column in enumerate(columns):
+        justify: Literal["left", "right"] = "left" if i == 0 or column in left else "right"
+        table.add_column(Text(column), justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    _stdout().print(table)
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Print names and their values on stdout, one a line."""
+    facts = list(facts)
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def _stdout() -> "Console":
+    from rich.console import Console
+
+    width = shutil.get_terminal_size().columns if on_terminal() else 1000
+    return Console(file=sys.stdout, width=width, highlight=False)

@@ -1,0 +1,69 @@
+"""`retrace traces`: the traces that are here."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from retrace.cli.command import Command
+from retrace.cli.facts import model_name, task_names
+from retrace.cli.parameters import FORMAT
+from retrace.cli.screen import note, print_json, print_table, ranges, size
+
+
+@click.command(
+    "traces",
+    cls=Command,
+    epilog="""\b
+Example:
+  retrace traces
+  retrace traces /data/captures --format json""",
+)
+@click.argument("folder", type=click.Path(path_type=Path), default=".")
+@FORMAT
+def command(folder: Path, form: str) -> None:
+    """List the traces in FOLDER and FOLDER/traces, the newest last; FOLDER is here by default."""
+    from retrace.traces import RetraceError, find_traces
+
+    if not folder.is_dir():
+        raise RetraceError(f"There is no folder {folder}.")
+    found = [_facts(path) for path in find_traces(folder)]
+    if form == "json":
+        print_json(found)
+        return
+    if not found:
+        note(f"There is no trace in {folder} or {folder / 'traces'}; `retrace capture` makes one.")
+        return
+    print_table(
+        ["Trace", "Model", "Task", "Layers", "Sequences", "Tokens", "Dtype", "Size"],
+        [
+            [
+                fact["trace"],
+                model_name(fact),
+                task_names(fact),
+                ranges(fact["layers"]),
+                f"{fact['finished']}/{fact['planned']}",
+                f"{fact['tokens']:,}",
+                fact["dtype"],
+                size(fact["bytes"]),
+            ]
+            for fact in found
+        ],
+    )
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    from retrace.traces import open_trace
+
+    trace = open_trace(path)
+    return {
+        "trace": str(path),
+        "model": trace.attributes.get("model"),
+        "task": trace.attributes.get("task"),
+        "layers": list(trace.layers),
+        "finished": len(trace.sequences),
+        "planned": trace.planned,
+        "tokens": sum(trace.length(sequence) for sequence in trace.sequences),
+        "dtype": trace.attributes["dtype"],
+        "bytes": trace.nbytes(),
+    }

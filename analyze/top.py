@@ -47,7 +47,7 @@ def _bound(rows: Tensor, k: int) -> Tensor:
     groups = keys // size
     # A group's members are far apart, since neighbouring keys often score alike.
     maxima = rows[:, : groups * size].reshape(count, size, groups).amax(dim=1)
-    if groups * size < keys:  # the last few keys join the first groups
-        rest = rows[:, groups * size :]
-        torch.maximum(maxima[:, : rest.shape[1]], rest, out=maxima[:, : rest.shape[1]])
+    # The last few keys join the first groups; where they outnumber the groups, some join none.
+    rest = rows[:, groups * size :][:, :groups]
+    torch.maximum(maxima[:, : rest.shape[1]], rest, out=maxima[:, : rest.shape[1]])
     return torch.topk(maxima, k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)

@@ -1,0 +1,51 @@
+"""The k largest scores of a row, against a sort."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrace.analyze.top import top
+
+
+def by_sorting(row: list[float], k: int) -> tuple[list[float], list[int]]:
+    """The k largest finite scores of a row and their places, ties to the lower place."""
+    places = [i for i in sorted(range(len(row)), key=lambda i: (-row[i], i)) if row[i] > -1e30][:k]
+    missing = k - len(places)
+    return [row[i] for i in places] + [float("-inf")] * missing, places + [-1] * missing
+
+
+def assert_top(rows: torch.Tensor, k: int) -> None:
+    scores, ids = top(rows, k)
+    for row, row_scores, row_ids in zip(rows.tolist(), scores.tolist(), ids.tolist(), strict=True):
+        assert (row_scores, row_ids) == by_sorting(row, k)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    keys=st.integers(1, 150),
+    k=st.integers(1, 40),
+    levels=st.integers(1, 1000),
+    hidden=st.floats(0, 1),
+    seed=st.integers(0, 2**16),
+)
+def test_random_rows(keys: int, k: int, levels: int, hidden: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(levels, (7, keys), generator=generator).float()
+    rows[torch.rand(rows.shape, generator=generator) < hidden] = -torch.inf
+    assert_top(rows, k)
+
+
+def test_last_keys_outnumber_the_groups() -> None:
+    for keys in range(32, 64):
+        assert_top(torch.arange(keys).float().expand(2, -1), 1)
+
+
+def test_leading_axes_are_kept() -> None:
+    scores, ids = top(torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)), 7)
+    assert scores.shape == ids.shape == (2, 3, 7)
+    assert (ids[..., 5:] == -1).all() and (scores[..., 5:] == -torch.inf).all()
+
+
+def test_lowest_finite_score_is_found() -> None:
+    lowest = torch.finfo(torch.float32).min
+    assert top(torch.tensor([[-torch.inf, lowest, lowest]]), 2)[1].tolist() == [[1, 2]]

@@ -9,7 +9,7 @@ import click
 
 from retrace.cli.command import Command
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import Numbers
+from retrace.cli.parameters import numbers
 from retrace.cli.screen import note, on_terminal, plural, print_json, print_table, size
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ Example:
 )
 @click.option(
     "--topk",
-    type=Numbers(),
+    type=numbers,
     default="10",
     show_default=True,
     metavar="10,20,50",
@@ -68,7 +68,7 @@ Example:
 )
 @click.option(
     "--layers",
-    type=Numbers(),
+    type=numbers,
     metavar="0,2,5-8",
     help="Layers to replay; all recorded ones by default.",
 )

@@ -12,7 +12,7 @@ import click
 
 from retrace.cli.command import TYPED, Command
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import Names, Numbers
+from retrace.cli.parameters import names, numbers
 from retrace.cli.screen import note, plural, print_facts, size
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ Example:
   retrace capture --pretrained builtin:smollm2 --text notes.txt --max-length 1024""",
 )
 @setting("--pretrained", required=True, metavar="MODEL")
-@setting("--tasks", type=Names(), metavar="NAME,...")
+@setting("--tasks", type=names, metavar="NAME,...")
 @setting("--text", type=click.Path(), multiple=True, metavar="FILE")
 @setting("--data", type=click.Path(), metavar="PATH")
 @setting("--limit", type=int, metavar="N")
@@ -66,7 +66,7 @@ Example:
 @setting("--max-length", type=int, metavar="N")
 @setting("--dtype", metavar="NAME")
 @setting("--device", metavar="NAME")
-@setting("--layers", type=Numbers(), metavar="0,2,5-8")
+@setting("--layers", type=numbers, metavar="0,2,5-8")
 @setting("--queries", metavar="WHICH")
 @setting("--revision", metavar="NAME")
 @setting("--trust-remote-code", is_flag=True)

@@ -7,44 +7,34 @@ from typing import Any
 import click
 
 
-class Names(click.ParamType):
-    """Names separated by commas."""
+def names(value: Any) -> tuple[str, ...]:
+    """Names separated by commas.
 
-    name = "names"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        """The names as a tuple."""
-        parts = value.split(",") if isinstance(value, str) else value
-        names = tuple(str(part).strip() for part in parts)
-        return tuple(name for name in names if name)
+    >>> names("a, b")
+    ('a', 'b')
+    """
+    parts = value if isinstance(value, list | tuple) else str(value).split(",")
+    return tuple(name for part in parts if (name := str(part).strip()))
 
 
-class Numbers(click.ParamType):
-    """Whole numbers separated by commas, and ranges of them: `0,2,5-8`."""
+def numbers(value: Any) -> tuple[int, ...]:
+    """Whole numbers separated by commas, and ranges of them.
 
-    name = "numbers"
+    >>> numbers("0,2,5-8")
+    (0, 2, 5, 6, 7, 8)
+    """
+    parts = value if isinstance(value, list | tuple) else str(value).split(",")
+    return tuple(number for part in parts for number in _range(str(part).strip()))
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """The numbers as a tuple."""
-        parts = value if isinstance(value, list | tuple) else str(value).split(",")
-        return tuple(
-            number for part in parts for number in self._range(str(part).strip(), param, ctx)
-        )
 
-    def _range(
-        self, text: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Iterator[int]:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-        if match is None:
-            self.fail(f"{text!r}: expected numbers and ranges, such as 0,2,5-8.", param, ctx)
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            self.fail(f"{text!r}: the range ends before it begins.", param, ctx)
-        yield from range(first, last + 1)
+def _range(text: str) -> Iterator[int]:
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is neither a number nor a range, such as 0,2,5-8.")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first:
+        raise click.BadParameter(f"The range {text!r} ends before it begins.")
+    yield from range(first, last + 1)
 
 
 FORMAT = click.option(

@@ -40,7 +40,7 @@ def examine(model: Any, tokens: npt.NDArray[np.int32]) -> dict[int, AttentionLay
             observed = next(logits_in_blocks(model, batch, [rows]))
         layers = observer.layers(model)
         stock = _stock_logits(model, batch, rows)
-    worst = _relative_difference(observed[0].double(), stock[0].double())
+    worst = _relative_difference(observed[0].cpu().double(), stock[0].cpu().double())
     dtype = str(next(iter(layers.values())).dtype).removeprefix("torch.")
     if not worst <= LOGIT_TOLERANCE[dtype]:  # so written that NaN is refused as well
         raise RetraceError(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from retrace.capture.hub import hub_reachable
@@ -43,10 +44,18 @@ class Checkpoint:
         """The model with its weights, in evaluation mode on the device."""
         target = find_device(device)
         with _explained(self.pretrained, reachable=True):
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            load: Any = AutoModelForCausalLM.from_pretrained
+            model, loading = load(
                 self._location,
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                output_loading_info=True,
                 **self._options,
+            )
+        missing = sorted(loading["missing_keys"])
+        if missing:  # transformers fills these with random numbers
+            raise RetraceError(
+                f"{self.pretrained} lacks {len(missing)} of the weights of {type(model).__name__}, "
+                f"{missing[0]} first: it is incomplete, or another kind of model."
             )
         return model.to(target).eval()
 
@@ -68,6 +77,7 @@ def open_checkpoint(settings: CaptureSettings) -> Checkpoint:
         options |= {"revision": settings.revision, "local_files_only": not reachable}
     with _explained(settings.pretrained, reachable):
         config = AutoConfig.from_pretrained(location, **options)
+    with _explained(settings.pretrained, reachable, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
     return Checkpoint(settings.pretrained, config, tokenizer, location, options)
 
@@ -164,7 +174,9 @@ def _require_gguf(pretrained: str) -> None:
 
 
 @contextlib.contextmanager
-def _explained(pretrained: str, reachable: bool) -> Iterator[None]:
+def _explained(
+    pretrained: str, reachable: bool, part: str = "causal language model"
+) -> Iterator[None]:
     """What transformers raises for a model that it cannot load, as one line with a cure."""
     cure = "give a model folder, a .gguf file or builtin:smollm2"
     try:
@@ -190,10 +202,15 @@ def _explained(pretrained: str, reachable: bool) -> Iterator[None]:
             f"The model {pretrained} cannot be loaded: {_first_line(error)} Check its name, or "
             f"{cure}."
         ) from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise RetraceError(
+                f"{pretrained} brings Python code of its own: read it, and if you trust it give "
+                "--trust-remote-code."
+            ) from error
         raise RetraceError(
-            f"{pretrained} is no causal language model that transformers "
-            f"{transformers.__version__} can load: {_first_line(error)}"
+            f"{pretrained} holds no {part} that transformers {transformers.__version__} can "
+            f"load: {_first_line(error)}"
         ) from error
 
 

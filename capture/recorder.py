@@ -1,5 +1,6 @@
 """Observers of attention calls: one that learns every layer's rules, one that stores tensors."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -67,15 +68,24 @@ class RulesObserver:
         """The layers that were seen in one forward pass, by index, ascending."""
         if not self._seen:
             raise unrecordable(model)
-        numbers: list[Any] = [getattr(call.module, "layer_idx", None) for call, _ in self._seen]
-        usable = all(isinstance(n, int) and n >= 0 for n in numbers)
-        if not usable or len(set(numbers)) != len(numbers):
-            numbers = list(range(len(self._seen)))  # the order of the calls, where indices repeat
+        numbers = _layer_numbers([call for call, _ in self._seen])
         layers = [
-            AttentionLayer(int(number), call.module, rules, call.query.dtype)
+            AttentionLayer(number, call.module, rules, call.query.dtype)
             for number, (call, rules) in zip(numbers, self._seen, strict=True)
         ]
         return {layer.index: layer for layer in sorted(layers, key=lambda layer: layer.index)}
+
+
+def _layer_numbers(calls: Sequence[AttentionCall]) -> list[int]:
+    """A number of its own for the layer of each call: what the module says, else what its path
+    says (Zamba2's modules all say -1), else the order of the calls."""
+    said = [getattr(call.module, "layer_idx", None) for call in calls]
+    paths = [re.search(r"(?<=\.)\d+(?=\.)", call.path) for call in calls]
+    for numbers in (said, [int(found[0]) if found else None for found in paths]):
+        usable = [n for n in numbers if isinstance(n, int) and n >= 0]
+        if len(set(usable)) == len(calls):
+            return usable
+    return list(range(len(calls)))
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,7 @@ class TensorRecorder:
             if part.sampled_positions is not None:
                 sampled = torch.from_numpy(part.sampled_positions).long()
                 output = call.output[part.row, sampled.to(call.output.device)]
-                self.samples[layer.index] = output.double().cpu().numpy()
+                self.samples[layer.index] = output.cpu().double().numpy()
 
     def _check(self, call: AttentionCall, rules: LayerRules) -> None:
         """Refuse a call that follows other rules than those that the trace states."""

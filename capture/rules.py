@@ -74,7 +74,7 @@ def read_rules(
         window=window,
         chunk=chunk,
         softcap=None if arguments.get("softcap") is None else float(arguments["softcap"]),
-        sinks=None if sinks is None else tuple(sinks.detach().flatten().double().cpu().tolist()),
+        sinks=None if sinks is None else tuple(sinks.detach().flatten().cpu().double().tolist()),
     )
 
 

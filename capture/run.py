@@ -1,10 +1,11 @@
 """Capturing a trace, from the settings to the finished store."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -143,7 +144,6 @@ class _Plan:
         if output.resumes:
             compared = {name: self.attributes[name] for name in COMPARED}
             return resume_trace(output.writing, attributes=compared, **everything)  # type: ignore[arg-type]
-        output.clear()
         return create_trace(output.writing, attributes=self.attributes, **everything)  # type: ignore[arg-type]
 
 
@@ -155,8 +155,8 @@ def _capture(
     max_length = _max_length(settings, checkpoint)
     cut = WindowCutter(checkpoint.tokenizer, max_length, settings.limit)
     sets = read_sequences(settings, cut)
-    model = checkpoint.load(settings.dtype, settings.device)
-    try:
+    with _explained(output):
+        model = checkpoint.load(settings.dtype, settings.device)
         show(Progress("checking"))
         tokens = [sequence for one in sets for sequence in one.sequences]
         # The longest shows what shorter ones hide: a window, say.
@@ -176,13 +176,23 @@ def _capture(
             attributes=attributes,
         )
         return _record(settings, output, plan, model, recorded, show)
+
+
+@contextlib.contextmanager
+def _explained(output: Output) -> Iterator[None]:
+    """A full memory or disk, as one line that says how to go on."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise RetraceError(
-            f"{model.device} has too little memory: lower --batch-size or --max-length, or choose "
+            "The device has too little memory: lower --batch-size or --max-length, or choose "
             "another --dtype or --device."
         ) from error
     except OSError as error:
-        raise output.explain(error) or error from error
+        explanation = output.explain(error)
+        if explanation is None:
+            raise
+        raise explanation from error
 
 
 def _record(
@@ -195,6 +205,8 @@ def _record(
 ) -> Trace:
     """Run the model over every sequence that the trace does not hold yet."""
     count = len(plan.tokens)
+    if not output.resumes:
+        output.clear()
     done = set(open_trace(output.writing).sequences) if output.resumes else set()
     output.check_space(plan.bytes() * (count - len(done)) // count)
     writer = plan.open(output)

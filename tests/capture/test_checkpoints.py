@@ -1,0 +1,62 @@
+"""Checkpoints that are damaged, incomplete or of another kind are refused in one line."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from retrace.capture import capture
+from retrace.traces import RetraceError
+
+
+@pytest.fixture
+def folder(model_folder: Any, tmp_path: Path) -> Path:
+    """A copy of a good model folder, to be spoilt."""
+    return Path(shutil.copytree(model_folder("llama"), tmp_path / "model"))
+
+
+def drop_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate_the_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def drop_the_tokenizer(folder: Path) -> None:
+    for file in folder.glob("token*"):
+        file.unlink()
+
+
+def bring_code(folder: Path) -> None:
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("")
+
+
+def be_another_kind(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (drop_a_weight, r"lacks 1 of the weights of LlamaForCausalLM, model\.layers\.1.*k_proj"),
+        (truncate_the_weights, "holds no causal language model"),
+        (drop_the_tokenizer, "holds no tokenizer"),
+        (bring_code, "--trust-remote-code"),
+        (be_another_kind, r"holds no causal language model .*T5Config"),
+    ],
+)
+def test_refused(spoil: Any, message: str, folder: Path, text_file: Path, tmp_path: Path) -> None:
+    spoil(folder)
+    with pytest.raises(RetraceError, match=message) as refusal:
+        capture(str(folder), text=[text_file], limit=1, out=tmp_path / "t")
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "t").exists()

@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 if TYPE_CHECKING:
@@ -77,9 +78,10 @@ def attention_fraction_heatmap(results: "Results", method: str, topk: int) -> Fi
     exact = _layers_by_heads(rows, "exact_attention_fraction")
     found = _layers_by_heads(rows, "attention_fraction")
     layers, heads = exact.shape
-    height = float(np.clip(0.17 * layers + 1.5, 2.6, 11.0))
-    width = 3 * float(np.clip(0.2 * heads + 1.6, 2.6, 5.5)) + 0.6
+    height = float(np.clip(0.17 * layers + 1.5, 3.0, 11.0))
+    width = 3 * float(np.clip(0.2 * heads + 1.6, 2.8, 5.5)) + 1.0
     figure = Figure(figsize=(width, height), layout="constrained")
+    _space(figure)
     figure.suptitle(
         f"Attention fraction of each layer and head: {_wrapped(method, 60)}, k = {topk}",
         fontsize="medium",
@@ -111,10 +113,12 @@ def attention_fraction_curves(results: "Results") -> Figure:
     axes = figure.subplots()
     _draw_curves(axes, curves, banded=True)
     axes.set_title(
-        "Attention fraction over budgets\nmean over heads and layers; shaded: 10 to 90 % of layers",
+        "Attention fraction, mean over heads and layers; shaded: 10 to 90 % of layers\n"
+        f"{_counted_words(results)}",
         fontsize="medium",
     )
     _label_budgets(axes, results)
+    axes.set_xlabel("budget k (keys per query and head)")
     axes.set_ylabel("share of attention mass on the keys attended")
     _legend(figure, axes)
     return figure
@@ -126,29 +130,28 @@ def attention_fraction_curves_by_layer(results: "Results") -> Figure:
     groups = _layer_groups(sorted(results.curves["layer"].unique()))
     figure, panels = _grid(len(groups), width=2.7, height=2.1)
     figure.suptitle(
-        "Attention fraction over budgets, by layer (mean over heads)", fontsize="medium"
+        f"Attention fraction by layer, mean over heads\n{_counted_words(results)}",
+        fontsize="medium",
     )
     for axes, group in zip(panels, groups, strict=True):
         _draw_curves(axes, curves.within(group), banded=False)
         axes.set_title(_layer_words(group), fontsize="small")
         axes.tick_params(labelsize="small")
-    _label_budgets(panels[0], results, label=False)
-    figure.supxlabel(_budget_words(results), fontsize="medium")
-    figure.supylabel("share of attention mass on the keys attended", fontsize="medium")
+    _label_budgets(panels[0], results)
+    _label_outer(panels, "budget k", "share of attention mass\non the keys attended")
     _legend(figure, panels[0])
     return figure
 
 
 def recall_by_layer(results: "Results") -> Figure:
     """Recall of every method over layers: mean and standard deviation across heads."""
-    return _by_layer(
-        results, "recall", "recall@k: share of the exact top k keys returned", most=1.0
-    )
+    label = "recall@k: share of the\nexact top k keys returned"
+    return _by_layer(results, "recall", "Recall", label, most=1.0)
 
 
 def error_norm_by_layer(results: "Results") -> Figure:
     """Error norm of every method over layers: mean and standard deviation across heads."""
-    return _by_layer(results, "error_norm", "error norm: ||o - o'|| / ||o|| of the output")
+    return _by_layer(results, "error_norm", "Error norm", "||o - o'|| / ||o|| of the output o")
 
 
 class _Curves(NamedTuple):
@@ -230,7 +233,7 @@ def _draw_curves(axes: Axes, curves: _Curves, *, banded: bool) -> None:
         _say_nothing_counts(axes)
 
 
-def _label_budgets(axes: Axes, results: "Results", *, label: bool = True) -> None:
+def _label_budgets(axes: Axes, results: "Results") -> None:
     """Ticks at 1, 2, 5, 10, ... within the budgets that there are."""
     budgets = results.curves["topk"]
     least, most = int(budgets.min()), int(budgets.max())
@@ -242,27 +245,26 @@ def _label_budgets(axes: Axes, results: "Results", *, label: bool = True) -> Non
     axes.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:g}"))
     if least == most:
         axes.set_xlim(least / 2, least * 2)
-    if label:
-        axes.set_xlabel(_budget_words(results))
 
 
-def _budget_words(results: "Results") -> str:
+def _counted_words(results: "Results") -> str:
+    """Which queries the figures are over: with k they change, so that a curve may fall."""
     context = results.run.get("min_context")
     counted = "10 k" if context is None else str(context)
-    return f"budget k (keys per query and head), over queries from position {counted} on"
+    return f"over the queries from position {counted} on, protocol {results.run.get('protocol')}"
 
 
-def _by_layer(results: "Results", metric: str, label: str, most: float | None = None) -> Figure:
+def _by_layer(
+    results: "Results", metric: str, title: str, label: str, most: float | None = None
+) -> Figure:
     rows = results.metrics[results.metrics["metric"] == metric]
     budgets = _chosen(sorted(int(k) for k in rows["topk"].unique()))
     layers = sorted(int(layer) for layer in rows["layer"].unique())
     methods = results.methods()
     width = float(np.clip(0.09 * len(layers) + 2.2, 3.2, 5.4))
     figure, panels = _grid(len(budgets), width=width, height=2.9, columns=3)
-    title = label.split(":")[0].capitalize()
     figure.suptitle(
-        f"{title} by layer: mean and standard deviation across heads"
-        + ("" if len(methods) <= BANDS else " (bars)"),
+        f"{title} by layer: mean and standard deviation across heads\n{_counted_words(results)}",
         fontsize="medium",
     )
     for axes, k in zip(panels, budgets, strict=True):
@@ -286,8 +288,7 @@ def _by_layer(results: "Results", metric: str, label: str, most: float | None = 
         if not drawn:
             _say_nothing_counts(axes)
     panels[0].set_ylim(bottom=0.0, top=None if most is None else 1.03 * most)
-    figure.supxlabel("layer", fontsize="medium")
-    figure.supylabel(label, fontsize="medium")
+    _label_outer(panels, "layer", label)
     _legend(figure, *panels)
     return figure
 
@@ -360,7 +361,27 @@ def _grid(
     # The lowest panel of a column has the numbers, though the last row be short.
     for axes in panels[max(0, count - columns) : count]:
         axes.tick_params(labelbottom=True)
+    _space(figure)
     return figure, panels[:count]
+
+
+def _label_outer(panels: Sequence[Axes], horizontal: str, vertical: str) -> None:
+    """Label the left and the lowest panels of a grid; a figure's own labels would run into a
+    legend below it."""
+    for axes in panels:
+        place = axes.get_subplotspec()
+        assert place is not None
+        if place.is_first_col():
+            axes.set_ylabel(vertical)
+        if axes.xaxis.get_tick_params()["labelbottom"]:
+            axes.set_xlabel(horizontal)
+
+
+def _space(figure: Figure) -> None:
+    """Keep labels of neighbouring panels apart."""
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(w_pad=0.08, wspace=0.02)
 
 
 def _legend(figure: Figure, *panels: Axes) -> None:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 from torch import Tensor
 
 from retrace.traces import RetraceError
@@ -44,7 +45,8 @@ class Keep:
 
     def at(self, k: int) -> tuple[int, int]:
         """How many sinks and recent keys are kept under a budget of k keys."""
-        return self.sink, max(self.recent, int(self.recent_share * k))
+        # Rounded first: 0.29 of 100 keys are 29, though the product is a little less.
+        return self.sink, max(self.recent, int(round(self.recent_share * k, 6)))
 
     def contains(self, ids: Tensor, positions: Tensor, k: int) -> Tensor:
         """Which key ids (..., queries, any) are kept, for queries at positions (queries,)."""
@@ -53,8 +55,8 @@ class Keep:
 
     def __str__(self) -> str:
         parts = [f"sink:{self.sink}"] if self.sink else []
-        if self.recent_share:
-            parts.append(f"recent:{self.recent_share:g}k")
-        elif self.recent:
+        if self.recent:
             parts.append(f"recent:{self.recent}")
+        if self.recent_share:
+            parts.append(f"recent:{np.format_float_positional(self.recent_share, trim='-')}k")
         return "+".join(parts) or "none"

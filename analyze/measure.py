@@ -1,6 +1,7 @@
 """How far a selection is from exact attention, query by query."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,15 +45,18 @@ class ExactBlock:
     def selection(self, ks: tuple[int, ...]) -> Selection:
         """What exact attention over the k keys of largest score attends."""
         block = self.block
-        budgets = torch.tensor(ks, device=block.positions.device)
-        attended = torch.minimum(budgets[:, None], block.visible_count)[:, None]
         return Selection(
             ks,
             self.reference.ids[..., : ks[-1]],
-            attended.expand(-1, len(block.queries), -1),
+            torch.tensor(ks, device=block.positions.device)[:, None, None],
             aux_bytes=block.visible_count * block.unit.group.key_bytes,
             holds_keys=True,
         )
+
+    @cached_property
+    def fractions(self) -> Tensor:
+        """Attention mass on the exact top 0, 1, ... keys (group, queries, ranks + 1) float64."""
+        return _prefixes(self.probabilities(self.reference.ids))
 
     def part(self, rows: slice) -> "ExactBlock":
         """Some of the block's queries."""
@@ -82,34 +86,30 @@ def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measu
     block, ids = exact.block, selection.ids
     ks = torch.tensor(selection.ks, device=ids.device)
     probability = exact.probabilities(ids)
-    cumulative = _prefixes(probability)
-    attended = selection.attended
-    fraction = cumulative.expand(len(ks), *cumulative.shape).gather(-1, attended[..., None])
-    best = exact.reference.ids[..., : selection.ks[-1]]
-    best_cumulative = _prefixes(exact.probabilities(best))
+    listed = ids >= 0
     at_all = {
-        "recall": _recall(exact, selection, ids >= 0, best >= 0),
-        "attention_fraction": fraction.squeeze(-1),
-        "exact_attention_fraction": best_cumulative[..., ks].movedim(-1, 0),
+        "recall": _hits(exact, selection, listed)
+        / torch.minimum(ks[:, None], block.visible_count)[:, None],
+        "attention_fraction": _at(_prefixes(probability), selection.attended),
+        "exact_attention_fraction": exact.fractions[..., ks].movedim(-1, 0),
     }
     if selection.anything_given:
-        at_all["candidate_recall"] = _recall(
-            exact,
-            selection,
-            (ids >= 0) & ~selection.given(ids),
-            (best >= 0) & ~selection.given(best),
-        )
+        best = exact.reference.ids[..., : selection.ks[-1]]
+        wanted = _prefixes(((best >= 0) & ~selection.given(best)).double())[..., ks].movedim(-1, 0)
+        hits = _hits(exact, selection, listed & ~selection.given(ids))
+        # NaN, and so not counted, where nothing had to be found.
+        at_all["candidate_recall"] = hits / wanted.masked_fill(wanted == 0, torch.nan)
     output = selection.output
     if output is None:
         output = _outputs(exact, selection, probability, points)
-    chosen = attended[points]
+    attended = torch.minimum(selection.attended[points], listed.sum(dim=-1))
     return Measured(
         selection.ks,
         at_all,
         {
             "error_norm": _error_norm(exact.reference.output, output),
-            "density": chosen / block.visible_count,
-            "bytes_ratio": _bytes_ratio(block, selection, chosen),
+            "density": attended / block.visible_count,
+            "bytes_ratio": _bytes_ratio(block, selection, attended),
         },
     )
 
@@ -119,33 +119,37 @@ def _prefixes(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values.cumsum(dim=-1), (1, 0))
 
 
-def _recall(exact: ExactBlock, selection: Selection, listed: Tensor, wanted: Tensor) -> Tensor:
-    """|R_k n T_k| / |T_k| at every budget (budgets, group, queries), over the keys that `listed`
-    (like the list) and `wanted` (like the exact list) leave in; NaN where T_k is empty.
+def _at(prefixes: Tensor, attended: Tensor) -> Tensor:
+    """Prefix sums (group, queries, listed + 1) at the places that each budget reaches
+    (budgets, group or 1, queries or 1): (budgets, group, queries)."""
+    attended = attended.clamp(max=prefixes.shape[-1] - 1).movedim(0, -1)
+    if attended.shape[:2] == (1, 1):
+        return prefixes[..., attended.flatten()].movedim(-1, 0)
+    return prefixes.gather(-1, attended.expand(*prefixes.shape[:2], -1)).movedim(-1, 0)
+
+
+def _hits(exact: ExactBlock, selection: Selection, counted: Tensor) -> Tensor:
+    """|R_k n T_k| at every budget (budgets, group, queries), over the listed keys that count.
 
     The j-th listed key of exact rank r is a hit at budget k when it is attended there, is among
     the k best-ranked, and r < k: so from some budget on, and counting them is a cumulative sum.
     """
-    ks = torch.tensor(selection.ks, device=listed.device)
-    ranks = exact.ranks(selection.ids)
-    places = torch.arange(listed.shape[-1], device=listed.device)
-    reach = torch.minimum(selection.attended, ks[:, None, None]).movedim(0, -1).contiguous()
-    from_place = torch.searchsorted(reach, places.expand(*reach.shape[:2], -1), right=True)
-    from_rank = torch.searchsorted(ks, ranks, right=True)
-    first_budget = torch.maximum(from_place, from_rank)
-    hits = _count_up(first_budget, listed, len(ks))
-    order = torch.arange(wanted.shape[-1], device=listed.device)
-    wanted_from = torch.searchsorted(ks, order, right=True).expand(wanted.shape)
-    total = _count_up(wanted_from, wanted, len(ks))
-    return (hits / total.masked_fill(total == 0, torch.nan)).movedim(-1, 0)
+    ks = torch.tensor(selection.ks, device=counted.device)
+    reach = torch.minimum(selection.attended, ks[:, None, None])
+    from_rank = torch.searchsorted(ks, exact.ranks(selection.ids), right=True)
+    first_budget = torch.maximum(_first_budget(reach, counted.shape[-1]), from_rank)
+    tally = torch.zeros(*counted.shape[:2], len(ks) + 1, device=counted.device)
+    tally.scatter_add_(-1, first_budget, counted.to(tally.dtype))
+    return tally[..., :-1].cumsum(dim=-1).movedim(-1, 0)
 
 
-def _count_up(first_budget: Tensor, counts: Tensor, budgets: int) -> Tensor:
-    """How many entries (group, queries, any) take part at each budget (group, queries, budgets),
-    each from its first budget on."""
-    tally = torch.zeros(*counts.shape[:2], budgets + 1, device=counts.device)
-    tally.scatter_add_(-1, first_budget.to(torch.int64), counts.to(tally.dtype))
-    return tally[..., :budgets].cumsum(dim=-1)
+def _first_budget(reach: Tensor, listed: int) -> Tensor:
+    """The first budget that reaches each place of a list (group or 1, queries or 1, listed), for
+    the places reached by each budget (budgets, group or 1, queries or 1), which never fall; the
+    number of budgets where none does."""
+    reach = reach.movedim(0, -1).contiguous()
+    places = torch.arange(listed, device=reach.device).repeat(*reach.shape[:2], 1)
+    return torch.searchsorted(reach, places, right=True)
 
 
 def _outputs(
@@ -155,7 +159,7 @@ def _outputs(
     (points, group, queries, value channels); nothing attended gives zeros."""
     block = exact.block
     attended = selection.attended[points].movedim(0, -1)[..., None]
-    width = int(attended.max())
+    width = min(int(attended.max()), selection.ids.shape[-1])
     places = torch.arange(width, device=attended.device)
     # float64, since the probabilities of what was selected may all be tiny.
     weights = probability[..., None, :width] * (places < attended)
@@ -167,7 +171,7 @@ def _outputs(
     ids = selection.ids[..., :width].clamp(min=0)
     output = torch.cat(
         [
-            # (group, rows, points, listed) @ (group, rows, listed, value channels)
+            # (group, queries, points, listed) @ (group, queries, listed, value channels)
             weights[:, rows] @ block.unit.values[ids[:, rows]]
             for rows in _row_slices(ids, block.unit.values.shape[1])
         ],
@@ -175,9 +179,10 @@ def _outputs(
     )
     if selection.estimates is not None:
         # SparQ Attention (arXiv:2312.04985), eq. 7: the mean value stands for the mass left out.
-        share = _prefixes(selection.estimates).gather(-1, attended.squeeze(-1)).to(output.dtype)
+        share = _at(_prefixes(selection.estimates), selection.attended[points])
+        share = share.movedim(0, -1)[..., None].to(output.dtype)
         fill = block.unit.mean_values[block.positions][:, None]
-        output = share[..., None] * output + (1 - share[..., None]) * fill
+        output = share * output + (1 - share) * fill
     return output.movedim(2, 0)
 
 
@@ -211,9 +216,7 @@ def _union(block: Block, selection: Selection, attended: Tensor) -> Tensor:
     heads, rows, listed = ids.shape
     if heads == 1:
         return attended[:, 0]
-    places = torch.arange(listed, device=ids.device).expand(heads, rows, -1)
-    by_rank = attended.movedim(0, -1).contiguous()
-    first_point = torch.searchsorted(by_rank, places.contiguous(), right=True)
+    first_point = _first_budget(attended, listed).expand(heads, rows, -1)
     # Of the heads that list a key, the one that attends it at the smallest budget counts it.
     owner = first_point * heads + torch.arange(heads, device=ids.device)[:, None, None]
     flat = torch.where(ids < 0, block.end, ids).movedim(0, 1).reshape(rows, -1)

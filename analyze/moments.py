@@ -32,7 +32,7 @@ class Moments:
         count = counted.sum(dim=-1).double().expand(values.shape[:-1])
         mean = values.sum(dim=-1) / count.clamp(min=1)
         deviations = (values - mean[..., None]).masked_fill(~counted, 0.0)
-        squares = deviations.square().sum(dim=-1)
+        squares = (deviations * deviations).sum(dim=-1)
         return cls(*(part.cpu().numpy() for part in (count, mean, squares)))
 
     def merge(self, other: Self) -> Self:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -68,8 +69,8 @@ class ReferenceStore:
         try:
             with np.load(self._path(digest, layer)) as arrays:
                 kept = KeptReferences(arrays["ids"], arrays["log_normalizer"], arrays["output"])
-        except (OSError, ValueError, KeyError):
-            return None  # not there, or cut off: computed anew
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return None  # not there, or damaged: computed anew
         return kept if kept.ids.shape[-1] >= min(ranks, positions) else None
 
     def save(self, digest: str, layer: int, references: "KeptReferences") -> None:

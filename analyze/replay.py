@@ -140,7 +140,7 @@ def replay(
             fresh = KeptReferences.allocate(unit, max(plan.ranks, KEPT_RANKS))
         heads.append(_replay_unit(unit, plan, kept, fresh, clock))
     if fresh is not None:
-        with clock.charge("keep"):
+        with clock.charge("exact answers kept"):
             store.save(digest, layer, fresh)
     return [
         Tally(
@@ -169,7 +169,7 @@ def _replay_unit(
     states = [States(m.spec.method, unit, plan.protocol) for m in plan.methods]
     # Answers that are kept for later runs must not depend on which queries this one counts.
     for block in unit.blocks(0 if fresh is not None else first, plan.block_elements):
-        with clock.charge("exact"):
+        with clock.charge("exact pass"):
             ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS)
             if kept is not None:
                 reference = kept.get(block, plan.ranks)

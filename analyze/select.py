@@ -56,9 +56,11 @@ def _select_by_score(
     for k in ks:
         kept_sets.setdefault(method.keep.at(k), []).append(k)
     probabilities = torch.softmax(scores, dim=-1) if method.output == "mean-fill" else None
-    aux = _aux_bytes(method, state, block)
+    aux, holds_keys = _aux_bytes(method, state, block), method.holds_keys
+    if state is None:  # every key is read to rank them
+        aux, holds_keys = block.visible_count * block.unit.group.key_bytes, True
     return [
-        _compose(method, size, ids, tuple(shared), block, probabilities, aux)
+        _compose(method, size, ids, tuple(shared), block, probabilities, aux, holds_keys)
         for shared in kept_sets.values()
     ]
 
@@ -111,10 +113,12 @@ def _compose(
     block: Block,
     probabilities: Tensor | None,
     aux_bytes: Tensor,
+    holds_keys: bool,
 ) -> Selection:
     """The always-kept keys in front of the ranked ones, and how many keys each budget attends."""
     sink, recent = method.keep.at(ks[0])
-    kept_count = ids.new_zeros(())
+    budgets = torch.tensor(ks, device=ids.device)[:, None, None]
+    kept_count = ids.new_zeros((1, 1))
     if sink or recent:
         kept = _kept_ids(sink, recent, block).expand(len(ids), -1, -1)
         kept_count = (kept >= 0).sum(dim=-1)
@@ -122,20 +126,16 @@ def _compose(
         listed = missing_last(torch.cat([kept, ids], dim=-1))
     else:
         listed = ids if size == 1 else missing_last(ids)
-    # Keys in the first u units of the ranked part, u = 0, 1, ...
-    in_units = (ids >= 0).reshape(*ids.shape[:-1], -1, size).sum(dim=-1).cumsum(dim=-1)
-    in_units = torch.nn.functional.pad(in_units, (1, 0))
-    affordable = [0] + [k if size == 1 else method.units(k) for k in range(1, ks[-1] + 1)]
-    attended = []
-    for k in ks:
-        left = (k - kept_count).clamp(min=0)
-        if size == 1:
-            found = torch.minimum(left, in_units[..., -1])
-        else:
-            units = torch.tensor(affordable, device=ids.device)[left]
-            units = units.clamp(max=in_units.shape[-1] - 1).expand(ids.shape[:-1])
-            found = in_units.gather(-1, units[..., None]).squeeze(-1)
-        attended.append((kept_count + found).expand(ids.shape[:-1]))
+    left = (budgets - kept_count).clamp(min=0)
+    if size > 1:
+        affordable = [0] + [method.units(k) for k in range(1, ks[-1] + 1)]
+        units = torch.tensor(affordable, device=ids.device)[left]
+        # Keys in the first u pages, u = 0, 1, ...
+        in_page = (ids >= 0).view(*ids.shape[:-1], -1, size).sum(dim=-1)
+        in_pages = torch.nn.functional.pad(in_page.cumsum(dim=-1), (1, 0))
+        units = units.clamp(max=in_pages.shape[-1] - 1).movedim(0, -1)
+        left = in_pages.gather(-1, units.expand(*ids.shape[:2], -1)).movedim(-1, 0)
+    attended = kept_count + left
     listed = listed[..., : max(1, int(attended[-1].max()))]
     estimates = None
     if probabilities is not None:
@@ -144,12 +144,12 @@ def _compose(
     return Selection(
         ks,
         listed,
-        torch.stack(attended),
+        attended,
         sink=sink,
         first_given=block.positions - recent + 1 if recent else None,
         estimates=estimates,
         aux_bytes=aux_bytes,
-        holds_keys=method.holds_keys,
+        holds_keys=holds_keys,
     )
 
 
@@ -176,7 +176,7 @@ def _select_by_search(
                 f"search() gave shape {tuple(found.shape)}; expected (group, queries, ids) = "
                 f"{(*block.queries.shape[:2], k)}."
             )
-        check_ids(found, block)
+        check_ids(found, block, windowed=False)
         candidates = torch.cat([found, candidates], dim=-1)
     # Ascending, so that a stable sort by score leaves ties to the lower key.
     candidates = _only_visible(candidates, block).sort(dim=-1).values

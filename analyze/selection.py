@@ -13,7 +13,7 @@ from retrace.traces import RetraceError
 class Selection:
     """The keys that a method attends for each query of a block, at several budgets.
 
-    At budget `ks[b]` a query attends the first `attended[b]` keys of its list.
+    At budget `ks[b]` a query attends the first `attended[b]` keys of its list, or all that it has.
     """
 
     ks: tuple[int, ...]
@@ -21,7 +21,7 @@ class Selection:
     ids: Tensor
     """Key ids (group, queries, listed) int64, best first, -1 only at the end."""
     attended: Tensor
-    """Keys attended at each budget (budgets, group, queries) int64, never falling."""
+    """Keys attended at each budget (budgets, group or 1, queries or 1) int64, never falling."""
     sink: int = 0
     """Keys below this position did not have to be found: they are always kept."""
     first_given: Tensor | None = None
@@ -53,14 +53,18 @@ def missing_last(ids: Tensor) -> Tensor:
     return ids.gather(-1, (ids < 0).to(torch.uint8).argsort(dim=-1, stable=True))
 
 
-def check_ids(ids: Tensor, block: Block) -> None:
+def check_ids(ids: Tensor, block: Block, *, windowed: bool = True) -> None:
     """Refuse ids (group, queries, any) that a query can't attend, naming the first.
 
-    Those are a future key, one outside the layer's window, and a key that comes twice.
+    Those are a future key, one outside the layer's window (unless `windowed` is false: an index
+    does not know of it), and a key that comes twice.
     """
     positions = block.positions[:, None]
-    inside = ids.clamp(0, block.end - 1)
-    seen = block.visible.expand(len(ids), -1, -1).gather(-1, inside) & (ids == inside)
+    if windowed:
+        inside = ids.clamp(0, block.end - 1)
+        seen = block.visible.expand(len(ids), -1, -1).gather(-1, inside) & (ids == inside)
+    else:
+        seen = (ids >= 0) & (ids <= positions)
     if bool((~seen & (ids != -1)).any()):
         head, row, place = (~seen & (ids != -1)).nonzero()[0].tolist()
         key = int(ids[head, row, place])

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import score, softcap, visible
+from retrace.analyze.attention import first_visible, score, softcap, visible
 from retrace.analyze.methods.base import HeadGroup
 from retrace.traces import Layer, to_torch
 
@@ -35,9 +35,12 @@ class Unit:
 
     @cached_property
     def mean_values(self) -> Tensor:
-        """Mean of the values up to and including each position (positions, value channels)."""
-        count = torch.arange(1, len(self.values) + 1, device=self.values.device)
-        return (self.values.double().cumsum(dim=0) / count[:, None]).to(self.values.dtype)
+        """Mean of the values that a query at each position sees (positions, value channels)."""
+        last = torch.arange(len(self.values), device=self.values.device)
+        first = first_visible(last, self.group.rules)
+        sums = torch.nn.functional.pad(self.values.double().cumsum(dim=0), (0, 0, 1, 0))
+        mean = (sums[last + 1] - sums[first]) / (last - first + 1)[:, None]
+        return mean.to(self.values.dtype)
 
     def blocks(self, first_position: int, elements: int | None = None) -> Iterator["Block"]:
         """The queries from `first_position` on, in blocks of about `elements` scores each."""
@@ -98,8 +101,17 @@ class Block:
     @cached_property
     def scores(self) -> Tensor:
         """Exact scores (group, queries, keys), -inf where a key is not visible."""
-        scores = score(self.queries, self.unit.keys[: self.end], self.unit.group.rules)
-        return scores.masked_fill_(~self.visible, -torch.inf)
+        rules = self.unit.group.rules
+        scores = score(self.queries, self.unit.keys[: self.end], rules)
+        # Between the last query's first key and the first query's own, all see all.
+        seen_from = int(first_visible(self.positions[-1:], rules))
+        seen_to = max(int(self.positions[0]) + 1, seen_from)
+        for strip in (slice(0, seen_from), slice(seen_to, self.end)):
+            if strip.start < strip.stop:
+                keys = torch.arange(strip.start, strip.stop, device=self.positions.device)
+                hidden = ~visible(self.positions, keys, rules)
+                scores[..., strip].masked_fill_(hidden, -torch.inf)
+        return scores
 
     def scores_at(self, ids: Tensor) -> Tensor:
         """Exact scores (group, queries, any) of key ids of that shape; -inf for the id -1."""

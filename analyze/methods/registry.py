@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
@@ -147,6 +148,7 @@ def _loose_method(path: Path, name: str, parameters: str) -> MethodSpec:
     spec = importlib.util.spec_from_file_location(f"retrace_loose_{digest[:16]}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up annotations that are text
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -40,7 +40,9 @@ class SparQ(ScoreMethod):
         rank = min(self.rank, queries.shape[-1])
         chosen = magnitude.sum(dim=0).topk(rank, dim=-1, sorted=False).indices
         mask = torch.zeros_like(queries[0]).scatter_(-1, chosen, 1.0)
-        covered = (magnitude * mask).sum(dim=-1, keepdim=True) / magnitude.sum(dim=-1, keepdim=True)
+        # A query of zeros scores all keys alike.
+        total = magnitude.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+        covered = (magnitude * mask).sum(dim=-1, keepdim=True) / total
         # A query with its other channels zero gives the same products as a gather of channels.
         sparse = queries * mask * (rules.scale * covered.clamp(min=1e-12).rsqrt())
         scores: Tensor = sparse @ keys[: int(positions[-1]) + 1].T

@@ -151,7 +151,8 @@ def _table(
     )
     source = f"layer {arguments.layer} of {arguments.trace.name}" if arguments.trace else "random"
     lines = [
-        f"{_processor()}, {arguments.threads} threads, torch {torch.__version__}; {source}: {shape}.",
+        f"{_processor()}, {arguments.threads} threads, torch {torch.__version__}; "
+        f"{source}: {shape}.",
         "",
         "| what | k up to | ms | times SDPA |",
         "| --- | --- | --- | --- |",

@@ -1,9 +1,10 @@
 """Synthetic traces, and the definitions of every figure in plain float64, one query at a time."""
 
+import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,24 +73,43 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def shared_traces() -> dict[str, Trace]:
+    """Traces of random tensors that several tests read."""
+    return {}
+
+
 @pytest.fixture
-def make_trace(tmp_path: Path) -> Callable[..., Trace]:
+def make_trace(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    shared_traces: dict[str, Trace],
+) -> Callable[..., Trace]:
     """A function that writes a trace and opens it.
 
     Takes the rules of its layers, the lengths of its sequences, the positions of the kept queries
-    (all, if not given), tensors by (layer, sequence) in place of random ones, a name and a seed.
+    (all, if not given), tensors by (layer, sequence) in place of random ones, and a seed. With a
+    name the trace is the test's own; a nameless one of random tensors is shared.
     """
 
     def make(
         rules: LayerRules | Sequence[LayerRules],
-        lengths: Sequence[int] = (57, 1, 34),
+        lengths: Sequence[int] = (53, 1, 24),
         *,
         dtype: str = "float32",
         queries: Sequence[Sequence[int]] | None = None,
         tensors: dict[tuple[int, int], Tensors] | None = None,
-        name: str = "trace",
+        name: str | None = None,
         seed: int = 0,
     ) -> Trace:
+        if name is None and tensors is None:
+            asked = repr((rules, lengths, dtype, queries, seed))
+            if asked not in shared_traces:
+                path = tmp_path_factory.mktemp("shared") / "trace"
+                shared_traces[asked] = make(
+                    rules, lengths, dtype=dtype, queries=queries, name=str(path), seed=seed
+                )
+            return shared_traces[asked]
         layers = [rules] if isinstance(rules, LayerRules) else list(rules)
         rng = np.random.default_rng(seed)
         positions = [
@@ -97,7 +117,7 @@ def make_trace(tmp_path: Path) -> Callable[..., Trace]:
             for s, n in enumerate(lengths)
         ]
         writer = create_trace(
-            tmp_path / f"{name}.zarr",
+            tmp_path / f"{name or 'trace'}.zarr",
             rules={i: replace(r, module=f"model.layers.{i}") for i, r in enumerate(layers)},
             tokens=[rng.integers(0, 99, n).astype(np.int32) for n in lengths],
             query_positions=positions,
@@ -223,10 +243,12 @@ class Query:
         }
 
 
-def all_queries(trace: Trace, layer: int = 0) -> Iterator[list[Query]]:
+@cache
+def all_queries(trace: Trace, layer: int = 0) -> list[list[Query]]:
     """The queries of a layer, the heads of one group at one position together."""
     recorded = trace.layer(layer)
     rules = recorded.rules
+    groups = []
     for sequence in trace.sequences:
         query, key, value = (
             read(sequence).astype(np.float64)
@@ -236,12 +258,21 @@ def all_queries(trace: Trace, layer: int = 0) -> Iterator[list[Query]]:
             heads = range(kv_head * rules.group, (kv_head + 1) * rules.group)
             for row, position in enumerate(trace.query_positions(sequence)):
                 group = query[heads.start : heads.stop, row]
-                yield [
-                    Query(
-                        rules, h, int(position), query[h, row], group, key[kv_head], value[kv_head]
-                    )
-                    for h in heads
-                ]
+                groups.append(
+                    [
+                        Query(
+                            rules,
+                            h,
+                            int(position),
+                            query[h, row],
+                            group,
+                            key[kv_head],
+                            value[kv_head],
+                        )
+                        for h in heads
+                    ]
+                )
+    return groups
 
 
 Select = Callable[[Query, int], Sequence[int]]
@@ -292,7 +323,7 @@ def expected_figures(
 
 
 @pytest.fixture
-def queries_of() -> Callable[..., Iterator[list[Query]]]:
+def queries_of() -> Callable[..., list[list[Query]]]:
     """The queries of a layer of a trace, as the definitions see them."""
     return all_queries
 
@@ -321,3 +352,22 @@ def assert_figures() -> Callable[..., None]:
                 assert ours[moment] == pytest.approx(row[moment], abs=atol), (metric, head, moment)
 
     return compare
+
+
+@pytest.fixture
+def write_methods(tmp_path: Path) -> Callable[..., str]:
+    """A function that writes a loose file of methods and returns its path as specs have it."""
+
+    def write(body: str, name: str = "mine.py") -> str:
+        path = tmp_path / name
+        path.write_text(METHOD_IMPORTS + textwrap.dedent(body), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+METHOD_IMPORTS = """\
+from dataclasses import dataclass, field
+import torch
+from retrace.analyze import AttendMethod, ScoreMethod, SearchMethod
+"""

@@ -141,7 +141,11 @@ class _Settings:
 def _unique(specs: list[MethodSpec]) -> list[MethodSpec]:
     if not specs:
         raise RetraceError("No method is named; `retrace methods` lists them.")
-    return list({str(spec): spec for spec in specs}.values())
+    unique: dict[str, MethodSpec] = {}
+    for spec in specs:
+        if unique.setdefault(str(spec), spec).source_digest != spec.source_digest:
+            raise RetraceError(f"Two different files have a method {spec}: rename one of them.")
+    return list(unique.values())
 
 
 def _budgets(topk: Sequence[int]) -> tuple[int, ...]:

@@ -25,12 +25,12 @@ Example:
 )
 @click.argument("trace", type=click.Path(path_type=Path))
 @FORMAT
-def command(trace: Path, form: str) -> None:
+def command(trace: Path, format: str) -> None:
     """Print what TRACE holds: model, sequences, layers and their rules."""
     from retrace.traces import open_trace
 
     facts = describe(open_trace(trace))
-    if form == "json":
+    if format == "json":
         print_json(facts)
     else:
         _print(facts)

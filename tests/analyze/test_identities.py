@@ -41,7 +41,7 @@ def figures_by_head(results: Any, method: str, k: int) -> pd.DataFrame:
 
 # The fixtures hold no state: each example writes a trace of its own.
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     length=st.integers(2, 60),

@@ -393,7 +393,11 @@ def _legend(figure: Figure, *panels: Axes) -> None:
     if not handles:
         return
     width = figure.get_size_inches()[0]
-    columns = max(1, min(len(handles), int(width // (0.6 + 0.085 * _longest_line(handles)))))
+    columns = max(1, min(len(handles), int(width // (0.7 + 0.085 * _longest_line(handles)))))
+    rows = -(-len(handles) // columns)
+    lines = max(label.count("\n") + 1 for label in handles)
+    # Higher by what the legend takes, so that the panels keep their size.
+    figure.set_figheight(figure.get_figheight() + 0.1 + 0.17 * rows * lines)
     figure.legend(
         list(handles.values()),
         list(handles),

@@ -39,7 +39,7 @@ def examine(model: Any, tokens: npt.NDArray[np.int32]) -> dict[int, AttentionLay
         with observed_attention(model, observer):
             observed = next(logits_in_blocks(model, batch, [rows]))
         layers = observer.layers(model)
-        stock = _stock_logits(model, batch, rows)
+        stock = _stock_logits(model, batch, rows, layers)
     worst = _relative_difference(observed[0].cpu().double(), stock[0].cpu().double())
     dtype = str(next(iter(layers.values())).dtype).removeprefix("torch.")
     if not worst <= LOGIT_TOLERANCE[dtype]:  # so written that NaN is refused as well
@@ -132,12 +132,21 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
     return float(difference / typical) if difference != 0 else 0.0
 
 
-def _stock_logits(model: Any, tokens: Tensor, rows: Tensor) -> Tensor:
+def _stock_logits(
+    model: Any, tokens: Tensor, rows: Tensor, layers: Mapping[int, AttentionLayer]
+) -> Tensor:
     """Logits (1, rows, vocabulary) at these positions (rows,), by the plain public call."""
     options: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = rows
-    logits: Tensor = model(input_ids=tokens, use_cache=False, **options).logits
+    before = model.config._attn_implementation
+    if any(one.rules.softcap or one.rules.sinks for one in layers.values()):
+        # Some versions of transformers run such models on a kernel that leaves both out.
+        model.set_attn_implementation("eager")
+    try:
+        logits: Tensor = model(input_ids=tokens, use_cache=False, **options).logits
+    finally:
+        model.set_attn_implementation(before)
     return logits if options else logits[:, rows]
 
 

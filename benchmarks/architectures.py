@@ -3,8 +3,9 @@
     python benchmarks/architectures.py --out docs/architectures.md
 
 Builds a model of every family, captures it as a user would, recomputes the attention output of
-every recorded layer in float64 from the trace alone, and compares it with what the model's own plain
-("eager") attention gave in a run that retrace takes no part in. Exits with 1 where one differs.
+every recorded layer in float64 from the trace alone, and compares it with what the model's own
+plain ("eager") attention gave in a run that retrace takes no part in. Exits with 1 where one
+differs.
 `tests/capture` runs the same matrix, and builds its models here.
 """
 
@@ -492,8 +493,8 @@ def _page(outcomes: list[Outcome]) -> str:
         "",
         f"## Recorded ({len(recorded)})",
         "",
-        "| Architecture | Layers | Heads | Kv heads | Channels | Rules | Difference |",
-        "|---|---|---|---|---|---|---|",
+        "| Architecture | Layers | Heads | Kv heads | Channels | Rules | Rotation | Difference |",
+        "|---|---|---|---|---|---|---|---|",
         *map(_row, recorded),
     ]
     if refused:
@@ -526,6 +527,7 @@ def _row(outcome: Outcome) -> str:
         _distinct([r.kv_heads for r in rules]),
         _distinct(dims),
         ", ".join(_named(rules)),
+        _distinct([_encoding(r) for r in rules]),
         f"{outcome.error:.1e}",
     ]
     return f"| {' | '.join(cells)} |"
@@ -540,6 +542,19 @@ def _named(rules: tuple[LayerRules, ...]) -> Iterator[str]:
             yield f"{name} {_distinct(['-' if v is None else f'{v:g}' for v in values])}"
     if any(r.sinks is not None for r in rules):
         yield "sinks"
+    if any(r.kv_source is not None for r in rules):
+        yield f"keys of layer {_distinct([r.kv_source for r in rules if r.kv_source is not None])}"
+
+
+def _encoding(rules: LayerRules) -> str:
+    """What a layer's rotation is, in words."""
+    if rules.rotation is None:
+        return "not known"
+    if not rules.rotation.frequencies:
+        return "none"
+    rotated = 2 * len(rules.rotation.frequencies)
+    part = "" if rotated == rules.key_dim else f" {rotated} of {rules.key_dim}"
+    return f"{rules.rotation.pairing}{part}"
 
 
 def _distinct(values: list[Any]) -> str:

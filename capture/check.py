@@ -12,6 +12,7 @@ from torch import Tensor
 from retrace.analyze.attention import attend
 from retrace.capture.interface import observed_attention
 from retrace.capture.likelihood import logits_in_blocks
+from retrace.capture.models import input_device
 from retrace.capture.recorder import AttentionLayer, RulesObserver
 from retrace.capture.rotation import LayerInputs, learn_rotations
 from retrace.traces import LayerRules, RetraceError, Trace, to_torch
@@ -32,9 +33,9 @@ def examine(model: Any, tokens: npt.NDArray[np.int32]) -> dict[int, AttentionLay
             is observed than with its stock implementation.
     """
     tokens = tokens[: max(PROBE_POSITIONS, 2 * _largest_window(model.config.get_text_config()))]
-    batch = torch.from_numpy(tokens).long()[None].to(model.device)
+    batch = torch.from_numpy(tokens).long()[None].to(input_device(model))
+    # On the CPU, from where they index a tensor on any device: logits may be on another.
     rows = torch.linspace(0, len(tokens) - 1, min(PROBED_ROWS, len(tokens))).long()
-    rows = rows.to(model.device)
     observer = RulesObserver()
     with torch.inference_mode():
         with observed_attention(model, observer):

@@ -65,8 +65,10 @@ class Rotation:
         dtype = np.float64 if vectors.dtype == np.float64 else np.float32
         turned = np.array(vectors, dtype=dtype)
         # Angles in float64: in float32 they are off by thousandths after some ten thousand turns.
-        angles = direction * np.outer(positions, np.asarray(self.frequencies, np.float64))
-        cos, sin = (factor * part.astype(dtype) for part in (np.cos(angles), np.sin(angles)))
+        frequencies = direction * np.asarray(self.frequencies, np.float64)
+        angles: npt.NDArray[np.float64] = np.multiply.outer(positions, frequencies)
+        cos = (factor * np.cos(angles)).astype(dtype)
+        sin = (factor * np.sin(angles)).astype(dtype)
         one, other = self.pairs().T
         a, b = turned[..., one], turned[..., other]
         turned[..., one] = a * cos - b * sin

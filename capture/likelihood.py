@@ -24,7 +24,8 @@ def next_token_nll(model: Any, tokens: Tensor) -> Tensor:
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 1 << 17))
     rows = max(1, BLOCK_ELEMENTS // (batch * vocabulary))
     nll = torch.full((batch, length), torch.nan)
-    # On the CPU, from where they index a tensor on any device: logits may be on another than tokens.
+    # On the CPU, from where they index a tensor on any device: logits may be on one, tokens on
+    # another.
     blocks = torch.split(torch.arange(length), rows)
     for block, logits in zip(blocks, logits_in_blocks(model, tokens, list(blocks)), strict=True):
         predicting = block[block < length - 1]

@@ -31,8 +31,8 @@ def trace_of(folder: Path, text: Path, out: Path, **options: Any) -> Trace:
 
 
 def projected(folder: Path, tokens: Any, dtype: torch.dtype) -> dict[tuple[int, str], torch.Tensor]:
-    """What the projections, or the norms after them, gave (heads, positions, channels), by layer and
-    by "q" or "k"."""
+    """What the projections, or the norms after them, gave (heads, positions, channels), by layer
+    and by "q" or "k"."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     outputs: dict[tuple[int, str], torch.Tensor] = {}
 

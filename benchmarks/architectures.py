@@ -487,6 +487,9 @@ def _page(outcomes: list[Outcome]) -> str:
         "model's own plain attention gave in a run that retrace takes no part in. *Difference* is "
         "the largest one of any head and query, relative to the layer's typical output; a scale "
         f"5 % off would make it {min((o.sensitivity for o in recorded), default=0):.0e} or more. "
+        "*Rotation* says which channels a "
+        "layer's position encoding was found to turn, and how these are paired: queries and keys "
+        "are stored turned, and read back as they were before by `rotated=False`. "
         "Other models of "
         "transformers' attention interface are recorded as well: every capture checks itself in "
         "the same way on its first sequence.",

@@ -4,7 +4,9 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -141,7 +143,11 @@ class _Settings:
 def _unique(specs: list[MethodSpec]) -> list[MethodSpec]:
     if not specs:
         raise RetraceError("No method is named; `retrace methods` lists them.")
-    return list({str(spec): spec for spec in specs}.values())
+    unique: dict[str, MethodSpec] = {}
+    for spec in specs:
+        if unique.setdefault(str(spec), spec).source_digest != spec.source_digest:
+            raise RetraceError(f"Two different files have a method {spec}: rename one of them.")
+    return list(unique.values())
 
 
 def _budgets(topk: Sequence[int]) -> tuple[int, ...]:
@@ -233,22 +239,50 @@ def _replay_all(
     """Every method's tally in every layer; sequences merge in the order of the plan."""
     trace = settings.trace
     tasks = [(layer, sequence) for layer in settings.layers for sequence in trace.sequences]
-    with torch.inference_mode(), clock.charge("total"):
-        with clock.charge("causality"):
+
+    def run(task: tuple[int, int]) -> tuple[list[Tally], Clock]:
+        spent = Clock()
+        with torch.inference_mode():
+            return replay(trace, *task, plan, device, store, spent), spent
+
+    tallies: dict[int, list[Tally]] = {}
+    with clock.charge("total"):
+        with torch.inference_mode(), clock.charge("causality"):
             _check_causality(settings, plan, device)
-        tallies: dict[int, list[Tally]] = {}
-        for done, (layer, sequence) in enumerate(tasks):
+        with _workers(device) as workers:
             if progress is not None:
-                progress(done, len(tasks))
-            parts = replay(trace, layer, sequence, plan, device, store, clock)
-            if layer in tallies:
-                for whole, part in zip(tallies[layer], parts, strict=True):
-                    whole.merge(part)
-            else:
-                tallies[layer] = parts
-        if progress is not None:
-            progress(len(tasks), len(tasks))
+                progress(0, len(tasks))
+            for done, ((layer, _), (parts, spent)) in enumerate(
+                zip(tasks, workers.map(run, tasks), strict=True), start=1
+            ):
+                clock.add(spent)
+                if layer in tallies:
+                    for whole, part in zip(tallies[layer], parts, strict=True):
+                        whole.merge(part)
+                else:
+                    tallies[layer] = parts
+                if progress is not None:
+                    progress(done, len(tasks))
     return tallies
+
+
+@contextmanager
+def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """One thread per core, each with arithmetic of one thread: the threads of one operation wait
+    for each other, and on a machine that does other work besides, they wait long. One on a GPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(
+        1 if device.type == "cuda" else threads,
+        thread_name_prefix="replay",
+        initializer=lambda: torch.set_num_threads(1),
+    )
+    try:
+        yield pool
+    finally:
+        # What has not begun is not wanted when one task failed.
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _check_causality(settings: _Settings, plan: Plan, device: torch.device) -> None:

@@ -29,13 +29,11 @@ Example:
 @click.argument("trace", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--method",
-    "methods",
     multiple=True,
     default=("exact",),
-    show_default="exact",
     metavar="SPEC",
-    help="Method to replay, such as quest, quest:page=32 or ./mine.py:Mine; may be repeated. "
-    "`retrace methods` lists them.",
+    help="Method to replay, such as quest, quest:page=32 or ./mine.py:Mine; may be repeated; "
+    "exact by default. `retrace methods` lists them.",
 )
 @click.option(
     "--topk",
@@ -87,7 +85,6 @@ Example:
 @click.option("--overwrite", is_flag=True, help="Throw away the results that --out holds.")
 @click.option(
     "--format",
-    "form",
     type=click.Choice(["table", "markdown", "json", "csv"]),
     help="What to print on stdout: layers as a table or in Markdown, or every head and metric as "
     "JSON or CSV. By default table on a terminal, else markdown.",
@@ -96,12 +93,12 @@ Example:
 @CONFIG
 def command(
     trace: Path | None,
-    methods: tuple[str, ...],
+    method: tuple[str, ...],
     topk: tuple[int, ...],
     out: Path | None,
     device: str,
     no_cache: bool,
-    form: str | None,
+    format: str | None,
     no_plots: bool,
     **settings: Any,
 ) -> None:
@@ -111,13 +108,13 @@ def command(
     """
     from retrace.analyze import analyze, parse_spec
 
-    specs = list(dict.fromkeys(str(parse_spec(method)) for method in methods))
+    specs = list(dict.fromkeys(str(parse_spec(text)) for text in method))
     trace = newest_trace() if trace is None else trace
     out = Path("results", trace.stem) if out is None else out
     with progress_bar() as progress:
         results = analyze(
             trace,
-            methods,
+            method,
             topk,
             out=out,
             device=_device(device),
@@ -125,7 +122,7 @@ def command(
             progress=progress,
             **settings,
         )
-    print_results(results, specs, sorted(set(topk)), form or _default_format())
+    print_results(results, specs, sorted(set(topk)), format or _default_format())
     note(f"Results: {out}")
     if not no_plots:
         plots = results.plot(out / "plots")

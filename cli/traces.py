@@ -21,14 +21,14 @@ Example:
 )
 @click.argument("folder", type=click.Path(path_type=Path), default=".")
 @FORMAT
-def command(folder: Path, form: str) -> None:
+def command(folder: Path, format: str) -> None:
     """List the traces in FOLDER and FOLDER/traces, the newest last; FOLDER is here by default."""
     from retrace.traces import RetraceError, find_traces
 
     if not folder.is_dir():
         raise RetraceError(f"There is no folder {folder}.")
     found = [_facts(path) for path in find_traces(folder)]
-    if form == "json":
+    if format == "json":
         print_json(found)
         return
     if not found:
@@ -49,6 +49,7 @@ def command(folder: Path, form: str) -> None:
             ]
             for fact in found
         ],
+        left=("Model", "Task", "Layers", "Dtype"),
     )
 
 

@@ -70,13 +70,8 @@ class Layer:
     def _read(self, name: str, sequence: int, heads: slice, length: int) -> npt.NDArray[Any]:
         array = self._group[name]
         assert isinstance(array, zarr.Array)
-        try:
-            return np.asarray(array[sequence, heads, :length])
-        except (ValueError, RuntimeError) as error:  # a checksum that does not match
-            raise RetraceError(
-                f"{self._trace.path}: {name} of layer {self.index}, sequence {sequence} is "
-                f"damaged ({error}). Capture it again with --overwrite."
-            ) from error
+        what = f"{name} of layer {self.index}, sequence {sequence}"
+        return self._trace.read(array, (sequence, heads, slice(length)), what)
 
 
 class Trace:
@@ -115,7 +110,8 @@ class Trace:
     @cached_property
     def sequences(self) -> tuple[int, ...]:
         """The sequences that are completely written; only these can be read."""
-        return tuple(int(s) for s in np.flatnonzero(self._small("done")[:]))
+        done = self.read(self._small("done"), slice(None), "done")
+        return tuple(int(s) for s in np.flatnonzero(done))
 
     def length(self, sequence: int) -> int:
         """Positions of a sequence, padding excluded."""
@@ -123,11 +119,13 @@ class Trace:
 
     def tokens(self, sequence: int) -> npt.NDArray[np.int32]:
         """Token ids (positions,)."""
-        return np.asarray(self._small("tokens")[sequence, : self.length(sequence)])
+        place = (sequence, slice(self.length(sequence)))
+        return self.read(self._small("tokens"), place, f"tokens of sequence {sequence}")
 
     def nll(self, sequence: int) -> npt.NDArray[np.float32]:
         """Negative log-likelihood of the next token (positions,); NaN at the last position."""
-        return np.asarray(self._small("nll")[sequence, : self.length(sequence)])
+        place = (sequence, slice(self.length(sequence)))
+        return self.read(self._small("nll"), place, f"nll of sequence {sequence}")
 
     def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
         """Positions (queries,) of the queries that were kept, ascending."""
@@ -163,16 +161,25 @@ class Trace:
             known.update(np.ascontiguousarray(array).tobytes())
         return known.hexdigest()[:32]
 
+    def read(self, array: "zarr.Array[Any]", place: Any, what: str) -> npt.NDArray[Any]:
+        """A part of one of the trace's arrays, named in the error if it is damaged."""
+        try:
+            return np.asarray(array[place])
+        except (ValueError, RuntimeError) as error:  # a checksum that does not match
+            raise RetraceError(
+                f"{self.path}: {what} is damaged ({error}). Capture it again with --overwrite."
+            ) from error
+
     def _rules(self, layer: int) -> LayerRules:
         return self.layer(layer).rules
 
     @cached_property
     def _lengths(self) -> npt.NDArray[np.int32]:
-        return np.asarray(self._small("length")[:])
+        return self.read(self._small("length"), slice(None), "length")
 
     @cached_property
     def _query_positions(self) -> npt.NDArray[np.int32]:
-        return np.asarray(self._small("query_positions")[:])
+        return self.read(self._small("query_positions"), slice(None), "query_positions")
 
     def _small(self, name: str) -> "zarr.Array[Any]":
         array = self._group[name]

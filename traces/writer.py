@@ -46,7 +46,9 @@ class TraceWriter:
         value (kv_heads, positions, value channels).
         """
         for name, tensor in (("query", query), ("key", key), ("value", value)):
-            array = self._group[f"layers/{layer}/{name}"]
+            # Zarr leaves out a chunk that equals the fill value, and takes bfloat16's -0 for 0.
+            with zarr.config.set({"array.write_empty_chunks": True}):
+                array = self._group[f"layers/{layer}/{name}"]
             assert isinstance(array, zarr.Array)
             if tensor.dtype != array.dtype:
                 raise TypeError(f"{name} is {tensor.dtype}, the trace stores {array.dtype}.")

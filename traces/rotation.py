@@ -62,13 +62,13 @@ class Rotation:
         direction: float,
         factor: float,
     ) -> npt.NDArray[Any]:
-        dtype = np.float64 if vectors.dtype == np.float64 else np.float32
-        turned = np.array(vectors, dtype=dtype)
+        dtype: npt.DTypeLike = np.float64 if vectors.dtype == np.float64 else np.float32
+        turned: npt.NDArray[Any] = np.array(vectors, dtype=dtype)
         # Angles in float64: in float32 they are off by thousandths after some ten thousand turns.
         frequencies = direction * np.asarray(self.frequencies, np.float64)
         angles: npt.NDArray[np.float64] = np.multiply.outer(positions, frequencies)
-        cos = (factor * np.cos(angles)).astype(dtype)
-        sin = (factor * np.sin(angles)).astype(dtype)
+        cos: npt.NDArray[Any] = (factor * np.cos(angles)).astype(dtype)
+        sin: npt.NDArray[Any] = (factor * np.sin(angles)).astype(dtype)
         one, other = self.pairs().T
         a, b = turned[..., one], turned[..., other]
         turned[..., one] = a * cos - b * sin

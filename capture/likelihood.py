@@ -24,12 +24,14 @@ def next_token_nll(model: Any, tokens: Tensor) -> Tensor:
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 1 << 17))
     rows = max(1, BLOCK_ELEMENTS // (batch * vocabulary))
     nll = torch.full((batch, length), torch.nan)
-    blocks = torch.split(torch.arange(length, device=tokens.device), rows)
+    # On the CPU, from where they index a tensor on any device: logits may be on one, tokens on
+    # another.
+    blocks = torch.split(torch.arange(length), rows)
     for block, logits in zip(blocks, logits_in_blocks(model, tokens, list(blocks)), strict=True):
         predicting = block[block < length - 1]
         if len(predicting):
             scores = logits[:, : len(predicting)].float().flatten(0, 1)
-            targets = tokens[:, predicting + 1].flatten()
+            targets = tokens[:, predicting + 1].flatten().to(scores.device)
             loss = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
             nll[:, int(predicting[0]) : int(predicting[-1]) + 1] = loss.view(batch, -1).cpu()
     return nll

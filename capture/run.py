@@ -17,7 +17,13 @@ import torch
 from retrace.capture.check import check_stored, examine, sampled_positions
 from retrace.capture.interface import observed_attention
 from retrace.capture.likelihood import next_token_nll
-from retrace.capture.models import Checkpoint, find_device, open_checkpoint, quiet_libraries
+from retrace.capture.models import (
+    Checkpoint,
+    find_device,
+    input_device,
+    open_checkpoint,
+    quiet_libraries,
+)
 from retrace.capture.output import Output
 from retrace.capture.queries import parse_queries
 from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
@@ -272,7 +278,7 @@ def _run_batch(
     for row, s in enumerate(batch):
         tokens[row, : lengths[row]] = plan.tokens[s]
     recorder.start(parts)
-    nll = next_token_nll(model, torch.from_numpy(tokens).to(model.device))
+    nll = next_token_nll(model, torch.from_numpy(tokens).to(input_device(model)))
     recorder.finish()
     for row, length in enumerate(lengths):
         nll[row, length - 1 :] = torch.nan

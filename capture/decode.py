@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retrace.capture.interface import AttentionCall
-from retrace.capture.likelihood import logits_in_blocks, new_cache
+from retrace.capture.likelihood import cache_arguments, logits_in_blocks, new_cache
 from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
 from retrace.traces import PHASES, LayerRules, RetraceError, Trace
 
@@ -80,9 +80,7 @@ def _continue(model: Any, prompt: Tokens, count: int, ends: set[int]) -> Tokens:
             generated.append(int(token))
             if len(generated) == count or generated[-1] in ends:
                 return np.array(generated, np.int32)
-            logits = model(
-                input_ids=token[None, None], past_key_values=cache, use_cache=True
-            ).logits
+            logits = model(input_ids=token[None, None], **cache_arguments(model, cache)).logits
 
 
 def _end_tokens(model: Any) -> set[int]:

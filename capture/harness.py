@@ -58,13 +58,12 @@ class Harness:
             # A task is code of its own, which raises what it likes when its data is not there.
             except Exception as error:
                 cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-                cure = "check its data and its task file"
+                cure = "Check its data and its task file"
                 if not reachable:
                     cause += "; the Hugging Face Hub cannot be reached"
-                    cure = "check the network, or name local data in a task file (--include-path)"
-                raise RetraceError(
-                    f"The task {name} cannot be read: {cause}. Please {cure}."
-                ) from (error)
+                    cure = "Check the network, or name local data in a task file (--include-path)"
+                message = f"The task {name} cannot be read: {cause}. {cure}."
+                raise RetraceError(message) from error
 
     def _read(self, name: str, task: Any, cut: WindowCutter) -> SequenceSet:
         fewshot = task.get_config("num_fewshot")

@@ -44,12 +44,21 @@ def _logits(model: Any, tokens: Tensor, prompt: int, rows: int) -> Iterator[tupl
     cache = new_cache(model) if prompt < len(positions) else None
     yield from zip(blocks, logits_in_blocks(model, tokens[:, :prompt], blocks, cache), strict=True)
     for step in positions[prompt:].split(1):
-        yield step, model(input_ids=tokens[:, step], past_key_values=cache, use_cache=True).logits
+        yield step, model(input_ids=tokens[:, step], **cache_arguments(model, cache)).logits
 
 
 def new_cache(model: Any) -> DynamicCache:
     """An empty cache of the model's keys and values."""
     return DynamicCache(config=model.config)
+
+
+def cache_arguments(model: Any, cache: DynamicCache | None) -> dict[str, Any]:
+    """How a call of the model is told to read and fill a cache, or to do without."""
+    if cache is None:
+        return {"use_cache": False}
+    # Later releases of transformers call it by the first name, and warn of the second.
+    named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {"use_cache": True, named: cache}
 
 
 def logits_in_blocks(
@@ -61,9 +70,7 @@ def logits_in_blocks(
     does to logits besides: a model is asked again for other positions (`logits_to_keep`) while its
     body hands out the hidden states that it gave before. A `cache`, if there is one, is filled.
     """
-    caching: dict[str, Any] = {"use_cache": False}
-    if cache is not None:
-        caching = {"use_cache": True, "past_key_values": cache}
+    caching = cache_arguments(model, cache)
     body = model.base_model
     if body is model or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         logits = model(input_ids=tokens, **caching).logits

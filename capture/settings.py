@@ -46,7 +46,8 @@ class CaptureSettings:
     batch_size: int = 1
     """Sequences that the model reads at once."""
     max_length: int | None = None
-    """Tokens of a sequence at most, generated ones included; by default 2048, or the model's maximum where that is less."""
+    """Tokens of a sequence at most, generated ones included; by default 2048, or the model's
+    maximum where that is less."""
     dtype: str = "auto"
     """Type that the model computes in and the trace stores: auto is the checkpoint's own."""
     device: str = "auto"

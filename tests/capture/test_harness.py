@@ -118,7 +118,9 @@ def test_multiple_choice(task: Callable[..., Path]) -> None:
         "Bird 1?| wren",
     ]
     assert (found.task, found.source, found.num_fewshot) == ("local", "json", 0)
-    assert texts(read(folder, limit=1, max_length=9))[0] == "rd 0| lark".replace("rd 0|", " 0?|")[-10:]
+    assert (
+        texts(read(folder, limit=1, max_length=9))[0] == "rd 0| lark".replace("rd 0|", " 0?|")[-10:]
+    )
 
 
 def test_few_shot(task: Callable[..., Path]) -> None:

@@ -64,7 +64,8 @@ def _written(trace: Trace | None, sequence: int, prompt: Tokens) -> Tokens | Non
     generated = phase == PHASES["generated"]
     if not generated.any() or not np.array_equal(tokens[~generated], prompt):
         return None
-    return tokens[generated]
+    known: Tokens = tokens[generated]
+    return known
 
 
 def _continue(model: Any, prompt: Tokens, count: int, ends: set[int]) -> Tokens:

@@ -43,7 +43,7 @@ def _logits(model: Any, tokens: Tensor, prompt: int, rows: int) -> Iterator[tupl
     blocks = list(torch.split(positions[:prompt], rows))
     cache = new_cache(model) if prompt < len(positions) else None
     yield from zip(blocks, logits_in_blocks(model, tokens[:, :prompt], blocks, cache), strict=True)
-    for step in positions[prompt:].split(1):
+    for step in (positions[i : i + 1] for i in range(prompt, len(positions))):
         yield step, model(input_ids=tokens[:, step], **cache_arguments(model, cache)).logits
 
 

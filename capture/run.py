@@ -175,9 +175,8 @@ def _capture(
         # The longest shows what shorter ones hide: a window, say. What will be generated is not
         # known yet, but any tokens will do.
         longest = max(tokens, key=len)
-        layers = examine(
-            model, np.resize(longest, min(len(longest) + settings.generate, max_length))
-        )
+        most = min(len(longest) + settings.generate, max_length)
+        layers = examine(model, np.resize(longest, most))
         recorded = _choose(layers, settings)
         attributes = _describe(settings, checkpoint, model, sets, cut, layers, max_length)
         attributes |= {

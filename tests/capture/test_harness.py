@@ -118,9 +118,7 @@ def test_multiple_choice(task: Callable[..., Path]) -> None:
         "Bird 1?| wren",
     ]
     assert (found.task, found.source, found.num_fewshot) == ("local", "json", 0)
-    assert (
-        texts(read(folder, limit=1, max_length=9))[0] == "rd 0| lark".replace("rd 0|", " 0?|")[-10:]
-    )
+    assert texts(read(folder, limit=1, max_length=9))[0] == "d 0?| lark"  # cut from the left
 
 
 def test_few_shot(task: Callable[..., Path]) -> None:
@@ -148,7 +146,7 @@ def test_hellaswag_itself(task: Callable[..., Path]) -> None:
     }
     found = read(task([row], include=str(harness_file("hellaswag/hellaswag.yaml"))))
     assert texts(found) == [
-        "Baking: A man mixes dough. He Then".replace("dough. He", "dough.. He") + f"| {ending}"
+        f"Baking: A man mixes dough.. He Then| {ending}"
         for ending in ("bakes it.", "eats it.", "sleeps.", "sings.")
     ]
 
@@ -186,7 +184,7 @@ PROMPTS = {
 def test_prompts(task: Callable[..., Path]) -> None:
     folder = task([{"question": "why?", "answer": "so"}], **PROMPTS)
     assert texts(read(folder)) == ["Q: why? A:|"]
-    assert texts(read(folder, max_length=10, generate=4)) == ["y? A:|"[-7:]]
+    assert texts(read(folder, max_length=10, generate=4)) == ["hy? A:|"]
 
 
 def test_traces(task: Callable[..., Path], model_folder: Any, tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class Harness:
                 raise
             # A task is code of its own, which raises what it likes when its data is not there.
             except Exception as error:
-                cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+                text = repr(error) if isinstance(error, KeyError) else str(error)
+                cause = (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")
                 cure = "Check its data and its task file"
                 if not reachable:
                     cause += "; the Hugging Face Hub cannot be reached"

@@ -56,7 +56,7 @@ def task(tmp_path: Path) -> Callable[..., Path]:
             "task": "local",
             "dataset_path": "json",
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": {split: str(data)}},
+            "dataset_kwargs": {"data_files": {split: str(data), "train": str(data)}},
         }
         (folder / "local.yaml").write_text(json.dumps({**local, **config}))  # YAML holds JSON
         return folder

@@ -20,7 +20,7 @@ from retrace.analyze.methods.registry import MethodSpec, parse_spec
 from retrace.analyze.moments import Moments
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Clock, Plan, Replayed, Tally, replay
-from retrace.analyze.results import COLUMNS, Results
+from retrace.analyze.results import COLUMNS, PLOTS, Results
 from retrace.analyze.states import Protocol
 from retrace.analyze.unit import load_units
 from retrace.traces import RetraceError, Trace, open_trace
@@ -40,7 +40,7 @@ def analyze(
     protocol: str = "all",
     min_context: int | None = None,
     layers: Sequence[int] | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     keep_exact: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -56,7 +56,7 @@ def analyze(
         protocol: `all`, `all:R`, `prefix:P`; see `retrace.analyze.states.Protocol`.
         min_context: the first position that counts; 10 k for budget k if None.
         layers: indices of the layers to replay; all recorded ones if None.
-        device: `cpu`, `cuda` or `cuda:N`.
+        device: `cpu`, `cuda` or `cuda:N`; `auto` is cuda where there is one, else cpu.
         keep_exact: keep the exact answers beside the trace, so that they are computed once however
             often it is analyzed.
         overwrite: throw away what is in `out`.
@@ -89,6 +89,11 @@ def analyze(
             _clear(folder)
         results.save(folder)
     return results
+
+
+def exact_answers(trace: Path) -> Path:
+    """The folder, beside a trace, where its exact answers are kept for later runs."""
+    return trace.with_name(f"{trace.stem}.exact")
 
 
 class _Settings:
@@ -163,6 +168,8 @@ def _layers(trace: Trace, layers: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -215,7 +222,7 @@ def _store(trace: Trace, keep: bool) -> ReferenceStore:
     """Where exact answers are kept: beside the trace, if there is room and leave to write."""
     if not keep:
         return ReferenceStore(None)
-    folder = trace.path.with_name(f"{trace.path.stem}.exact")
+    folder = exact_answers(trace.path)
     try:
         folder.mkdir(exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -387,5 +394,6 @@ def _clear(folder: Path) -> None:
     """Remove what a results folder holds, and nothing else that may lie there."""
     for name in ("metrics.parquet", "curves.parquet", "table.md", "run.json"):
         (folder / name).unlink(missing_ok=True)
-    for plot in (folder / "plots").rglob("*.png") if (folder / "plots").is_dir() else ():
-        plot.unlink()
+    for pattern in PLOTS:
+        for plot in (folder / "plots").glob(pattern):
+            plot.unlink()

@@ -31,7 +31,7 @@ def next_token_nll(model: Any, tokens: Tensor, prompt: int | None = None) -> Ten
         predicting = block[block < length - 1]
         if len(predicting):
             scores = logits[:, : len(predicting)].float().flatten(0, 1)
-            targets = tokens[:, predicting + 1].flatten()
+            targets = tokens[:, predicting + 1].flatten().to(scores.device)
             loss = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
             nll[:, int(predicting[0]) : int(predicting[-1]) + 1] = loss.view(batch, -1).cpu()
     return nll

@@ -19,7 +19,13 @@ from retrace.capture.decode import StepRecorder, continue_sequences
 from retrace.capture.harness import Harness
 from retrace.capture.interface import observed_attention
 from retrace.capture.likelihood import next_token_nll
-from retrace.capture.models import Checkpoint, find_device, open_checkpoint, quiet_libraries
+from retrace.capture.models import (
+    Checkpoint,
+    find_device,
+    input_device,
+    open_checkpoint,
+    quiet_libraries,
+)
 from retrace.capture.output import Output
 from retrace.capture.queries import parse_queries
 from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
@@ -300,7 +306,7 @@ def _run_batch(
         tokens[row, : lengths[row]] = plan.tokens[s]
     recorder.start(parts)
     prompt = int((plan.phases[batch[0]] != PHASES["generated"]).sum()) if len(batch) == 1 else None
-    nll = next_token_nll(model, torch.from_numpy(tokens).to(model.device), prompt)
+    nll = next_token_nll(model, torch.from_numpy(tokens).to(input_device(model)), prompt)
     recorder.finish()
     for row, length in enumerate(lengths):
         nll[row, length - 1 :] = torch.nan

@@ -96,7 +96,6 @@ def command(
     method: tuple[str, ...],
     topk: tuple[int, ...],
     out: Path | None,
-    device: str,
     no_cache: bool,
     format: str | None,
     no_plots: bool,
@@ -117,7 +116,6 @@ def command(
             method,
             topk,
             out=out,
-            device=_device(device),
             keep_exact=not no_cache,
             progress=progress,
             **settings,
@@ -175,16 +173,10 @@ def _default_format() -> str:
     return "table" if on_terminal() else "markdown"
 
 
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _note_kept_answers(trace: Path) -> None:
-    folder = trace.with_name(f"{trace.stem}.exact")
+    from retrace.analyze.run import exact_answers
+
+    folder = exact_answers(trace)
     held = sum(file.stat().st_size for file in folder.rglob("*.npz")) if folder.is_dir() else 0
     if held:
         note(f"Exact answers, kept for later runs: {folder} ({size(held)}; may be deleted)")

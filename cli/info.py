@@ -135,7 +135,7 @@ def _print_layers(groups: list[dict[str, Any]]) -> None:
         for group in groups
     ]
     columns = ["Layers", "Module", "Heads", "Kv heads", "Channels", "Scale"]
-    print_table([*columns, *(rules[name] for name in shown)], rows)
+    print_table([*columns, *(rules[name] for name in shown)], rows, left=("Module",))
 
 
 def _rule(value: Any) -> str:

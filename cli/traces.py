@@ -49,6 +49,7 @@ def command(folder: Path, format: str) -> None:
             ]
             for fact in found
         ],
+        left=("Model", "Task", "Layers", "Dtype"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from retrace.traces.errors import RetraceError
 from retrace.traces.reader import Layer, Trace, find_traces, open_trace
+from retrace.traces.rotation import Rotation
 from retrace.traces.schema import FORMAT_VERSION, PHASES, LayerRules
 from retrace.traces.tensors import to_numpy, to_torch
 from retrace.traces.writer import TraceWriter, create_trace, resume_trace, tensor_bytes
@@ -12,6 +13,7 @@ __all__ = [
     "Layer",
     "LayerRules",
     "RetraceError",
+    "Rotation",
     "Trace",
     "TraceWriter",
     "create_trace",

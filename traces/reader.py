@@ -13,6 +13,7 @@ import zarr
 
 from retrace.traces.bfloat16 import register
 from retrace.traces.errors import RetraceError
+from retrace.traces.rotation import Rotation
 from retrace.traces.schema import DTYPES, FORMAT_KEY, FORMAT_VERSION, LayerRules
 
 register()
@@ -27,13 +28,28 @@ class Layer:
         self._group = group
         self._trace = trace
 
-    def query(self, sequence: int, heads: slice = slice(None)) -> npt.NDArray[Any]:
-        """Queries (heads, queries, channels), as attention saw them: after position encoding."""
-        return self._read("query", sequence, heads, len(self._trace.query_positions(sequence)))
+    def query(
+        self, sequence: int, heads: slice = slice(None), *, rotated: bool = True
+    ) -> npt.NDArray[Any]:
+        """Queries (heads, queries, channels), as attention saw them: after position encoding.
 
-    def key(self, sequence: int, kv_heads: slice = slice(None)) -> npt.NDArray[Any]:
-        """Keys (kv_heads, positions, channels), as attention saw them: after position encoding."""
-        return self._read("key", sequence, kv_heads, self._trace.length(sequence))
+        With `rotated=False` as they were before it, in float32 (float64 where the trace is), which
+        bfloat16 and float16 traces give no more exactly than they were stored.
+        """
+        positions = self.query_positions(sequence)
+        queries = self._read("query", sequence, heads, len(positions))
+        return queries if rotated else self._rotation().undo(queries, positions)
+
+    def key(
+        self, sequence: int, kv_heads: slice = slice(None), *, rotated: bool = True
+    ) -> npt.NDArray[Any]:
+        """Keys (kv_heads, positions, channels), as attention saw them: after position encoding.
+
+        With `rotated=False` as they were before it, in the types that `query` gives.
+        """
+        length = self._trace.length(sequence)
+        keys = self._read("key", sequence, kv_heads, length)
+        return keys if rotated else self._rotation().undo(keys, np.arange(length))
 
     def value(self, sequence: int, kv_heads: slice = slice(None)) -> npt.NDArray[Any]:
         """Values (kv_heads, positions, value channels)."""
@@ -42,6 +58,14 @@ class Layer:
     def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
         """Positions (queries,) of the queries that were kept, ascending."""
         return self._trace.query_positions(sequence)
+
+    def _rotation(self) -> Rotation:
+        if self.rules.rotation is None:
+            raise RetraceError(
+                f"The position encoding of layer {self.index} ({self.rules.module}) is not known, "
+                "so that rotated=False cannot undo it: read it as attention saw it."
+            )
+        return self.rules.rotation
 
     def _read(self, name: str, sequence: int, heads: slice, length: int) -> npt.NDArray[Any]:
         array = self._group[name]

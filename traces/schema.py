@@ -9,6 +9,7 @@ import numpy as np
 
 from retrace.traces.bfloat16 import BFLOAT16
 from retrace.traces.errors import RetraceError
+from retrace.traces.rotation import Rotation
 
 FORMAT_VERSION = 1
 FORMAT_KEY = "retrace_format"
@@ -63,6 +64,10 @@ class LayerRules:
     """Scores are bounded smoothly: softcap * tanh(score / softcap)."""
     sinks: tuple[float, ...] | None = None
     """One learned logit per head that takes attention and has no value."""
+    rotation: Rotation | None = None
+    """How queries and keys were turned by their position; None where that is not known."""
+    kv_source: int | None = None
+    """The earlier layer whose very keys this one attends to, where it has none of its own."""
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.key_dim, self.value_dim) < 1:
@@ -101,6 +106,8 @@ class LayerRules:
         attributes = asdict(self)
         if self.sinks is not None:
             attributes["sinks"] = list(self.sinks)
+        if self.rotation is not None:
+            attributes["rotation"] = self.rotation.to_attributes()
         return attributes
 
     @classmethod
@@ -109,6 +116,8 @@ class LayerRules:
         known = {f.name: attributes[f.name] for f in fields(cls) if f.name in attributes}
         if known.get("sinks") is not None:
             known["sinks"] = tuple(known["sinks"])
+        if known.get("rotation") is not None:
+            known["rotation"] = Rotation.from_attributes(known["rotation"])
         try:
             return cls(**known)
         except TypeError as error:

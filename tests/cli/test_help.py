@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.metadata import version
 
 import pytest
+from click.testing import Result
 
 from retrace.cli.capture import setting_docs
 from retrace.cli.main import COMMANDS
 
+Run = Callable[..., Result]
 HEAVY = ("torch", "transformers", "datasets", "zarr", "pandas", "matplotlib", "numpy", "rich")
 SCRIPT = """
 import sys, time
@@ -37,7 +41,7 @@ def test_help_is_quick(command: str | None) -> None:
     assert float(seconds) < 0.5  # of processor time, whatever else the machine does
 
 
-def test_every_setting_of_capture_is_an_option(run) -> None:  # type: ignore[no-untyped-def]
+def test_every_setting_of_capture_is_an_option(run: Run) -> None:
     from dataclasses import fields
 
     from retrace.capture import CaptureSettings
@@ -56,10 +60,10 @@ def test_as_a_module() -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.startswith("retrace, version ") or done.stdout.startswith("retrace ")
+    assert done.stdout == f"retrace {version('retrace-attention')}\n"
 
 
-def test_a_misspelt_command_gets_the_nearest(run) -> None:  # type: ignore[no-untyped-def]
+def test_a_misspelt_command_gets_the_nearest(run: Run) -> None:
     result = run("analyse", code=2)
     assert "no command 'analyse'. Did you mean analyze?" in result.stderr
     assert not result.stdout

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from retrace.capture.interface import AttentionCall
 from retrace.capture.likelihood import cache_arguments, logits_in_blocks, new_cache
+from retrace.capture.models import input_device
 from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
 from retrace.traces import PHASES, LayerRules, RetraceError, Trace
 
@@ -72,16 +73,18 @@ def _continue(model: Any, prompt: Tokens, count: int, ends: set[int]) -> Tokens:
     """The likeliest next tokens (generated,), up to `count` or one that ends the text."""
     generated: list[int] = []
     cache = new_cache(model)
-    batch = torch.from_numpy(prompt).long()[None].to(model.device)
+    device = input_device(model)
+    batch = torch.from_numpy(prompt).long()[None].to(device)
     with torch.inference_mode():
-        last = torch.tensor([len(prompt) - 1], device=model.device)
+        last = torch.tensor([len(prompt) - 1])  # on the CPU, from where it indexes any device
         logits = next(logits_in_blocks(model, batch, [last], cache))
         while True:
             token = logits[0, -1].argmax()
             generated.append(int(token))
             if len(generated) == count or generated[-1] in ends:
                 return np.array(generated, np.int32)
-            logits = model(input_ids=token[None, None], **cache_arguments(model, cache)).logits
+            step = token[None, None].to(device)
+            logits = model(input_ids=step, **cache_arguments(model, cache)).logits
 
 
 def _end_tokens(model: Any) -> set[int]:

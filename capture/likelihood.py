@@ -39,7 +39,9 @@ def next_token_nll(model: Any, tokens: Tensor, prompt: int | None = None) -> Ten
 
 def _logits(model: Any, tokens: Tensor, prompt: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Positions (rows,) and the logits there (batch, rows, vocabulary), in order."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    # On the CPU, from where they index a tensor on any device: logits may be on one, tokens on
+    # another.
+    positions = torch.arange(tokens.shape[1])
     blocks = list(torch.split(positions[:prompt], rows))
     cache = new_cache(model) if prompt < len(positions) else None
     yield from zip(blocks, logits_in_blocks(model, tokens[:, :prompt], blocks, cache), strict=True)

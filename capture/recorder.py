@@ -149,6 +149,9 @@ class TensorRecorder:
             raise RetraceError(f"{call.path} called attention twice for a sequence.")
         self._recorded.add(layer.index)
         self._check(call, layer.rules)
+        self._store(call, layer)
+
+    def _store(self, call: AttentionCall, layer: AttentionLayer) -> None:
         for part in self._batch:
             positions = torch.from_numpy(part.query_positions).long()
             whole = len(positions) == part.length

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 
 from retrace.capture.check import check_stored, examine, sampled_positions
+from retrace.capture.decode import StepRecorder, continue_sequences
+from retrace.capture.harness import Harness
 from retrace.capture.interface import observed_attention
 from retrace.capture.likelihood import next_token_nll
 from retrace.capture.models import (
@@ -30,6 +32,7 @@ from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRec
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, CaptureSettings
 from retrace.capture.tasks import SequenceSet, WindowCutter, read_sequences
 from retrace.traces import (
+    PHASES,
     LayerRules,
     RetraceError,
     Trace,
@@ -71,7 +74,10 @@ def capture(
     tasks: Sequence[str] = (),
     text: Sequence[str | Path] = (),
     data: str | Path | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
     limit: int | None = None,
+    generate: int = 0,
     batch_size: int = 1,
     max_length: int | None = None,
     dtype: str = "auto",
@@ -105,7 +111,10 @@ def capture(
         tasks=tasks,
         text=text,
         data=data,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
         limit=limit,
+        generate=generate,
         batch_size=batch_size,
         max_length=max_length,
         dtype=dtype,
@@ -131,6 +140,7 @@ class _Plan:
 
     rules: dict[int, LayerRules]
     tokens: list[npt.NDArray[np.int32]]
+    phases: list[npt.NDArray[np.int8]]
     query_positions: list[npt.NDArray[np.int32]]
     dtype: str
     attributes: dict[str, Any]
@@ -144,6 +154,7 @@ class _Plan:
         everything = {
             "rules": self.rules,
             "tokens": self.tokens,
+            "phases": self.phases,
             "query_positions": self.query_positions,
             "dtype": self.dtype,
         }
@@ -157,26 +168,40 @@ def _capture(
     settings: CaptureSettings, output: Output, command: str | None, show: ShowProgress
 ) -> Trace:
     show(Progress("loading"))
+    harness = Harness(settings) if settings.harness_tasks() else None
     checkpoint = open_checkpoint(settings)
     max_length = _max_length(settings, checkpoint)
-    cut = WindowCutter(checkpoint.tokenizer, max_length, settings.limit)
-    sets = read_sequences(settings, cut)
+    cut = WindowCutter(checkpoint.tokenizer, max_length - settings.generate, settings.limit)
+    sets = read_sequences(settings, cut, harness)
     with _explained(output):
         model = checkpoint.load(settings.dtype, settings.device)
         show(Progress("checking"))
         tokens = [sequence for one in sets for sequence in one.sequences]
-        # The longest shows what shorter ones hide: a window, say.
-        layers = examine(model, max(tokens, key=len))
+        phases = [phase for one in sets for phase in one.phases()]
+        # The longest shows what shorter ones hide: a window, say. What will be generated is not
+        # known yet, but any tokens will do.
+        longest = max(tokens, key=len)
+        most = min(len(longest) + settings.generate, max_length)
+        layers = examine(model, np.resize(longest, most))
         recorded = _choose(layers, settings)
         attributes = _describe(settings, checkpoint, model, sets, cut, layers, max_length)
         attributes |= {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": command,
         }
+        if settings.generate:
+            tokens, phases = continue_sequences(
+                model,
+                tokens,
+                phases,
+                settings.generate,
+                written=open_trace(output.writing) if output.resumes else None,
+            )
         select = parse_queries(settings.queries)
         plan = _Plan(
             rules={index: layer.rules for index, layer in recorded.items()},
             tokens=tokens,
+            phases=phases,
             query_positions=[select.positions(len(t)) for t in tokens],
             dtype=str(next(iter(recorded.values())).dtype).removeprefix("torch."),
             attributes=attributes,
@@ -217,14 +242,16 @@ def _record(
     output.check_space(plan.bytes() * (count - len(done)) // count)
     writer = plan.open(output)
     show(_progress(plan, done))
-    recorder = TensorRecorder(writer, layers)
+    # Caches of sequences of different lengths would need padding: those are read one by one.
+    batch_size = 1 if settings.generate else settings.batch_size
+    recorder = (StepRecorder if settings.generate else TensorRecorder)(writer, layers)
     checked = False
     try:
         with torch.inference_mode(), observed_attention(model, recorder):
-            for start in range(0, count, settings.batch_size):
+            for start in range(0, count, batch_size):
                 # A batch is run again as it was though some of it be done: results must not
                 # depend, by a rounding, on where a capture was interrupted.
-                batch = range(start, min(start + settings.batch_size, count))
+                batch = range(start, min(start + batch_size, count))
                 parts = _missing_parts(plan, batch, done, None if checked else layers)
                 if not parts:
                     continue
@@ -278,7 +305,8 @@ def _run_batch(
     for row, s in enumerate(batch):
         tokens[row, : lengths[row]] = plan.tokens[s]
     recorder.start(parts)
-    nll = next_token_nll(model, torch.from_numpy(tokens).to(input_device(model)))
+    prompt = int((plan.phases[batch[0]] != PHASES["generated"]).sum()) if len(batch) == 1 else None
+    nll = next_token_nll(model, torch.from_numpy(tokens).to(input_device(model)), prompt)
     recorder.finish()
     for row, length in enumerate(lengths):
         nll[row, length - 1 :] = torch.nan
@@ -312,8 +340,14 @@ def _progress(plan: _Plan, done: set[int]) -> Progress:
 
 def _max_length(settings: CaptureSettings, checkpoint: Checkpoint) -> int:
     most = checkpoint.max_positions
+    length = settings.max_length or min(DEFAULT_MAX_LENGTH, most or DEFAULT_MAX_LENGTH)
+    if length - settings.generate < 2:
+        raise RetraceError(
+            f"max_length is {length}, generated tokens included: generate cannot be "
+            f"{settings.generate}."
+        )
     if settings.max_length is None:
-        return min(DEFAULT_MAX_LENGTH, most or DEFAULT_MAX_LENGTH)
+        return length
     if most is not None and settings.max_length > most:
         raise RetraceError(
             f"{settings.pretrained} reads {most} positions at most: max_length cannot be "
@@ -365,6 +399,7 @@ def _describe(
         },
         "task": [
             {"task": one.task, "source": one.source, "sequences": len(one.sequences)}
+            | ({} if one.num_fewshot is None else {"num_fewshot": one.num_fewshot})
             for one in sets
         ],
         "capture": {
@@ -372,7 +407,8 @@ def _describe(
             "max_length": max_length,
             "layers": None if settings.layers is None else sorted(set(settings.layers)),
             "queries": settings.queries,
-        },
+        }
+        | ({"generate": settings.generate} if settings.generate else {}),
         "unrecorded_layers": [i for i in range(count) if i not in layers],
         "position_encoding": getattr(config, "rope_parameters", None),
         "batch_size": settings.batch_size,

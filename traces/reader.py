@@ -132,6 +132,12 @@ class Trace:
         stored = self._query_positions[sequence]
         return np.asarray(stored[stored >= 0])
 
+    def phase(self, sequence: int) -> npt.NDArray[np.int8]:
+        """What each position is (positions,), as a code in `PHASES`."""
+        if "phase" not in self._group:  # made before there was such an array
+            return np.zeros(self.length(sequence), np.int8)
+        return np.asarray(self._small("phase")[sequence, : self.length(sequence)])
+
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood over all finished sequences."""
         values = np.concatenate([self.nll(s) for s in self.sequences] or [np.empty(0, np.float32)])
@@ -159,6 +165,9 @@ class Trace:
         known.update(json.dumps([capture, rules, sequence], sort_keys=True).encode())
         for array in (self.tokens(sequence), self.query_positions(sequence), self.nll(sequence)):
             known.update(np.ascontiguousarray(array).tobytes())
+        phase = self.phase(sequence)
+        if phase.any():  # names what it did before there were phases, where all is context
+            known.update(phase.tobytes())
         return known.hexdigest()[:32]
 
     def read(self, array: "zarr.Array[Any]", place: Any, what: str) -> npt.NDArray[Any]:

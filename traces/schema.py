@@ -29,6 +29,15 @@ TENSOR_AXES: dict[str, tuple[str, str, str, str]] = {
 }
 """Axes of a layer's three arrays. Queries have an axis of their own, since not all may be kept."""
 
+PHASES = {"context": 0, "continuation": 1, "generated": 2}
+"""What a position is, by its code in the array `phase` (sequence, position), -1 where padding is.
+
+context: text that is read, be it a document, a prompt or what comes before scored text;
+continuation: text that a task scores given its context, such as an answer;
+generated: tokens that the model wrote, each read with the keys and values before it in its cache.
+
+A trace that was made before there was such an array is all context."""
+
 
 @dataclass(frozen=True)
 class LayerRules:

@@ -146,10 +146,8 @@ class Trace:
 
     def nbytes(self) -> int:
         """Bytes of the tensors of the finished sequences, padding excluded."""
-        per_position = sum(
-            r.kv_heads * (r.key_dim + r.value_dim) for r in map(self._rules, self.layers)
-        )
-        per_query = sum(r.heads * r.key_dim for r in map(self._rules, self.layers))
+        per_position = sum(r.kv_heads * (r.key_dim + r.value_dim) for r in self._rules)
+        per_query = sum(r.heads * r.key_dim for r in self._rules)
         elements = sum(
             self.length(s) * per_position + len(self.query_positions(s)) * per_query
             for s in self.sequences
@@ -161,7 +159,7 @@ class Trace:
         weights, the text or the rules of capture (through tokens, likelihoods and attributes)."""
         known = hashlib.sha256()
         capture = {k: v for k, v in self.attributes.items() if k not in ("command", "created")}
-        rules = [self._rules(i).to_attributes() for i in self.layers]
+        rules = [rules.to_attributes() for rules in self._rules]
         known.update(json.dumps([capture, rules, sequence], sort_keys=True).encode())
         for array in (self.tokens(sequence), self.query_positions(sequence), self.nll(sequence)):
             known.update(np.ascontiguousarray(array).tobytes())
@@ -179,8 +177,10 @@ class Trace:
                 f"{self.path}: {what} is damaged ({error}). Capture it again with --overwrite."
             ) from error
 
-    def _rules(self, layer: int) -> LayerRules:
-        return self.layer(layer).rules
+    @cached_property
+    def _rules(self) -> tuple[LayerRules, ...]:
+        """Of every layer: read once, since a digest is asked for again with each of them."""
+        return tuple(self.layer(index).rules for index in self.layers)
 
     @cached_property
     def _lengths(self) -> npt.NDArray[np.int32]:

@@ -1,27 +1,35 @@
 """Replay of retrieval-based attention methods against a trace, without its model."""
 
+from retrace.analyze.budget import Budget
+from retrace.analyze.calibration import calibrate
 from retrace.analyze.keep import Keep
 from retrace.analyze.methods.base import (
     AttendMethod,
-    HeadGroup,
+    EvictionMethod,
     Method,
     ScoreMethod,
     SearchMethod,
 )
 from retrace.analyze.methods.registry import method_class, method_names, parse_spec
+from retrace.analyze.past import Past
 from retrace.analyze.results import METRICS, Results
 from retrace.analyze.run import analyze
+from retrace.analyze.unit import HeadGroup
 
 __all__ = [
     "METRICS",
     "AttendMethod",
+    "Budget",
+    "EvictionMethod",
     "HeadGroup",
     "Keep",
     "Method",
+    "Past",
     "Results",
     "ScoreMethod",
     "SearchMethod",
     "analyze",
+    "calibrate",
     "method_class",
     "method_names",
     "parse_spec",

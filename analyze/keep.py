@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from torch import Tensor
 
 from retrace.traces import RetraceError
 
@@ -47,11 +46,6 @@ class Keep:
         """How many sinks and recent keys are kept under a budget of k keys."""
         # Rounded first: 0.29 of 100 keys are 29, though the product is a little less.
         return self.sink, max(self.recent, int(round(self.recent_share * k, 6)))
-
-    def contains(self, ids: Tensor, positions: Tensor, k: int) -> Tensor:
-        """Which key ids (..., queries, any) are kept, for queries at positions (queries,)."""
-        sink, recent = self.at(k)
-        return ((ids < sink) | (ids > positions[:, None] - recent)) & (ids >= 0)
 
     def __str__(self) -> str:
         parts = [f"sink:{self.sink}"] if self.sink else []

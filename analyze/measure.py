@@ -135,7 +135,7 @@ def _hits(exact: ExactBlock, selection: Selection, counted: Tensor) -> Tensor:
     the k best-ranked, and r < k: so from some budget on, and counting them is a cumulative sum.
     """
     ks = torch.tensor(selection.ks, device=counted.device)
-    reach = torch.minimum(selection.attended, ks[:, None, None])
+    reach = torch.minimum(selection.attended, ks[:, None, None] + selection.besides)
     from_rank = torch.searchsorted(ks, exact.ranks(selection.ids), right=True)
     first_budget = torch.maximum(_first_budget(reach, counted.shape[-1]), from_rank)
     tally = torch.zeros(*counted.shape[:2], len(ks) + 1, device=counted.device)
@@ -155,7 +155,7 @@ def _first_budget(reach: Tensor, listed: int) -> Tensor:
 def _outputs(
     exact: ExactBlock, selection: Selection, probability: Tensor, points: list[int]
 ) -> Tensor:
-    """Softmax over the attended keys, renormalised, times their values
+    """Softmax over the attended keys, renormalised or not, times their values
     (points, group, queries, value channels); nothing attended gives zeros."""
     block = exact.block
     attended = selection.attended[points].movedim(0, -1)[..., None]
@@ -163,11 +163,13 @@ def _outputs(
     places = torch.arange(width, device=attended.device)
     # float64, since the probabilities of what was selected may all be tiny.
     weights = probability[..., None, :width] * (places < attended)
-    total = weights.sum(dim=-1, keepdim=True)
-    if block.unit.sinks is not None:
-        sink = block.unit.sinks[:, None] - exact.reference.log_normalizer
-        total = total + sink.double().exp()[..., None, None]
-    weights = (weights / total.masked_fill(total == 0, 1.0)).to(block.unit.values.dtype)
+    if not selection.true_denominator:
+        total = weights.sum(dim=-1, keepdim=True)
+        if block.unit.sinks is not None:
+            sink = block.unit.sinks[:, None] - exact.reference.log_normalizer
+            total = total + sink.double().exp()[..., None, None]
+        weights = weights / total.masked_fill(total == 0, 1.0)
+    weights = weights.to(block.unit.values.dtype)
     ids = selection.ids[..., :width].clamp(min=0)
     output = torch.cat(
         [

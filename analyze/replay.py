@@ -15,7 +15,7 @@ from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.moments import Moments, empty
 from retrace.analyze.reference import KEPT_RANKS, KeptReferences, ReferenceStore, exact_pass
 from retrace.analyze.select import select
-from retrace.analyze.states import Protocol, States
+from retrace.analyze.states import Calibration, Cost, Protocol, States
 from retrace.analyze.unit import Block, Unit, load_units
 from retrace.traces import RetraceError, Trace
 
@@ -32,6 +32,7 @@ class Replayed:
     spec: MethodSpec
     topk: tuple[int, ...]
     """Ascending."""
+    calibration: Calibration = field(default_factory=dict, compare=False)
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -75,9 +76,11 @@ class Tally:
     """(ks, heads), by metric."""
     at_points: dict[str, Moments] = field(default_factory=dict)
     """(topk, heads), by metric."""
+    cost: Cost = field(default_factory=Cost)
 
     def merge(self, other: "Tally") -> None:
         """Add another sequence's queries."""
+        self.cost.merge(other.cost)
         for ours, theirs in ((self.at_all, other.at_all), (self.at_points, other.at_points)):
             for metric, moments in theirs.items():
                 ours[metric] = ours[metric].merge(moments) if metric in ours else moments
@@ -147,15 +150,7 @@ def replay(
     if fresh is not None:
         with clock.charge("exact answers kept"):
             store.save(digest, layer, fresh)
-    return [
-        Tally(
-            tallies[0].ks,
-            tallies[0].topk,
-            _side_by_side([t.at_all for t in tallies]),
-            _side_by_side([t.at_points for t in tallies]),
-        )
-        for tallies in zip(*heads, strict=True)
-    ]
+    return [_whole_layer(tallies) for tallies in zip(*heads, strict=True)]
 
 
 def _replay_unit(
@@ -171,7 +166,7 @@ def _replay_unit(
     any_curve = any(method.ks != method.topk for method in plan.methods)
     first = plan.first_counted(1 if any_curve else smallest, length)
     tallies = [Tally(m.ks, m.topk) for m in plan.methods]
-    states = [States(m.spec.method, unit, plan.protocol) for m in plan.methods]
+    states = [States(m.spec.method, unit, plan.protocol, m.calibration) for m in plan.methods]
     # Answers that are kept for later runs must not depend on which queries this one counts.
     for block in unit.blocks(0 if fresh is not None else first, plan.block_elements):
         with clock.charge("exact pass"):
@@ -190,7 +185,8 @@ def _replay_unit(
         for method, tally, state in zip(plan.methods, tallies, states, strict=True):
             with clock.charge(str(method.spec)):
                 _replay_method(method, exact, state, plan, tally)
-    for tally in tallies:
+    for tally, state in zip(tallies, states, strict=True):
+        tally.cost = state.cost
         _fill_missing(tally, unit.group.rules.group)
     return tallies
 
@@ -200,7 +196,8 @@ def _replay_method(
 ) -> None:
     """Add a block's queries to a method's tally."""
     length = len(exact.block.unit.keys)
-    for rows, state, indexed in states.serve(exact.block):
+    for served in states.serve(exact.block):
+        rows = served.rows
         # What shares one list is selected together; otherwise only what counts for the budget.
         shared = isinstance(method.spec.method, ScoreMethod)
         for ks in [method.ks] if shared else [(k,) for k in method.topk]:
@@ -213,7 +210,7 @@ def _replay_method(
                 if method.spec.method == EXACT:
                     selections = [part.selection(ks)]
                 else:
-                    selections = select(method.spec.method, state, indexed, part.block, ks)
+                    selections = select(method.spec.method, served, part.block, ks)
             except RetraceError as error:
                 raise RetraceError(f"{method.spec} {error}") from error
             for selection in selections:
@@ -238,6 +235,19 @@ def _add(tally: Tally, measured: Measured, points: list[int], block: Block, plan
             if len(places) < len(budgets):
                 moments = moments.spread(places, len(budgets))
             sums[metric] = sums[metric].merge(moments) if metric in sums else moments
+
+
+def _whole_layer(heads: Sequence[Tally]) -> Tally:
+    """The tallies of a layer's kv heads as one."""
+    layer = Tally(
+        heads[0].ks,
+        heads[0].topk,
+        _side_by_side([tally.at_all for tally in heads]),
+        _side_by_side([tally.at_points for tally in heads]),
+    )
+    for tally in heads:
+        layer.cost.merge(tally.cost)
+    return layer
 
 
 def _side_by_side(parts: list[dict[str, Moments]]) -> dict[str, Moments]:

@@ -1,5 +1,6 @@
 """`analyze`: replay methods against a trace and keep what they come to."""
 
+import hashlib
 import logging
 import shutil
 import sys
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,15 @@ import numpy as np
 import pandas as pd
 import torch
 
+from retrace.analyze.calibration import calibration, calibration_name
 from retrace.analyze.causality import check_causality
 from retrace.analyze.methods.registry import MethodSpec, parse_spec
 from retrace.analyze.moments import Moments
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Clock, Plan, Replayed, Tally, replay
 from retrace.analyze.results import COLUMNS, PLOTS, Results
-from retrace.analyze.states import Protocol
+from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
+from retrace.analyze.states import Cost, Protocol
 from retrace.analyze.unit import load_units
 from retrace.traces import RetraceError, Trace, open_trace
 
@@ -40,6 +44,7 @@ def analyze(
     protocol: str = "all",
     min_context: int | None = None,
     layers: Sequence[int] | None = None,
+    calibration_sequences: Sequence[int] | None = None,
     device: str = "auto",
     keep_exact: bool = True,
     overwrite: bool = False,
@@ -56,9 +61,12 @@ def analyze(
         protocol: `all`, `all:R`, `prefix:P`; see `retrace.analyze.states.Protocol`.
         min_context: the first position that counts; 10 k for budget k if None.
         layers: indices of the layers to replay; all recorded ones if None.
+        calibration_sequences: sequences that methods are calibrated on, and that no method of the
+            run is evaluated on. By default those of the results that `out` holds; if there are
+            none, the last quarter of the trace's if a method needs calibration, else none.
         device: `cpu`, `cuda` or `cuda:N`; `auto` is cuda where there is one, else cpu.
-        keep_exact: keep the exact answers beside the trace, so that they are computed once however
-            often it is analyzed.
+        keep_exact: keep the exact answers, and what methods learn, beside the trace, so that they
+            are computed once however often it is analyzed.
         overwrite: throw away what is in `out`.
         progress: told how far it is.
 
@@ -69,17 +77,27 @@ def analyze(
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     specs = _unique([parse_spec(text) for text in methods])
     budgets = _budgets(topk)
-    settings = _Settings(trace, Protocol.parse(protocol), min_context, _layers(trace, layers))
-    settings.check_budgets(budgets)
-    target = _device(device)
     folder = None if out is None else Path(out)
-    before = None if folder is None or overwrite else _earlier(folder, settings)
+    before = None if folder is None or overwrite else _earlier(folder)
+    settings = _Settings(
+        trace,
+        Protocol.parse(protocol),
+        min_context,
+        choose_layers(trace, layers),
+        _held_out(trace, specs, calibration_sequences, before),
+    )
+    settings.check_budgets(budgets)
+    target = choose_device(device)
+    if folder is not None and before is not None:
+        settings.check_same(before, folder)
     wanted, before = _still_wanted(specs, budgets, before)
     if not wanted:
         assert before is not None
         return before
-    plan = Plan(tuple(wanted), settings.protocol, min_context)
     clock = Clock()
+    with clock.charge("calibration"):
+        wanted = [settings.calibrated(method, target, keep_exact) for method in wanted]
+    plan = Plan(tuple(wanted), settings.protocol, min_context)
     tallies = _replay_all(settings, plan, target, _store(trace, keep_exact), clock, progress)
     results = _results(settings, plan, tallies, clock, target)
     if before is not None:
@@ -100,7 +118,12 @@ class _Settings:
     """The part of a run that all methods share: what is replayed and what counts."""
 
     def __init__(
-        self, trace: Trace, protocol: Protocol, min_context: int | None, layers: tuple[int, ...]
+        self,
+        trace: Trace,
+        protocol: Protocol,
+        min_context: int | None,
+        layers: tuple[int, ...],
+        calibration: tuple[int, ...],
     ) -> None:
         if min_context is not None and min_context < 0:
             raise RetraceError(f"min_context {min_context}: expected a position, 0 or more.")
@@ -120,10 +143,12 @@ class _Settings:
         self.protocol = protocol
         self.min_context = min_context
         self.layers = layers
+        self.calibration = calibration
+        self.sequences = tuple(s for s in trace.sequences if s not in calibration)
 
     def check_budgets(self, budgets: Sequence[int]) -> None:
         """Refuse budgets for which no query counts."""
-        lengths = {s: self.trace.length(s) for s in self.trace.sequences}
+        lengths = {s: self.trace.length(s) for s in self.sequences}
         last = {s: int(self.trace.query_positions(s)[-1]) for s in lengths}
         plan = Plan((), self.protocol, self.min_context)
         for k in budgets:
@@ -138,11 +163,38 @@ class _Settings:
     def facts(self) -> dict[str, Any]:
         """What must be equal for results to stand in one folder."""
         return {
-            "trace": [self.trace.digest(s) for s in self.trace.sequences],
+            "trace": [self.trace.digest(s) for s in self.sequences],
             "protocol": str(self.protocol),
             "min_context": self.min_context,
             "layers": list(self.layers),
+            "calibration": list(self.calibration) or None,
         }
+
+    def check_same(self, before: Results, folder: Path) -> None:
+        """Refuse to add to results of other facts."""
+        different = [name for name, value in self.facts().items() if before.run.get(name) != value]
+        if "calibration" in different:
+            raise RetraceError(
+                f"{folder} holds results over other sequences than these, less those for "
+                "calibration: choose another folder with --out, or replace it with --overwrite."
+            )
+        if different:
+            raise RetraceError(
+                f"{folder} holds results of another {' and '.join(different)}: choose another "
+                "folder with --out, or replace it with --overwrite."
+            )
+
+    def calibrated(self, method: Replayed, device: torch.device, keep: bool) -> Replayed:
+        """The method with what it learns of every layer."""
+        given = calibration(self.trace, method.spec, self.calibration, self.layers, device, keep)
+        return replace(method, calibration=given)
+
+    def calibration_digest(self, spec: MethodSpec) -> str | None:
+        """Names what a method learnt, and from what."""
+        if not spec.method.calibrated:
+            return None
+        names = [calibration_name(self.trace, spec, self.calibration, i) for i in self.layers]
+        return hashlib.sha256("".join(names).encode()).hexdigest()[:32]
 
 
 def _unique(specs: list[MethodSpec]) -> list[MethodSpec]:
@@ -161,39 +213,25 @@ def _budgets(topk: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(topk)))
 
 
-def _layers(trace: Trace, layers: Sequence[int] | None) -> tuple[int, ...]:
-    if layers is None:
-        return trace.layers
-    return tuple(trace.layer(i).index for i in sorted(set(layers)))
+def _held_out(
+    trace: Trace,
+    specs: list[MethodSpec],
+    sequences: Sequence[int] | None,
+    before: Results | None,
+) -> tuple[int, ...]:
+    """The sequences that are for calibration."""
+    if sequences is None and before is not None:
+        sequences = before.run.get("calibration")
+    if sequences is None and not any(spec.method.calibrated for spec in specs):
+        return ()
+    return choose_calibration(trace, sequences)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RetraceError(f"Unknown device {name!r}: expected cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RetraceError("CUDA is asked for, but no CUDA device is here: use --device cpu.")
-    if device.type not in ("cpu", "cuda"):
-        raise RetraceError(f"The device {name!r} is not supported: use cpu or cuda.")
-    return device
-
-
-def _earlier(folder: Path, settings: _Settings) -> Results | None:
+def _earlier(folder: Path) -> Results | None:
     """The results that are in the folder; None where there is nothing."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    before = Results.load(folder)
-    facts = settings.facts()
-    different = [name for name, value in facts.items() if before.run.get(name) != value]
-    if different:
-        raise RetraceError(
-            f"{folder} holds results of another {' and '.join(different)}: choose another folder "
-            "with --out, or replace it with --overwrite."
-        )
-    return before
+    return Results.load(folder)
 
 
 def _still_wanted(
@@ -245,7 +283,7 @@ def _replay_all(
 ) -> dict[int, list[Tally]]:
     """Every method's tally in every layer; sequences merge in the order of the plan."""
     trace = settings.trace
-    tasks = [(layer, sequence) for layer in settings.layers for sequence in trace.sequences]
+    tasks = [(layer, sequence) for layer in settings.layers for sequence in settings.sequences]
 
     def run(task: tuple[int, int]) -> tuple[list[Tally], Clock]:
         spent = Clock()
@@ -295,14 +333,21 @@ def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
 def _check_causality(settings: _Settings, plan: Plan, device: torch.device) -> None:
     """Try every method on the longest sequence's first unit before any time is spent."""
     trace = settings.trace
-    longest = max(trace.sequences, key=trace.length)
+    longest = max(settings.sequences, key=trace.length)
     unit = next(load_units(trace.layer(settings.layers[0]), longest, device))
     for method in plan.methods:
         first = plan.first_counted(method.topk[0], len(unit.keys))
         if first > int(unit.positions[-1]):
             continue
         try:
-            check_causality(method.spec.method, unit, plan.protocol, [method.topk[0]], first)
+            check_causality(
+                method.spec.method,
+                unit,
+                plan.protocol,
+                [method.topk[0]],
+                first,
+                method.calibration,
+            )
         except RetraceError as error:
             raise RetraceError(f"{method.spec} {error}") from error
 
@@ -340,15 +385,17 @@ def _results(
         "model": settings.trace.attributes.get("model"),
         "task": settings.trace.attributes.get("task"),
         "dtype": settings.trace.attributes["dtype"],
-        "sequences": list(settings.trace.sequences),
+        "sequences": list(settings.sequences),
         "methods": {
             str(m.spec): {
                 "name": m.spec.name,
                 "parameters": m.spec.parameters,
                 "source": type(m.spec.method).source,
                 "source_digest": m.spec.source_digest,
+                "calibration": settings.calibration_digest(m.spec),
+                "state": _cost([of_layer[i] for of_layer in tallies.values()]),
             }
-            for m in plan.methods
+            for i, m in enumerate(plan.methods)
         },
         "history": [
             {
@@ -384,6 +431,19 @@ def _frame(
             "count": moments.count.astype(np.int64).ravel(),
         }
     )
+
+
+def _cost(tallies: list[Tally]) -> dict[str, Any]:
+    """What a method's states took, over all layers: how many were built, the seconds that took,
+    and the bytes of the largest of one kv head, as replay holds it."""
+    whole = Cost()
+    for tally in tallies:
+        whole.merge(tally.cost)
+    return {
+        "builds": whole.builds,
+        "build_seconds": round(whole.seconds, 3),
+        "largest_bytes": whole.state_bytes,
+    }
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,83 +1,107 @@
 """How each level of method turns its answer into a selection."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import AttendMethod, Method, ScoreMethod, SearchMethod
-from retrace.analyze.pooling import MEAN_QUERY, POOLINGS
+from retrace.analyze.pooling import MEAN_QUERY, pool
 from retrace.analyze.selection import Selection, check_finite, check_ids, missing_last
+from retrace.analyze.states import Served
 from retrace.analyze.top import top
 from retrace.analyze.unit import Block
 from retrace.traces import RetraceError
 
 
-def select(
-    method: Method, state: Any, indexed: int, block: Block, ks: Sequence[int]
-) -> list[Selection]:
+def select(method: Method, served: Served, block: Block, ks: Sequence[int]) -> list[Selection]:
     """What a method attends for a block's queries at each budget of `ks`, ascending.
 
     Args:
         method: the method.
-        state: its state; None while it has none, when all keys are searched exactly.
-        indexed: how many keys the state holds.
+        served: its state for these queries.
         block: the queries.
         ks: the budgets. Those that share one ranked list share a selection.
     """
     if isinstance(method, ScoreMethod):
-        return _select_by_score(method, state, block, ks)
+        return _select_by_score(method, served, block, ks)
     if isinstance(method, SearchMethod):
-        return [_select_by_search(method, state, indexed, block, k) for k in ks]
+        return [_select_by_search(method, served, block, k) for k in ks]
     if isinstance(method, AttendMethod):
-        return [_select_by_attend(method, state, block, k) for k in ks]
+        return [_select_by_attend(method, served.state, block, k) for k in ks]
     raise TypeError(
         f"{type(method).__name__} must be a ScoreMethod, a SearchMethod or an AttendMethod."
     )
 
 
+@dataclass(frozen=True)
+class _Ranked:
+    """What a score method says of a block's queries."""
+
+    ids: Tensor
+    """Keys (group, queries, any), best unit first, -1 where none is."""
+    scores: Tensor
+    """The group's own scores (group or 1, queries, units)."""
+    size: int
+    """Keys in a unit."""
+    first_new: int | None
+    """Keys from here on are attended besides the budget."""
+    aux_bytes: Tensor
+    holds_keys: bool
+
+
 def _select_by_score(
-    method: ScoreMethod, state: Any, block: Block, ks: Sequence[int]
+    method: ScoreMethod, served: Served, block: Block, ks: Sequence[int]
 ) -> list[Selection]:
     """Most methods have one list for all budgets; one per always-kept set where that varies."""
-    scores = block.scores if state is None else _visible_scores(method, state, block)
-    size = 1 if state is None else method.unit_size
-    pooled = POOLINGS[method.pool](scores) if method.pool != MEAN_QUERY else scores
-    if method.pool.endswith("softmax"):
-        # After a softmax, what is not visible holds 0, which is not the least.
-        pooled = pooled.masked_fill(~_visible_units(block, size), -torch.inf)
-    most = max(ks) if size == 1 else max(method.units(k) for k in ks)
-    ids = top(pooled, most)[1]
-    if size > 1:
-        ids = _keys_of_pages(ids, size, block)
-    ids = ids.expand(len(block.queries), -1, -1)
+    ranked = _rank(method, served, block, max(ks))
     kept_sets: dict[tuple[int, int], list[int]] = {}
     for k in ks:
         kept_sets.setdefault(method.keep.at(k), []).append(k)
-    probabilities = torch.softmax(scores, dim=-1) if method.output == "mean-fill" else None
-    aux, holds_keys = _aux_bytes(method, state, block), method.holds_keys
-    if state is None:  # every key is read to rank them
+    return [_compose(method, ranked, tuple(shared), block) for shared in kept_sets.values()]
+
+
+def _rank(method: ScoreMethod, served: Served, block: Block, k: int) -> _Ranked:
+    """The best units for budgets up to k, by the scores that the method's heads pool."""
+    size = 1 if served.state is None else method.unit_size
+    scores = _visible_scores(method, served.state, block)
+    together = scores
+    if served.heads:
+        peers = [(block.of(unit), state) for unit, state in served.heads]
+        together = torch.cat([_visible_scores(method, state, peer) for peer, state in peers])
+    most = k if size == 1 else max(method.units(budget) for budget in range(1, k + 1))
+    ids = top(pool(method.pool, together), most)[1]
+    if size > 1:
+        ids = _keys_of_pages(ids, size, block)
+    aux, holds_keys = _aux_bytes(method, served.state, block), method.holds_keys
+    first_new = served.built if method.keeps_new else None
+    if served.state is None and first_new is None:  # every key is read to rank them
         aux, holds_keys = block.visible_count * block.unit.group.key_bytes, True
-    return [
-        _compose(method, size, ids, tuple(shared), block, probabilities, aux, holds_keys)
-        for shared in kept_sets.values()
-    ]
+    return _Ranked(ids.expand(len(block.queries), -1, -1), scores, size, first_new, aux, holds_keys)
 
 
 def _visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
-    """The method's scores (group or 1, queries, units), -inf where a unit is not visible."""
-    queries = block.queries
+    """The method's scores (group or 1, queries, units), -inf where a unit is not visible; exact
+    ones while there is no state."""
+    if state is None:
+        return block.scores
+    queries = block.queries * block.unit.group.rules.scale
     if method.pool == MEAN_QUERY:
         queries = queries.mean(dim=0, keepdim=True)
     scores = method.scores(state, queries, block.positions)
     units = -(-block.end // method.unit_size)
     expected = (*queries.shape[:2], units)
-    if scores.dim() != 3 or scores.shape[:2] != expected[:2] or scores.shape[2] < units:
+    short = scores.shape[-1] < units and not method.keeps_new
+    if scores.dim() != 3 or scores.shape[:2] != expected[:2] or short:
         raise RetraceError(
             f"scores() gave shape {tuple(scores.shape)}; expected (group, queries, units) = "
             f"{expected}, or more units."
         )
+    if scores.shape[-1] < units:
+        missing = (0, units - scores.shape[-1])
+        scores = torch.nn.functional.pad(scores, missing, value=-torch.inf)
     hidden = ~_visible_units(block, method.unit_size)
     scores = scores[..., :units].masked_fill(hidden, -torch.inf)
     check_finite(scores, "scores()", block)
@@ -86,16 +110,20 @@ def _visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
 
 def _visible_units(block: Block, size: int) -> Tensor:
     """Which units hold a key that the query sees: bool (queries, units)."""
-    if size == 1:
-        return block.visible
+    return block.visible if size == 1 else _keys_in_units(block, size) > 0
+
+
+def _keys_in_units(block: Block, size: int) -> Tensor:
+    """How many visible keys each unit holds (queries, units)."""
     padded = torch.nn.functional.pad(block.visible, (0, -block.end % size))
-    return padded.view(len(padded), -1, size).any(dim=-1)
+    return padded.view(len(padded), -1, size).sum(dim=-1)
 
 
 def _keys_of_pages(pages: Tensor, size: int, block: Block) -> Tensor:
     """Keys (group, queries, pages * size) of pages (group, queries, pages), -1 if not visible."""
     offsets = torch.arange(size, device=pages.device)
-    return _only_visible((pages[..., None] * size + offsets).flatten(-2), block)
+    keys = (pages[..., None] * size + offsets).masked_fill(pages[..., None] < 0, -1)
+    return _only_visible(keys.flatten(-2), block)
 
 
 def _only_visible(ids: Tensor, block: Block) -> Tensor:
@@ -105,68 +133,106 @@ def _only_visible(ids: Tensor, block: Block) -> Tensor:
     return ids.masked_fill(~seen | (ids != inside), -1)
 
 
-def _compose(
-    method: ScoreMethod,
-    size: int,
-    ids: Tensor,
-    ks: tuple[int, ...],
-    block: Block,
-    probabilities: Tensor | None,
-    aux_bytes: Tensor,
-    holds_keys: bool,
-) -> Selection:
+def _compose(method: ScoreMethod, ranked: _Ranked, ks: tuple[int, ...], block: Block) -> Selection:
     """The always-kept keys in front of the ranked ones, and how many keys each budget attends."""
-    sink, recent = method.keep.at(ks[0])
+    ids, size = ranked.ids, ranked.size
     budgets = torch.tensor(ks, device=ids.device)[:, None, None]
+    sink, recent = method.keep.at(ks[0])
+    first_given, besides = None, ids.new_zeros(1)
+    if recent:
+        first_given = block.positions - recent + 1
+    if ranked.first_new is not None:
+        new = block.positions.new_full((len(block.positions),), ranked.first_new)
+        first_given = new if first_given is None else torch.minimum(first_given, new)
+        besides = block.visible[:, ranked.first_new :].sum(dim=-1)
     kept_count = ids.new_zeros((1, 1))
-    if sink or recent:
-        kept = _kept_ids(sink, recent, block).expand(len(ids), -1, -1)
+    if sink or first_given is not None:
+        kept = _kept_ids(sink, first_given, block)
         kept_count = (kept >= 0).sum(dim=-1)
-        ids = ids.masked_fill(method.keep.contains(ids, block.positions, ks[0]), -1)
-        listed = missing_last(torch.cat([kept, ids], dim=-1))
+        again = ids < sink
+        if first_given is not None:
+            again = again | (ids >= first_given[:, None])
+        ids = ids.masked_fill(again, -1)
+        listed = missing_last(torch.cat([kept.expand(len(ids), -1, -1), ids], dim=-1))
     else:
         listed = ids if size == 1 else missing_last(ids)
-    left = (budgets - kept_count).clamp(min=0)
+    most = method.budget.most(budgets, block.visible_count) + besides
+    left = (most - kept_count).clamp(min=0)
+    in_pages = None
     if size > 1:
-        affordable = [0] + [method.units(k) for k in range(1, ks[-1] + 1)]
-        units = torch.tensor(affordable, device=ids.device)[left]
         # Keys in the first u pages, u = 0, 1, ...
         in_page = (ids >= 0).view(*ids.shape[:-1], -1, size).sum(dim=-1)
         in_pages = torch.nn.functional.pad(in_page.cumsum(dim=-1), (1, 0))
-        units = units.clamp(max=in_pages.shape[-1] - 1).movedim(0, -1)
-        left = in_pages.gather(-1, units.expand(*ids.shape[:2], -1)).movedim(-1, 0)
+        affordable = [0] + [method.units(k) for k in range(1, ks[-1] + 1)]
+        units = torch.tensor(affordable, device=ids.device)[left]
+        left = _keys_in_pages(in_pages, units)
     attended = kept_count + left
+    if method.budget.by_estimate:
+        estimates = ranked.scores.expand(len(listed), -1, -1).gather(-1, _units(listed, size))
+        estimates = estimates.masked_fill(listed < 0, -torch.inf)
+        largest = ranked.scores.amax(dim=-1, keepdim=True)
+        pruned = method.budget.prune(estimates, largest, attended)
+        left = (pruned - kept_count).clamp(min=0)
+        if in_pages is not None:  # a page that is begun is read whole
+            units = torch.searchsorted(in_pages, left.movedim(0, -1).contiguous())
+            left = _keys_in_pages(in_pages, units.movedim(-1, 0))
+        attended = kept_count + left
     listed = listed[..., : max(1, int(attended[-1].max()))]
-    estimates = None
-    if probabilities is not None:
-        estimates = probabilities.expand(len(listed), -1, -1).gather(-1, listed.clamp(min=0))
-        estimates = estimates.masked_fill(listed < 0, 0.0)
     return Selection(
         ks,
         listed,
         attended,
         sink=sink,
-        first_given=block.positions - recent + 1 if recent else None,
-        estimates=estimates,
-        aux_bytes=aux_bytes,
-        holds_keys=holds_keys,
+        first_given=first_given,
+        besides=besides,
+        estimates=_probabilities(ranked, listed, block) if method.output == "mean-fill" else None,
+        true_denominator=method.output == "true-denominator",
+        aux_bytes=ranked.aux_bytes,
+        holds_keys=ranked.holds_keys,
     )
 
 
-def _kept_ids(sink: int, recent: int, block: Block) -> Tensor:
-    """Always-kept keys (1, queries, sink + recent), newest last but one's own first among the
-    recent, -1 where not visible."""
+def _keys_in_pages(in_pages: Tensor, pages: Tensor) -> Tensor:
+    """Keys in the first pages (budgets, group or 1, queries or 1), by the table `in_pages`
+    (group, queries, listed pages + 1): (budgets, group, queries)."""
+    pages = pages.clamp(max=in_pages.shape[-1] - 1).movedim(0, -1)
+    return in_pages.gather(-1, pages.expand(*in_pages.shape[:2], -1)).movedim(-1, 0)
+
+
+def _units(ids: Tensor, size: int) -> Tensor:
+    """The unit of each key; any for the id -1."""
+    return ids.clamp(min=0) if size == 1 else ids.clamp(min=0) // size
+
+
+def _probabilities(ranked: _Ranked, listed: Tensor, block: Block) -> Tensor:
+    """The method's own probability of each listed key, the keys of a page alike."""
+    scores = ranked.scores
+    if ranked.size == 1:
+        total = torch.logsumexp(scores, dim=-1, keepdim=True)
+    else:
+        weighted = scores + _keys_in_units(block, ranked.size).log()
+        total = torch.logsumexp(weighted, dim=-1, keepdim=True)
+    scores = (scores - total).expand(len(listed), -1, -1)
+    return scores.gather(-1, _units(listed, ranked.size)).exp().masked_fill(listed < 0, 0.0)
+
+
+def _kept_ids(sink: int, first_given: Tensor | None, block: Block) -> Tensor:
+    """Always-kept keys (1, queries, any): the first `sink`, and those from `first_given` (queries,)
+    on, one's own first; -1 where not visible."""
     positions = block.positions[:, None]
-    sinks = torch.arange(sink, device=positions.device).expand(len(positions), -1)
-    recents = positions - torch.arange(recent, device=positions.device)
-    recents = recents.masked_fill(recents < sink, -1)  # those are sinks already
-    return _only_visible(torch.cat([sinks, recents], dim=-1)[None], block)
+    ids = torch.arange(sink, device=positions.device).expand(len(positions), -1)
+    if first_given is not None:
+        first = first_given[:, None].clamp(min=sink)  # those before are sinks already
+        recent = positions - torch.arange(
+            max(0, int((positions - first).max()) + 1), device=positions.device
+        )
+        ids = torch.cat([ids, recent.masked_fill(recent < first, -1)], dim=-1)
+    return _only_visible(ids[None], block)
 
 
-def _select_by_search(
-    method: SearchMethod, state: Any, indexed: int, block: Block, k: int
-) -> Selection:
+def _select_by_search(method: SearchMethod, served: Served, block: Block, k: int) -> Selection:
     """The index's answer and the keys that it does not hold yet, ranked by exact score."""
+    state, indexed = served.state, served.held
     since = torch.arange(indexed, block.end, device=block.positions.device)
     candidates = since.expand(*block.queries.shape[:2], -1)
     if state is not None:
@@ -194,7 +260,10 @@ def _select_by_search(
 
 def _select_by_attend(method: AttendMethod, state: Any, block: Block, k: int) -> Selection:
     """The method's own output, and the keys it says it attended."""
-    output, ids = method.attend(state, block.queries, block.positions, k)
+    if state is None:
+        return _exact_best(block, k)
+    queries = block.queries * block.unit.group.rules.scale
+    output, ids = method.attend(state, queries, block.positions, k)
     expected = (*block.queries.shape[:2], block.unit.values.shape[1])
     if output.shape != expected:
         raise RetraceError(
@@ -210,6 +279,19 @@ def _select_by_attend(method: AttendMethod, state: Any, block: Block, k: int) ->
         (ids >= 0).sum(dim=-1)[None],
         output=output[None],
         aux_bytes=_aux_bytes(method, state, block),
+        holds_keys=method.holds_keys,
+    )
+
+
+def _exact_best(block: Block, k: int) -> Selection:
+    """The k keys of largest exact score, for a fitted method that has no state yet."""
+    ids = top(block.scores, k)[1]
+    return Selection(
+        (k,),
+        ids,
+        (ids >= 0).sum(dim=-1)[None],
+        aux_bytes=block.visible_count * block.unit.group.key_bytes,
+        holds_keys=True,
     )
 
 

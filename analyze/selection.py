@@ -26,8 +26,12 @@ class Selection:
     """Keys below this position did not have to be found: they are always kept."""
     first_given: Tensor | None = None
     """Nor did keys from this position of each query (queries,) on: kept, or not yet indexed."""
+    besides: Tensor | int = 0
+    """How many of the attended keys come besides the budget (queries,)."""
     estimates: Tensor | None = None
     """For mean fill: the method's own probability of each listed key, like ids."""
+    true_denominator: bool = False
+    """Whether the output is divided by the sum over all visible keys."""
     output: Tensor | None = None
     """The method's own output (budgets, group, queries, value channels)."""
     aux_bytes: Tensor | float = 0.0

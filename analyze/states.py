@@ -1,11 +1,18 @@
 """Which keys a method's state is built from when it answers a query: never later ones."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Self
 
-from retrace.analyze.methods.base import Method, SearchMethod
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrace.analyze.methods.base import Method, ScoreMethod, SearchMethod
+from retrace.analyze.past import Past
+from retrace.analyze.pooling import LAYER
 from retrace.analyze.unit import Block, Unit
 from retrace.traces import RetraceError
 
@@ -60,54 +67,146 @@ class Protocol:
         return f"all:{self.rebuild}" if self.prefix is None else f"prefix:{self.prefix}"
 
 
+Calibration = Mapping[tuple[int, int], Mapping[str, Tensor]]
+"""What a method's `calibrate` gave, by layer and kv head."""
+
+
+@dataclass
+class Cost:
+    """What building a method's states took."""
+
+    builds: int = 0
+    seconds: float = 0.0
+    state_bytes: int = 0
+    """The largest state of one kv head, as replay holds it; what it shares with the sequence's own
+    keys, values and queries is not counted."""
+
+    def merge(self, other: "Cost") -> None:
+        """Add what was spent elsewhere."""
+        self.builds += other.builds
+        self.seconds += other.seconds
+        self.state_bytes = max(self.state_bytes, other.state_bytes)
+
+
+@dataclass(frozen=True)
+class Served:
+    """Some queries of a block, and the state that answers them."""
+
+    rows: slice
+    """Which of the block's queries."""
+    state: Any
+    """None while there is none, when all keys are searched exactly."""
+    built: int
+    """Keys that the state was built from."""
+    held: int
+    """Keys that it holds, those that joined later included."""
+    heads: tuple[tuple[Unit, Any], ...] = ()
+    """Every kv head of the layer with its state, where the method pools over the layer."""
+
+
 class States:
     """A method's state as the queries of one unit advance."""
 
-    def __init__(self, method: Method, unit: Unit, protocol: Protocol) -> None:
+    def __init__(
+        self,
+        method: Method,
+        unit: Unit,
+        protocol: Protocol,
+        calibration: Calibration | None = None,
+    ) -> None:
         self._method = method
-        self._unit = unit
         self._protocol = protocol
+        self._unit = unit
+        self._calibration = calibration or {}
+        # The heads of a layer that select together have a state each.
+        self._pools_layer = isinstance(method, ScoreMethod) and method.pool.startswith(LAYER)
+        self._units: tuple[Unit, ...] = (unit,)
+        if self._pools_layer:
+            whole = Past(unit, 0, len(unit.keys))
+            self._units = tuple(head.unit for head in whole.heads)
+        self._states: tuple[Any, ...] = (None,) * len(self._units)
         self._built = -1
         self._held = 0
-        self._state: Any = None
+        self.cost = Cost()
 
-    def serve(self, block: Block) -> Iterator[tuple[slice, Any, int]]:
-        """The queries of a block, cut where the state changes: which, the state, keys in it."""
-        if not self._method.fitted:
-            if self._state is None:
-                self._state = self._method.build(
-                    self._unit.keys, self._unit.values, self._unit.group
-                )
-            yield slice(0, len(block.positions)), self._state, len(self._unit.keys)
-            return
+    def serve(self, block: Block) -> Iterator[Served]:
+        """The queries of a block, cut where the state changes."""
         wanted = [self._wanted(position) for position in block.positions.tolist()]
         start = 0
         for row in range(1, len(wanted) + 1):
             if row == len(wanted) or wanted[row] != wanted[start]:
                 self._advance(*wanted[start])
-                yield slice(start, row), self._state, self._held
+                own = self._unit.group.kv_head if self._pools_layer else 0
+                yield Served(
+                    slice(start, row),
+                    self._states[own],
+                    self._built,
+                    self._held,
+                    tuple(zip(self._units, self._states, strict=True)) if self._pools_layer else (),
+                )
                 start = row
 
     def _wanted(self, position: int) -> tuple[int, int]:
         """How many keys the state at a position is built from, and how many it holds in all."""
-        length = len(self._unit.keys)
+        method, length = self._method, len(self._unit.keys)
+        if not method.fitted:
+            return length, length
         built = self._protocol.built_at(position, length)
-        if isinstance(self._method, SearchMethod):
-            if self._method.incremental and self._protocol.prefix is None:
+        if isinstance(method, SearchMethod):
+            if method.incremental and self._protocol.prefix is None:
                 built = FIRST_BUILD if position >= FIRST_BUILD else 0
-            step = self._method.step
-            return built, built + (position - built) // step * step if built else 0
+            return built, built + (position - built) // method.step * method.step if built else 0
+        if isinstance(method, ScoreMethod) and method.keeps_new:
+            return built, built
         # Scores of later keys are hidden query by query, so that all may join at once.
         return built, length if built else 0
 
     def _advance(self, built: int, held: int) -> None:
-        keys, values, group = self._unit.keys, self._unit.values, self._unit.group
+        method = self._method
+        if built == self._built and held == self._held:
+            return
+        start = self._seconds()
         if built != self._built:
-            self._state = None
+            self._states = (None,) * len(self._units)
             if built:
-                self._state = self._method.build(keys[:built], values[:built], group)
+                self._states = tuple(method.build(self._past(u, 0, built)) for u in self._units)
+                self.cost.builds += 1
             self._built = self._held = built
         if held > self._held:
-            more = slice(self._held, held)
-            self._state = self._method.extend(self._state, keys[more], values[more], group)
+            self._states = tuple(
+                method.extend(state, self._past(unit, self._held, held))
+                for unit, state in zip(self._units, self._states, strict=True)
+            )
             self._held = held
+        self.cost.seconds += self._seconds() - start
+        self.cost.state_bytes = max(self.cost.state_bytes, _nbytes(self._states[0], self._unit))
+
+    def _past(self, unit: Unit, start: int, end: int) -> Past:
+        at = (unit.group.layer, unit.group.kv_head)
+        return Past(unit, start, end, self._calibration.get(at, {}))
+
+    def _seconds(self) -> float:
+        if self._unit.keys.is_cuda:
+            torch.cuda.synchronize(self._unit.keys.device)
+        return time.perf_counter()
+
+
+def _nbytes(state: Any, unit: Unit) -> int:
+    """Bytes of the tensors and arrays in a state, less what it shares with the unit."""
+    shared = {t.untyped_storage().data_ptr() for t in (unit.keys, unit.values, unit.queries)}
+
+    def count(part: Any) -> int:
+        if isinstance(part, Tensor):
+            mine = part.untyped_storage().data_ptr() not in shared
+            return part.nbytes if mine else 0
+        if isinstance(part, np.ndarray):
+            return part.nbytes
+        if isinstance(part, Mapping):
+            return sum(map(count, part.values()))
+        if isinstance(part, list | tuple):
+            return sum(map(count, part))
+        if is_dataclass(part) and not isinstance(part, Past | Unit):
+            return sum(count(getattr(part, f.name)) for f in fields(part))
+        return 0
+
+    return count(state)

@@ -1,20 +1,46 @@
 """The unit of work: one kv head of one layer and sequence; and a block of its queries."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from retrace.analyze.attention import first_visible, score, softcap, visible
-from retrace.analyze.methods.base import HeadGroup
-from retrace.traces import Layer, to_torch
+from retrace.traces import Layer, LayerRules, Trace, to_torch
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Scores held at once: what stays in a CPU's cache, or fills a GPU."""
 GATHER_COST = 8
 """How many times dearer a gathered key is than one of a whole matrix of scores."""
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """The kv head that a state is built for, and the group of query heads that share it."""
+
+    layer: int
+    sequence: int
+    kv_head: int
+    rules: LayerRules
+    itemsize: int
+    """Bytes of one stored element of the trace."""
+
+    @property
+    def heads(self) -> slice:
+        """The query heads of the group, among the layer's."""
+        return slice(self.kv_head * self.rules.group, (self.kv_head + 1) * self.rules.group)
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one key."""
+        return self.rules.key_dim * self.itemsize
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one value."""
+        return self.rules.value_dim * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,8 @@ class Unit:
     """(positions, value channels)"""
     sinks: Tensor | None
     """Learned logit per query head (group,), where the layer has them."""
+    neighbours: "Neighbours | None" = None
+    """The other kv heads and layers of the sequence; None where there is no trace to read."""
 
     @cached_property
     def mean_values(self) -> Tensor:
@@ -55,22 +83,61 @@ class Unit:
 def load_units(layer: Layer, sequence: int, device: torch.device) -> Iterator[Unit]:
     """The units of one layer and sequence, kv head by kv head."""
     rules = layer.rules
+    neighbours = Neighbours(layer.trace, sequence, device)
     queries = to_torch(layer.query(sequence)).to(device)
     keys = to_torch(layer.key(sequence)).to(device)
     values = to_torch(layer.value(sequence)).to(device)
     positions = torch.from_numpy(layer.query_positions(sequence).astype("int64")).to(device)
     itemsize = queries.dtype.itemsize
     for kv_head in range(rules.kv_heads):
-        heads = slice(kv_head * rules.group, (kv_head + 1) * rules.group)
-        sinks = None if rules.sinks is None else torch.tensor(rules.sinks[heads], device=device)
+        group = HeadGroup(layer.index, sequence, kv_head, rules, itemsize)
+        sinks = None
+        if rules.sinks is not None:
+            sinks = torch.tensor(rules.sinks[group.heads], device=device)
         yield Unit(
-            HeadGroup(layer.index, sequence, kv_head, rules, itemsize),
-            queries[heads].float(),
+            group,
+            queries[group.heads].float(),
             positions,
             keys[kv_head].float(),
             values[kv_head].float(),
             sinks,
+            neighbours,
         )
+
+
+class Neighbours:
+    """The layers of one sequence, each read when it is first asked for."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        sequence: int,
+        device: torch.device,
+        change: Callable[[Unit], Unit] | None = None,
+    ) -> None:
+        self._trace = trace
+        self._sequence = sequence
+        self._device = device
+        self._change = change
+        self._read: dict[int, tuple[Unit, ...]] = {}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the recorded layers, ascending."""
+        return self._trace.layers
+
+    def units(self, layer: int) -> tuple[Unit, ...]:
+        """Every kv head of a layer, in order."""
+        if layer not in self._read:
+            units = load_units(self._trace.layer(layer), self._sequence, self._device)
+            # Without their neighbours, or a cycle would keep the tensors until it is found.
+            alone = [replace(unit, neighbours=None) for unit in units]
+            self._read[layer] = tuple(map(self._change, alone) if self._change else alone)
+        return self._read[layer]
+
+    def changed(self, change: Callable[[Unit], Unit]) -> "Neighbours":
+        """The same, each unit changed when it is read."""
+        return Neighbours(self._trace, self._sequence, self._device, change)
 
 
 class Block:
@@ -123,6 +190,13 @@ class Block:
         else:
             scores = self.scores.gather(-1, ids.clamp(min=0))
         return scores.masked_fill(ids < 0, -torch.inf)
+
+    def of(self, unit: Unit) -> "Block":
+        """The queries at the same positions of another unit of the sequence."""
+        other = Block(unit, self.rows)
+        if "visible" in self.__dict__ and unit.group.rules == self.unit.group.rules:
+            other.__dict__["visible"] = self.visible
+        return other
 
     def part(self, rows: slice) -> "Block":
         """Some of this block's queries, with what is already computed for them."""

@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import HeadGroup
 from retrace.analyze.reference import exact_pass
-from retrace.analyze.unit import Unit, load_units
+from retrace.analyze.unit import HeadGroup, Unit, load_units
 from retrace.traces import LayerRules, open_trace
 
 

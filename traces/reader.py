@@ -26,7 +26,8 @@ class Layer:
         self.index = index
         self.rules = LayerRules.from_attributes(group.attrs)
         self._group = group
-        self._trace = trace
+        self.trace = trace
+        """The trace that it is a layer of."""
 
     def query(
         self, sequence: int, heads: slice = slice(None), *, rotated: bool = True
@@ -47,17 +48,17 @@ class Layer:
 
         With `rotated=False` as they were before it, in the types that `query` gives.
         """
-        length = self._trace.length(sequence)
+        length = self.trace.length(sequence)
         keys = self._read("key", sequence, kv_heads, length)
         return keys if rotated else self._rotation().undo(keys, np.arange(length))
 
     def value(self, sequence: int, kv_heads: slice = slice(None)) -> npt.NDArray[Any]:
         """Values (kv_heads, positions, value channels)."""
-        return self._read("value", sequence, kv_heads, self._trace.length(sequence))
+        return self._read("value", sequence, kv_heads, self.trace.length(sequence))
 
     def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
         """Positions (queries,) of the queries that were kept, ascending."""
-        return self._trace.query_positions(sequence)
+        return self.trace.query_positions(sequence)
 
     def _rotation(self) -> Rotation:
         if self.rules.rotation is None:
@@ -71,7 +72,7 @@ class Layer:
         array = self._group[name]
         assert isinstance(array, zarr.Array)
         what = f"{name} of layer {self.index}, sequence {sequence}"
-        return self._trace.read(array, (sequence, heads, slice(length)), what)
+        return self.trace.read(array, (sequence, heads, slice(length)), what)
 
 
 class Trace:

@@ -1,68 +1,63 @@
 """What a method is: one small frozen dataclass, at the lowest of three levels that fits it.
 
-1. `ScoreMethod` scores keys (or pages of keys); pooling over the group, always-kept keys, budgets,
-   causality, output and metrics are the engine's.
+1. `ScoreMethod` scores keys (or pages of keys); pooling over heads, always-kept keys, budgets,
+   causality, output and metrics are the engine's. `EvictionMethod` is the kind that scores keys
+   once, whatever the queries since.
 2. `SearchMethod` returns ranked key ids, as an index does.
 3. `AttendMethod` computes the output itself.
 
 The fields of the dataclass are the method's hyperparameters, with the published defaults; each of
 them can be set in a spec (`quest:page=32`). A method keeps nothing between calls: what `build`
-returns is handed back to every later call as `state`.
+returns is handed back to every later call as `state`. All queries that a method meets are scaled as
+the layer scales them, so that their products with keys are logits (before a softcap).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from retrace.analyze.budget import Budget
 from retrace.analyze.keep import Keep
-from retrace.analyze.pooling import MEAN_QUERY, POOLINGS
-from retrace.traces import LayerRules, RetraceError
+from retrace.analyze.past import Past
+from retrace.analyze.pooling import RULES
+from retrace.analyze.unit import HeadGroup
+from retrace.traces import RetraceError
 
-POOL = {"help": "how the group's heads agree on one selection", "choices": (*POOLINGS, MEAN_QUERY)}
+POOL = {"help": "how heads agree on one selection", "choices": RULES}
 KEEP = {"help": "keys always attended, within the budget: sink:4+recent:64"}
+BUDGET = {"help": "which of the k best: k, fraction:0.25, top-p:0.95 or threshold:2.5"}
 OUTPUT = {
-    "help": "renorm, or mean-fill: the mean value in place of what was left out",
-    "choices": ("renorm", "mean-fill"),
+    "help": "renorm; mean-fill: the mean value in place of what was left out; true-denominator: "
+    "divided by the sum over all visible keys",
+    "choices": ("renorm", "mean-fill", "true-denominator"),
 }
-
-
-@dataclass(frozen=True)
-class HeadGroup:
-    """The kv head that a state is built for, and the group of query heads that share it."""
-
-    layer: int
-    sequence: int
-    kv_head: int
-    rules: LayerRules
-    itemsize: int
-    """Bytes of one stored element of the trace."""
-
-    @property
-    def key_bytes(self) -> int:
-        """Bytes of one key."""
-        return self.rules.key_dim * self.itemsize
-
-    @property
-    def value_bytes(self) -> int:
-        """Bytes of one value."""
-        return self.rules.value_dim * self.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to find the keys that matter. Not used directly: see the three levels below."""
+    """A way to find the keys that matter. Not used directly: see the levels below."""
 
     source: ClassVar[str] = ""
     """The paper or library that the method comes from."""
     extra: ClassVar[str | None] = None
     """Name of the optional dependency that it needs, as in `retrace-attention[faiss]`."""
-    fitted: ClassVar[bool] = False
-    """Whether `build` fits to the keys it is given (a basis, a graph), rather than keeping one
-    quantity per key. A fitted state is only ever built from keys that come before the query."""
-
     holds_keys: ClassVar[bool] = False
     """Whether finding reads every key in full, so that the selected ones are there already."""
+    complete: ClassVar[bool] = False
+    """Whether a budget of all visible keys attends all of them."""
+
+    @property
+    def fitted(self) -> bool:
+        """Whether `build` fits to what it is given (a basis, clusters, a graph), rather than
+        keeping one quantity per key. A fitted state is built from what comes before the query."""
+        return False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `build` needs what `calibrate` gives."""
+        return False
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -73,15 +68,20 @@ class Method:
             if choices and value not in choices:
                 raise RetraceError(f"{f.name}={value!r}: expected one of {', '.join(choices)}.")
 
-    def build(self, keys: Tensor, values: Tensor, group: HeadGroup) -> Any:
-        """The state for keys (keys, channels) and values (keys, value channels), float32.
+    def calibrate(self, pasts: Sequence[Past]) -> dict[str, Tensor]:
+        """What the method learns of one layer and kv head from whole sequences, which no method of
+        the run is then evaluated on. `build` finds it as `past.calibration`. Gradients work."""
+        raise NotImplementedError(f"{type(self).__name__} is calibrated and must define this.")
+
+    def build(self, past: Past) -> Any:
+        """The state for a past's keys; the past itself if not defined.
 
         A method that is not fitted is handed a whole sequence, and each query's future is hidden
         when its scores come back: what it keeps of a key must depend on that key and earlier ones.
         """
-        return keys
+        return past
 
-    def extend(self, state: Any, keys: Tensor, values: Tensor, group: HeadGroup) -> Any:
+    def extend(self, state: Any, new: Past) -> Any:
         """A fitted state with later keys added, by the method's own update rule."""
         raise NotImplementedError(f"{type(self).__name__} is fitted and must define extend().")
 
@@ -95,16 +95,24 @@ class Method:
 class ScoreMethod(Method):
     """A method that scores every visible key, or every page of keys."""
 
+    complete: ClassVar[bool] = True
+    keeps_new: ClassVar[bool] = False
+    """Whether keys since a fitted state was built are all attended, besides the budget: they are
+    not scored, and `extend` is never called."""
+
     pool: str = field(default="none", metadata=POOL)
     keep: Keep = field(default=Keep(), metadata=KEEP)
+    budget: Budget = field(default=Budget(), metadata=BUDGET)
     output: str = field(default="renorm", metadata=OUTPUT)
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """Estimated scores (group, queries, units) for queries (group, queries, channels).
 
         Units are keys, or pages where `unit_size` is more than 1, from the sequence's first to at
-        least the one at the last of `positions` (queries,), which ascend. Higher is better. Units
-        that a query does not see may hold anything but NaN.
+        least the one at the last of `positions` (queries,), which ascend. Higher is better, and
+        -inf is never attended. Where scores estimate logits, a budget by mass or threshold, a
+        softmax in pooling and mean fill mean what they say. Units that a query does not see may
+        hold anything but NaN. With `pool=mean-query` the group is one query.
         """
         raise NotImplementedError
 
@@ -116,6 +124,32 @@ class ScoreMethod(Method):
     def units(self, k: int) -> int:
         """How many units a budget of k keys buys."""
         return max(1, k // self.unit_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvictionMethod(ScoreMethod):
+    """A method that keeps the k most important keys of a past, whatever the queries since.
+
+    Keys since then are all attended besides the k, and charged for. Under the protocol
+    `prefix:P` the past ends at P; under `all` it is as if every rebuilding were its end.
+    """
+
+    fitted: ClassVar[bool] = True
+    keeps_new: ClassVar[bool] = True
+
+    def importance(self, past: Past) -> Tensor:
+        """One number per key (keys,), or (group, keys) where heads of a group differ."""
+        raise NotImplementedError
+
+    def build(self, past: Past) -> Any:
+        """The importance of each key (group or 1, keys)."""
+        importance = self.importance(past)
+        return importance.view(-1, importance.shape[-1])
+
+    def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
+        """The same for every query."""
+        scores: Tensor = state[:, None, : int(positions[-1]) + 1]
+        return scores.expand(*queries.shape[:2], -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +170,17 @@ class SearchMethod(Method):
     )
 
     def search(self, state: Any, queries: Tensor, k: int) -> Tensor:
-        """Ids (group, queries, k) int64 of retrieved keys, best first, -1 where there are fewer.
-
-        `queries` (group, queries, channels) are scaled as the layer scales them.
-        """
+        """Ids (group, queries, k) int64 of retrieved keys, best first, -1 where there are fewer,
+        for queries (group, queries, channels)."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttendMethod(Method):
-    """A method that computes the attention output itself."""
+    """A method that computes the attention output itself.
+
+    `retrace.analyze.output` has the parts that most outputs are put together from.
+    """
 
     def attend(
         self, state: Any, queries: Tensor, positions: Tensor, k: int

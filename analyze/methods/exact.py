@@ -5,8 +5,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from retrace.analyze.attention import score
-from retrace.analyze.methods.base import HeadGroup, ScoreMethod
+from retrace.analyze.attention import softcap
+from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.past import Past
+from retrace.analyze.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,20 +16,19 @@ class Exact(ScoreMethod):
     """The k keys of largest exact score, ties to the lower position.
 
     Keeps the most attention mass that k keys can hold; the least output error is another matter.
-    With `pool` set, the best selection that a whole group can share under that rule.
+    With `pool` set, the best selection that a group can share under that rule;
+    `budget=top-p:0.95` is the fewest keys that hold a share of the mass of the k best, and
+    `budget=threshold:T` keeps what is within T of the largest logit, as range queries
+    (AlayaDB, arXiv:2504.10326) and skipped blocks (BLASST, arXiv:2512.12087) do.
     """
 
     source: ClassVar[str] = "definition"
     holds_keys: ClassVar[bool] = True
 
-    def build(self, keys: Tensor, values: Tensor, group: HeadGroup) -> Any:
-        """The keys themselves."""
-        return keys, group.rules
-
-    def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
+    def scores(self, state: Past, queries: Tensor, positions: Tensor) -> Tensor:
         """softcap(scale * q.k) as the layer defines it."""
-        keys, rules = state
-        return score(queries, keys[: int(positions[-1]) + 1], rules)
+        keys = state.keys[: int(positions[-1]) + 1]
+        return softcap(queries @ keys.T, state.group.rules)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """All keys, which are read to rank them."""

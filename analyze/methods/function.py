@@ -3,13 +3,14 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from retrace.analyze.attention import visible
-from retrace.analyze.methods.base import AttendMethod, HeadGroup
+from retrace.analyze.methods.base import AttendMethod
+from retrace.analyze.past import Past
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None, Tensor]]
 
@@ -31,15 +32,11 @@ class Function(AttendMethod):
 
     function: AttentionFunction = field(metadata={"help": "the function"})
 
-    def build(self, keys: Tensor, values: Tensor, group: HeadGroup) -> Any:
-        """The keys and values themselves."""
-        return keys, values, group.rules
-
     def attend(
-        self, state: Any, queries: Tensor, positions: Tensor, k: int
+        self, state: Past, queries: Tensor, positions: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
         """Call the function for a block of queries and the keys up to the last of them."""
-        keys, values, rules = state
+        keys, values, rules = state.keys, state.values, state.group.rules
         end = int(positions[-1]) + 1
         shape = (1, len(queries), -1, -1)
         hidden = ~visible(positions, torch.arange(end, device=keys.device), rules)
@@ -47,7 +44,7 @@ class Function(AttendMethod):
         mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)[None, None]
         budget = {"topk": k} if "topk" in inspect.signature(self.function).parameters else {}
         output, _, ids = self.function(
-            queries[None] * (rules.scale * queries.shape[-1] ** 0.5),
+            queries[None] * queries.shape[-1] ** 0.5,
             keys[:end].expand(shape),
             values[:end].expand(shape),
             mask,

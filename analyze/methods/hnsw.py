@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import HeadGroup, SearchMethod
+from retrace.analyze.methods.base import SearchMethod
+from retrace.analyze.past import Past
+from retrace.analyze.unit import HeadGroup
 from retrace.traces import RetraceError
 
 
@@ -28,16 +30,16 @@ class HNSW(SearchMethod):
     ef_construction: int = field(default=40, metadata={"help": "beam width when keys are added"})
     ef: int = field(default=64, metadata={"help": "beam width of a search"})
 
-    def build(self, keys: Tensor, values: Tensor, group: HeadGroup) -> Any:
+    def build(self, past: Past) -> Any:
         """A graph of the keys, and what its searches have cost."""
         faiss = _faiss()
-        index = faiss.IndexHNSWFlat(keys.shape[1], self.m, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexHNSWFlat(past.keys.shape[1], self.m, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = self.ef_construction
-        return self.extend({"index": index, "compared": 0.0}, keys, values, group)
+        return self.extend({"index": index, "compared": 0.0}, past)
 
-    def extend(self, state: Any, keys: Tensor, values: Tensor, group: HeadGroup) -> Any:
+    def extend(self, state: Any, new: Past) -> Any:
         """Add the keys to the graph, in order."""
-        state["index"].add(_array(keys))
+        state["index"].add(_array(new.keys))
         return state
 
     def search(self, state: Any, queries: Tensor, k: int) -> Tensor:

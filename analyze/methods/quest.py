@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import HeadGroup, ScoreMethod
+from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.past import Past
+from retrace.analyze.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,9 @@ class Quest(ScoreMethod):
         """As many whole pages as the budget holds, and no fewer than the least."""
         return max(self.least_pages, k // self.page)
 
-    def build(self, keys: Tensor, values: Tensor, group: HeadGroup) -> Any:
+    def build(self, past: Past) -> Any:
         """Least and largest value of each channel in each key's page, up to that key."""
+        keys = past.keys
         padding = -len(keys) % self.page
         padded = torch.nn.functional.pad(keys, (0, 0, 0, padding))
         pages = padded.view(-1, self.page, keys.shape[1])

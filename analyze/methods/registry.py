@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from retrace.analyze.budget import Budget
 from retrace.analyze.keep import Keep
 from retrace.analyze.methods.base import Method
 from retrace.analyze.methods.function import Function
@@ -33,7 +34,7 @@ class MethodSpec:
     def parameters(self) -> dict[str, Any]:
         """Every parameter with its value, as text or number."""
         return {
-            f.name: str(value) if isinstance(value, Keep) else value
+            f.name: str(value) if isinstance(value, Keep | Budget) else value
             for f in parameter_fields(type(self.method))
             for value in (getattr(self.method, f.name),)
         }
@@ -124,11 +125,12 @@ def _make(method: type[Method], name: str, parameters: Mapping[str, str]) -> Met
 
 def _convert(text: str, kind: Any, where: str) -> Any:
     """A parameter's text as the type of its field."""
-    if text.lower() == "none" and kind not in (Keep, str):
+    if text.lower() == "none" and kind not in (Keep, Budget, str):
         return None
     kinds = getattr(kind, "__args__", (kind,))
-    if Keep in kinds:
-        return Keep.parse(text)
+    for value in (Keep, Budget):
+        if value in kinds:
+            return value.parse(text)
     try:
         if bool in kinds:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]

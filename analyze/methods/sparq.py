@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.keep import Keep
-from retrace.analyze.methods.base import KEEP, OUTPUT, POOL, HeadGroup, ScoreMethod
+from retrace.analyze.methods.base import KEEP, OUTPUT, POOL, ScoreMethod
+from retrace.analyze.past import Past
+from retrace.analyze.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +31,12 @@ class SparQ(ScoreMethod):
     keep: Keep = field(default=Keep(recent_share=0.25), metadata=KEEP)
     output: str = field(default="mean-fill", metadata=OUTPUT)
 
-    def build(self, keys: Tensor, values: Tensor, group: HeadGroup) -> Any:
+    def build(self, past: Past) -> Any:
         """The keys, which real systems store a second time by channel."""
-        return keys, group.rules
+        return past.keys
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
-        """scale * q[C].k[C] / sqrt(|q[C]|_1 / |q|_1) over the chosen channels C."""
-        keys, rules = state
+        """q[C].k[C] / sqrt(|q[C]|_1 / |q|_1) over the chosen channels C."""
         magnitude = queries.abs()
         rank = min(self.rank, queries.shape[-1])
         chosen = magnitude.sum(dim=0).topk(rank, dim=-1, sorted=False).indices
@@ -44,8 +45,8 @@ class SparQ(ScoreMethod):
         total = magnitude.sum(dim=-1, keepdim=True).clamp(min=1e-12)
         covered = (magnitude * mask).sum(dim=-1, keepdim=True) / total
         # A query with its other channels zero gives the same products as a gather of channels.
-        sparse = queries * mask * (rules.scale * covered.clamp(min=1e-12).rsqrt())
-        scores: Tensor = sparse @ keys[: int(positions[-1]) + 1].T
+        sparse = queries * mask * covered.clamp(min=1e-12).rsqrt()
+        scores: Tensor = sparse @ state[: int(positions[-1]) + 1].T
         return scores
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:

@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from retrace.analyze.keep import Keep
-from retrace.analyze.methods.base import KEEP, HeadGroup, ScoreMethod
+from retrace.analyze.methods.base import KEEP, ScoreMethod
+from retrace.analyze.past import Past
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +22,9 @@ class Window(ScoreMethod):
 
     keep: Keep = field(default=Keep(sink=4, recent=1), metadata=KEEP)
 
-    def build(self, keys: Tensor, values: Tensor, group: HeadGroup) -> Any:
+    def build(self, past: Past) -> Any:
         """The position of each key."""
-        return keys.new_ones(len(keys)).cumsum(dim=0)
+        return torch.arange(1.0, past.end + 1, device=past.keys.device)
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """Newer keys score higher."""

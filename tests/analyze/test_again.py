@@ -30,13 +30,15 @@ def test_methods_and_budgets_are_added(make_trace: MakeTrace, rules: Any, tmp_pa
     trace = make_trace([rules(), rules(window=9)], name="own")
     grown, whole = tmp_path / "grown", tmp_path / "whole"
     analyze(trace, ["exact", "quest"], [2], out=grown, min_context=10)
-    analyze(trace, ["exact", "loki"], [2], out=grown, min_context=10)
-    results = analyze(trace, ["exact", "quest", "loki"], [2, 4], out=grown, min_context=10)
-    once = analyze(trace, ["exact", "quest", "loki"], [2, 4], out=whole, min_context=10)
+    analyze(trace, ["exact", "loki:basis=own"], [2], out=grown, min_context=10)
+    results = analyze(
+        trace, ["exact", "quest", "loki:basis=own"], [2, 4], out=grown, min_context=10
+    )
+    once = analyze(trace, ["exact", "quest", "loki:basis=own"], [2, 4], out=whole, min_context=10)
     assert history(grown) == [
         {"exact": [2], "quest": [2]},
-        {"loki": [2]},
-        {"exact": [4], "quest": [4], "loki": [4]},
+        {"loki:basis=own": [2]},
+        {"exact": [4], "quest": [4], "loki:basis=own": [4]},
     ]
     for ours, theirs in ((results.metrics, once.metrics), (results.curves, once.curves)):
         pd.testing.assert_frame_equal(

@@ -1,5 +1,6 @@
 """How queries are cut into blocks changes nothing."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -7,24 +8,24 @@ import numpy as np
 import pytest
 import torch
 
+from retrace.analyze.calibration import calibration
 from retrace.analyze.methods.registry import method_names, parse_spec
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Clock, Plan, Replayed, Tally, replay
 from retrace.analyze.states import Protocol
-from retrace.traces import RetraceError, Trace
+from retrace.traces import Rotation, Trace
 
 
 def tallies(trace: Trace, protocol: str, block_elements: int | None) -> dict[str, Tally]:
     """Every installed method over the first layer and sequence."""
     methods = []
     for name in method_names():
-        try:
-            spec = parse_spec(name)
-            spec.method.build(torch.zeros(16, 8), torch.zeros(16, 8), None)  # type: ignore[arg-type]
-        except (RetraceError, AttributeError):
-            if name == "hnsw":
-                continue  # without faiss
-        methods.append(Replayed(parse_spec(name), (2, 7)))
+        spec = parse_spec(name)
+        extra = type(spec.method).extra
+        if extra is None or importlib.util.find_spec(extra):
+            device = torch.device("cpu")
+            given = calibration(trace, spec, (1,), trace.layers, device, keep=False)
+            methods.append(Replayed(spec, (2, 7), given))
     plan = Plan(tuple(methods), Protocol.parse(protocol), 0, block_elements)
     found = replay(trace, 0, 0, plan, torch.device("cpu"), ReferenceStore(None), Clock())
     return {str(m.spec): t for m, t in zip(methods, found, strict=True)}
@@ -43,7 +44,8 @@ def test_block_size(
     changes: dict[str, Any],
     protocol: str,
 ) -> None:
-    trace = make_trace(rules(**changes), [50])
+    layer = rules(rotation=Rotation((1.0, 0.3)), **changes)
+    trace = make_trace([layer, layer], [50, 40])
     whole = tallies(trace, protocol, None)
     for method, parts in tallies(trace, protocol, block_elements).items():
         for ours, theirs in (

@@ -11,7 +11,14 @@ from retrace.analyze import analyze
 from retrace.traces import Trace
 
 MakeTrace = Callable[..., Trace]
-METHODS = ["exact", "quest:page=4", "window", "loki", "sparq:keep=none", "exact:keep=sink:2"]
+METHODS = [
+    "exact",
+    "quest:page=4",
+    "window",
+    "loki:basis=own",
+    "sparq:keep=none",
+    "exact:keep=sink:2",
+]
 
 
 def indexed(frame: pd.DataFrame) -> pd.DataFrame:

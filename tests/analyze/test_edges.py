@@ -60,7 +60,9 @@ def test_budget_beyond_the_context(
     assert_figures(results, "exact", k, figures.drop("bytes_ratio"))
 
 
-@pytest.mark.parametrize("method", ["exact", "random", "window", "quest", "sparq", "loki"])
+@pytest.mark.parametrize(
+    "method", ["exact", "random", "window", "quest", "sparq", "loki:basis=own"]
+)
 def test_everything_attended_is_exact(make_trace: MakeTrace, rules: Any, method: str) -> None:
     rows = analyze(
         make_trace(rules(heads=4, kv_heads=2, window=20)),
@@ -76,7 +78,7 @@ def test_everything_attended_is_exact(make_trace: MakeTrace, rules: Any, method:
 
 def test_sequences_of_one_position(make_trace: MakeTrace, rules: Any) -> None:
     rows = analyze(
-        make_trace(rules(), [1, 1]), ["exact", "quest", "loki"], [3], min_context=0
+        make_trace(rules(), [1, 1]), ["exact", "quest", "loki:basis=own"], [3], min_context=0
     ).metrics
     rows = rows.set_index("metric")
     assert (rows["count"].drop("candidate_recall", errors="ignore") == 2).all()

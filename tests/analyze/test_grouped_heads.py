@@ -9,7 +9,7 @@ import pandas as pd
 from retrace.analyze import analyze
 from retrace.traces import Trace
 
-METHODS = ["exact", "window", "quest:page=4", "loki", "exact:keep=recent:2"]
+METHODS = ["exact", "window", "quest:page=4", "loki:basis=own", "exact:keep=recent:2"]
 """Those whose heads select for themselves, from nothing but their own query."""
 
 

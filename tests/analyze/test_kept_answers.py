@@ -13,7 +13,7 @@ from retrace.analyze import analyze
 from retrace.traces import LayerRules, Trace, open_trace
 
 MakeTrace = Callable[..., Trace]
-METHODS = ["exact", "quest:page=4", "loki", "sparq"]
+METHODS = ["exact", "quest:page=4", "loki:basis=own", "sparq"]
 
 
 def kept_files(trace: Trace) -> list[Path]:

@@ -27,7 +27,10 @@ def by_components(rank: int, fitted_to: Callable[[int], int]) -> Callable[[Any, 
     return select
 
 
-@pytest.mark.parametrize(("spec", "rank"), [("loki", 2), ("loki:rank=1", 1), ("loki:rank=5", 5)])
+@pytest.mark.parametrize(
+    ("spec", "rank"),
+    [("loki:basis=own", 2), ("loki:rank=1,basis=own", 1), ("loki:rank=5,basis=own", 5)],
+)
 def test_basis_of_a_prefix(
     make_trace: MakeTrace, rules: Any, expected: Any, assert_figures: Any, spec: str, rank: int
 ) -> None:
@@ -47,9 +50,9 @@ def test_prefix_as_a_fraction(
     make_trace: MakeTrace, rules: Any, expected: Any, assert_figures: Any
 ) -> None:
     trace = make_trace(rules(), [90])
-    results = analyze(trace, ["loki"], [2], protocol="prefix:0.5", keep_exact=False)
+    results = analyze(trace, ["loki:basis=own"], [2], protocol="prefix:0.5", keep_exact=False)
     figures = expected(trace, by_components(2, lambda position: 45), 2, first=45)
-    assert_figures(results, "loki", 2, figures.drop("bytes_ratio"))
+    assert_figures(results, "loki:basis=own", 2, figures.drop("bytes_ratio"))
     assert results.metrics["protocol"].unique() == ["prefix:0.5"]
 
 
@@ -61,14 +64,16 @@ def test_basis_is_rebuilt_as_the_sequence_grows(
         return position // 20 * 20 if position >= 20 else 16 if position >= 16 else 0
 
     trace = make_trace(rules(heads=4), (90, 40))
-    results = analyze(trace, ["loki"], [3], protocol="all:20", min_context=0, keep_exact=False)
+    results = analyze(
+        trace, ["loki:basis=own"], [3], protocol="all:20", min_context=0, keep_exact=False
+    )
     figures = expected(trace, by_components(2, built_at), 3, first=0)
-    assert_figures(results, "loki", 3, figures.drop("bytes_ratio"))
+    assert_figures(results, "loki:basis=own", 3, figures.drop("bytes_ratio"))
 
 
 def test_all_components_are_exact(make_trace: MakeTrace, rules: Any) -> None:
     trace = make_trace(rules(heads=4, window=40))
-    rows = analyze(trace, ["loki:rank=8"], [4], min_context=0, keep_exact=False).metrics
+    rows = analyze(trace, ["loki:rank=8,basis=own"], [4], min_context=0, keep_exact=False).metrics
     # Rounding may turn the order of equal scores.
     recall = rows[rows.metric == "recall"]["mean"]
     assert (recall > 0.9).all()
@@ -82,7 +87,7 @@ def test_keys_read_before_there_is_a_basis(
     make_trace: MakeTrace, rules: Any, expected: Any, assert_figures: Any
 ) -> None:
     trace = make_trace(rules(), [60], queries=[range(16)])
-    results = analyze(trace, ["loki"], [3], min_context=0, keep_exact=False)
+    results = analyze(trace, ["loki:basis=own"], [3], min_context=0, keep_exact=False)
     figures = expected(
         trace,
         lambda q, k: q.top(k),
@@ -91,4 +96,4 @@ def test_keys_read_before_there_is_a_basis(
         aux=lambda q: len(q.visible) * q.rules.key_dim * 4,
         holds_keys=True,
     )
-    assert_figures(results, "loki", 3, figures)
+    assert_figures(results, "loki:basis=own", 3, figures)

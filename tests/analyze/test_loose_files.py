@@ -19,7 +19,7 @@ class Oldest(ScoreMethod):
     loud: bool = False
 
     def scores(self, state, queries, positions):
-        age = -torch.arange(len(state)) * self.slope
+        age = -torch.arange(state.end) * self.slope
         return age.expand(*queries.shape[:2], -1)
 """
 
@@ -44,6 +44,7 @@ def test_parameters(write_methods: Any) -> None:
     assert spec.parameters == {
         "pool": "none",
         "keep": "sink:4+recent:8",
+        "budget": "k",
         "output": "renorm",
         "slope": -2.5,
         "first": None,

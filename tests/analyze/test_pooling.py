@@ -62,6 +62,7 @@ def test_pages_pool_too(
 ) -> None:
     def bounds(q: Any, query: Any) -> Any:
         pages = [q.keys[: q.position + 1][p : p + 4] for p in range(0, q.position + 1, 4)]
+        query = q.rules.scale * query
         return np.array(
             [np.maximum(query * k.min(axis=0), query * k.max(axis=0)).sum() for k in pages]
         )

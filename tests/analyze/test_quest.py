@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from retrace.analyze import analyze
+from retrace.analyze import Past, analyze
 from retrace.analyze.methods.registry import parse_spec
 from retrace.analyze.unit import load_units
 from retrace.traces import LayerRules, Trace
@@ -77,7 +77,7 @@ def test_bound_is_at_least_every_score(make_trace: MakeTrace, rules: Any, querie
     for group in queries_of(trace):
         unit = units[group[0].head // 2]
         position = torch.tensor([group[0].position])
-        state = method.build(unit.keys, unit.values, unit.group)
+        state = method.build(Past(unit, 0, len(unit.keys)))
         scores = method.scores(state, unit.queries[:, position], position)  # type: ignore[attr-defined]
         for query, row in zip(group, scores[:, 0].tolist(), strict=True):
             for p, bound in bounds(query, 7).items():

@@ -10,6 +10,7 @@ import torch
 from retrace.analyze import analyze
 from retrace.analyze.methods.registry import parse_spec
 from retrace.analyze.select import select
+from retrace.analyze.states import Protocol, States
 from retrace.analyze.unit import Block, load_units
 from retrace.traces import Trace
 
@@ -20,12 +21,13 @@ def selections(trace: Trace, k: int, rows: int, spec: str = "random") -> torch.T
     """What `random` selects for the first kv head (group, queries, k), in blocks of `rows`."""
     unit = next(load_units(trace.layer(0), 0, torch.device("cpu")))
     method = parse_spec(spec).method
-    state = method.build(unit.keys, unit.values, unit.group)
+    states = States(method, unit, Protocol())
     count = len(unit.positions)
     ids = []
     for start in range(0, count, rows):
         block = Block(unit, slice(start, min(start + rows, count)))
-        (selection,) = select(method, state, len(unit.keys), block, [k])
+        (served,) = states.serve(block)
+        (selection,) = select(method, served, block, [k])
         short = k - selection.ids.shape[-1]
         ids.append(torch.nn.functional.pad(selection.ids, (0, short), value=-1))
     return torch.cat(ids, dim=1)

@@ -12,7 +12,7 @@ BAD = """
 @dataclass(frozen=True, kw_only=True)
 class ScoresNan(ScoreMethod):
     def scores(self, state, queries, positions):
-        scores = queries @ state.T
+        scores = queries @ state.keys.T
         scores[..., 3] = torch.nan
         return scores
 
@@ -25,7 +25,7 @@ class ScoresShape(ScoreMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchFuture(SearchMethod):
-    def extend(self, state, keys, values, group):
+    def extend(self, state, new):
         return state
 
     def search(self, state, queries, k):
@@ -54,8 +54,8 @@ class SearchShape(SearchFuture):
 class AttendFuture(AttendMethod):
     ahead = 1
 
-    def build(self, keys, values, group):
-        return values
+    def build(self, past):
+        return past.values
 
     def attend(self, state, queries, positions, k):
         ids = (positions[:, None] + self.ahead).expand(len(queries), -1, 1)
@@ -130,8 +130,8 @@ def test_a_second_layer_is_checked_too(
     body = """
     @dataclass(frozen=True, kw_only=True)
     class Late(ScoreMethod):
-        def build(self, keys, values, group):
-            return keys, group
+        def build(self, past):
+            return past.keys, past.group
 
         def scores(self, state, queries, positions):
             keys, group = state
@@ -152,7 +152,7 @@ def test_a_search_may_find_less(
     body = """
     @dataclass(frozen=True, kw_only=True)
     class Nothing(SearchMethod):
-        def extend(self, state, keys, values, group):
+        def extend(self, state, new):
             return state
 
         def search(self, state, queries, k):

@@ -40,6 +40,7 @@ def test_shortest_form() -> None:
     assert parse_spec("quest:page=32").parameters == {
         "pool": "none",
         "keep": "none",
+        "budget": "k",
         "output": "renorm",
         "page": 32,
         "least_pages": 3,

@@ -9,7 +9,7 @@ import sys
 from retrace.analyze import analyze
 from retrace.traces import open_trace
 
-analyze(open_trace(sys.argv[1]), ["exact", "quest", "loki"], [5], out="r")
+analyze(open_trace(sys.argv[1]), ["exact", "quest", "loki:basis=own"], [5], out="r")
 print(*({"transformers", "datasets", "matplotlib", "click"} & set(sys.modules)))
 """
 

@@ -1,0 +1,168 @@
+"""What methods learn from sequences that they are not evaluated on, kept beside the trace."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.methods.registry import MethodSpec, parse_spec
+from retrace.analyze.past import Past
+from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
+from retrace.analyze.states import Calibration
+from retrace.analyze.unit import Neighbours
+from retrace.traces import RetraceError, Trace, open_trace, to_numpy
+
+log = logging.getLogger("retrace")
+
+Learned = tuple[dict[str, Tensor], ...]
+"""What a method's `calibrate` gave for every kv head of a layer."""
+
+
+def calibrate(
+    trace: Trace | str | Path,
+    method: str,
+    sequences: Sequence[int] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Calibrate a method, and keep what it learns beside the trace for `analyze` to find.
+
+    Args:
+        trace: a trace or where it is.
+        method: a method spec, such as `loki`.
+        sequences: those to learn from; by default the last quarter of the trace's, as `analyze`
+            holds them out.
+        layers: indices of the layers; all recorded ones if None.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        progress: told how many layers are done, and of how many.
+
+    Returns:
+        The files, one per layer, each an .npz of arrays named `<kv head>.<name>`. Those that are
+        there already are not computed again.
+
+    Raises:
+        RetraceError: the method needs no calibration, or the trace has too few sequences.
+    """
+    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    spec = parse_spec(method)
+    if not spec.method.calibrated:
+        raise RetraceError(f"{spec} needs no calibration.")
+    chosen = choose_calibration(trace, sequences)
+    indices, target = choose_layers(trace, layers), choose_device(device)
+    files = []
+    for done, layer in enumerate(indices, start=1):
+        learned(trace, spec, chosen, layer, target)
+        files.append(calibrations(trace) / calibration_name(trace, spec, chosen, layer))
+        if progress is not None:
+            progress(done, len(indices))
+    return files
+
+
+def calibrations(trace: Trace) -> Path:
+    """The folder, beside a trace, where calibrations are kept."""
+    return trace.path.with_name(f"{trace.path.stem}.calibration")
+
+
+def calibration(
+    trace: Trace,
+    spec: MethodSpec,
+    sequences: tuple[int, ...],
+    layers: tuple[int, ...],
+    device: torch.device,
+    keep: bool,
+) -> Calibration:
+    """What a method learns of these layers; nothing where it needs no calibration."""
+    if not spec.method.calibrated:
+        return {}
+    return {
+        (layer, kv_head): arrays
+        for layer in layers
+        for kv_head, arrays in enumerate(learned(trace, spec, sequences, layer, device, keep))
+    }
+
+
+def learned(
+    trace: Trace,
+    spec: MethodSpec,
+    sequences: tuple[int, ...],
+    layer: int,
+    device: torch.device,
+    keep: bool = True,
+) -> Learned:
+    """What a method learns of one layer from some sequences, from disk if it is there."""
+    file = calibrations(trace) / calibration_name(trace, spec, sequences, layer)
+    kv_heads = trace.layer(layer).rules.kv_heads
+    found = _load(file, kv_heads, device) if keep else None
+    if found is not None:
+        return found
+    neighbours = [Neighbours(trace, sequence, device) for sequence in sequences]
+    arrays = []
+    for kv_head in range(kv_heads):
+        units = [n.units(layer)[kv_head] for n in neighbours]
+        pasts = [
+            Past(replace(unit, neighbours=n), 0, len(unit.keys))
+            for unit, n in zip(units, neighbours, strict=True)
+        ]
+        with torch.inference_mode(False):
+            given = spec.method.calibrate(pasts)
+        arrays.append({name: tensor.detach() for name, tensor in given.items()})
+    if keep:
+        _save(file, arrays)
+    return tuple(arrays)
+
+
+def calibration_name(trace: Trace, spec: MethodSpec, sequences: Sequence[int], layer: int) -> str:
+    """A file's name, which follows from all that its content does: the sequences as recorded, the
+    method and its own parameters, the layer. How it selects afterwards does not matter."""
+    method = type(spec.method)
+    afterwards = {f.name for f in fields(ScoreMethod)}
+    facts = {
+        "retrace": version("retrace-attention"),
+        "method": [method.__module__, method.__qualname__, spec.source_digest],
+        "parameters": {k: v for k, v in spec.parameters.items() if k not in afterwards},
+        "sequences": [trace.digest(sequence) for sequence in sequences],
+        "layer": layer,
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    return f"{digest}.npz"
+
+
+def _load(file: Path, kv_heads: int, device: torch.device) -> Learned | None:
+    try:
+        # Opened here, since np.load leaves a file open that is no archive.
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            found: Learned = tuple({} for _ in range(kv_heads))
+            for name in arrays.files:
+                kv_head, _, own = name.partition(".")
+                found[int(kv_head)][own] = torch.from_numpy(arrays[name]).to(device)
+    except (OSError, ValueError, KeyError, EOFError, IndexError, BadZipFile):
+        return None  # not there, or damaged: computed anew
+    return found
+
+
+def _save(file: Path, learned: Sequence[dict[str, Tensor]]) -> None:
+    arrays = {
+        f"{kv_head}.{name}": to_numpy(tensor)
+        for kv_head, own in enumerate(learned)
+        for name, tensor in own.items()
+    }
+    aside = file.with_suffix(f".{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(exist_ok=True)
+        with aside.open("wb") as opened:
+            np.savez(opened, allow_pickle=False, **arrays)
+        aside.replace(file)
+    except OSError as error:
+        log.warning("The calibration is not kept for later runs: %s.", error)

@@ -1,0 +1,71 @@
+"""Parts that attention outputs are put together from, in a numerically safe way."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.attention import softcap
+from retrace.analyze.past import Past
+from retrace.traces import LayerRules
+
+
+@dataclass(frozen=True)
+class Part:
+    """Attention over some keys (or clusters): its output and the weight of it among others."""
+
+    output: Tensor
+    """(group, queries, value channels); zeros where there are no keys."""
+    log_weight: Tensor
+    """log of the sum of exp(logit) (group, queries); -inf where there are no keys."""
+
+
+def logits_at(queries: Tensor, keys: Tensor, ids: Tensor, rules: LayerRules) -> Tensor:
+    """Exact logits (group, queries, any) of scaled queries (group, queries, channels) for key ids
+    of that shape among keys (keys, channels); -inf for the id -1."""
+    dots = torch.matmul(keys[ids.clamp(min=0)], queries[..., None]).squeeze(-1)
+    return softcap(dots, rules).masked_fill(ids < 0, -torch.inf)
+
+
+def part(logits: Tensor, values: Tensor) -> Part:
+    """Attention by these logits (group, queries, any), -inf where there is no key, over values
+    (any, value channels), or (group, queries, any, value channels) if they differ by query.
+
+    An importance weight 1 / pi is a logit less log pi; a cluster of n keys is one whose logit is
+    larger by log n and whose value is the mean of theirs.
+    """
+    log_weight = torch.logsumexp(logits, dim=-1)
+    weights = torch.exp(logits - log_weight.masked_fill(log_weight.isneginf(), 0.0)[..., None])
+    if values.dim() == 2:
+        return Part(weights @ values, log_weight)
+    return Part(torch.matmul(weights[..., None, :], values).squeeze(-2), log_weight)
+
+
+def merged(parts: list[Part], sinks: Tensor | None = None) -> Tensor:
+    """Attention over all parts together (group, queries, value channels), with the layer's sink
+    logits (group,) in the denominator where it has them: zeros where no part has keys."""
+    logs = torch.stack([part.log_weight for part in parts])
+    total = torch.logsumexp(logs, dim=0)
+    if sinks is not None:
+        total = torch.logaddexp(total, sinks[:, None])
+    shares = torch.exp(logs - total.masked_fill(total.isneginf(), 0.0))
+    outputs = torch.stack([part.output for part in parts])
+    return (shares[..., None] * outputs).sum(dim=0)
+
+
+def attend_ids(
+    past: Past, queries: Tensor, ids: Tensor, log_inclusion: Tensor | None = None
+) -> Tensor:
+    """Attention over some of a past's keys, renormalised (group, queries, value channels).
+
+    Args:
+        past: the keys and values, from the sequence's first.
+        queries: scaled (group, queries, channels).
+        ids: the keys (group, queries, any), -1 where there are fewer.
+        log_inclusion: log of the probability with which each key was sampled, like ids; then
+            o = sum exp(z - log pi) v / sum exp(z - log pi), self-normalised.
+    """
+    logits = logits_at(queries, past.keys, ids, past.group.rules)
+    if log_inclusion is not None:
+        logits = logits - log_inclusion
+    return merged([part(logits, past.values[ids.clamp(min=0)])], past.unit.sinks)

@@ -1,0 +1,55 @@
+"""What a run works on: which device, layers and sequences."""
+
+from collections.abc import Sequence
+
+import torch
+
+from retrace.traces import RetraceError, Trace
+
+MOST_CALIBRATION = 8
+"""Most sequences that are held out for calibration unless they are named."""
+
+
+def choose_device(name: str) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N`; `auto` is cuda where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RetraceError(f"Unknown device {name!r}: expected cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RetraceError("CUDA is asked for, but no CUDA device is here: use --device cpu.")
+    if device.type not in ("cpu", "cuda"):
+        raise RetraceError(f"The device {name!r} is not supported: use cpu or cuda.")
+    return device
+
+
+def choose_layers(trace: Trace, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """These layers of the trace in order; all recorded ones if None."""
+    if layers is None:
+        return trace.layers
+    return tuple(trace.layer(i).index for i in sorted(set(layers)))
+
+
+def choose_calibration(trace: Trace, sequences: Sequence[int] | None) -> tuple[int, ...]:
+    """The sequences that methods are calibrated on, of which none is evaluated on: these, or the
+    last quarter of the trace's, at least one and at most `MOST_CALIBRATION`."""
+    there = trace.sequences
+    if len(there) < 2:
+        raise RetraceError(
+            f"Calibration takes sequences that are not evaluated, and {trace.path} has only "
+            f"{len(there)} finished: capture more."
+        )
+    if sequences is None:
+        return there[-min(MOST_CALIBRATION, max(1, len(there) // 4)) :]
+    chosen = tuple(sorted(set(sequences)))
+    missing = [s for s in chosen if s not in there]
+    if missing or not chosen:
+        raise RetraceError(
+            f"Calibration sequences {', '.join(map(str, missing)) or 'missing'}: expected some of "
+            f"the trace's, {', '.join(map(str, there))}."
+        )
+    if len(chosen) == len(there):
+        raise RetraceError("Every sequence is for calibration: leave at least one to evaluate.")
+    return chosen

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import softcap
+from retrace.analyze.attention import softcap, visible
 from retrace.analyze.past import Past
 from retrace.traces import LayerRules
 
@@ -25,6 +25,14 @@ def logits_at(queries: Tensor, keys: Tensor, ids: Tensor, rules: LayerRules) -> 
     of that shape among keys (keys, channels); -inf for the id -1."""
     dots = torch.matmul(keys[ids.clamp(min=0)], queries[..., None]).squeeze(-1)
     return softcap(dots, rules).masked_fill(ids < 0, -torch.inf)
+
+
+def visible_logits(past: Past, queries: Tensor, positions: Tensor) -> Tensor:
+    """Exact logits (group, queries, keys) of scaled queries (group, queries, channels) at positions
+    (queries,) for all keys up to the last of them; -inf where a query does not see a key."""
+    rules, end = past.group.rules, int(positions[-1]) + 1
+    seen = visible(positions, torch.arange(end, device=positions.device), rules)
+    return softcap(queries @ past.keys[:end].T, rules).masked_fill(~seen, -torch.inf)
 
 
 def part(logits: Tensor, values: Tensor) -> Part:

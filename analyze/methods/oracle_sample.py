@@ -1,0 +1,52 @@
+"""Keys drawn by their exact probability: the best that sampling can do."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.draws import uniform
+from retrace.analyze.methods.base import AttendMethod
+from retrace.analyze.output import visible_logits
+from retrace.analyze.past import Past
+from retrace.analyze.unit import HeadGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleSample(AttendMethod):
+    """k draws from the exact probabilities, with replacement; the output is the mean of the values
+    drawn, a sink counting as a value of zeros.
+
+    Unbiased, with an error that falls as 1 / sqrt(k). Keys that are drawn often come first.
+    """
+
+    source: ClassVar[str] = "arXiv:2410.16179 (MagicPIG), section 3.2"
+    holds_keys: ClassVar[bool] = True
+
+    seed: int = field(default=0, metadata={"help": "of the random numbers", "least": 0})
+
+    def attend(
+        self, state: Past, queries: Tensor, positions: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """The mean of k drawn values, and the keys drawn."""
+        logits = visible_logits(state, queries, positions)
+        total = torch.logsumexp(logits, dim=-1)
+        if state.unit.sinks is not None:
+            total = torch.logaddexp(total, state.unit.sinks[:, None])
+        reached = torch.exp((logits - total[..., None]).double()).cumsum(dim=-1)
+        draws = uniform(self.seed, state.group, positions, k).double()
+        if state.unit.sinks is None:  # rounding must leave no draw beyond the last key
+            draws = draws * reached[..., -1:]
+        drawn = torch.searchsorted(reached, draws)  # one past the last key is the sink
+        counts = torch.zeros(*logits.shape[:2], logits.shape[-1] + 1, device=logits.device)
+        counts.scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=counts.dtype))
+        counts = counts[..., :-1]
+        most = min(k, counts.shape[-1])
+        often, ids = counts.sort(dim=-1, descending=True, stable=True)
+        ids = ids.masked_fill(often == 0, -1)[..., :most]
+        return counts / k @ state.values[: logits.shape[-1]], ids
+
+    def aux_bytes(self, state: Past, keys: Tensor, group: HeadGroup) -> Tensor | float:
+        """All keys, which are read for their probabilities."""
+        return keys * group.key_bytes

@@ -71,6 +71,14 @@ Example:
     help="Layers to replay; all recorded ones by default.",
 )
 @click.option(
+    "--calibration",
+    "calibration_sequences",
+    type=numbers,
+    metavar="3,7-9",
+    help="Sequences that methods are calibrated on, and none is evaluated on; the last quarter by "
+    "default, if a method needs calibration.",
+)
+@click.option(
     "--device",
     default="auto",
     show_default=True,
@@ -80,7 +88,8 @@ Example:
 @click.option(
     "--no-cache",
     is_flag=True,
-    help="Do not keep the exact answers beside the trace; later runs compute them again.",
+    help="Do not keep the exact answers, nor what methods learn, beside the trace; later runs "
+    "compute them again.",
 )
 @click.option("--overwrite", is_flag=True, help="Throw away the results that --out holds.")
 @click.option(

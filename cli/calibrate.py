@@ -1,0 +1,51 @@
+"""`retrace calibrate`: let a method learn what it needs, ahead of replaying it."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from retrace.cli.command import Command
+from retrace.cli.parameters import numbers
+from retrace.cli.screen import note, plural
+
+
+@click.command(
+    "calibrate",
+    cls=Command,
+    interrupted="Layers that were finished are kept: the same command goes on from there.",
+    epilog="""\b
+Example:
+  retrace calibrate traces/pythia-70m-wikitext.zarr loki""",
+)
+@click.argument("trace", type=click.Path(path_type=Path))
+@click.argument("method")
+@click.option(
+    "--sequences",
+    type=numbers,
+    metavar="3,7-9",
+    help="Sequences to learn from; by default the last quarter, as analyze holds them out.",
+)
+@click.option(
+    "--layers",
+    type=numbers,
+    metavar="0,2,5-8",
+    help="Layers; all recorded ones by default.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="cpu, cuda or cuda:N; auto is cuda where there is one, else cpu.",
+)
+def command(trace: Path, method: str, **settings: Any) -> None:
+    """Let METHOD learn from some sequences of TRACE, and keep that beside it.
+
+    `retrace analyze` does so by itself where it finds nothing.
+    """
+    from retrace.analyze import calibrate
+
+    files = calibrate(trace, method, **settings)
+    click.echo(files[0].parent)
+    note(f"Calibrated {plural(len(files), 'layer')}.")

@@ -1,0 +1,78 @@
+"""Methods that keep the k most important keys of a past, and attend all that came since."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from retrace.analyze import analyze
+from retrace.traces import LayerRules, Trace
+
+MakeTrace = Callable[..., Trace]
+SMALL_KEYS = """
+from retrace.analyze import EvictionMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallKeys(EvictionMethod):
+    '''The keys of least norm.'''
+
+    def importance(self, past):
+        return -past.keys.double().square().sum(dim=-1)
+"""
+
+
+def small_and_new(built_at: Callable[[int], int]) -> Callable[[Any, int], list[int]]:
+    """All visible keys since the past ended, the newest first, and the k smallest before."""
+
+    def select(query: Any, k: int) -> list[int]:
+        end = built_at(query.position)
+        new = [int(j) for j in query.visible[::-1] if j >= end]
+        old = [int(j) for j in query.visible if j < end]
+        norms = (query.keys**2).sum(axis=1)
+        return new + sorted(old, key=lambda j: (norms[j], j))[:k]
+
+    return select
+
+
+def recall(query: Any, ids: list[int], k: int) -> float:
+    """Over all keys attended, since those that are new do not count towards k."""
+    return len(set(ids) & set(query.top(k))) / min(k, len(query.visible))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "first", "built_at"),
+    [
+        ("prefix:30", 30, lambda i: 30),
+        ("all:20", 0, lambda i: i // 20 * 20 if i >= 20 else 16 if i >= 16 else 0),
+    ],
+)
+@pytest.mark.parametrize("k", [1, 5])
+def test_figures(
+    make_trace: MakeTrace,
+    any_rules: LayerRules,
+    expected: Any,
+    assert_figures: Any,
+    write_methods: Any,
+    queries_of: Any,
+    protocol: str,
+    first: int,
+    built_at: Callable[[int], int],
+    k: int,
+) -> None:
+    trace = make_trace(any_rules)
+    spec = f"{write_methods(SMALL_KEYS)}:SmallKeys"
+    results = analyze(trace, [spec], [k], protocol=protocol, min_context=0, keep_exact=False)
+    select = small_and_new(built_at)
+    figures = expected(trace, select, k, first=first)
+    assert_figures(results, "mine.py:SmallKeys", k, figures.drop("recall"))
+    wanted: dict[int, list[float]] = {}
+    for group in queries_of(trace):
+        for query in group:
+            if query.position >= first:
+                found = recall(query, select(query, k), k)
+                wanted.setdefault(query.head, []).append(found)
+    rows = results.metrics[results.metrics.metric == "recall"].set_index("head")["mean"]
+    for head, values in wanted.items():
+        assert rows[head] == pytest.approx(np.mean(values), abs=1e-6)

@@ -1,18 +1,11 @@
 """`retrace methods`: the methods that can be replayed, and their parameters."""
 
-import importlib.util
-import inspect
-from dataclasses import MISSING
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from retrace.cli.command import Command
-from retrace.cli.parameters import FORMAT
 from retrace.cli.screen import print_facts, print_json, print_table
-
-if TYPE_CHECKING:
-    from retrace.analyze import Method
 
 
 @click.command(
@@ -24,74 +17,37 @@ Example:
   retrace methods quest""",
 )
 @click.argument("name", required=False)
-@FORMAT
+@click.option(
+    "--format",
+    type=click.Choice(["table", "json", "markdown"]),
+    default="table",
+    show_default=True,
+    help="What to print on stdout; markdown is the page of all methods.",
+)
 def command(name: str | None, format: str) -> None:
     """List the methods that `retrace analyze --method` takes, or print all about the one NAME."""
-    from retrace.analyze import method_class, method_names
+    from retrace.analyze import method_names, parse_spec
+    from retrace.analyze.methods.describe import describe, page
 
-    if name is None:
-        found = [describe(known, method_class(known)) for known in method_names()]
+    if name is not None:
+        facts = describe(name, parse_spec(name).method)
         if format == "json":
-            print_json(found)
-            return
-        print_table(
-            ["Method", "Level", "What it does", "Needs"],
-            [[one["name"], one["level"], one["summary"], _needs(one)] for one in found],
-            left=("Level", "What it does", "Needs"),
-        )
+            print_json(facts)
+        else:
+            _print(facts)
         return
-    facts = describe(name, _class(name))
+    if format == "markdown":
+        click.echo(page(), nl=False)
+        return
+    found = [describe(known, parse_spec(known).method) for known in method_names()]
     if format == "json":
-        print_json(facts)
-    else:
-        _print(facts)
-
-
-def describe(name: str, method: type["Method"]) -> dict[str, Any]:
-    """What there is to know of a method before it is replayed."""
-    from retrace.analyze.methods.registry import parameter_fields
-
-    summary, _, details = (inspect.getdoc(method) or "").partition("\n\n")
-    cost = method.__dict__.get("aux_bytes")
-    return {
-        "name": name,
-        "level": _level(method),
-        "summary": " ".join(summary.split()),
-        "details": details,
-        "source": method.source,
-        "fitted": method.fitted,
-        "reads": inspect.getdoc(cost) if cost is not None else None,
-        "extra": method.extra,
-        "installed": method.extra is None or importlib.util.find_spec(method.extra) is not None,
-        "parameters": [
-            {
-                "name": field.name,
-                "default": None if field.default is MISSING else _plain(field.default),
-                "required": field.default is MISSING,
-                "help": field.metadata.get("help", ""),
-                "choices": list(field.metadata.get("choices", ())),
-            }
-            for field in parameter_fields(method)
-        ],
-    }
-
-
-def _class(name: str) -> type["Method"]:
-    from retrace.analyze import method_class, parse_spec
-
-    # A method in a loose file is known by its spec only.
-    return type(parse_spec(name).method) if ".py:" in name else method_class(name)
-
-
-def _level(method: type["Method"]) -> str:
-    from retrace.analyze import AttendMethod, ScoreMethod, SearchMethod
-
-    levels = {"score": ScoreMethod, "search": SearchMethod, "attend": AttendMethod}
-    return next((level for level, base in levels.items() if issubclass(method, base)), "")
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, int | float | str | None) else str(value)
+        print_json(found)
+        return
+    print_table(
+        ["Method", "Level", "What it does", "Needs"],
+        [[one["name"], one["level"], one["summary"], _needs(one)] for one in found],
+        left=("Level", "What it does", "Needs"),
+    )
 
 
 def _needs(facts: dict[str, Any]) -> str:
@@ -101,11 +57,13 @@ def _needs(facts: dict[str, Any]) -> str:
 
 
 def _print(facts: dict[str, Any]) -> None:
+    from retrace.analyze.methods.describe import state_words
+
     lines = [
         ("Method", facts["name"]),
         ("Level", facts["level"]),
         ("Source", facts["source"]),
-        ("State", "fitted to earlier keys" if facts["fitted"] else "one quantity per key"),
+        ("State", state_words(facts)),
         ("Reads", facts["reads"] or "nothing but the selected keys and values"),
     ]
     if facts["extra"] is not None:

@@ -65,9 +65,17 @@ def test_methods(run: Run) -> None:
     assert [one["name"] for one in found] == method_names()
     for one in found:
         assert one["name"] in page
-        assert one["level"] in ("score", "search", "attend")
+        assert one["level"] in ("evict", "score", "search", "attend")
         assert one["summary"] and one["source"]
         assert all(parameter["help"] for parameter in one["parameters"])
+
+
+def test_the_page_of_methods_is_current(run: Run) -> None:
+    page = Path(__file__).parents[2] / "docs/methods.md"
+    wanted = run("methods", "--format", "markdown").stdout
+    assert page.read_text(encoding="utf-8") == wanted, (
+        "run `retrace methods --format markdown > docs/methods.md`"
+    )
 
 
 def test_one_method(run: Run) -> None:

@@ -1,0 +1,99 @@
+"""What there is to know of a method before it is replayed, and the page of all methods."""
+
+import importlib.util
+import inspect
+from dataclasses import MISSING
+from typing import Any
+
+from retrace.analyze.methods.base import (
+    AttendMethod,
+    EvictionMethod,
+    Method,
+    ScoreMethod,
+    SearchMethod,
+)
+from retrace.analyze.methods.registry import method_names, parameter_fields, parse_spec
+
+LEVELS = {
+    "evict": EvictionMethod,
+    "score": ScoreMethod,
+    "search": SearchMethod,
+    "attend": AttendMethod,
+}
+"""By name, the more special first."""
+HEADER = """\
+# Methods
+
+Made by `retrace methods --format markdown`. Every parameter can be set in a spec, such as
+`quest:page=32,pool=sum-softmax`. `pool`, `keep`, `budget` and `output` mean the same in every method
+that scores keys or evicts them; a method's own defaults are those of its source.
+"""
+
+
+def describe(name: str, method: Method) -> dict[str, Any]:
+    """A method's facts by name, as JSON has them: level, summary, details, source, state, reads,
+    extra, installed, and its parameters with defaults and help."""
+    kind = type(method)
+    summary, _, details = (inspect.getdoc(kind) or "").partition("\n\n")
+    cost = kind.__dict__.get("aux_bytes")
+    return {
+        "name": name,
+        "level": next((level for level, base in LEVELS.items() if isinstance(method, base)), ""),
+        "summary": " ".join(summary.split()),
+        "details": details,
+        "source": method.source,
+        "fitted": method.fitted,
+        "calibrated": method.calibrated,
+        "reads": inspect.getdoc(cost) if cost is not None else None,
+        "extra": method.extra,
+        "installed": method.extra is None or importlib.util.find_spec(method.extra) is not None,
+        "parameters": [
+            {
+                "name": field.name,
+                "default": None if field.default is MISSING else _plain(field.default),
+                "required": field.default is MISSING,
+                "help": field.metadata.get("help", ""),
+                "choices": list(field.metadata.get("choices", ())),
+            }
+            for field in parameter_fields(kind)
+        ],
+    }
+
+
+def state_words(facts: dict[str, Any]) -> str:
+    """What a method's state is made from."""
+    if facts["calibrated"]:
+        return "learnt from other sequences of the trace"
+    return "fitted to earlier keys" if facts["fitted"] else "one quantity per key"
+
+
+def page() -> str:
+    """All installed methods, in Markdown."""
+    return "\n".join(
+        [HEADER, *(_section(describe(n, parse_spec(n).method)) for n in method_names())]
+    )
+
+
+def _section(facts: dict[str, Any]) -> str:
+    lines = [f"## {facts['name']}\n", facts["summary"], ""]
+    if facts["details"]:
+        lines += [facts["details"], ""]
+    lines += [
+        f"- Source: {facts['source']}",
+        f"- Level: {facts['level']}",
+        f"- State: {state_words(facts)}",
+        f"- Reads: {facts['reads'] or 'nothing but the selected keys and values'}",
+    ]
+    if facts["extra"]:
+        lines.append(f"- Needs: `pip install 'retrace-attention[{facts['extra']}]'`")
+    if facts["parameters"]:
+        lines += ["", "| Parameter | Default | What it is |", "| --- | --- | --- |"]
+    for one in facts["parameters"]:
+        default = "(required)" if one["required"] else f"`{one['default']}`"
+        choices = f" ({', '.join(one['choices'])})" if one["choices"] else ""
+        lines.append(f"| `{one['name']}` | {default} | {one['help']}{choices} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | None) else str(value)

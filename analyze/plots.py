@@ -6,8 +6,7 @@ needed. What is drawn is what `Results.metrics` and `Results.curves` hold.
 
 import hashlib
 import re
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,17 +15,22 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from retrace.analyze.drawing import (
+    Style,
+    label_outer,
+    legend,
+    panel_grid,
+    say_nothing_counts,
+    space,
+    styles_of,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from retrace.analyze.results import Results
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Of Okabe and Ito, which the colour-blind can tell apart; black is exact attention's."""
-DASHES = ("-", "--", ":", "-.")
-"""One after another, when the colours are used up."""
-MARKERS = ("o", "s", "^", "D", "v", "P")
 DPI = 130
 PANELS = 6
 """Most budgets that a figure over layers shows."""
@@ -50,6 +54,7 @@ def draw_all(results: "Results", folder: Path) -> list[Path]:
     figures["attention-fraction-curves-by-layer"] = attention_fraction_curves_by_layer(results)
     figures["recall-by-layer"] = recall_by_layer(results)
     figures["error-norm-by-layer"] = error_norm_by_layer(results)
+    figures["error-by-bytes"] = error_by_bytes(results)
     files = []
     for name, figure in figures.items():
         file = folder / f"{name}.png"
@@ -81,16 +86,16 @@ def attention_fraction_heatmap(results: "Results", method: str, topk: int) -> Fi
     height = float(np.clip(0.17 * layers + 1.5, 3.0, 11.0))
     width = 3 * float(np.clip(0.2 * heads + 1.6, 2.8, 5.5)) + 1.0
     figure = Figure(figsize=(width, height), layout="constrained")
-    _space(figure)
+    space(figure)
     figure.suptitle(
-        f"Attention fraction of each layer and head: {_wrapped(method, 60)}, k = {topk}",
+        f"Attention fraction of each layer and head: {wrapped(method, 60)}, k = {topk}",
         fontsize="medium",
     )
     panels: Any = figure.subplots(1, 3, sharex=True, sharey=True, squeeze=False)[0]
     fractions = Normalize(0.0, 1.0)
     for axes, part, title in (
         (panels[0], exact, f"exact top {topk}"),
-        (panels[1], found, _wrapped(method, 28)),
+        (panels[1], found, wrapped(method, 28)),
     ):
         image = _draw_cells(axes, part, title, fractions, "viridis")
     figure.colorbar(image, ax=panels[:2], label="share of attention mass", pad=0.02)
@@ -120,7 +125,7 @@ def attention_fraction_curves(results: "Results") -> Figure:
     _label_budgets(axes, results)
     axes.set_xlabel("budget k (keys per query and head)")
     axes.set_ylabel("share of attention mass on the keys attended")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -128,7 +133,7 @@ def attention_fraction_curves_by_layer(results: "Results") -> Figure:
     """Attention fraction over budgets, a panel for each layer or group of consecutive layers."""
     curves = _Curves.of(results)
     groups = _layer_groups(sorted(results.curves["layer"].unique()))
-    figure, panels = _grid(len(groups), width=2.7, height=2.1)
+    figure, panels = panel_grid(len(groups), width=2.7, height=2.1)
     figure.suptitle(
         f"Attention fraction by layer, mean over heads\n{_counted_words(results)}",
         fontsize="medium",
@@ -138,8 +143,8 @@ def attention_fraction_curves_by_layer(results: "Results") -> Figure:
         axes.set_title(_layer_words(group), fontsize="small")
         axes.tick_params(labelsize="small")
     _label_budgets(panels[0], results)
-    _label_outer(panels, "budget k", "share of attention mass\non the keys attended")
-    _legend(figure, panels[0])
+    label_outer(panels, "budget k", "share of attention mass\non the keys attended")
+    legend(figure, panels[0])
     return figure
 
 
@@ -152,6 +157,48 @@ def recall_by_layer(results: "Results") -> Figure:
 def error_norm_by_layer(results: "Results") -> Figure:
     """Error norm of every method over layers: mean and standard deviation across heads."""
     return _by_layer(results, "error_norm", "Error norm", "||o - o'|| / ||o|| of the output o")
+
+
+def error_by_bytes(results: "Results") -> Figure:
+    """Error norm and lost attention mass against bytes read, a curve through a method's budgets:
+    means over heads and layers, which is how methods compare at equal cost."""
+    rows = results.metrics
+    wanted = ["bytes_ratio", "error_norm", "attention_fraction"]
+    means = rows.pivot_table("mean", ["method", "topk"], "metric").reindex(columns=wanted)
+    means = means.dropna(subset="bytes_ratio").sort_values("bytes_ratio").reset_index()
+    figure, panels = panel_grid(2, width=4.2, height=3.4)
+    figure.suptitle(
+        f"What bytes buy, mean over heads and layers\n{_counted_words(results)}", fontsize="medium"
+    )
+    styles = styles_of(results.methods())
+    for method in results.methods():
+        points = means[means["method"] == method]
+        for axes, figures in zip(
+            panels, (points["error_norm"], 1 - points["attention_fraction"]), strict=True
+        ):
+            style = styles[method]
+            axes.plot(
+                points["bytes_ratio"],
+                figures,
+                color=style.colour,
+                linestyle=style.dashes,
+                marker=style.marker,
+                markersize=4,
+                linewidth=1.3,
+                label=wrapped(method, 34),
+            )
+    for axes, label in zip(
+        panels, ("||o - o'|| / ||o|| of the output o", "attention mass lost"), strict=True
+    ):
+        axes.set_title(label, fontsize="small")
+        axes.set_ylim(bottom=0.0)
+        axes.set_xlim(left=0.0)
+        axes.grid(alpha=0.25)
+        if means.empty:
+            say_nothing_counts(axes)
+    label_outer(panels, "bytes read over those of full attention", "mean")
+    legend(figure, *panels)
+    return figure
 
 
 class _Curves(NamedTuple):
@@ -188,35 +235,12 @@ class _Curves(NamedTuple):
         )
 
 
-class _Style(NamedTuple):
-    colour: str
-    dashes: str
-    marker: str
-
-
-EXACT_STYLE = _Style("black", "-", "o")
-
-
-def _styles(methods: Iterable[str]) -> dict[str, _Style]:
-    """The same for a method in every figure of the same results."""
-    approximate = [method for method in methods if method != "exact"]
-    styles = {
-        method: _Style(
-            COLOURS[i % len(COLOURS)],
-            DASHES[i // len(COLOURS) % len(DASHES)],
-            MARKERS[i % len(MARKERS)],
-        )
-        for i, method in enumerate(approximate)
-    }
-    return {"exact": EXACT_STYLE, **styles}
-
-
 def _over_heads(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.groupby(["layer", "topk"])["mean"].mean().dropna().reset_index()
 
 
 def _draw_curves(axes: Axes, curves: _Curves, *, banded: bool) -> None:
-    styles = _styles(curves.methods)
+    styles = styles_of(curves.methods)
     shaded = banded and curves.shaded
     for name, rows in {"exact": curves.exact, **curves.methods}.items():
         style = styles[name]
@@ -235,13 +259,13 @@ def _draw_curves(axes: Axes, curves: _Curves, *, banded: bool) -> None:
             markersize=4,
             linewidth=1.8 if name == "exact" else 1.4,
             zorder=3 if name == "exact" else 2,
-            label=_wrapped(name, 34),
+            label=wrapped(name, 34),
         )
     axes.set_xscale("log")
     axes.set_ylim(0.0, 1.02)
     axes.grid(alpha=0.25)
     if not len(curves.exact):
-        _say_nothing_counts(axes)
+        say_nothing_counts(axes)
 
 
 def _label_budgets(axes: Axes, results: "Results") -> None:
@@ -272,9 +296,9 @@ def _by_layer(
     budgets = _chosen(sorted(int(k) for k in rows["topk"].unique()))
     layers = sorted(int(layer) for layer in rows["layer"].unique())
     methods = results.methods()
-    styles = _styles(methods)
+    styles = styles_of(methods)
     width = float(np.clip(0.09 * len(layers) + 2.2, 3.2, 5.4))
-    figure, panels = _grid(len(budgets), width=width, height=2.9, columns=3)
+    figure, panels = panel_grid(len(budgets), width=width, height=2.9, columns=3)
     figure.suptitle(
         f"{title} by layer: mean and standard deviation across heads\n{_counted_words(results)}",
         fontsize="medium",
@@ -297,10 +321,10 @@ def _by_layer(
             axes.set_xlim(layers[0] - 1, layers[0] + 1)
             axes.set_xticks(layers)
         if not drawn:
-            _say_nothing_counts(axes)
+            say_nothing_counts(axes)
     panels[0].set_ylim(bottom=0.0, top=None if most is None else 1.03 * most)
-    _label_outer(panels, "layer", label)
-    _legend(figure, *panels)
+    label_outer(panels, "layer", label)
+    legend(figure, *panels)
     return figure
 
 
@@ -308,7 +332,7 @@ def _draw_layers(
     axes: Axes,
     mean: "pd.Series[float]",
     std: "pd.Series[float]",
-    style: _Style,
+    style: Style,
     method: str,
     most: float | None,
     share: float,
@@ -320,7 +344,7 @@ def _draw_layers(
         "marker": style.marker if len(mean) <= 40 else "",
         "markersize": 3,
         "linewidth": 1.3,
-        "label": _wrapped(method, 34),
+        "label": wrapped(method, 34),
     }
     if len(mean) == 1:  # a band has no width over one layer, and points side by side can be told
         place = mean.index + 0.6 * (share - 0.5)
@@ -354,81 +378,8 @@ def _draw_cells(axes: Axes, cells: pd.DataFrame, title: str, scale: Normalize, c
         axis.set_ticks(range(0, len(names), step), [str(name) for name in names[::step]])
         axis.set_tick_params(labelsize="small")
     if cells.isna().to_numpy().all():
-        _say_nothing_counts(axes)
+        say_nothing_counts(axes)
     return image
-
-
-def _grid(
-    count: int, *, width: float, height: float, columns: int = 4
-) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels that share their axes."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    size = (max(width * columns + 0.6, 5.0), height * rows + 1.0)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    panels = list(grid.flat)
-    for axes in panels[count:]:
-        axes.set_axis_off()
-    # The lowest panel of a column has the numbers, though the last row be short.
-    for axes in panels[max(0, count - columns) : count]:
-        axes.tick_params(labelbottom=True)
-    _space(figure)
-    return figure, panels[:count]
-
-
-def _label_outer(panels: Sequence[Axes], horizontal: str, vertical: str) -> None:
-    """Label the left and the lowest panels of a grid; a figure's own labels would run into a
-    legend below it."""
-    for axes in panels:
-        place = axes.get_subplotspec()
-        assert place is not None
-        if place.is_first_col():
-            axes.set_ylabel(vertical)
-        if axes.xaxis.get_tick_params()["labelbottom"]:
-            axes.set_xlabel(horizontal)
-
-
-def _space(figure: Figure) -> None:
-    """Keep labels of neighbouring panels apart."""
-    engine = figure.get_layout_engine()
-    assert isinstance(engine, ConstrainedLayoutEngine)
-    engine.set(w_pad=0.08, wspace=0.02)
-
-
-def _legend(figure: Figure, *panels: Axes) -> None:
-    """One legend for all panels, below them."""
-    handles: dict[str, Any] = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    if not handles:
-        return
-    width = figure.get_size_inches()[0]
-    columns = max(1, min(len(handles), int(width // (0.7 + 0.085 * _longest_line(handles)))))
-    rows = -(-len(handles) // columns)
-    lines = max(label.count("\n") + 1 for label in handles)
-    # Higher by what the legend takes, so that the panels keep their size.
-    figure.set_figheight(figure.get_figheight() + 0.1 + 0.17 * rows * lines)
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=columns,
-        fontsize="small",
-        frameon=False,
-    )
-
-
-def _longest_line(labels: Iterable[str]) -> int:
-    return max(len(line) for label in labels for line in label.split("\n"))
-
-
-def _wrapped(method: str, width: int) -> str:
-    """A method spec broken after its colons and commas."""
-    parts = re.sub(r"([:,])", r"\1 ", method)
-    lines = textwrap.wrap(parts, width, break_on_hyphens=False)
-    return "\n".join(re.sub(r"([:,]) ", r"\1", line) for line in lines)
 
 
 def _chosen(budgets: list[int]) -> list[int]:
@@ -446,9 +397,3 @@ def _layer_groups(layers: list[int]) -> list[list[int]]:
 
 def _layer_words(group: list[int]) -> str:
     return f"layer {group[0]}" if len(group) == 1 else f"layers {group[0]} to {group[-1]}"
-
-
-def _say_nothing_counts(axes: Axes) -> None:
-    axes.text(
-        0.5, 0.5, "no query counts", transform=axes.transAxes, ha="center", va="center", color="0.4"
-    )

@@ -12,7 +12,12 @@ from retrace.traces import RetraceError
 KEYS = ["method", "layer", "module", "head", "topk", "metric"]
 COLUMNS = [*KEYS, "mean", "std", "count", "protocol", "min_context"]
 
-PLOTS = ("attention-fraction-*.png", "recall-by-layer.png", "error-norm-by-layer.png")
+PLOTS = (
+    "attention-fraction-*.png",
+    "recall-by-layer.png",
+    "error-norm-by-layer.png",
+    "error-by-bytes.png",
+)
 """Names of the pictures that are drawn of results."""
 
 METRICS: dict[str, str] = {

@@ -25,8 +25,8 @@ HEADER = """\
 # Methods
 
 Made by `retrace methods --format markdown`. Every parameter can be set in a spec, such as
-`quest:page=32,pool=sum-softmax`. `pool`, `keep`, `budget` and `output` mean the same in every method
-that scores keys or evicts them; a method's own defaults are those of its source.
+`quest:page=32,pool=sum-softmax`. `pool`, `keep`, `budget` and `output` mean the same in every
+method that scores keys or evicts them; a method's own defaults are those of its source.
 """
 
 
@@ -69,9 +69,8 @@ def state_words(facts: dict[str, Any]) -> str:
 
 def page() -> str:
     """All installed methods, in Markdown."""
-    return "\n".join(
-        [HEADER, *(_section(describe(n, parse_spec(n).method)) for n in method_names())]
-    )
+    found = [describe(name, parse_spec(name).method) for name in method_names()]
+    return "\n".join([HEADER, *map(_section, found)])
 
 
 def _section(facts: dict[str, Any]) -> str:

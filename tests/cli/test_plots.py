@@ -19,6 +19,7 @@ def some_results(
     """Random figures; none where no query counts, at the budgets in `empty`."""
     generator = np.random.default_rng(0)
     metrics = ["recall", "error_norm", "attention_fraction", "exact_attention_fraction"]
+    metrics.append("bytes_ratio")
     rows = []
     for method, layer, head, k, metric in itertools.product(
         methods, range(layers), range(heads), topk, metrics
@@ -27,7 +28,7 @@ def some_results(
         rows.append((method, layer, f"layers.{layer}", head, k, metric, mean, std, 9, "all", "10k"))
     names = ["method", "layer", "module", "head", "topk", "metric", "mean", "std", "count"]
     frame = pd.DataFrame(rows, columns=[*names, "protocol", "min_context"])
-    curves = frame[frame["metric"].isin(metrics[2:])]
+    curves = frame[frame["metric"].isin(metrics[2:4])]
     return Results(frame, curves, {"min_context": None, "protocol": "all:256"})
 
 
@@ -54,7 +55,7 @@ def test_every_figure_is_drawn(
     files = draw_all(some_results(layers, heads, methods, topk, empty), tmp_path / "plots")
     # All budgets of a method up to three, else the largest.
     heatmaps = len(methods) * (len(topk) if len(topk) <= 3 else 1)
-    assert len(files) == len(set(files)) == heatmaps + 4
+    assert len(files) == len(set(files)) == heatmaps + 5
     assert all(file.read_bytes().startswith(PNG) for file in files)
 
 

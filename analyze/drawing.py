@@ -1,0 +1,121 @@
+"""What all pictures share: colours, panels, legends, and how long names are broken."""
+
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""Of Okabe and Ito, which the colour-blind can tell apart; black is exact attention's."""
+DASHES = ("-", "--", ":", "-.")
+"""One after another, when the colours are used up."""
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+class Style(NamedTuple):
+    """How a method's line looks."""
+
+    colour: str
+    dashes: str
+    marker: str
+
+
+EXACT_STYLE = Style("black", "-", "o")
+
+
+def styles_of(methods: Iterable[str]) -> dict[str, Style]:
+    """The same for a method in every figure of the same results."""
+    approximate = [method for method in methods if method != "exact"]
+    styles = {
+        method: Style(
+            COLOURS[i % len(COLOURS)],
+            DASHES[i // len(COLOURS) % len(DASHES)],
+            MARKERS[i % len(MARKERS)],
+        )
+        for i, method in enumerate(approximate)
+    }
+    return {"exact": EXACT_STYLE, **styles}
+
+
+def panel_grid(
+    count: int, *, width: float, height: float, columns: int = 4
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels that share their axes."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    size = (max(width * columns + 0.6, 5.0), height * rows + 1.0)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    panels = list(grid.flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    # The lowest panel of a column has the numbers, though the last row be short.
+    for axes in panels[max(0, count - columns) : count]:
+        axes.tick_params(labelbottom=True)
+    space(figure)
+    return figure, panels[:count]
+
+
+def label_outer(panels: Sequence[Axes], horizontal: str, vertical: str) -> None:
+    """Label the left and the lowest panels of a grid; a figure's own labels would run into a
+    legend below it."""
+    for axes in panels:
+        place = axes.get_subplotspec()
+        assert place is not None
+        if place.is_first_col():
+            axes.set_ylabel(vertical)
+        if axes.xaxis.get_tick_params()["labelbottom"]:
+            axes.set_xlabel(horizontal)
+
+
+def space(figure: Figure) -> None:
+    """Keep labels of neighbouring panels apart."""
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(w_pad=0.08, wspace=0.02)
+
+
+def legend(figure: Figure, *panels: Axes) -> None:
+    """One legend for all panels, below them."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if not handles:
+        return
+    width = figure.get_size_inches()[0]
+    columns = max(1, min(len(handles), int(width // (0.7 + 0.085 * _longest_line(handles)))))
+    rows = -(-len(handles) // columns)
+    lines = max(label.count("\n") + 1 for label in handles)
+    # Higher by what the legend takes, so that the panels keep their size.
+    figure.set_figheight(figure.get_figheight() + 0.1 + 0.17 * rows * lines)
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=columns,
+        fontsize="small",
+        frameon=False,
+    )
+
+
+def wrapped(method: str, width: int) -> str:
+    """A method spec broken after its colons and commas."""
+    parts = re.sub(r"([:,])", r"\1 ", method)
+    lines = textwrap.wrap(parts, width, break_on_hyphens=False)
+    return "\n".join(re.sub(r"([:,]) ", r"\1", line) for line in lines)
+
+
+def say_nothing_counts(axes: Axes) -> None:
+    """In place of figures of no query."""
+    axes.text(
+        0.5, 0.5, "no query counts", transform=axes.transAxes, ha="center", va="center", color="0.4"
+    )
+
+
+def _longest_line(labels: Iterable[str]) -> int:
+    return max(len(line) for label in labels for line in label.split("\n"))

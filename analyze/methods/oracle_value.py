@@ -18,7 +18,8 @@ class OracleValue(ScoreMethod):
     output.
 
     Leaving key i out and renormalising moves the output by p / (1 - p) (o - v). With
-    `distance=norm` the value's own norm is taken, which needs no output.
+    `distance=norm` the value's own norm is taken, which needs no output. It is charged as exact
+    attention is: reading all values to rank them is the oracle's privilege.
     """
 
     source: ClassVar[str] = "arXiv:2512.07647 (output error of a selection)"
@@ -44,5 +45,5 @@ class OracleValue(ScoreMethod):
         return logits + 0.5 * torch.log(squared.clamp(min=1e-30))
 
     def aux_bytes(self, state: Past, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """All keys and values, which are read to rank them."""
-        return keys * (group.key_bytes + group.value_bytes)
+        """All keys, which are read to rank them."""
+        return keys * group.key_bytes

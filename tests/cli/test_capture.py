@@ -77,4 +77,4 @@ def test_a_real_model_from_end_to_end(run: Run, place: Path) -> None:
     results = Results.load("results/smollm2-LICENSE")
     recall = {m: results.table(m, 10)["Mean Recall"].mean() for m in results.methods()}
     assert recall["random"] < 0.2 < 0.4 < recall["sparq"] < 1
-    assert len(list(Path("results/smollm2-LICENSE/plots").glob("*.png"))) == 7
+    assert len(list(Path("results/smollm2-LICENSE/plots").glob("*.png"))) == 8

@@ -20,6 +20,7 @@ from retrace.capture.likelihood import next_token_nll
 from retrace.capture.models import Checkpoint, find_device, open_checkpoint, quiet_libraries
 from retrace.capture.output import Output
 from retrace.capture.queries import parse_queries
+from retrace.capture.queue import WriteQueue
 from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, CaptureSettings
 from retrace.capture.tasks import SequenceSet, WindowCutter, read_sequences
@@ -211,32 +212,49 @@ def _record(
     output.check_space(plan.bytes() * (count - len(done)) // count)
     writer = plan.open(output)
     show(_progress(plan, done))
-    recorder = TensorRecorder(writer, layers)
-    checked = False
     try:
-        with torch.inference_mode(), observed_attention(model, recorder):
-            for start in range(0, count, settings.batch_size):
-                # A batch is run again as it was though some of it be done: results must not
-                # depend, by a rounding, on where a capture was interrupted.
-                batch = range(start, min(start + settings.batch_size, count))
-                parts = _missing_parts(plan, batch, done, None if checked else layers)
-                if not parts:
-                    continue
+        with (
+            WriteQueue(writer) as queue,
+            torch.inference_mode(),
+            observed_attention(model, recorder := TensorRecorder(queue, layers)),
+        ):
+            before: list[int] = []
+            for batch in _pending_batches(settings.batch_size, count, done):
+                first = not before
+                parts = _missing_parts(plan, batch, done, layers if first else None)
                 nll = _run_batch(model, recorder, plan, batch, parts)
-                if not checked:
+                if first:
+                    queue.drain()
                     _check_first(output.writing, parts[0], recorder)
-                    checked = True
+                else:
+                    # One batch is written while the next is computed.
+                    queue.wait_for(before)
+                    done.update(before)
+                    show(_progress(plan, done))
                 for part in parts:
-                    writer.finish_sequence(part.sequence, nll[part.row, : part.length])
-                    done.add(part.sequence)
+                    queue.finish_sequence(part.sequence, nll[part.row, : part.length])
+                before = [part.sequence for part in parts]
+            queue.wait_for(before)
+            done.update(before)
+            if before:
                 show(_progress(plan, done))
     except RetraceError:
-        if not output.resumes and not done:
+        if not output.resumes and not open_trace(output.writing).sequences:
             output.discard()
         raise
     writer.close()
     output.complete()
     return open_trace(output.path)
+
+
+def _pending_batches(size: int, count: int, done: set[int]) -> list[range]:
+    """The batches of a capture that hold a sequence which is not done.
+
+    A batch is run again as it was though some of it be done: results must not depend, by a
+    rounding, on where a capture was interrupted.
+    """
+    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    return [batch for batch in batches if not done.issuperset(batch)]
 
 
 def _missing_parts(

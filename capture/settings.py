@@ -45,7 +45,7 @@ class CaptureSettings:
     """Layers to record; all of them by default."""
     queries: str = "all"
     """Queries to keep: all, last:N of each sequence, or stride:N (every N-th, the last included).
-    Keys and values are always kept whole."""
+    The last 64 of the prompt are kept besides, keys and values always whole."""
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
     trust_remote_code: bool = False

@@ -14,11 +14,14 @@ from zarr.codecs import Crc32cCodec
 from retrace.traces.errors import RetraceError
 from retrace.traces.reader import open_trace
 from retrace.traces.schema import DTYPES, FORMAT_KEY, FORMAT_VERSION, TENSOR_AXES, LayerRules
+from retrace.traces.shards import shard_length, write_shard
 
 CHUNK_POSITIONS = 16384
 """Longest run of positions in one inner chunk."""
-SHARD_BYTES = 1 << 30
-"""A sequence's tensor of a layer is one shard up to this size; above, several along position."""
+SHARD_BYTES = 1 << 28
+"""A sequence's tensor of a layer is one shard up to this size; above, several along position.
+
+What is written is in memory a shard at a time; a disk is no faster with larger ones."""
 
 
 class TraceWriter:
@@ -31,6 +34,7 @@ class TraceWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._group = zarr.open_group(path, mode="r+", use_consolidated=False)
+        self._tensors: dict[str, zarr.Array[Any]] = {}  # opened once: each costs a read
 
     def write_layer(
         self,
@@ -46,14 +50,27 @@ class TraceWriter:
         value (kv_heads, positions, value channels).
         """
         for name, tensor in (("query", query), ("key", key), ("value", value)):
-            array = self._group[f"layers/{layer}/{name}"]
-            assert isinstance(array, zarr.Array)
-            if tensor.dtype != array.dtype:
-                raise TypeError(f"{name} is {tensor.dtype}, the trace stores {array.dtype}.")
-            # The whole shard at once: a part of one would be read back, changed and rewritten.
-            shard = np.zeros(array.shape[1:], array.dtype)
-            shard[:, : tensor.shape[1]] = tensor
-            array[sequence] = shard
+            length = self.shard_length(layer, name)
+            for start in range(0, tensor.shape[1], length):
+                self.write_shard(sequence, layer, name, start, tensor[:, start : start + length])
+
+    def shard_length(self, layer: int, name: str) -> int:
+        """Positions of one shard of a layer's query, key or value."""
+        return shard_length(self._tensor(layer, name))
+
+    def write_shard(
+        self, sequence: int, layer: int, name: str, start: int, part: npt.NDArray[Any]
+    ) -> None:
+        """Store `part` (heads, positions, channels) of a layer's query, key or value, from position
+        `start` on: a whole shard, or what the sequence has of its last one.
+
+        May be called on several threads at once, for different shards. On a local disk the shard
+        is there for good when this returns.
+        """
+        array = self._tensor(layer, name)
+        if part.dtype != array.dtype:
+            raise TypeError(f"{name} is {part.dtype}, the trace stores {array.dtype}.")
+        write_shard(array, sequence, start, part)
 
     def finish_sequence(self, sequence: int, nll: npt.NDArray[np.float32]) -> None:
         """Store the negative log-likelihoods (positions,) and mark the sequence complete."""
@@ -66,6 +83,12 @@ class TraceWriter:
             # Consolidated metadata is an extension of Zarr v3; readers without it lose nothing.
             warnings.simplefilter("ignore")
             zarr.consolidate_metadata(self._group.store)
+
+    def _tensor(self, layer: int, name: str) -> "zarr.Array[Any]":
+        key = f"layers/{layer}/{name}"
+        if key not in self._tensors:
+            self._tensors[key] = self._array(key)
+        return self._tensors[key]
 
     def _array(self, name: str) -> "zarr.Array[Any]":
         array = self._group[name]

@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any
 from retrace.capture.settings import CaptureSettings
 
 if TYPE_CHECKING:
+    from retrace.capture.ranks import Ranks
     from retrace.capture.run import Progress, capture
 
-__all__ = ["CaptureSettings", "Progress", "capture"]
+__all__ = ["CaptureSettings", "Progress", "Ranks", "capture"]
 
 
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; a help page must not wait for them.
-    if name in ("Progress", "capture"):
+    if name in ("Progress", "Ranks", "capture"):
         from retrace.capture import run
 
         return getattr(run, name)

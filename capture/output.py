@@ -34,6 +34,13 @@ class Output:
         self.resumes = resume and self.writing.exists()
         """Whether there is an interrupted trace to go on with."""
 
+    @classmethod
+    def joined(cls, path: Path, writing: Path) -> "Output":
+        """The output of a process that helps another one, which has looked at what is there."""
+        output = cls.__new__(cls)
+        output.path, output.writing, output.resumes = path, writing, True
+        return output
+
     def clear(self) -> None:
         """Remove what an earlier capture left aside, before a new trace is begun."""
         shutil.rmtree(self._aside, ignore_errors=True)

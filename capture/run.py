@@ -1,6 +1,7 @@
 """Capturing a trace, from the settings to the finished store."""
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -21,6 +22,7 @@ from retrace.capture.models import Checkpoint, find_device, open_checkpoint, qui
 from retrace.capture.output import Output
 from retrace.capture.queries import parse_queries
 from retrace.capture.queue import WriteQueue
+from retrace.capture.ranks import Meeting, Ranks
 from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, CaptureSettings
 from retrace.capture.tasks import SequenceSet, WindowCutter, read_sequences
@@ -113,11 +115,16 @@ def capture(
         overwrite=overwrite,
         resume=resume,
     )
-    output = Output(settings.output(), overwrite=overwrite, resume=resume)
-    find_device(device)  # refuses one that is not there
+    ranks = Ranks.from_environment()
+    settings = dataclasses.replace(settings, device=ranks.device(device))
+    find_device(settings.device)  # refuses one that is not there
     show = progress or (lambda progress: None)
-    with quiet_libraries():
-        return _capture(settings, output, command, show)
+    with quiet_libraries(), ranks.connected() as meeting:
+        if ranks.first:
+            output = Output(settings.output(), overwrite=overwrite, resume=resume)
+        else:
+            output = Output.joined(settings.output(), settings.output())
+        return _capture(settings, output, meeting, command, show)
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,11 @@ class _Plan:
 
 
 def _capture(
-    settings: CaptureSettings, output: Output, command: str | None, show: ShowProgress
+    settings: CaptureSettings,
+    output: Output,
+    meeting: Meeting,
+    command: str | None,
+    show: ShowProgress,
 ) -> Trace:
     show(Progress("loading"))
     checkpoint = open_checkpoint(settings)
@@ -176,7 +187,7 @@ def _capture(
             dtype=str(next(iter(recorded.values())).dtype).removeprefix("torch."),
             attributes=attributes,
         )
-        return _record(settings, output, plan, model, recorded, show)
+        return _record(settings, output, meeting, plan, model, recorded, show)
 
 
 @contextlib.contextmanager
@@ -199,6 +210,7 @@ def _explained(output: Output) -> Iterator[None]:
 def _record(
     settings: CaptureSettings,
     output: Output,
+    meeting: Meeting,
     plan: _Plan,
     model: Any,
     layers: Mapping[int, AttentionLayer],
@@ -206,11 +218,18 @@ def _record(
 ) -> Trace:
     """Run the model over every sequence that the trace does not hold yet."""
     count = len(plan.tokens)
-    if not output.resumes:
-        output.clear()
-    done = set(open_trace(output.writing).sequences) if output.resumes else set()
-    output.check_space(plan.bytes() * (count - len(done)) // count)
-    writer = plan.open(output)
+    if meeting.ranks.first:
+        if not output.resumes:
+            output.clear()
+        done = set(open_trace(output.writing).sequences) if output.resumes else set()
+        output.check_space(plan.bytes() * (count - len(done)) // count)
+        writer = plan.open(output)
+        meeting.tell("begun", {"writing": str(output.writing), "done": sorted(done)})
+    else:
+        begun = meeting.hear("begun")
+        done = set(begun["done"])
+        output = Output.joined(output.path, Path(begun["writing"]))
+        writer = plan.open(output)
     show(_progress(plan, done))
     try:
         with (
@@ -219,7 +238,10 @@ def _record(
             observed_attention(model, recorder := TensorRecorder(queue, layers)),
         ):
             before: list[int] = []
-            for batch in _pending_batches(settings.batch_size, count, done):
+            # Batches stay whole and go round the ranks: each computes what one alone would.
+            batches = _pending_batches(settings.batch_size, count, done)
+            for batch in batches[meeting.ranks.rank :: meeting.ranks.size]:
+                meeting.check()
                 first = not before
                 parts = _missing_parts(plan, batch, done, layers if first else None)
                 nll = _run_batch(model, recorder, plan, batch, parts)
@@ -239,11 +261,23 @@ def _record(
             if before:
                 show(_progress(plan, done))
     except RetraceError:
-        if not output.resumes and not open_trace(output.writing).sequences:
+        alone = meeting.ranks.size == 1
+        if alone and not output.resumes and not open_trace(output.writing).sequences:
             output.discard()
         raise
+    if not meeting.ranks.first:
+        meeting.tell(f"written {meeting.ranks.rank}")
+        meeting.hear("complete")
+        return open_trace(output.path)
+    while len(done) < count:  # what the other ranks have not finished yet
+        meeting.pause(progress=len(done))
+        done = set(open_trace(output.writing).sequences)
+        show(_progress(plan, done))
+    for rank in range(1, meeting.ranks.size):
+        meeting.hear(f"written {rank}")
     writer.close()
     output.complete()
+    meeting.tell("complete")
     return open_trace(output.path)
 
 

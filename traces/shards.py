@@ -7,7 +7,6 @@ that it is in, on any number of threads.
 """
 
 import os
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,8 @@ def _checksum(data: bytes | npt.NDArray[np.uint8]) -> bytes:
 def _write_file(path: Path, pieces: list[Piece]) -> None:
     """Write a file that is there whole and on the disk, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    # A shard has one writer: what a killed one left is overwritten by who writes the shard again.
+    aside = path.with_name(f"{path.name}.partial")
     try:
         with aside.open("wb") as file:
             file.writelines(pieces)

@@ -21,7 +21,7 @@ from retrace.analyze.replay import Clock, Plan, Replayed, Tally, replay
 from retrace.analyze.results import COLUMNS, Results
 from retrace.analyze.states import Protocol
 from retrace.analyze.unit import load_units
-from retrace.traces import RetraceError, Trace, open_trace
+from retrace.traces import Location, RemoteLocation, RetraceError, Trace, open_trace
 
 log = logging.getLogger("retrace")
 
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 
 def analyze(
-    trace: Trace | str | Path,
+    trace: Trace | str | Location,
     methods: Sequence[str] = ("exact",),
     topk: Sequence[int] = (10,),
     *,
@@ -46,7 +46,7 @@ def analyze(
     """Replay methods against a trace, without its model.
 
     Args:
-        trace: a trace or where it is.
+        trace: a trace or where it is: a path or a URL.
         methods: method specs, such as `quest:page=32` or `./mine.py:Mine`.
         topk: budgets: keys per query and head.
         out: folder for the results. What is there already for this trace and these settings is
@@ -55,8 +55,8 @@ def analyze(
         min_context: the first position that counts; 10 k for budget k if None.
         layers: indices of the layers to replay; all recorded ones if None.
         device: `cpu`, `cuda` or `cuda:N`.
-        keep_exact: keep the exact answers beside the trace, so that they are computed once however
-            often it is analyzed.
+        keep_exact: keep the exact answers beside a trace on a local disk, so that they are
+            computed once however often it is analyzed.
         overwrite: throw away what is in `out`.
         progress: told how far it is.
 
@@ -207,7 +207,7 @@ def _still_wanted(
 
 def _store(trace: Trace, keep: bool) -> ReferenceStore:
     """Where exact answers are kept: beside the trace, if there is room and leave to write."""
-    if not keep:
+    if not keep or isinstance(trace.path, RemoteLocation):
         return ReferenceStore(None)
     folder = trace.path.with_name(f"{trace.path.stem}.exact")
     try:

@@ -4,10 +4,10 @@
     python benchmarks/capture.py --model llama-8b-random --tokens 8192 32768 --device cuda
 
 For each length: the forward pass alone with the model's stock attention, likelihoods included; the
-same with every layer's queries, keys and values recorded; and a plain file of as many bytes, flushed
-to the disk. The least that a capture could take is the slower of forward and file; the last column
-is the capture's time over that. Each figure is of `--sequences` sequences in a row, so that writing
-one can overlap with computing the next; everything is on the disk when the clock stops.
+same with every layer's queries, keys and values recorded; and a plain file of as many bytes,
+flushed to the disk. The least that a capture could take is the slower of forward and file; the last
+column is the capture's time over that. Each figure is of `--sequences` sequences in a row, so that
+writing one can overlap with computing the next; everything is on the disk when the clock stops.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from retrace.traces import RetraceError
 
@@ -72,7 +72,7 @@ class Meeting:
     The tensors need none: each process writes sequences of its own.
     """
 
-    def __init__(self, ranks: Ranks, store: "torch.distributed.Store | None") -> None:
+    def __init__(self, ranks: Ranks, store: Store | None) -> None:
         self.ranks = ranks
         self._store = store
         self._progress: tuple[int, float] = (-1, 0.0)
@@ -140,7 +140,7 @@ class Meeting:
             self.hear(f"left {rank}")
 
 
-def _connect() -> "torch.distributed.Store":
+def _connect() -> Store:
     with _explained():
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             raise RetraceError(
@@ -151,7 +151,7 @@ def _connect() -> "torch.distributed.Store":
         serves = (
             os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         )
-        return torch.distributed.TCPStore(
+        return TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=serves,

@@ -28,10 +28,12 @@ from retrace.capture.settings import DEFAULT_MAX_LENGTH, CaptureSettings
 from retrace.capture.tasks import SequenceSet, WindowCutter, read_sequences
 from retrace.traces import (
     LayerRules,
+    Location,
     RetraceError,
     Trace,
     TraceWriter,
     create_trace,
+    locate,
     open_trace,
     resume_trace,
     tensor_bytes,
@@ -228,7 +230,7 @@ def _record(
     else:
         begun = meeting.hear("begun")
         done = set(begun["done"])
-        output = Output.joined(output.path, Path(begun["writing"]))
+        output = Output.joined(output.path, locate(begun["writing"]))
         writer = plan.open(output)
     show(_progress(plan, done))
     try:
@@ -338,7 +340,7 @@ def _run_batch(
     return likelihoods
 
 
-def _check_first(path: Path, part: RecordedSequence, recorder: TensorRecorder) -> None:
+def _check_first(path: Location, part: RecordedSequence, recorder: TensorRecorder) -> None:
     assert part.sampled_positions is not None
     check_stored(open_trace(path), part.sequence, part.sampled_positions, recorder.samples)
 

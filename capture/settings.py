@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrace.capture.queries import parse_queries
-from retrace.traces import RetraceError
+from retrace.traces import Location, RetraceError, locate
 
 TASKS = ("wikitext",)
 """Names of the tasks; `retrace.capture.tasks` says what each is."""
@@ -51,7 +51,8 @@ class CaptureSettings:
     trust_remote_code: bool = False
     """Run the Python code that a model on the Hub or in a folder brings along."""
     out: str | Path | None = None
-    """Where the trace goes; traces/<model>-<task>.zarr by default."""
+    """Where the trace goes, a path or a URL (s3://bucket/t.zarr); traces/<model>-<task>.zarr by
+    default."""
     overwrite: bool = False
     """Replace an existing trace, once the new one is complete."""
     resume: bool = False
@@ -93,10 +94,10 @@ class CaptureSettings:
         if not Path(self.data).exists():
             raise RetraceError(f"There is no data file or folder {self.data}.")
 
-    def output(self) -> Path:
+    def output(self) -> Location:
         """Where the trace goes."""
         if self.out is not None:
-            return Path(self.out)
+            return locate(self.out)
         model = Path(self.pretrained.removeprefix("builtin:")).name.removesuffix(".gguf")
         read = [*self.tasks, *(Path(path).stem for path in self.text)]
         return Path("traces") / f"{_slug(model)}-{_slug('-'.join(read))}.zarr"

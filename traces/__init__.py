@@ -1,6 +1,7 @@
 """Traces: the queries, keys and values of a model, in a Zarr store that any client can read."""
 
 from retrace.traces.errors import RetraceError
+from retrace.traces.location import Location, RemoteLocation, locate
 from retrace.traces.reader import Layer, Trace, find_traces, open_trace
 from retrace.traces.schema import FORMAT_VERSION, LayerRules
 from retrace.traces.tensors import to_numpy, to_torch
@@ -10,11 +11,14 @@ __all__ = [
     "FORMAT_VERSION",
     "Layer",
     "LayerRules",
+    "Location",
+    "RemoteLocation",
     "RetraceError",
     "Trace",
     "TraceWriter",
     "create_trace",
     "find_traces",
+    "locate",
     "open_trace",
     "resume_trace",
     "tensor_bytes",

@@ -3,7 +3,6 @@
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from retrace.traces.errors import RetraceError
+from retrace.traces.location import Location, RemoteLocation, explained, open_store
 from retrace.traces.reader import open_trace
 from retrace.traces.schema import DTYPES, FORMAT_KEY, FORMAT_VERSION, TENSOR_AXES, LayerRules
 from retrace.traces.shards import shard_length, write_shard
@@ -31,9 +31,10 @@ class TraceWriter:
     small arrays have one sequence per chunk, so that no two sequences share a stored object.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
-        self._group = zarr.open_group(path, mode="r+", use_consolidated=False)
+        store = open_store(path, read_only=False)
+        self._group = zarr.open_group(store, mode="r+", use_consolidated=False)
         self._tensors: dict[str, zarr.Array[Any]] = {}  # opened once: each costs a read
 
     def write_layer(
@@ -97,7 +98,7 @@ class TraceWriter:
 
 
 def create_trace(
-    path: Path,
+    path: Location,
     *,
     rules: Mapping[int, LayerRules],
     tokens: Sequence[npt.NDArray[np.int32]],
@@ -117,6 +118,14 @@ def create_trace(
     """
     if path.exists():
         raise RetraceError(f"{path} exists already.")
+    if isinstance(path, RemoteLocation):
+        with explained(path):
+            group = zarr.open_group(open_store(path, read_only=False), mode="w")
+            _create_arrays(group, rules, tokens, query_positions, dtype)
+            # Nothing can be renamed there, but an object is there whole or not at all: without
+            # these attributes, which come last, it is no trace.
+            group.attrs.update({FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes})
+        return TraceWriter(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Built aside and renamed, so that a trace either holds its whole plan or is not there.
     aside = path.with_name(f".{path.name}.new")
@@ -125,11 +134,7 @@ def create_trace(
         group = zarr.open_group(
             aside, mode="w", attributes={FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes}
         )
-        _create_small_arrays(group, tokens, query_positions)
-        positions = max(len(t) for t in tokens)
-        queries = max(len(q) for q in query_positions)
-        for layer, layer_rules in rules.items():
-            _create_layer(group, layer, layer_rules, len(tokens), positions, queries, dtype)
+        _create_arrays(group, rules, tokens, query_positions, dtype)
         aside.rename(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -138,7 +143,7 @@ def create_trace(
 
 
 def resume_trace(
-    path: Path,
+    path: Location,
     *,
     rules: Mapping[int, LayerRules],
     tokens: Sequence[npt.NDArray[np.int32]],
@@ -185,6 +190,20 @@ def tensor_bytes(
         for r in rules.values()
     )
     return per_sequence * len(tokens) * DTYPES[dtype].itemsize
+
+
+def _create_arrays(
+    group: zarr.Group,
+    rules: Mapping[int, LayerRules],
+    tokens: Sequence[npt.NDArray[np.int32]],
+    query_positions: Sequence[npt.NDArray[np.int32]],
+    dtype: str,
+) -> None:
+    _create_small_arrays(group, tokens, query_positions)
+    positions = max(len(t) for t in tokens)
+    queries = max(len(q) for q in query_positions)
+    for layer, layer_rules in rules.items():
+        _create_layer(group, layer, layer_rules, len(tokens), positions, queries, dtype)
 
 
 def _create_small_arrays(

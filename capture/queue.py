@@ -170,7 +170,12 @@ class WriteQueue:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._closing or self._error or self._waiting or self._complete()
+                    lambda: (
+                        self._closing
+                        or self._error is not None
+                        or bool(self._waiting)
+                        or self._complete() is not None
+                    )
                 )
                 if self._closing or self._error is not None:
                     return

@@ -54,7 +54,8 @@ def write_shard(
         raise ValueError(f"{part.shape[1]} positions from {start} are no shard of {length}.")
     pieces = _encode(part, array.chunks[2], length // array.chunks[2])
     # One shard spans all heads and channels, so that its key differs in two places only.
-    key = f"{array.path}/{array.metadata.encode_chunk_key((sequence, 0, start // length, 0))}"
+    key = array.metadata.encode_chunk_key((sequence, 0, start // length, 0))
+    key = f"{array.path}/{key}".lstrip("/")
     store = array.store
     if isinstance(store, LocalStore):
         _write_file(store.root / key, pieces)

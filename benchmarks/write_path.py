@@ -26,6 +26,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 import retrace.traces  # registers bfloat16
+from retrace.traces.shards import write_shards
 
 SHAPES = {
     "8B-shaped, (32, 8192, 128)": ((32, 8192, 128), 12),
@@ -123,8 +124,6 @@ def _plain(folder: Path, tensor: np.ndarray[Any, Any], *, sync: bool) -> Write:
 
 
 def _own(folder: Path, tensor: np.ndarray[Any, Any], count: int) -> Write:
-    from retrace.traces.writer import write_shards
-
     array = _create(folder, tensor, count, "crc32c", sharded=True)
     return lambda sequence: write_shards(array, sequence, tensor)
 

@@ -30,8 +30,10 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
+# One process per core, with arithmetic of one thread each: threads that share an operation would
+# wait for those of the other processes.
 pytest: $(VENV)/installed
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix

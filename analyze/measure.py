@@ -10,7 +10,7 @@ from retrace.analyze.reference import Reference
 from retrace.analyze.selection import Selection
 from retrace.analyze.unit import Block
 
-GATHERED_VALUES = 1 << 24
+GATHERED_VALUES = 1 << 21
 """Elements of values gathered at once when outputs are computed."""
 
 

@@ -112,9 +112,9 @@ def attention_fraction_curves(results: "Results") -> Figure:
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.subplots()
     _draw_curves(axes, curves, banded=True)
+    shaded = "; shaded: 10 to 90 % of layers" if curves.shaded else ""
     axes.set_title(
-        "Attention fraction, mean over heads and layers; shaded: 10 to 90 % of layers\n"
-        f"{_counted_words(results)}",
+        f"Attention fraction, mean over heads and layers{shaded}\n{_counted_words(results)}",
         fontsize="medium",
     )
     _label_budgets(axes, results)
@@ -175,6 +175,11 @@ class _Curves(NamedTuple):
         }
         return cls(_over_heads(exact), methods)
 
+    @property
+    def shaded(self) -> bool:
+        """Whether few enough methods are drawn for their spread to be seen."""
+        return len(self.methods) <= BANDS
+
     def within(self, layers: Sequence[int]) -> "_Curves":
         """The curves of some layers."""
         return _Curves(
@@ -189,15 +194,21 @@ class _Style(NamedTuple):
     marker: str
 
 
-def _style(number: int) -> _Style:
-    return _Style(
-        COLOURS[number % len(COLOURS)],
-        DASHES[number // len(COLOURS) % len(DASHES)],
-        MARKERS[number % len(MARKERS)],
-    )
-
-
 EXACT_STYLE = _Style("black", "-", "o")
+
+
+def _styles(methods: Iterable[str]) -> dict[str, _Style]:
+    """The same for a method in every figure of the same results."""
+    approximate = [method for method in methods if method != "exact"]
+    styles = {
+        method: _Style(
+            COLOURS[i % len(COLOURS)],
+            DASHES[i // len(COLOURS) % len(DASHES)],
+            MARKERS[i % len(MARKERS)],
+        )
+        for i, method in enumerate(approximate)
+    }
+    return {"exact": EXACT_STYLE, **styles}
 
 
 def _over_heads(rows: pd.DataFrame) -> pd.DataFrame:
@@ -205,10 +216,10 @@ def _over_heads(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _draw_curves(axes: Axes, curves: _Curves, *, banded: bool) -> None:
-    lines = [("exact", curves.exact, EXACT_STYLE)]
-    lines += [(m, rows, _style(i)) for i, (m, rows) in enumerate(curves.methods.items())]
-    shaded = banded and len(curves.methods) <= BANDS
-    for name, rows, style in lines:
+    styles = _styles(curves.methods)
+    shaded = banded and curves.shaded
+    for name, rows in {"exact": curves.exact, **curves.methods}.items():
+        style = styles[name]
         by_budget = rows.groupby("topk")["mean"]
         mean = by_budget.mean()
         if shaded:
@@ -261,6 +272,7 @@ def _by_layer(
     budgets = _chosen(sorted(int(k) for k in rows["topk"].unique()))
     layers = sorted(int(layer) for layer in rows["layer"].unique())
     methods = results.methods()
+    styles = _styles(methods)
     width = float(np.clip(0.09 * len(layers) + 2.2, 3.2, 5.4))
     figure, panels = _grid(len(budgets), width=width, height=2.9, columns=3)
     figure.suptitle(
@@ -276,15 +288,14 @@ def _by_layer(
             if mean.empty:
                 continue
             drawn = True
-            style = (
-                EXACT_STYLE if method == "exact" else _style(number - ("exact" in methods[:number]))
-            )
-            _draw_layers(axes, mean, std.loc[mean.index], style, method, most, len(methods))
+            share = (number + 0.5) / len(methods)
+            _draw_layers(axes, mean, std.loc[mean.index], styles[method], method, most, share)
         axes.set_title(f"k = {k}", fontsize="small")
         axes.grid(alpha=0.25)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         if len(layers) == 1:
             axes.set_xlim(layers[0] - 1, layers[0] + 1)
+            axes.set_xticks(layers)
         if not drawn:
             _say_nothing_counts(axes)
     panels[0].set_ylim(bottom=0.0, top=None if most is None else 1.03 * most)
@@ -300,8 +311,9 @@ def _draw_layers(
     style: _Style,
     method: str,
     most: float | None,
-    methods: int,
+    share: float,
 ) -> None:
+    """One method's line; `share` is its place among the methods, from 0 to 1."""
     line: dict[str, Any] = {
         "color": style.colour,
         "linestyle": style.dashes,
@@ -310,12 +322,12 @@ def _draw_layers(
         "linewidth": 1.3,
         "label": _wrapped(method, 34),
     }
-    if len(mean) == 1 or methods > BANDS:
-        # A band has no width over one layer, and many bands hide each other.
-        axes.errorbar(mean.index, mean, yerr=std, elinewidth=0.7, capsize=1.5, **line)
+    if len(mean) == 1:  # a band has no width over one layer, and points side by side can be told
+        place = mean.index + 0.6 * (share - 0.5)
+        axes.errorbar(place, mean, yerr=std, elinewidth=0.9, capsize=2, **line)
         return
     low, high = (mean - std).clip(lower=0.0), (mean + std).clip(upper=most)
-    axes.fill_between(mean.index, low, high, color=style.colour, alpha=0.13, linewidth=0)
+    axes.fill_between(mean.index, low, high, color=style.colour, alpha=0.1, linewidth=0)
     axes.plot(mean.index, mean, **line)
 
 
@@ -393,7 +405,11 @@ def _legend(figure: Figure, *panels: Axes) -> None:
     if not handles:
         return
     width = figure.get_size_inches()[0]
-    columns = max(1, min(len(handles), int(width // (0.6 + 0.085 * _longest_line(handles)))))
+    columns = max(1, min(len(handles), int(width // (0.7 + 0.085 * _longest_line(handles)))))
+    rows = -(-len(handles) // columns)
+    lines = max(label.count("\n") + 1 for label in handles)
+    # Higher by what the legend takes, so that the panels keep their size.
+    figure.set_figheight(figure.get_figheight() + 0.1 + 0.17 * rows * lines)
     figure.legend(
         list(handles.values()),
         list(handles),

@@ -67,7 +67,8 @@ class ReferenceStore:
         if self._folder is None:
             return None
         try:
-            with np.load(self._path(digest, layer)) as arrays:
+            # Opened here, since np.load leaves a file open that is no archive.
+            with self._path(digest, layer).open("rb") as file, np.load(file) as arrays:
                 kept = KeptReferences(arrays["ids"], arrays["log_normalizer"], arrays["output"])
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None  # not there, or damaged: computed anew

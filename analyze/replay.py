@@ -98,6 +98,11 @@ class Clock:
         finally:
             self.seconds[what] += time.perf_counter() - start
 
+    def add(self, other: "Clock") -> None:
+        """Add what another clock counted."""
+        for what, seconds in other.seconds.items():
+            self.seconds[what] += seconds
+
 
 def curve_budgets(topk: Sequence[int]) -> tuple[int, ...]:
     """Every budget up to the largest asked for; thinned beyond `EVERY_BUDGET_TO`."""

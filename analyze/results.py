@@ -12,6 +12,9 @@ from retrace.traces import RetraceError
 KEYS = ["method", "layer", "module", "head", "topk", "metric"]
 COLUMNS = [*KEYS, "mean", "std", "count", "protocol", "min_context"]
 
+PLOTS = ("attention-fraction-*.png", "recall-by-layer.png", "error-norm-by-layer.png")
+"""Names of the pictures that are drawn of results."""
+
 METRICS: dict[str, str] = {
     "recall": "share of the exact top k keys that the method returned among its k best",
     "candidate_recall": "the same, over the keys that did not have to be kept anyway",

@@ -4,7 +4,9 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from retrace.analyze.methods.registry import MethodSpec, parse_spec
 from retrace.analyze.moments import Moments
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Clock, Plan, Replayed, Tally, replay
-from retrace.analyze.results import COLUMNS, Results
+from retrace.analyze.results import COLUMNS, PLOTS, Results
 from retrace.analyze.states import Protocol
 from retrace.analyze.unit import load_units
 from retrace.traces import Location, RemoteLocation, RetraceError, Trace, open_trace
@@ -38,7 +40,7 @@ def analyze(
     protocol: str = "all",
     min_context: int | None = None,
     layers: Sequence[int] | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     keep_exact: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -54,7 +56,7 @@ def analyze(
         protocol: `all`, `all:R`, `prefix:P`; see `retrace.analyze.states.Protocol`.
         min_context: the first position that counts; 10 k for budget k if None.
         layers: indices of the layers to replay; all recorded ones if None.
-        device: `cpu`, `cuda` or `cuda:N`.
+        device: `cpu`, `cuda` or `cuda:N`; `auto` is cuda where there is one, else cpu.
         keep_exact: keep the exact answers beside a trace on a local disk, so that they are
             computed once however often it is analyzed.
         overwrite: throw away what is in `out`.
@@ -87,6 +89,11 @@ def analyze(
             _clear(folder)
         results.save(folder)
     return results
+
+
+def exact_answers(trace: Path) -> Path:
+    """The folder, beside a trace, where its exact answers are kept for later runs."""
+    return trace.with_name(f"{trace.stem}.exact")
 
 
 class _Settings:
@@ -141,7 +148,11 @@ class _Settings:
 def _unique(specs: list[MethodSpec]) -> list[MethodSpec]:
     if not specs:
         raise RetraceError("No method is named; `retrace methods` lists them.")
-    return list({str(spec): spec for spec in specs}.values())
+    unique: dict[str, MethodSpec] = {}
+    for spec in specs:
+        if unique.setdefault(str(spec), spec).source_digest != spec.source_digest:
+            raise RetraceError(f"Two different files have a method {spec}: rename one of them.")
+    return list(unique.values())
 
 
 def _budgets(topk: Sequence[int]) -> tuple[int, ...]:
@@ -157,6 +168,8 @@ def _layers(trace: Trace, layers: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -209,7 +222,7 @@ def _store(trace: Trace, keep: bool) -> ReferenceStore:
     """Where exact answers are kept: beside the trace, if there is room and leave to write."""
     if not keep or isinstance(trace.path, RemoteLocation):
         return ReferenceStore(None)
-    folder = trace.path.with_name(f"{trace.path.stem}.exact")
+    folder = exact_answers(trace.path)
     try:
         folder.mkdir(exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -233,22 +246,50 @@ def _replay_all(
     """Every method's tally in every layer; sequences merge in the order of the plan."""
     trace = settings.trace
     tasks = [(layer, sequence) for layer in settings.layers for sequence in trace.sequences]
-    with torch.inference_mode(), clock.charge("total"):
-        with clock.charge("causality"):
+
+    def run(task: tuple[int, int]) -> tuple[list[Tally], Clock]:
+        spent = Clock()
+        with torch.inference_mode():
+            return replay(trace, *task, plan, device, store, spent), spent
+
+    tallies: dict[int, list[Tally]] = {}
+    with clock.charge("total"):
+        with torch.inference_mode(), clock.charge("causality"):
             _check_causality(settings, plan, device)
-        tallies: dict[int, list[Tally]] = {}
-        for done, (layer, sequence) in enumerate(tasks):
+        with _workers(device) as workers:
             if progress is not None:
-                progress(done, len(tasks))
-            parts = replay(trace, layer, sequence, plan, device, store, clock)
-            if layer in tallies:
-                for whole, part in zip(tallies[layer], parts, strict=True):
-                    whole.merge(part)
-            else:
-                tallies[layer] = parts
-        if progress is not None:
-            progress(len(tasks), len(tasks))
+                progress(0, len(tasks))
+            for done, ((layer, _), (parts, spent)) in enumerate(
+                zip(tasks, workers.map(run, tasks), strict=True), start=1
+            ):
+                clock.add(spent)
+                if layer in tallies:
+                    for whole, part in zip(tallies[layer], parts, strict=True):
+                        whole.merge(part)
+                else:
+                    tallies[layer] = parts
+                if progress is not None:
+                    progress(done, len(tasks))
     return tallies
+
+
+@contextmanager
+def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """One thread per core, each with arithmetic of one thread: the threads of one operation wait
+    for each other, and on a machine that does other work besides, they wait long. One on a GPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(
+        1 if device.type == "cuda" else threads,
+        thread_name_prefix="replay",
+        initializer=lambda: torch.set_num_threads(1),
+    )
+    try:
+        yield pool
+    finally:
+        # What has not begun is not wanted when one task failed.
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _check_causality(settings: _Settings, plan: Plan, device: torch.device) -> None:
@@ -353,5 +394,6 @@ def _clear(folder: Path) -> None:
     """Remove what a results folder holds, and nothing else that may lie there."""
     for name in ("metrics.parquet", "curves.parquet", "table.md", "run.json"):
         (folder / name).unlink(missing_ok=True)
-    for plot in (folder / "plots").rglob("*.png") if (folder / "plots").is_dir() else ():
-        plot.unlink()
+    for pattern in PLOTS:
+        for plot in (folder / "plots").glob(pattern):
+            plot.unlink()

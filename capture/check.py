@@ -12,7 +12,9 @@ from torch import Tensor
 from retrace.analyze.attention import attend
 from retrace.capture.interface import observed_attention
 from retrace.capture.likelihood import logits_in_blocks
+from retrace.capture.models import input_device
 from retrace.capture.recorder import AttentionLayer, RulesObserver
+from retrace.capture.rotation import LayerInputs, learn_rotations
 from retrace.traces import LayerRules, RetraceError, Trace, to_torch
 
 OUTPUT_TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
@@ -31,15 +33,18 @@ def examine(model: Any, tokens: npt.NDArray[np.int32]) -> dict[int, AttentionLay
             is observed than with its stock implementation.
     """
     tokens = tokens[: max(PROBE_POSITIONS, 2 * _largest_window(model.config.get_text_config()))]
-    batch = torch.from_numpy(tokens).long()[None].to(model.device)
+    batch = torch.from_numpy(tokens).long()[None].to(input_device(model))
+    # On the CPU, from where they index a tensor on any device: logits may be on another.
     rows = torch.linspace(0, len(tokens) - 1, min(PROBED_ROWS, len(tokens))).long()
-    rows = rows.to(model.device)
     observer = RulesObserver()
     with torch.inference_mode():
         with observed_attention(model, observer):
             observed = next(logits_in_blocks(model, batch, [rows]))
         layers = observer.layers(model)
-        stock = _stock_logits(model, batch, rows)
+        del observer  # with every tensor of the pass
+        inputs = LayerInputs()
+        with inputs.noted(layers.values()):
+            stock = _stock_logits(model, batch, rows, layers)
     worst = _relative_difference(observed[0].cpu().double(), stock[0].cpu().double())
     dtype = str(next(iter(layers.values())).dtype).removeprefix("torch.")
     if not worst <= LOGIT_TOLERANCE[dtype]:  # so written that NaN is refused as well
@@ -48,7 +53,8 @@ def examine(model: Any, tokens: npt.NDArray[np.int32]) -> dict[int, AttentionLay
             f"difference {worst:.2g}): its attention depends on the implementation, so that this "
             "model cannot be captured."
         )
-    return layers
+    with torch.inference_mode():
+        return learn_rotations(model, layers, inputs)
 
 
 def sampled_positions(
@@ -132,12 +138,21 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
     return float(difference / typical) if difference != 0 else 0.0
 
 
-def _stock_logits(model: Any, tokens: Tensor, rows: Tensor) -> Tensor:
+def _stock_logits(
+    model: Any, tokens: Tensor, rows: Tensor, layers: Mapping[int, AttentionLayer]
+) -> Tensor:
     """Logits (1, rows, vocabulary) at these positions (rows,), by the plain public call."""
     options: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = rows
-    logits: Tensor = model(input_ids=tokens, use_cache=False, **options).logits
+    before = model.config._attn_implementation
+    if any(one.rules.softcap or one.rules.sinks for one in layers.values()):
+        # Some versions of transformers run such models on a kernel that leaves both out.
+        model.set_attn_implementation("eager")
+    try:
+        logits: Tensor = model(input_ids=tokens, use_cache=False, **options).logits
+    finally:
+        model.set_attn_implementation(before)
     return logits if options else logits[:, rows]
 
 

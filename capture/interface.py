@@ -147,7 +147,9 @@ def _eager(
     outputs = []
     for block in torch.split(torch.arange(queries, device=query.device), rows):
         part = slice(int(block[0]), int(block[-1]) + 1)
-        seen = key_positions <= block[:, None] if mask is None else mask[:, :, part]
+        # The last query is at the last key; keys before the first query come from a cache.
+        causal = key_positions <= block[:, None] + (keys - queries)
+        seen = causal if mask is None else mask[:, :, part]
         hidden = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
         hidden = hidden.masked_fill(~seen, torch.finfo(query.dtype).min)
         hidden = hidden if mask is not None else hidden[None, None]

@@ -100,6 +100,13 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def input_device(model: Any) -> torch.device:
+    """Where token ids go: to the embeddings. Other layers may be on other devices."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    # Weights that accelerate keeps elsewhere until they are needed; it moves inputs after them.
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """transformers, the Hub client and datasets print no progress and no advice meanwhile."""

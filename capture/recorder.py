@@ -1,5 +1,6 @@
 """Observers of attention calls: one that learns every layer's rules, one that stores tensors."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,10 +65,16 @@ class RulesObserver:
         if not self._seen:
             raise unrecordable(model)
         numbers = _layer_numbers([call for call, _ in self._seen])
-        layers = [
-            AttentionLayer(number, call.module, rules, call.query.dtype)
-            for number, (call, rules) in zip(numbers, self._seen, strict=True)
-        ]
+        layers = []
+        first_of: dict[Any, int] = {}
+        for number, (call, rules) in zip(numbers, self._seen, strict=True):
+            key = call.key
+            # All calls are still held: what has the same place in memory is the same tensor.
+            place = (key.device, key.data_ptr(), key.shape, key.stride())
+            source = first_of.setdefault(place, number)
+            if source != number:
+                rules = dataclasses.replace(rules, kv_source=source)
+            layers.append(AttentionLayer(number, call.module, rules, call.query.dtype))
         return {layer.index: layer for layer in sorted(layers, key=lambda layer: layer.index)}
 
 
@@ -139,6 +146,9 @@ class TensorRecorder:
             raise RetraceError(f"{call.path} called attention twice for a sequence.")
         self._recorded.add(layer.index)
         self._check(call, layer.rules)
+        self._store(call, layer)
+
+    def _store(self, call: AttentionCall, layer: AttentionLayer) -> None:
         for part in self._batch:
             query = call.query[part.row, :, : part.length]
             if len(part.query_positions) < part.length:
@@ -163,7 +173,9 @@ class TensorRecorder:
         mask, length = call.mask, call.query.shape[-2]
         scale = call.arguments.get("scaling")
         moved = scale is not None and float(scale) != rules.scale
-        place = None if mask is None else (mask.data_ptr(), mask.shape, mask.stride())
+        place = None
+        if mask is not None:
+            place = (mask.device, mask.data_ptr(), mask.shape, mask.stride())
         key = (place, rules.window, rules.chunk)
         if key not in self._fitting:
             # The mask is kept, so that no other takes its place in memory meanwhile.

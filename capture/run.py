@@ -16,9 +16,17 @@ import numpy.typing as npt
 import torch
 
 from retrace.capture.check import check_stored, examine, sampled_positions
+from retrace.capture.decode import StepRecorder, continue_sequences
+from retrace.capture.harness import Harness
 from retrace.capture.interface import observed_attention
 from retrace.capture.likelihood import next_token_nll
-from retrace.capture.models import Checkpoint, find_device, open_checkpoint, quiet_libraries
+from retrace.capture.models import (
+    Checkpoint,
+    find_device,
+    input_device,
+    open_checkpoint,
+    quiet_libraries,
+)
 from retrace.capture.output import Output
 from retrace.capture.queries import parse_queries
 from retrace.capture.queue import WriteQueue
@@ -27,6 +35,7 @@ from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRec
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, CaptureSettings
 from retrace.capture.tasks import SequenceSet, WindowCutter, read_sequences
 from retrace.traces import (
+    PHASES,
     LayerRules,
     Location,
     RetraceError,
@@ -70,7 +79,10 @@ def capture(
     tasks: Sequence[str] = (),
     text: Sequence[str | Path] = (),
     data: str | Path | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
     limit: int | None = None,
+    generate: int = 0,
     batch_size: int = 1,
     max_length: int | None = None,
     dtype: str = "auto",
@@ -104,7 +116,10 @@ def capture(
         tasks=tasks,
         text=text,
         data=data,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
         limit=limit,
+        generate=generate,
         batch_size=batch_size,
         max_length=max_length,
         dtype=dtype,
@@ -135,6 +150,7 @@ class _Plan:
 
     rules: dict[int, LayerRules]
     tokens: list[npt.NDArray[np.int32]]
+    phases: list[npt.NDArray[np.int8]]
     query_positions: list[npt.NDArray[np.int32]]
     dtype: str
     attributes: dict[str, Any]
@@ -148,6 +164,7 @@ class _Plan:
         everything = {
             "rules": self.rules,
             "tokens": self.tokens,
+            "phases": self.phases,
             "query_positions": self.query_positions,
             "dtype": self.dtype,
         }
@@ -165,27 +182,44 @@ def _capture(
     show: ShowProgress,
 ) -> Trace:
     show(Progress("loading"))
+    harness = Harness(settings) if settings.harness_tasks() else None
     checkpoint = open_checkpoint(settings)
     max_length = _max_length(settings, checkpoint)
-    cut = WindowCutter(checkpoint.tokenizer, max_length, settings.limit)
-    sets = read_sequences(settings, cut)
+    cut = WindowCutter(checkpoint.tokenizer, max_length - settings.generate, settings.limit)
+    sets = read_sequences(settings, cut, harness)
     with _explained(output):
         model = checkpoint.load(settings.dtype, settings.device)
         show(Progress("checking"))
         tokens = [sequence for one in sets for sequence in one.sequences]
-        # The longest shows what shorter ones hide: a window, say.
-        layers = examine(model, max(tokens, key=len))
+        phases = [phase for one in sets for phase in one.phases()]
+        # The longest shows what shorter ones hide: a window, say. What will be generated is not
+        # known yet, but any tokens will do.
+        longest = max(tokens, key=len)
+        most = min(len(longest) + settings.generate, max_length)
+        layers = examine(model, np.resize(longest, most))
         recorded = _choose(layers, settings)
         attributes = _describe(settings, checkpoint, model, sets, cut, layers, max_length)
         attributes |= {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": command,
         }
+        if not meeting.ranks.first:
+            # Afterwards, so that what is generated is generated once, and read from the trace.
+            output = Output.joined(output.path, locate(meeting.hear("begun")["writing"]))
+        if settings.generate:
+            tokens, phases = continue_sequences(
+                model,
+                tokens,
+                phases,
+                settings.generate,
+                written=open_trace(output.writing) if output.resumes else None,
+            )
         select = parse_queries(settings.queries)
         plan = _Plan(
             rules={index: layer.rules for index, layer in recorded.items()},
             tokens=tokens,
-            query_positions=[select.positions(len(t)) for t in tokens],
+            phases=phases,
+            query_positions=[select.positions(len(p), _prompt(p)) for p in phases],
             dtype=str(next(iter(recorded.values())).dtype).removeprefix("torch."),
             attributes=attributes,
         )
@@ -228,20 +262,21 @@ def _record(
         writer = plan.open(output)
         meeting.tell("begun", {"writing": str(output.writing), "done": sorted(done)})
     else:
-        begun = meeting.hear("begun")
-        done = set(begun["done"])
-        output = Output.joined(output.path, locate(begun["writing"]))
+        done = set(meeting.hear("begun")["done"])
         writer = plan.open(output)
     show(_progress(plan, done))
+    # Caches of sequences of different lengths would need padding: those are read one by one.
+    batch_size = 1 if settings.generate else settings.batch_size
+    recorder_class = StepRecorder if settings.generate else TensorRecorder
     try:
         with (
             WriteQueue(writer) as queue,
             torch.inference_mode(),
-            observed_attention(model, recorder := TensorRecorder(queue, layers)),
+            observed_attention(model, recorder := recorder_class(queue, layers)),
         ):
             before: list[int] = []
             # Batches stay whole and go round the ranks: each computes what one alone would.
-            batches = _pending_batches(settings.batch_size, count, done)
+            batches = _pending_batches(batch_size, count, done)
             for batch in batches[meeting.ranks.rank :: meeting.ranks.size]:
                 meeting.check()
                 first = not before
@@ -281,6 +316,11 @@ def _record(
     output.complete()
     meeting.tell("complete")
     return open_trace(output.path)
+
+
+def _prompt(phase: npt.NDArray[np.int8]) -> int:
+    """Positions of a sequence (positions,) before what is scored or generated."""
+    return int((phase == PHASES["context"]).sum())
 
 
 def _pending_batches(size: int, count: int, done: set[int]) -> list[range]:
@@ -326,7 +366,8 @@ def _run_batch(
     for row, s in enumerate(batch):
         tokens[row, : lengths[row]] = plan.tokens[s]
     recorder.start(parts)
-    nll = next_token_nll(model, torch.from_numpy(tokens).to(model.device))
+    prompt = int((plan.phases[batch[0]] != PHASES["generated"]).sum()) if len(batch) == 1 else None
+    nll = next_token_nll(model, torch.from_numpy(tokens).to(input_device(model)), prompt)
     recorder.finish()
     for row, length in enumerate(lengths):
         nll[row, length - 1 :] = torch.nan
@@ -360,8 +401,14 @@ def _progress(plan: _Plan, done: set[int]) -> Progress:
 
 def _max_length(settings: CaptureSettings, checkpoint: Checkpoint) -> int:
     most = checkpoint.max_positions
+    length = settings.max_length or min(DEFAULT_MAX_LENGTH, most or DEFAULT_MAX_LENGTH)
+    if length - settings.generate < 2:
+        raise RetraceError(
+            f"max_length is {length}, generated tokens included: generate cannot be "
+            f"{settings.generate}."
+        )
     if settings.max_length is None:
-        return min(DEFAULT_MAX_LENGTH, most or DEFAULT_MAX_LENGTH)
+        return length
     if most is not None and settings.max_length > most:
         raise RetraceError(
             f"{settings.pretrained} reads {most} positions at most: max_length cannot be "
@@ -413,6 +460,7 @@ def _describe(
         },
         "task": [
             {"task": one.task, "source": one.source, "sequences": len(one.sequences)}
+            | ({} if one.num_fewshot is None else {"num_fewshot": one.num_fewshot})
             for one in sets
         ],
         "capture": {
@@ -420,7 +468,8 @@ def _describe(
             "max_length": max_length,
             "layers": None if settings.layers is None else sorted(set(settings.layers)),
             "queries": settings.queries,
-        },
+        }
+        | ({"generate": settings.generate} if settings.generate else {}),
         "unrecorded_layers": [i for i in range(count) if i not in layers],
         "position_encoding": getattr(config, "rope_parameters", None),
         "batch_size": settings.batch_size,

@@ -1,6 +1,7 @@
 """What a capture is asked to do."""
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from retrace.capture.queries import parse_queries
 from retrace.traces import Location, RetraceError, locate
 
 TASKS = ("wikitext",)
-"""Names of the tasks; `retrace.capture.tasks` says what each is."""
+"""Names of the tasks that need no lm-eval-harness; `retrace.capture.tasks` says what each is."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DEFAULT_MAX_LENGTH = 2048
 
@@ -26,17 +27,27 @@ class CaptureSettings:
     pretrained: str
     """Model: a Hugging Face Hub id, a local folder, a .gguf file, or builtin:smollm2."""
     tasks: Sequence[str] = ()
-    """Tasks whose documents the model reads, for example wikitext."""
+    """Tasks whose text the model reads: wikitext, or any of lm-eval-harness, such as hellaswag."""
     text: Sequence[str | Path] = ()
     """Plain text files (UTF-8) that the model reads, cut into consecutive sequences."""
     data: str | Path | None = None
-    """Local file or folder (.txt, .jsonl, .parquet) to read the task's documents from."""
+    """Local file or folder (.txt, .jsonl, .parquet) to read the documents of wikitext from."""
+    include_path: str | Path | None = None
+    """Folder of further task files (.yaml) for lm-eval-harness."""
+    num_fewshot: int | None = None
+    """Solved examples before each document of a task of lm-eval-harness; by default what the task
+    says."""
     limit: int | None = None
-    """Sequences per task and per text file; all of them by default."""
+    """Sequences of wikitext and of each text file, documents of each task of lm-eval-harness (a
+    document may make several sequences); all of them by default."""
+    generate: int = 0
+    """Tokens by which the model continues each prompt, document and text, greedily, recorded as
+    they are decoded; answers that a task scores are not continued."""
     batch_size: int = 1
     """Sequences that the model reads at once."""
     max_length: int | None = None
-    """Tokens of a sequence at most; by default 2048, or the model's maximum where that is less."""
+    """Tokens of a sequence at most, generated ones included; by default 2048, or the model's
+    maximum where that is less."""
     dtype: str = "auto"
     """Type that the model computes in and the trace stores: auto is the checkpoint's own."""
     device: str = "auto"
@@ -63,15 +74,17 @@ class CaptureSettings:
             raise RetraceError("tasks and text must be lists of names, not one string.")
         if not self.tasks and not self.text:
             raise RetraceError(
-                f"Nothing to read: name a task ({', '.join(TASKS)}) or a text file (--text FILE)."
+                f"Nothing to read: name a task (such as {TASKS[0]}) or a text file (--text FILE)."
             )
-        for task in self.tasks:
-            _check_task(task)
+        for task in self.harness_tasks():
+            _check_harness(task)
         for path in self.text:
             if not Path(path).is_file():
                 raise RetraceError(f"There is no text file {path}.")
         self._check_data()
-        for name, least in (("limit", 1), ("batch_size", 1), ("max_length", 2)):
+        self._check_harness_settings()
+        least_of = {"limit": 1, "batch_size": 1, "max_length": 2, "num_fewshot": 0, "generate": 0}
+        for name, least in least_of.items():
             number = getattr(self, name)
             if number is not None and number < least:
                 raise RetraceError(f"{name} must be at least {least}, not {number}.")
@@ -86,13 +99,27 @@ class CaptureSettings:
     def _check_data(self) -> None:
         if self.data is None:
             return
-        if len(self.tasks) != 1:
+        if len(self.tasks) != 1 or self.tasks[0] not in TASKS:
             raise RetraceError(
                 "data says where the documents of one task are: give one task with it "
-                f"({', '.join(TASKS)}), or read plain text with --text FILE."
+                f"({', '.join(TASKS)}), or read plain text with --text FILE. Tasks of "
+                "lm-eval-harness name their data in task files: --include-path FOLDER."
             )
         if not Path(self.data).exists():
             raise RetraceError(f"There is no data file or folder {self.data}.")
+
+    def _check_harness_settings(self) -> None:
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise RetraceError(f"There is no folder of task files {self.include_path}.")
+        for name in ("include_path", "num_fewshot"):
+            if getattr(self, name) is not None and not self.harness_tasks():
+                raise RetraceError(
+                    f"{name} is for tasks of lm-eval-harness: name one in tasks, or leave it out."
+                )
+
+    def harness_tasks(self) -> list[str]:
+        """The tasks that lm-eval-harness reads."""
+        return [task for task in self.tasks if task not in TASKS]
 
     def output(self) -> Location:
         """Where the trace goes."""
@@ -103,14 +130,15 @@ class CaptureSettings:
         return Path("traces") / f"{_slug(model)}-{_slug('-'.join(read))}.zarr"
 
 
-def _check_task(name: str) -> None:
-    if name in TASKS:
+def _check_harness(name: str) -> None:
+    """Refuse a task of lm-eval-harness where that is not installed."""
+    if importlib.util.find_spec("lm_eval") is not None:
         return
     near = difflib.get_close_matches(name, TASKS, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     raise RetraceError(
-        f"There is no task {name!r}.{guess} Tasks: {', '.join(TASKS)}; or read any text file "
-        "with --text FILE."
+        f"There is no task {name!r} without lm-eval-harness.{guess} Install it by `pip install "
+        "'retrace-attention[lm-eval]'`, or read any text file with --text FILE."
     )
 
 

@@ -6,14 +6,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
 
 from retrace.capture.hub import datasets_offline, hub_reachable
 from retrace.capture.settings import TASKS, CaptureSettings
-from retrace.traces import RetraceError
+from retrace.traces import PHASES, RetraceError
+
+if TYPE_CHECKING:
+    from retrace.capture.harness import Harness
 
 Tokens = npt.NDArray[np.int32]
 MARGIN_TOKENS = 64
@@ -32,6 +35,20 @@ class SequenceSet:
     """Data set or file that they were read from."""
     sequences: list[Tokens]
     """Token ids (positions,) of each sequence."""
+    scored: list[int] | None = None
+    """How many positions at the end of each sequence are scored text; none by default."""
+    num_fewshot: int | None = None
+    """Examples before each document, where it is a task of lm-eval-harness."""
+
+    def phases(self) -> list[npt.NDArray[np.int8]]:
+        """What each position (positions,) of each sequence is, a code in `PHASES`."""
+        phases = []
+        for number, tokens in enumerate(self.sequences):
+            phase = np.full(len(tokens), PHASES["context"], np.int8)
+            if self.scored is not None:
+                phase[len(tokens) - self.scored[number] :] = PHASES["continuation"]
+            phases.append(phase)
+        return phases
 
 
 @dataclass(frozen=True)
@@ -70,9 +87,17 @@ HUB_DATA: dict[str, HubData] = {
 assert tuple(HUB_DATA) == TASKS
 
 
-def read_sequences(settings: CaptureSettings, cut: "WindowCutter") -> tuple[SequenceSet, ...]:
+def read_sequences(
+    settings: CaptureSettings, cut: "WindowCutter", harness: "Harness | None" = None
+) -> tuple[SequenceSet, ...]:
     """The sequences that the settings ask for, task by task and file by file."""
-    sets = [_read_task(task, settings.data, cut) for task in settings.tasks]
+    sets: list[SequenceSet] = []
+    for task in settings.tasks:
+        if task in TASKS:
+            sets.append(_read_task(task, settings.data, cut))
+        else:
+            assert harness is not None
+            sets += harness.read(task, cut)
     sets += [_read_text(Path(path), cut) for path in settings.text]
     return tuple(sets)
 
@@ -85,7 +110,8 @@ class WindowCutter:
     """
 
     def __init__(self, tokenizer: Any, max_length: int, limit: int | None) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self.max_length = max_length
         self._limit = limit
         begin = tokenizer.bos_token_id
         by_default = tokenizer("a")["input_ids"]
@@ -126,7 +152,7 @@ class WindowCutter:
             text += more
 
     def _tokenize(self, text: str) -> list[int]:
-        tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
 
 

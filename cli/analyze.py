@@ -30,13 +30,11 @@ Example:
 @click.argument("trace", type=click.Path(), required=False)
 @click.option(
     "--method",
-    "methods",
     multiple=True,
     default=("exact",),
-    show_default="exact",
     metavar="SPEC",
-    help="Method to replay, such as quest, quest:page=32 or ./mine.py:Mine; may be repeated. "
-    "`retrace methods` lists them.",
+    help="Method to replay, such as quest, quest:page=32 or ./mine.py:Mine; may be repeated; "
+    "exact by default. `retrace methods` lists them.",
 )
 @click.option(
     "--topk",
@@ -88,7 +86,6 @@ Example:
 @click.option("--overwrite", is_flag=True, help="Throw away the results that --out holds.")
 @click.option(
     "--format",
-    "form",
     type=click.Choice(["table", "markdown", "json", "csv"]),
     help="What to print on stdout: layers as a table or in Markdown, or every head and metric as "
     "JSON or CSV. By default table on a terminal, else markdown.",
@@ -97,12 +94,11 @@ Example:
 @CONFIG
 def command(
     trace: str | None,
-    methods: tuple[str, ...],
+    method: tuple[str, ...],
     topk: tuple[int, ...],
     out: Path | None,
-    device: str,
     no_cache: bool,
-    form: str | None,
+    format: str | None,
     no_plots: bool,
     **settings: Any,
 ) -> None:
@@ -113,21 +109,20 @@ def command(
     from retrace.analyze import analyze, parse_spec
     from retrace.traces import locate
 
-    specs = list(dict.fromkeys(str(parse_spec(method)) for method in methods))
+    specs = list(dict.fromkeys(str(parse_spec(text)) for text in method))
     place = newest_trace() if trace is None else locate(trace)
     out = Path("results", place.stem) if out is None else out
     with progress_bar() as progress:
         results = analyze(
             place,
-            methods,
+            method,
             topk,
             out=out,
-            device=_device(device),
             keep_exact=not no_cache,
             progress=progress,
             **settings,
         )
-    print_results(results, specs, sorted(set(topk)), form or _default_format())
+    print_results(results, specs, sorted(set(topk)), format or _default_format())
     note(f"Results: {out}")
     if not no_plots:
         plots = results.plot(out / "plots")
@@ -180,18 +175,12 @@ def _default_format() -> str:
     return "table" if on_terminal() else "markdown"
 
 
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _note_kept_answers(trace: "Location") -> None:
+    from retrace.analyze.run import exact_answers
+
     if not isinstance(trace, Path):
         return
-    folder = trace.with_name(f"{trace.stem}.exact")
+    folder = exact_answers(trace)
     held = sum(file.stat().st_size for file in folder.rglob("*.npz")) if folder.is_dir() else 0
     if held:
         note(f"Exact answers, kept for later runs: {folder} ({size(held)}; may be deleted)")

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,7 @@ from retrace.cli.screen import note, plural, print_facts, size
 
 if TYPE_CHECKING:
     from retrace.capture.run import Progress, ShowProgress
+    from retrace.traces import Trace
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -62,7 +64,10 @@ Example:
 @setting("--tasks", type=names, metavar="NAME,...")
 @setting("--text", type=click.Path(), multiple=True, metavar="FILE")
 @setting("--data", type=click.Path(), metavar="PATH")
+@setting("--include-path", type=click.Path(), metavar="FOLDER")
+@setting("--num-fewshot", type=int, metavar="N")
 @setting("--limit", type=int, metavar="N")
+@setting("--generate", type=int, metavar="N")
 @setting("--batch-size", "--batch", type=int, metavar="N")
 @setting("--max-length", type=int, metavar="N")
 @setting("--dtype", metavar="NAME")
@@ -100,8 +105,17 @@ def command(ctx: click.Context, /, **settings: Any) -> None:
                 f"{size(trace.nbytes())} in {trace.attributes['dtype']}",
             ),
             ("Perplexity", f"{trace.perplexity():.2f}"),
-            ("Next", f"retrace analyze {trace.path} --method exact --topk 10"),
+            ("Next", _next_command(trace)),
         ]
+    )
+
+
+def _next_command(trace: "Trace") -> str:
+    """A command that analyzes the trace, with a budget that its sequences are long enough for."""
+    longest = max(trace.length(sequence) for sequence in trace.sequences)
+    budget = max(1, min(10, (longest - 1) // 10))
+    return shlex.join(
+        ["retrace", "analyze", str(trace.path), "--method", "exact", "--topk", str(budget)]
     )
 
 

@@ -24,12 +24,12 @@ Example:
 )
 @click.argument("trace", type=click.Path())
 @FORMAT
-def command(trace: str, form: str) -> None:
+def command(trace: str, format: str) -> None:
     """Print what TRACE holds: model, sequences, layers and their rules."""
     from retrace.traces import open_trace
 
     facts = describe(open_trace(trace))
-    if form == "json":
+    if format == "json":
         print_json(facts)
     else:
         _print(facts)
@@ -134,7 +134,7 @@ def _print_layers(groups: list[dict[str, Any]]) -> None:
         for group in groups
     ]
     columns = ["Layers", "Module", "Heads", "Kv heads", "Channels", "Scale"]
-    print_table([*columns, *(rules[name] for name in shown)], rows)
+    print_table([*columns, *(rules[name] for name in shown)], rows, left=("Module",))
 
 
 def _rule(value: Any) -> str:

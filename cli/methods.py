@@ -25,13 +25,13 @@ Example:
 )
 @click.argument("name", required=False)
 @FORMAT
-def command(name: str | None, form: str) -> None:
+def command(name: str | None, format: str) -> None:
     """List the methods that `retrace analyze --method` takes, or print all about the one NAME."""
     from retrace.analyze import method_class, method_names
 
     if name is None:
         found = [describe(known, method_class(known)) for known in method_names()]
-        if form == "json":
+        if format == "json":
             print_json(found)
             return
         print_table(
@@ -41,7 +41,7 @@ def command(name: str | None, form: str) -> None:
         )
         return
     facts = describe(name, _class(name))
-    if form == "json":
+    if format == "json":
         print_json(facts)
     else:
         _print(facts)

@@ -39,7 +39,6 @@ def _range(text: str) -> Iterator[int]:
 
 FORMAT = click.option(
     "--format",
-    "form",
     type=click.Choice(["table", "json"]),
     default="table",
     show_default=True,

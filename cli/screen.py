@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -90,15 +90,21 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
+    console, rows = _stdout(), [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    narrow = sum(widths) + 3 * len(widths) > console.width
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
     )
     for i, column in enumerate(columns):
-        justify: Literal["left", "right"] = "left" if i == 0 or column in left else "right"
-        table.add_column(Text(column), justify=justify, overflow="fold")
+        if i == 0 or column in left:
+            table.add_column(Text(column), overflow="fold")
+        else:  # figures need less room than their names: break these before anything else
+            name = column.replace(" ", "\n") if narrow else column
+            table.add_column(Text(name), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    _stdout().print(table)
+    console.print(table)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:

@@ -24,7 +24,7 @@ Example:
 )
 @click.argument("folder", type=click.Path(), default=".")
 @FORMAT
-def command(folder: str, form: str) -> None:
+def command(folder: str, format: str) -> None:
     """List the traces in FOLDER and FOLDER/traces, the newest last; FOLDER is here by default."""
     from retrace.traces import RetraceError, find_traces, locate
 
@@ -32,7 +32,7 @@ def command(folder: str, form: str) -> None:
     if isinstance(place, Path) and not place.is_dir():
         raise RetraceError(f"There is no folder {folder}.")
     found = [_facts(path) for path in find_traces(place)]
-    if form == "json":
+    if format == "json":
         print_json(found)
         return
     if not found:
@@ -55,6 +55,7 @@ def command(folder: str, form: str) -> None:
             ]
             for fact in found
         ],
+        left=("Model", "Task", "Layers", "Dtype"),
     )
 
 

@@ -3,17 +3,20 @@
 from retrace.traces.errors import RetraceError
 from retrace.traces.location import Location, RemoteLocation, locate
 from retrace.traces.reader import Layer, Trace, find_traces, open_trace
-from retrace.traces.schema import FORMAT_VERSION, LayerRules
+from retrace.traces.rotation import Rotation
+from retrace.traces.schema import FORMAT_VERSION, PHASES, LayerRules
 from retrace.traces.tensors import to_numpy, to_torch
 from retrace.traces.writer import TraceWriter, create_trace, resume_trace, tensor_bytes
 
 __all__ = [
     "FORMAT_VERSION",
+    "PHASES",
     "Layer",
     "LayerRules",
     "Location",
     "RemoteLocation",
     "RetraceError",
+    "Rotation",
     "Trace",
     "TraceWriter",
     "create_trace",

@@ -14,6 +14,7 @@ import zarr
 from retrace.traces.bfloat16 import register
 from retrace.traces.errors import RetraceError
 from retrace.traces.location import Location, RemoteLocation, locate, open_store
+from retrace.traces.rotation import Rotation
 from retrace.traces.schema import DTYPES, FORMAT_KEY, FORMAT_VERSION, LayerRules
 
 register()
@@ -28,13 +29,28 @@ class Layer:
         self._group = group
         self._trace = trace
 
-    def query(self, sequence: int, heads: slice = slice(None)) -> npt.NDArray[Any]:
-        """Queries (heads, queries, channels), as attention saw them: after position encoding."""
-        return self._read("query", sequence, heads, len(self._trace.query_positions(sequence)))
+    def query(
+        self, sequence: int, heads: slice = slice(None), *, rotated: bool = True
+    ) -> npt.NDArray[Any]:
+        """Queries (heads, queries, channels), as attention saw them: after position encoding.
 
-    def key(self, sequence: int, kv_heads: slice = slice(None)) -> npt.NDArray[Any]:
-        """Keys (kv_heads, positions, channels), as attention saw them: after position encoding."""
-        return self._read("key", sequence, kv_heads, self._trace.length(sequence))
+        With `rotated=False` as they were before it, in float32 (float64 where the trace is), which
+        bfloat16 and float16 traces give no more exactly than they were stored.
+        """
+        positions = self.query_positions(sequence)
+        queries = self._read("query", sequence, heads, len(positions))
+        return queries if rotated else self._rotation().undo(queries, positions)
+
+    def key(
+        self, sequence: int, kv_heads: slice = slice(None), *, rotated: bool = True
+    ) -> npt.NDArray[Any]:
+        """Keys (kv_heads, positions, channels), as attention saw them: after position encoding.
+
+        With `rotated=False` as they were before it, in the types that `query` gives.
+        """
+        length = self._trace.length(sequence)
+        keys = self._read("key", sequence, kv_heads, length)
+        return keys if rotated else self._rotation().undo(keys, np.arange(length))
 
     def value(self, sequence: int, kv_heads: slice = slice(None)) -> npt.NDArray[Any]:
         """Values (kv_heads, positions, value channels)."""
@@ -44,16 +60,19 @@ class Layer:
         """Positions (queries,) of the queries that were kept, ascending."""
         return self._trace.query_positions(sequence)
 
+    def _rotation(self) -> Rotation:
+        if self.rules.rotation is None:
+            raise RetraceError(
+                f"The position encoding of layer {self.index} ({self.rules.module}) is not known, "
+                "so that rotated=False cannot undo it: read it as attention saw it."
+            )
+        return self.rules.rotation
+
     def _read(self, name: str, sequence: int, heads: slice, length: int) -> npt.NDArray[Any]:
         array = self._group[name]
         assert isinstance(array, zarr.Array)
-        try:
-            return np.asarray(array[sequence, heads, :length])
-        except (ValueError, RuntimeError) as error:  # a checksum that does not match
-            raise RetraceError(
-                f"{self._trace.path}: {name} of layer {self.index}, sequence {sequence} is "
-                f"damaged ({error}). Capture it again with --overwrite."
-            ) from error
+        what = f"{name} of layer {self.index}, sequence {sequence}"
+        return self._trace.read(array, (sequence, heads, slice(length)), what)
 
 
 class Trace:
@@ -92,7 +111,8 @@ class Trace:
     @cached_property
     def sequences(self) -> tuple[int, ...]:
         """The sequences that are completely written; only these can be read."""
-        return tuple(int(s) for s in np.flatnonzero(self._small("done")[:]))
+        done = self.read(self._small("done"), slice(None), "done")
+        return tuple(int(s) for s in np.flatnonzero(done))
 
     def length(self, sequence: int) -> int:
         """Positions of a sequence, padding excluded."""
@@ -100,16 +120,24 @@ class Trace:
 
     def tokens(self, sequence: int) -> npt.NDArray[np.int32]:
         """Token ids (positions,)."""
-        return np.asarray(self._small("tokens")[sequence, : self.length(sequence)])
+        place = (sequence, slice(self.length(sequence)))
+        return self.read(self._small("tokens"), place, f"tokens of sequence {sequence}")
 
     def nll(self, sequence: int) -> npt.NDArray[np.float32]:
         """Negative log-likelihood of the next token (positions,); NaN at the last position."""
-        return np.asarray(self._small("nll")[sequence, : self.length(sequence)])
+        place = (sequence, slice(self.length(sequence)))
+        return self.read(self._small("nll"), place, f"nll of sequence {sequence}")
 
     def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
         """Positions (queries,) of the queries that were kept, ascending."""
         stored = self._query_positions[sequence]
         return np.asarray(stored[stored >= 0])
+
+    def phase(self, sequence: int) -> npt.NDArray[np.int8]:
+        """What each position is (positions,), as a code in `PHASES`."""
+        if "phase" not in self._group:  # made before there was such an array
+            return np.zeros(self.length(sequence), np.int8)
+        return np.asarray(self._small("phase")[sequence, : self.length(sequence)])
 
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood over all finished sequences."""
@@ -119,10 +147,8 @@ class Trace:
 
     def nbytes(self) -> int:
         """Bytes of the tensors of the finished sequences, padding excluded."""
-        per_position = sum(
-            r.kv_heads * (r.key_dim + r.value_dim) for r in map(self._rules, self.layers)
-        )
-        per_query = sum(r.heads * r.key_dim for r in map(self._rules, self.layers))
+        per_position = sum(r.kv_heads * (r.key_dim + r.value_dim) for r in self._rules)
+        per_query = sum(r.heads * r.key_dim for r in self._rules)
         elements = sum(
             self.length(s) * per_position + len(self.query_positions(s)) * per_query
             for s in self.sequences
@@ -134,22 +160,36 @@ class Trace:
         weights, the text or the rules of capture (through tokens, likelihoods and attributes)."""
         known = hashlib.sha256()
         capture = {k: v for k, v in self.attributes.items() if k not in ("command", "created")}
-        rules = [self._rules(i).to_attributes() for i in self.layers]
+        rules = [rules.to_attributes() for rules in self._rules]
         known.update(json.dumps([capture, rules, sequence], sort_keys=True).encode())
         for array in (self.tokens(sequence), self.query_positions(sequence), self.nll(sequence)):
             known.update(np.ascontiguousarray(array).tobytes())
+        phase = self.phase(sequence)
+        if phase.any():  # names what it did before there were phases, where all is context
+            known.update(phase.tobytes())
         return known.hexdigest()[:32]
 
-    def _rules(self, layer: int) -> LayerRules:
-        return self.layer(layer).rules
+    def read(self, array: "zarr.Array[Any]", place: Any, what: str) -> npt.NDArray[Any]:
+        """A part of one of the trace's arrays, named in the error if it is damaged."""
+        try:
+            return np.asarray(array[place])
+        except (ValueError, RuntimeError) as error:  # a checksum that does not match
+            raise RetraceError(
+                f"{self.path}: {what} is damaged ({error}). Capture it again with --overwrite."
+            ) from error
+
+    @cached_property
+    def _rules(self) -> tuple[LayerRules, ...]:
+        """Of every layer: read once, since a digest is asked for again with each of them."""
+        return tuple(self.layer(index).rules for index in self.layers)
 
     @cached_property
     def _lengths(self) -> npt.NDArray[np.int32]:
-        return np.asarray(self._small("length")[:])
+        return self.read(self._small("length"), slice(None), "length")
 
     @cached_property
     def _query_positions(self) -> npt.NDArray[np.int32]:
-        return np.asarray(self._small("query_positions")[:])
+        return self.read(self._small("query_positions"), slice(None), "query_positions")
 
     def _small(self, name: str) -> "zarr.Array[Any]":
         array = self._group[name]

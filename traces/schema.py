@@ -9,6 +9,7 @@ import numpy as np
 
 from retrace.traces.bfloat16 import BFLOAT16
 from retrace.traces.errors import RetraceError
+from retrace.traces.rotation import Rotation
 
 FORMAT_VERSION = 1
 FORMAT_KEY = "retrace_format"
@@ -27,6 +28,15 @@ TENSOR_AXES: dict[str, tuple[str, str, str, str]] = {
     "value": ("sequence", "kv_head", "position", "value_channel"),
 }
 """Axes of a layer's three arrays. Queries have an axis of their own, since not all may be kept."""
+
+PHASES = {"context": 0, "continuation": 1, "generated": 2}
+"""What a position is, by its code in the array `phase` (sequence, position), -1 where padding is.
+
+context: text that is read, be it a document, a prompt or what comes before scored text;
+continuation: text that a task scores given its context, such as an answer;
+generated: tokens that the model wrote, each read with the keys and values before it in its cache.
+
+A trace that was made before there was such an array is all context."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,10 @@ class LayerRules:
     """Scores are bounded smoothly: softcap * tanh(score / softcap)."""
     sinks: tuple[float, ...] | None = None
     """One learned logit per head that takes attention and has no value."""
+    rotation: Rotation | None = None
+    """How queries and keys were turned by their position; None where that is not known."""
+    kv_source: int | None = None
+    """The earlier layer whose very keys this one attends to, where it has none of its own."""
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.key_dim, self.value_dim) < 1:
@@ -92,6 +106,8 @@ class LayerRules:
         attributes = asdict(self)
         if self.sinks is not None:
             attributes["sinks"] = list(self.sinks)
+        if self.rotation is not None:
+            attributes["rotation"] = self.rotation.to_attributes()
         return attributes
 
     @classmethod
@@ -100,6 +116,8 @@ class LayerRules:
         known = {f.name: attributes[f.name] for f in fields(cls) if f.name in attributes}
         if known.get("sinks") is not None:
             known["sinks"] = tuple(known["sinks"])
+        if known.get("rotation") is not None:
+            known["rotation"] = Rotation.from_attributes(known["rotation"])
         try:
             return cls(**known)
         except TypeError as error:

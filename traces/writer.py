@@ -13,7 +13,14 @@ from zarr.codecs import Crc32cCodec
 from retrace.traces.errors import RetraceError
 from retrace.traces.location import Location, RemoteLocation, explained, open_store
 from retrace.traces.reader import open_trace
-from retrace.traces.schema import DTYPES, FORMAT_KEY, FORMAT_VERSION, TENSOR_AXES, LayerRules
+from retrace.traces.schema import (
+    DTYPES,
+    FORMAT_KEY,
+    FORMAT_VERSION,
+    PHASES,
+    TENSOR_AXES,
+    LayerRules,
+)
 from retrace.traces.shards import shard_length, write_shard
 
 CHUNK_POSITIONS = 16384
@@ -105,6 +112,7 @@ def create_trace(
     query_positions: Sequence[npt.NDArray[np.int32]],
     dtype: str,
     attributes: Mapping[str, Any],
+    phases: Sequence[npt.NDArray[np.int8]] | None = None,
 ) -> TraceWriter:
     """Create a trace that holds its whole plan and no tensors yet.
 
@@ -115,13 +123,15 @@ def create_trace(
         query_positions: positions (queries,) of the queries that are kept, of each sequence.
         dtype: element type of the tensors, a name in `DTYPES`.
         attributes: what else is to be known of the trace: model, task, settings, versions.
+        phases: what each position (positions,) of each sequence is, a code in `PHASES`; context
+            by default.
     """
     if path.exists():
         raise RetraceError(f"{path} exists already.")
     if isinstance(path, RemoteLocation):
         with explained(path):
             group = zarr.open_group(open_store(path, read_only=False), mode="w")
-            _create_arrays(group, rules, tokens, query_positions, dtype)
+            _create_arrays(group, rules, tokens, query_positions, phases, dtype)
             # Nothing can be renamed there, but an object is there whole or not at all: without
             # these attributes, which come last, it is no trace.
             group.attrs.update({FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes})
@@ -134,7 +144,7 @@ def create_trace(
         group = zarr.open_group(
             aside, mode="w", attributes={FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes}
         )
-        _create_arrays(group, rules, tokens, query_positions, dtype)
+        _create_arrays(group, rules, tokens, query_positions, phases, dtype)
         aside.rename(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -150,6 +160,7 @@ def resume_trace(
     query_positions: Sequence[npt.NDArray[np.int32]],
     dtype: str,
     attributes: Mapping[str, Any],
+    phases: Sequence[npt.NDArray[np.int8]] | None = None,
 ) -> TraceWriter:
     """Go on with an interrupted trace; refuses one that was planned differently.
 
@@ -166,6 +177,10 @@ def resume_trace(
         not np.array_equal(trace.query_positions(s), q) for s, q in enumerate(query_positions)
     ):
         different.append("queries")
+    elif any(
+        not np.array_equal(trace.phase(s), p) for s, p in enumerate(phases or _all_context(tokens))
+    ):
+        different.append("phases")
     if trace.layers != tuple(rules) or any(trace.layer(i).rules != rules[i] for i in rules):
         different.append("layers")
     if different:
@@ -197,19 +212,26 @@ def _create_arrays(
     rules: Mapping[int, LayerRules],
     tokens: Sequence[npt.NDArray[np.int32]],
     query_positions: Sequence[npt.NDArray[np.int32]],
+    phases: Sequence[npt.NDArray[np.int8]] | None,
     dtype: str,
 ) -> None:
-    _create_small_arrays(group, tokens, query_positions)
+    _create_small_arrays(group, tokens, query_positions, phases or _all_context(tokens))
     positions = max(len(t) for t in tokens)
     queries = max(len(q) for q in query_positions)
     for layer, layer_rules in rules.items():
         _create_layer(group, layer, layer_rules, len(tokens), positions, queries, dtype)
 
 
+def _all_context(tokens: Sequence[npt.NDArray[np.int32]]) -> list[npt.NDArray[np.int8]]:
+    """Phases (positions,) of sequences that are all context."""
+    return [np.full(len(t), PHASES["context"], np.int8) for t in tokens]
+
+
 def _create_small_arrays(
     group: zarr.Group,
     tokens: Sequence[npt.NDArray[np.int32]],
     query_positions: Sequence[npt.NDArray[np.int32]],
+    phases: Sequence[npt.NDArray[np.int8]],
 ) -> None:
     """The arrays with one chunk per sequence; all but `nll` and `done` are filled at once."""
     count = len(tokens)
@@ -232,11 +254,14 @@ def _create_small_arrays(
     token_array = create("tokens", ("position",), (positions,), "int32", -1)
     length_array = create("length", (), (), "int32", 0)
     query_array = create("query_positions", ("query_position",), (queries,), "int32", -1)
+    phase_array = create("phase", ("position",), (positions,), "int8", -1)
+    phase_array.attrs["codes"] = PHASES
     create("nll", ("position",), (positions,), "float32", float("nan"))
     create("done", (), (), "bool", False)
     for s in range(count):
         token_array[s, : len(tokens[s])] = tokens[s]
         length_array[s] = len(tokens[s])
+        phase_array[s, : len(tokens[s])] = phases[s]
         query_array[s, : len(query_positions[s])] = query_positions[s]
 
 

@@ -96,6 +96,8 @@ def _read_parameters(text: str, name: str) -> dict[str, str]:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise RetraceError(f"{name}: {part!r} in its spec is not of the form key=value.")
+        if key.strip() in parameters:
+            raise RetraceError(f"{name}: {key.strip()} stands twice in its spec.")
         parameters[key.strip()] = value.strip()
     return parameters
 

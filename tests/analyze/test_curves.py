@@ -22,7 +22,7 @@ def indexed(frame: pd.DataFrame) -> pd.DataFrame:
 def test_each_budget_as_if_asked_for_alone(make_trace: MakeTrace, rules: Any) -> None:
     trace = make_trace(rules(heads=4))
     together = analyze(trace, METHODS, [9], min_context=20, keep_exact=False)
-    for k in range(1, 10):
+    for k in (1, 2, 5, 8):
         alone = analyze(trace, METHODS, [k], min_context=20, keep_exact=False)
         curves = together.curves[together.curves.topk == k]
         metrics = alone.metrics[alone.metrics.metric.isin(curves.metric.unique())]

@@ -50,7 +50,7 @@ def test_exact_ranking(make_trace: MakeTrace, any_rules: LayerRules, queries_of:
             assert ids[query.head][query.position] == wanted + [-1] * (9 - len(wanted))
 
 
-@pytest.mark.parametrize("k", [7, 24, 60])
+@pytest.mark.parametrize("k", [7, 60])
 def test_budget_beyond_the_context(
     make_trace: MakeTrace, any_rules: LayerRules, expected: Any, assert_figures: Any, k: int
 ) -> None:

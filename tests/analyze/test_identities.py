@@ -41,7 +41,7 @@ def figures_by_head(results: Any, method: str, k: int) -> pd.DataFrame:
 
 # The fixtures hold no state: each example writes a trace of its own.
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     length=st.integers(2, 60),
@@ -96,10 +96,10 @@ def test_no_method_holds_more_mass_than_exact(
     trace = make_trace(rules(**changes))
     methods = ["random", "loki", "sparq", "exact:pool=sum", "exact:keep=sink:2"]
     rows = analyze(trace, methods, [2, 5], min_context=0, keep_exact=False).curves
+    # Two sinks are more than a budget of one key.
+    rows = rows[(rows.method != "exact:keep=sink:2") | (rows.topk >= 2)]
     table = rows.pivot(index=["method", "head", "topk"], columns="metric", values="mean")
-    assert (table["attention_fraction"] <= table["exact_attention_fraction"] + 1e-6).sum() >= (
-        len(table) - (table.index.get_level_values("method") == "exact:keep=sink:2").sum()
-    )
+    assert (table["attention_fraction"] <= table["exact_attention_fraction"] + 1e-6).all()
 
 
 def test_sinks_leave_the_fraction_below_one(make_trace: Callable[..., Trace], rules: Any) -> None:

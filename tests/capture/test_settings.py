@@ -1,6 +1,7 @@
 """Settings that cannot be are refused before any work, in one line that says what can."""
 
 import dataclasses
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from retrace.traces import RetraceError
     ("changes", "message"),
     [
         ({"tasks": ()}, "Nothing to read"),
-        ({"tasks": ("wikitxt",)}, "Did you mean 'wikitext'"),
         ({"tasks": "wikitext"}, "must be lists"),
         ({"text": ("absent.txt",)}, "no text file absent.txt"),
         ({"data": "absent"}, "no data file or folder absent"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"generate": -1}, "generate must be at least 0"),
+        ({"num_fewshot": 2}, "num_fewshot is for tasks of lm-eval-harness"),
+        ({"include_path": "absent"}, "no folder of task files absent"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32"),
         ({"layers": ()}, "at least one layer"),
@@ -36,6 +39,15 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RetraceError, match=message) as refusal:
         CaptureSettings(**{"pretrained": "x", "tasks": ("wikitext",), **changes})
     assert "\n" not in str(refusal.value)
+
+
+def test_other_tasks_need_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "lm_eval" else find(name)
+    )
+    with pytest.raises(RetraceError, match=r"mean 'wikitext'.*retrace-attention\[lm-eval\]"):
+        CaptureSettings(pretrained="x", tasks=("wikitxt",))
 
 
 def test_data_needs_one_task(text_file: Path) -> None:
@@ -106,8 +118,6 @@ def test_package_that_is_not_installed(
 ) -> None:
     (tmp_path / "model.gguf").touch()
     monkeypatch.chdir(tmp_path)
-    import importlib.util
-
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == package else find(name)

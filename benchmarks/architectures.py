@@ -1,0 +1,568 @@
+"""Which architectures retrace records, each tried on a tiny random model of its own.
+
+    python benchmarks/architectures.py --out docs/architectures.md
+
+Builds a model of every family, captures it as a user would, recomputes the attention output of
+every recorded layer in float64 from the trace alone, and compares it with what the model's own
+plain ("eager") attention gave in a run that retrace takes no part in. Exits with 1 where one
+differs.
+`tests/capture` runs the same matrix, and builds its models here.
+"""
+
+import argparse
+import contextlib
+import functools
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from retrace.analyze.attention import attend
+from retrace.capture import capture
+from retrace.traces import LayerRules, RetraceError, Trace, to_torch
+
+TOLERANCE = 1e-4
+"""Largest difference that counts as equal, relative to a layer's typical output."""
+LENGTH = 50
+SIZES: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # Far from the usual 0.02, so that attention is far from uniform.
+    "initializer_range": 0.2,
+}
+SLIDING = ["sliding_attention", "full_attention"]
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+LATENT = {
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+ROUTED = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+INDEXER = {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 16}
+MAMBA = {
+    "mamba_d_ssm": 64,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+}
+LINEAR = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "afmoe": {**EXPERTS, "num_dense_layers": 1, "sliding_window": 8, "layer_types": SLIDING},
+    "apertus": {},
+    "arcee": {},
+    "bamba": {
+        **MAMBA,
+        "num_hidden_layers": 3,
+        "attn_layer_indices": [1],
+    },
+    "bart": {
+        "d_model": 64,
+        "decoder_layers": 2,
+        "encoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "encoder_attention_heads": 4,
+        "decoder_ffn_dim": 64,
+        "init_std": 0.2,
+    },
+    "biogpt": {},
+    "bitnet": {},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "codegen": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8},
+    "cohere": {"logit_scale": 1.0},
+    "cohere2": {"sliding_window": 8, "layer_types": SLIDING},
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 2, "moe_top_k": 1},
+    },
+    "deepseek_v2": {**LATENT, **ROUTED},
+    "deepseek_v3": {**LATENT, **ROUTED},
+    "deepseek_v32": {**LATENT, **ROUTED, **INDEXER},
+    "diffllama": {},
+    "doge": {"keep_window_size": 8},
+    "dots1": {**ROUTED, "n_shared_experts": 1, "sliding_window": 8, "layer_types": SLIDING},
+    "ernie4_5": {},
+    "ernie4_5_moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2},
+    "exaone4": {"sliding_window": 8, "layer_types": SLIDING},
+    "falcon": {"head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon_h1": {**MAMBA, "mamba_d_head": 16},
+    "gemma": {},
+    "gemma2": {"sliding_window": 8, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 32,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", *SLIDING],
+    },
+    "gemma3n_text": {
+        "sliding_window": 8,
+        "num_hidden_layers": 4,
+        "layer_types": SLIDING * 2,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 260,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [64] * 4,
+        "altup_num_inputs": 2,
+    },
+    "gemma4_text": {
+        "sliding_window": 8,
+        "num_hidden_layers": 4,
+        "layer_types": SLIDING * 2,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 260,
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 32,
+    },
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": {**ROUTED},
+    "glm_moe_dsa": {**LATENT, **ROUTED, **INDEXER},
+    "gpt2": {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 512,
+        "scale_attn_by_inverse_layer_idx": True,
+    },
+    "gpt_bigcode": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt_neo": {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
+    "gpt_neox": {"rotary_pct": 0.25},
+    "gpt_oss": {
+        "sliding_window": 8,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "layer_types": SLIDING,
+    },
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8},
+    "granite": {"attention_multiplier": 0.0625},
+    "granitemoe": {**EXPERTS, "attention_multiplier": 0.0625},
+    "granitemoehybrid": {
+        **EXPERTS,
+        **MAMBA,
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "shared_intermediate_size": 32,
+    },
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "jamba": {
+        **EXPERTS,
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 8,
+    },
+    "lfm2": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "conv_L_cache": 3,
+    },
+    "llama": {},
+    "llama4_text": {
+        "attention_chunk_size": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 64,
+        "num_hidden_layers": 4,
+    },
+    "mamba": {"state_size": 4},
+    "mbart": {
+        "d_model": 64,
+        "decoder_layers": 2,
+        "encoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "encoder_attention_heads": 4,
+        "decoder_ffn_dim": 64,
+        "init_std": 0.2,
+    },
+    "minicpm3": {**LATENT, "v_head_dim": 16},
+    "minimax": {**EXPERTS, "layer_types": ["linear_attention", "full_attention"]},
+    "ministral": {"sliding_window": 8, "layer_types": SLIDING},
+    "mistral": {"sliding_window": 8},
+    "mixtral": {**EXPERTS},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512},
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 8, "layer_types": SLIDING},
+    "olmoe": {**EXPERTS},
+    "openai-gpt": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 64, "init_std": 0.2},
+    "persimmon": {},
+    "phi": {},
+    "phi3": {"sliding_window": 8},
+    "phimoe": {"sliding_window": 8, "num_local_experts": 2},
+    "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen2_moe": {
+        **EXPERTS,
+        "sliding_window": 8,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+        "shared_expert_intermediate_size": 32,
+    },
+    "qwen3": {},
+    "qwen3_5_text": {
+        **LINEAR,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    },
+    "qwen3_moe": {**EXPERTS},
+    "qwen3_next": {
+        **EXPERTS,
+        **LINEAR,
+        "num_hidden_layers": 4,
+        "shared_expert_intermediate_size": 32,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    },
+    "recurrent_gemma": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "attention_window_size": 8,
+        "lru_width": 64,
+        "w_init_variance_scale": 1.0,
+    },
+    "seed_oss": {},
+    "smollm3": {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": 8},
+    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "xglm": {"d_model": 64, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "init_std": 0.2},
+    "zamba2": {
+        "num_hidden_layers": 5,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+        "hybrid_layer_ids": [1, 3],
+        "num_key_value_heads": 4,
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+        "mamba_d_state": 8,
+        "mamba_headdim": 16,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "num_mem_blocks": 1,
+        "use_shared_attention_adapter": False,
+        "use_mem_rope": True,
+        "adapter_rank": 8,
+    },
+}
+"""What the configuration of each family differs in from `SIZES`; None leaves one of these out."""
+
+TEXT = " ".join(
+    f"The {n} birds sang {n * n} songs, and then {n % 7} of them slept." for n in range(60)
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one architecture."""
+
+    model_type: str
+    layers: int
+    """Layers of the model, with attention or without."""
+    rules: tuple[LayerRules, ...] = ()
+    """Of the recorded layers; none where the model was refused."""
+    error: float = float("nan")
+    """Largest difference of a query's output, relative to the layer's typical output."""
+    sensitivity: float = float("nan")
+    """The same, had the scale been 5 % off: what `error` would miss if it were small as well."""
+    refusal: str = ""
+
+
+def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """Three special tokens and one token per byte; with `bos`, each text begins with <s>."""
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(special + alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def save_tiny_model(model_type: str, folder: Path, *, bos: bool = False, **changes: Any) -> None:
+    """Save a tiny random model of an architecture and its tokenizer, as a user would have them."""
+    options = {**SIZES, **ARCHITECTURES.get(model_type, {}), **changes}
+    config = CONFIG_MAPPING[model_type](**{k: v for k, v in options.items() if v is not None})
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    torch.manual_seed(0)
+    model: Any = (AutoModelForCausalLM if causal else AutoModelForSeq2SeqLM).from_config(config)
+    model.save_pretrained(folder)
+    byte_tokenizer(bos).save_pretrained(folder)
+
+
+def plain_outputs(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
+    """Output (positions, heads, value channels) of the model's own plain attention for token ids
+    (positions,), in float64, by the path of the attention module."""
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    paths = {module: path for path, module in model.named_modules()}
+    outputs: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as patches, torch.inference_mode():
+        for namespace in {type(m).__module__ for m in model.modules()}:
+            if hasattr(sys.modules[namespace], "eager_attention_forward"):
+                patches.enter_context(_noting(sys.modules[namespace], paths, outputs))
+        model(tokens.long()[None], use_cache=False)
+    return outputs
+
+
+@contextlib.contextmanager
+def _noting(namespace: Any, paths: dict[Any, str], outputs: dict[str, Tensor]) -> Iterator[None]:
+    """The plain attention of a module of transformers also puts down what it gives."""
+    plain = namespace.eager_attention_forward
+
+    @functools.wraps(plain)
+    def noting(module: Any, *inputs: Any, **options: Any) -> Any:
+        result = plain(module, *inputs, **options)
+        outputs[paths[module]] = result[0][0].double()
+        return result
+
+    namespace.eager_attention_forward = noting
+    try:
+        yield
+    finally:
+        namespace.eager_attention_forward = plain
+
+
+def replayed(trace: Trace, sequence: int, index: int, scale: float = 1.0) -> Tensor:
+    """A layer's attention output (queries, heads, value channels) in float64, from the trace alone;
+    `scale` multiplies its scores, to see whether that would be noticed."""
+    layer = trace.layer(index)
+    rules = layer.rules
+    positions = torch.from_numpy(layer.query_positions(sequence)).long()
+    queries, keys, values = (
+        to_torch(tensor).double()
+        for tensor in (layer.query(sequence), layer.key(sequence), layer.value(sequence))
+    )
+    outputs = []
+    for kv_head in range(rules.kv_heads):
+        heads = slice(kv_head * rules.group, (kv_head + 1) * rules.group)
+        sinks = None if rules.sinks is None else torch.tensor(rules.sinks[heads]).double()
+        outputs.append(
+            attend(queries[heads] * scale, keys[kv_head], values[kv_head], positions, rules, sinks)
+        )
+    return torch.cat(outputs).transpose(0, 1)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference of a head's output, relative to the typical norm of `expected`; both
+    (queries, heads, value channels)."""
+    typical = expected.norm(dim=-1).square().mean().sqrt()
+    return float((found - expected).norm(dim=-1).max() / typical)
+
+
+def try_architecture(model_type: str, folder: Path) -> Outcome:
+    """Capture a tiny model of this architecture in `folder`, and compare trace and model."""
+    save_tiny_model(model_type, folder / "model")
+    text = folder / "birds.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    config = CONFIG_MAPPING[model_type].from_pretrained(folder / "model").get_text_config()
+    layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+    try:
+        trace = capture(
+            str(folder / "model"),
+            text=[text],
+            limit=1,
+            max_length=LENGTH,
+            dtype="float32",
+            out=folder / "trace.zarr",
+        )
+    except RetraceError as error:
+        assert not (folder / "trace.zarr").exists()
+        refusal = str(error).replace(str(folder / "model"), model_type)
+        return Outcome(model_type, layers, refusal=refusal)
+    expected = plain_outputs(folder / "model", torch.from_numpy(trace.tokens(0)))
+    rules = [trace.layer(index).rules for index in trace.layers]
+    assert {rule.module for rule in rules} == set(expected), (rules, set(expected))
+    errors, moved = [], []
+    for index, rule in zip(trace.layers, rules, strict=True):
+        errors.append(difference(replayed(trace, 0, index), expected[rule.module]))
+        moved.append(difference(replayed(trace, 0, index, 1.05), expected[rule.module]))
+    return Outcome(
+        model_type,
+        layers,
+        tuple(rules),
+        error=float(torch.tensor(errors).max()),  # NaN stays NaN
+        sensitivity=float(torch.tensor(moved).min()),
+    )
+
+
+def main() -> int:
+    """Try the architectures, print their table, and write the page where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model_types", nargs="*", help="architectures to try; all by default")
+    parser.add_argument("--out", type=Path, help="where the page goes")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    outcomes = []
+    for model_type in arguments.model_types or sorted(ARCHITECTURES):
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outcomes.append(try_architecture(model_type, Path(folder)))
+        print(_row(outcomes[-1]), file=sys.stderr)
+    text = _page(outcomes)
+    print(text)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text + "\n", encoding="utf-8")
+    return int(any(not outcome.refusal and not outcome.error <= TOLERANCE for outcome in outcomes))
+
+
+def _page(outcomes: list[Outcome]) -> str:
+    recorded = [outcome for outcome in outcomes if not outcome.refusal]
+    refused = [outcome for outcome in outcomes if outcome.refusal]
+    lines = [
+        "# Architectures",
+        "",
+        "Made by `python benchmarks/architectures.py --out docs/architectures.md` with "
+        f"transformers {transformers.__version__} and PyTorch {torch.__version__.split('+')[0]}; "
+        "the test suite checks the same matrix.",
+        "",
+        "A tiny random model of each architecture, with weights large enough for attention to be "
+        "far from uniform, is captured as any model is. The attention output of every recorded "
+        "layer is then recomputed in float64 from the trace alone, and compared with what the "
+        "model's own plain attention gave in a run that retrace takes no part in. *Difference* is "
+        "the largest one of any head and query, relative to the layer's typical output; a scale "
+        f"5 % off would make it {min((o.sensitivity for o in recorded), default=0):.0e} or more. "
+        "*Rotation* says which channels a "
+        "layer's position encoding was found to turn, and how these are paired: queries and keys "
+        "are stored turned, and read back as they were before by `rotated=False`. "
+        "Other models of "
+        "transformers' attention interface are recorded as well: every capture checks itself in "
+        "the same way on its first sequence.",
+        "",
+        f"## Recorded ({len(recorded)})",
+        "",
+        "| Architecture | Layers | Heads | Kv heads | Channels | Rules | Rotation | Difference |",
+        "|---|---|---|---|---|---|---|---|",
+        *map(_row, recorded),
+    ]
+    if refused:
+        lines += [
+            "",
+            f"## Refused ({len(refused)})",
+            "",
+            "Before anything is written, with this line. Models with attention code of their own "
+            "cannot be observed; among them are all that bias scores by distance (ALiBi: bloom, "
+            "mpt, falcon).",
+            "",
+            "| Architecture | Refusal |",
+            "|---|---|",
+            *map(_row, refused),
+        ]
+    return "\n".join(lines)
+
+
+def _row(outcome: Outcome) -> str:
+    if outcome.refusal:
+        return f"| {outcome.model_type} | {outcome.refusal} |"
+    rules = outcome.rules
+    dims = [
+        f"{r.key_dim}" if r.key_dim == r.value_dim else f"{r.key_dim}/{r.value_dim}" for r in rules
+    ]
+    cells = [
+        outcome.model_type,
+        f"{len(rules)} of {outcome.layers}",
+        _distinct([r.heads for r in rules]),
+        _distinct([r.kv_heads for r in rules]),
+        _distinct(dims),
+        ", ".join(_named(rules)),
+        _distinct([_encoding(r) for r in rules]),
+        f"{outcome.error:.1e}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _named(rules: tuple[LayerRules, ...]) -> Iterator[str]:
+    """The rules that a layer of this architecture may have, in words."""
+    yield f"scale {_distinct([f'{r.scale:.3g}' for r in rules])}"
+    for name in ("window", "chunk", "softcap"):
+        values = [getattr(r, name) for r in rules]
+        if any(value is not None for value in values):
+            yield f"{name} {_distinct(['-' if v is None else f'{v:g}' for v in values])}"
+    if any(r.sinks is not None for r in rules):
+        yield "sinks"
+    if any(r.kv_source is not None for r in rules):
+        yield f"keys of layer {_distinct([r.kv_source for r in rules if r.kv_source is not None])}"
+
+
+def _encoding(rules: LayerRules) -> str:
+    """What a layer's rotation is, in words."""
+    if rules.rotation is None:
+        return "not known"
+    if not rules.rotation.frequencies:
+        return "none"
+    rotated = 2 * len(rules.rotation.frequencies)
+    part = "" if rotated == rules.key_dim else f" {rotated} of {rules.key_dim}"
+    return f"{rules.rotation.pairing}{part}"
+
+
+def _distinct(values: list[Any]) -> str:
+    return ", ".join(map(str, dict.fromkeys(values)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

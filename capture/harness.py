@@ -1,0 +1,155 @@
+"""Tasks of lm-eval-harness: the text that it would have a model read, as sequences of tokens."""
+
+import contextlib
+import difflib
+import io
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from retrace.capture.hub import datasets_offline, hub_reachable
+from retrace.capture.settings import TASKS, CaptureSettings
+from retrace.capture.tasks import SequenceSet, Tokens, WindowCutter
+from retrace.traces import RetraceError
+
+FEWSHOT_SEED = 1234
+"""What lm-eval-harness draws examples with, so that they are the ones it would show."""
+
+
+class Harness:
+    """The tasks of an installed lm-eval-harness, those in the settings' own folder included.
+
+    Raises:
+        RetraceError: it has none of a name that the settings give.
+    """
+
+    def __init__(self, settings: CaptureSettings) -> None:
+        self._settings = settings
+        with _quiet():
+            from lm_eval.tasks import TaskManager
+
+            folder = settings.include_path
+            self._manager: Any = TaskManager(include_path=None if folder is None else str(folder))
+        for name in settings.harness_tasks():
+            self._check(name)
+
+    def _check(self, name: str) -> None:
+        known = [*TASKS, *self._manager.all_tasks]
+        if name in known:
+            return
+        near = difflib.get_close_matches(name, known, n=3)
+        guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise RetraceError(
+            f"There is no task {name!r}.{guess} `lm-eval ls tasks` lists them; task files of your "
+            "own are read from --include-path FOLDER."
+        )
+
+    def read(self, name: str, cut: WindowCutter) -> list[SequenceSet]:
+        """The sequences of a task; of a group, those of each of its tasks."""
+        reachable = hub_reachable()
+        with _quiet(), contextlib.nullcontext() if reachable else datasets_offline():
+            try:
+                tasks = self._manager.load([name])["tasks"]
+                return [self._read(one, task, cut) for one, task in tasks.items()]
+            except RetraceError:
+                raise
+            # A task is code of its own, which raises what it likes when its data is not there.
+            except Exception as error:
+                text = repr(error) if isinstance(error, KeyError) else str(error)
+                cause = (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+                cure = "Check its data and its task file"
+                if not reachable:
+                    cause += "; the Hugging Face Hub cannot be reached"
+                    cure = "Check the network, or name local data in a task file (--include-path)"
+                message = f"The task {name} cannot be read: {cause}. {cure}."
+                raise RetraceError(message) from error
+
+    def _read(self, name: str, task: Any, cut: WindowCutter) -> SequenceSet:
+        fewshot = task.get_config("num_fewshot")
+        if fewshot is None or (self._settings.num_fewshot is not None and fewshot != 0):
+            # As there: a task that says 0 means it.
+            fewshot = self._settings.num_fewshot or 0
+            task.set_config(key="num_fewshot", value=fewshot)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        task.build_all_requests(limit=self._settings.limit)
+        sequences: list[Tokens] = []
+        scored: list[int] = []
+        for tokens, end in _sequences(task.instances, cut, self._settings.generate):
+            if len(tokens) >= 2:  # one token alone predicts nothing
+                sequences.append(np.array(tokens, np.int32))
+                scored.append(min(end, len(tokens)))
+        if not sequences:
+            raise RetraceError(f"The task {name} holds no text.")
+        config = task.config
+        source = "/".join(str(part) for part in (config.dataset_path, config.dataset_name) if part)
+        return SequenceSet(name, source, sequences, scored, fewshot)
+
+
+def _sequences(
+    instances: list[Any], cut: WindowCutter, generate: int
+) -> Iterator[tuple[list[int], int]]:
+    """(tokens, how many at the end are scored) of the requests, equal ones once."""
+    seen: set[Any] = set()
+    documents = WindowCutter(cut.tokenizer, cut.max_length, None)
+    for instance in instances:
+        kind, arguments = instance.request_type, instance.args
+        texts = (kind, *arguments[: 2 if kind == "loglikelihood" else 1])
+        if texts in seen:  # choices that are alike, or a document that is asked about twice
+            continue
+        seen.add(texts)
+        if kind == "loglikelihood_rolling":
+            for window in documents.windows([io.StringIO(arguments[0])]):
+                yield window.tolist(), 0
+        elif kind == "loglikelihood":
+            context, continuation = encode_pair(cut.tokenizer, arguments[0], arguments[1])
+            whole = (context + continuation)[-(cut.max_length + generate) :]
+            yield whole, len(continuation)
+        elif kind == "generate_until":
+            yield encode(cut.tokenizer, arguments[0])[-cut.max_length :], 0
+        else:
+            raise RetraceError(f"Requests of the kind {kind} have no text that can be captured.")
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids, with the special tokens that the tokenizer puts there by itself, once."""
+    begin = tokenizer.bos_token
+    special = {"add_special_tokens": False} if begin and text.startswith(begin) else {}
+    tokens: list[int] = tokenizer(text, **special)["input_ids"]
+    return tokens
+
+
+def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Token ids of a context and its continuation, as lm-eval-harness splits them: tokenised
+    together and cut where the context alone would end, its trailing spaces belonging to the
+    continuation."""
+    if not context:
+        begin = tokenizer.bos_token_id
+        begin = tokenizer.eos_token_id if begin is None else begin
+        tokens = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        prefix = [] if begin is None or tokens[:1] == [begin] else [begin]
+        return prefix, tokens
+    stripped = context.rstrip()
+    whole = encode(tokenizer, context + continuation)
+    length = len(encode(tokenizer, stripped))
+    return whole[:length], whole[length:]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval-harness shows no progress and no advice meanwhile."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import lm_eval.api.task as tasks
+
+        bars = tasks.tqdm
+        tasks.tqdm = lambda items, **options: items  # no setting turns it off
+        try:
+            yield
+        finally:
+            tasks.tqdm = bars
+    finally:
+        logger.setLevel(level)

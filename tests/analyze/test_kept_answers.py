@@ -1,0 +1,100 @@
+"""Exact answers kept beside the trace for later runs."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from retrace.analyze import analyze
+from retrace.traces import LayerRules, Trace, open_trace
+
+MakeTrace = Callable[..., Trace]
+METHODS = ["exact", "quest:page=4", "loki", "sparq"]
+
+
+def kept_files(trace: Trace) -> list[Path]:
+    """The files of kept answers."""
+    folder = trace.path.with_name(f"{trace.path.stem}.exact")
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def run(trace: Trace, keep_exact: bool = True, topk: tuple[int, ...] = (2, 5)) -> pd.DataFrame:
+    """Figures of several methods."""
+    results = analyze(trace, METHODS, topk, min_context=0, keep_exact=keep_exact)
+    return pd.concat([results.metrics, results.curves], ignore_index=True)
+
+
+def assert_equal(ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=False, rtol=1e-5, atol=2e-6)
+
+
+def test_same_figures(make_trace: MakeTrace, any_rules: LayerRules) -> None:
+    trace = make_trace(any_rules, name="own")
+    without = run(trace, keep_exact=False)
+    assert not trace.path.with_name("own.exact").exists()
+    writing, reading = run(trace), run(trace)
+    assert len(kept_files(trace)) >= 3
+    assert_equal(writing, without)
+    assert_equal(reading, without)
+
+
+def test_answers_are_used(make_trace: MakeTrace, rules: Any) -> None:
+    trace = make_trace(rules(), name="own")
+    run(trace)
+    before = {p: p.stat().st_mtime_ns for p in kept_files(trace)}
+    run(trace)
+    assert {p: p.stat().st_mtime_ns for p in kept_files(trace)} == before
+
+
+def test_a_larger_budget(make_trace: MakeTrace, rules: Any) -> None:
+    trace = make_trace(rules(), [300, 40], queries=[range(290, 300), range(40)], name="own")
+    run(trace, topk=(2,))
+    assert_equal(run(trace, topk=(2, 200)), run(trace, keep_exact=False, topk=(2, 200)))
+
+
+def test_answers_hold_queries_that_did_not_count(make_trace: MakeTrace, rules: Any) -> None:
+    trace = make_trace(rules(), name="own")
+    analyze(trace, topk=[5])  # from position 50 on
+    assert_equal(run(trace), run(trace, keep_exact=False))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "overwritten", "deleted"])
+def test_damaged_answers_are_computed_anew(make_trace: MakeTrace, rules: Any, damage: str) -> None:
+    trace = make_trace(rules(), name="own")
+    wanted = run(trace)
+    for path in kept_files(trace):
+        whole = path.read_bytes()
+        if damage == "cut short":
+            path.write_bytes(whole[: len(whole) * 2 // 3])
+        elif damage == "empty":
+            path.write_bytes(b"")
+        elif damage == "overwritten":
+            middle = len(whole) // 2
+            path.write_bytes(whole[:middle] + b"\xff" * 40 + whole[middle + 40 :])
+        else:
+            path.unlink()
+    assert_equal(run(trace), wanted)
+    assert_equal(run(trace), wanted)
+
+
+def test_another_capture_of_the_same_name(make_trace: MakeTrace, rules: Any) -> None:
+    trace = make_trace(rules(), name="own", seed=1)
+    first = run(trace)
+    shutil.rmtree(trace.path)
+    again = make_trace(rules(), name="own", seed=2)
+    assert again.path == trace.path
+    second = run(again)
+    assert_equal(second, run(again, keep_exact=False))
+    assert not np.allclose(first["mean"], second["mean"], equal_nan=True)
+
+
+def test_a_renamed_trace_keeps_its_figures(make_trace: MakeTrace, rules: Any) -> None:
+    trace = make_trace(rules(), name="own")
+    wanted = run(trace)
+    moved = trace.path.with_name("moved.zarr")
+    trace.path.rename(moved)
+    assert_equal(run(open_trace(moved)), wanted)

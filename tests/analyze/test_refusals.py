@@ -1,0 +1,166 @@
+"""Answers that a method must not give are refused, naming where."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from retrace.analyze import analyze
+from retrace.traces import RetraceError, Trace
+
+BAD = """
+@dataclass(frozen=True, kw_only=True)
+class ScoresNan(ScoreMethod):
+    def scores(self, state, queries, positions):
+        scores = queries @ state.T
+        scores[..., 3] = torch.nan
+        return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresShape(ScoreMethod):
+    def scores(self, state, queries, positions):
+        return torch.zeros(len(queries), len(positions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFuture(SearchMethod):
+    def extend(self, state, keys, values, group):
+        return state
+
+    def search(self, state, queries, k):
+        return torch.full((*queries.shape[:2], k), 10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchTwice(SearchFuture):
+    def search(self, state, queries, k):
+        return torch.full((*queries.shape[:2], k), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchNegative(SearchFuture):
+    def search(self, state, queries, k):
+        return torch.full((*queries.shape[:2], k), -7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchShape(SearchFuture):
+    def search(self, state, queries, k):
+        return torch.zeros(k, dtype=torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendFuture(AttendMethod):
+    ahead = 1
+
+    def build(self, keys, values, group):
+        return values
+
+    def attend(self, state, queries, positions, k):
+        ids = (positions[:, None] + self.ahead).expand(len(queries), -1, 1)
+        return state[positions].expand(len(queries), -1, -1), ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendTwice(AttendFuture):
+    def attend(self, state, queries, positions, k):
+        ids = positions[:, None].expand(len(queries), -1, 2)
+        return state[positions].expand(len(queries), -1, -1), ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendHidden(AttendFuture):
+    ahead = -9
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendNan(AttendFuture):
+    ahead = 0
+
+    def attend(self, state, queries, positions, k):
+        output, ids = super().attend(state, queries, positions, k)
+        return output * torch.nan, ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendShape(AttendFuture):
+    ahead = 0
+
+    def attend(self, state, queries, positions, k):
+        output, ids = super().attend(state, queries, positions, k)
+        return output[..., :1], ids
+
+
+def future(query, key, value, attention_mask, head_mask):
+    ids = torch.full((*query.shape[:3], 1), key.shape[2])
+    return query[..., : value.shape[3]], None, ids
+"""
+PLACE = r"layer 0, head \d+, sequence \d+, position \d+"
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("ScoresNan", rf"scores\(\) gave NaN at {PLACE}"),
+        ("ScoresShape", r"scores\(\) gave shape .* expected \(group, queries, units\)"),
+        ("SearchFuture", rf"returned a future key, 1000000, at {PLACE}"),
+        ("SearchTwice", rf"returned key 1 twice at {PLACE}"),
+        ("SearchNegative", rf"returned a key that the query can't see, -7, at {PLACE}"),
+        ("SearchShape", r"search\(\) gave shape .* expected \(group, queries, ids\)"),
+        ("AttendFuture", rf"returned a future key, \d+, at {PLACE}"),
+        ("AttendTwice", rf"returned key \d+ twice at {PLACE}"),
+        ("AttendHidden", rf"returned a key that the query can't see, \d+, at {PLACE}"),
+        ("AttendNan", rf"attend\(\) gave NaN at {PLACE}"),
+        ("AttendShape", r"attend\(\) gave an output of shape"),
+        ("future", rf"returned a future key, \d+, at {PLACE}"),
+    ],
+)
+def test_bad_answers(
+    make_trace: Callable[..., Trace], rules: Any, write_methods: Any, method: str, message: str
+) -> None:
+    trace = make_trace(rules(window=8))
+    with pytest.raises(RetraceError, match=rf"^mine\.py:{method} {message}"):
+        analyze(trace, [f"{write_methods(BAD)}:{method}"], [2], keep_exact=False)
+
+
+def test_a_second_layer_is_checked_too(
+    make_trace: Callable[..., Trace], rules: Any, write_methods: Any
+) -> None:
+    body = """
+    @dataclass(frozen=True, kw_only=True)
+    class Late(ScoreMethod):
+        def build(self, keys, values, group):
+            return keys, group
+
+        def scores(self, state, queries, positions):
+            keys, group = state
+            scores = queries @ keys.T
+            if (group.layer, group.kv_head) == (1, 1):
+                scores[1, positions == 30] = torch.nan
+            return scores
+    """
+    trace = make_trace([rules(heads=4), rules(heads=4)])
+    place = "layer 1, head 3, sequence 0, position 30"
+    with pytest.raises(RetraceError, match=rf"Late scores\(\) gave NaN at {place}"):
+        analyze(trace, [f"{write_methods(body)}:Late"], [2], keep_exact=False)
+
+
+def test_a_search_may_find_less(
+    make_trace: Callable[..., Trace], rules: Any, write_methods: Any
+) -> None:
+    body = """
+    @dataclass(frozen=True, kw_only=True)
+    class Nothing(SearchMethod):
+        def extend(self, state, keys, values, group):
+            return state
+
+        def search(self, state, queries, k):
+            return torch.full((*queries.shape[:2], k), -1)
+    """
+    spec = f"{write_methods(body)}:Nothing"
+    trace = make_trace(rules(), [40], queries=[[16, 24]])
+    rows = analyze(trace, [spec], [1], min_context=0, keep_exact=False).metrics
+    density = rows[rows.metric == "density"]["mean"]
+    # The keys since the index was built are always searched: one at position 16.
+    assert (density > 0).all()

@@ -1,0 +1,77 @@
+"""Method specs: `name:key=value,...`."""
+
+import pytest
+
+from retrace.analyze import method_names, parse_spec
+from retrace.traces import RetraceError
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_by_its_name(name: str) -> None:
+    assert str(parse_spec(name)) == name
+    assert parse_spec(f"{name}:").parameters == parse_spec(name).parameters
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "quest:page=32",
+        "quest:pool=sum-softmax,page=8,least_pages=1",
+        "exact:pool=mean-query,keep=sink:4+recent:0.25k",
+        "window:keep=none",
+        "loki:rank=16",
+        "loki:rank=none",
+        "sparq:rank=16,output=renorm,keep=recent:32",
+        "random:seed=0",
+        "hnsw:ef=128,m=16,step=1",
+        " quest: page = 32 , pool = max ".replace(" quest", "quest"),
+    ],
+)
+def test_round_trip(text: str) -> None:
+    spec = parse_spec(text)
+    again = parse_spec(str(spec))
+    assert again.method == spec.method
+    assert str(again) == str(spec)
+
+
+def test_shortest_form() -> None:
+    assert str(parse_spec("quest:page=16")) == "quest"
+    assert str(parse_spec("quest:page=32,pool=none")) == "quest:page=32"
+    assert parse_spec("quest:page=32").parameters == {
+        "pool": "none",
+        "keep": "none",
+        "output": "renorm",
+        "page": 32,
+        "least_pages": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("qest", "no method 'qest'. Did you mean quest"),
+        ("", "no method ''"),
+        ("nothing like it", "`retrace methods` lists"),
+        ("quest:pages=3", "no parameter 'pages'. Did you mean page"),
+        ("window:sinks=4", "no parameter 'sinks'"),
+        ("quest:page=big", "page='big': expected int"),
+        ("quest:page=1.5", "page='1.5': expected int"),
+        ("quest:page=0", "page=0: expected at least 1"),
+        ("random:seed=-1", "seed=-1: expected at least 0"),
+        ("quest:page", "'page' in its spec is not of the form key=value"),
+        ("quest:=3", "'=3' in its spec is not of the form key=value"),
+        ("exact:pool=median", "pool='median': expected one of none, sum"),
+        ("exact:output=zero", "output='zero': expected one of renorm, mean-fill"),
+        ("exact:keep=sink", "keep='sink': expected sink:N"),
+    ],
+)
+def test_mistakes_say_what_is_meant(text: str, message: str) -> None:
+    with pytest.raises(RetraceError) as caught:
+        parse_spec(text)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["quest:page=8,page=16"])
+def test_a_parameter_twice_is_refused(text: str) -> None:
+    with pytest.raises(RetraceError, match="page"):
+        parse_spec(text)

@@ -1,0 +1,73 @@
+"""Plots of results of every size: one layer or eighty, budgets for which no query counts."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from retrace.analyze import Results
+from retrace.analyze.plots import draw_all, slug
+
+PNG = b"\x89PNG"
+
+
+def some_results(
+    layers: int, heads: int, methods: list[str], topk: list[int], empty: tuple[int, ...] = ()
+) -> Results:
+    """Random figures; none where no query counts, at the budgets in `empty`."""
+    generator = np.random.default_rng(0)
+    metrics = ["recall", "error_norm", "attention_fraction", "exact_attention_fraction"]
+    rows = []
+    for method, layer, head, k, metric in itertools.product(
+        methods, range(layers), range(heads), topk, metrics
+    ):
+        mean, std = (np.nan, np.nan) if k in empty else generator.random(2)
+        rows.append((method, layer, f"layers.{layer}", head, k, metric, mean, std, 9, "all", "10k"))
+    names = ["method", "layer", "module", "head", "topk", "metric", "mean", "std", "count"]
+    frame = pd.DataFrame(rows, columns=[*names, "protocol", "min_context"])
+    curves = frame[frame["metric"].isin(metrics[2:])]
+    return Results(frame, curves, {"min_context": None, "protocol": "all:256"})
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "methods", "topk", "empty"),
+    [
+        (1, 1, ["exact"], [1], ()),
+        (3, 2, ["exact", "quest:page=8"], [5, 10, 20, 50], ()),
+        (3, 2, ["window"], [5, 10], (10,)),
+        (2, 2, ["exact", "random"], [10], (10,)),
+        (80, 2, [f"a-method:of={i},with=a,very=long,list=of,parameters=all" for i in range(6)],
+         [10], ()),
+    ],
+    ids=["smallest", "budgets", "some-nan", "all-nan", "large"],
+)  # fmt: skip
+def test_every_figure_is_drawn(
+    tmp_path: Path,
+    layers: int,
+    heads: int,
+    methods: list[str],
+    topk: list[int],
+    empty: tuple[int, ...],
+) -> None:
+    files = draw_all(some_results(layers, heads, methods, topk, empty), tmp_path / "plots")
+    # All budgets of a method up to three, else the largest.
+    heatmaps = len(methods) * (len(topk) if len(topk) <= 3 else 1)
+    assert len(files) == len(set(files)) == heatmaps + 4
+    assert all(file.read_bytes().startswith(PNG) for file in files)
+
+
+def test_global_state_is_left_alone(tmp_path: Path) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    draw_all(some_results(2, 2, ["exact"], [3]), tmp_path)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_names_of_files() -> None:
+    assert slug("quest") == "quest"
+    assert slug("mine.py:Mine:a=1,b=sink:4+recent:64") == "mine.py-Mine-a=1-b=sink-4+recent-64"
+    long = [slug(f"m:a={'x' * 300},b={i}") for i in range(2)]
+    assert long[0] != long[1] and max(map(len, long)) < 140

@@ -5,7 +5,7 @@ import datetime
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from retrace.traces import RetraceError
 WAIT = datetime.timedelta(minutes=30)
 """How long a process waits for another that says nothing: a large model takes minutes to load, and
 by so much more on one machine than on the next."""
+JOINING = datetime.timedelta(minutes=2)
+"""How long processes that were started together take at most to find each other."""
 PAUSE_SECONDS = 0.5
 
 
@@ -62,8 +64,10 @@ class Ranks:
             yield meeting
         except BaseException as error:
             meeting.fail(error)
+            if isinstance(error, Exception):
+                meeting.leave(JOINING)
             raise
-        meeting.leave()
+        meeting.leave(WAIT)
 
 
 class Meeting:
@@ -85,18 +89,29 @@ class Meeting:
 
     def hear(self, what: str) -> Any:
         """Wait until another process tells this."""
+        heard = self._await(what, WAIT, self.check)
+        if heard is None:
+            raise RetraceError(
+                f"Rank {self.ranks.rank} waited {WAIT} for another process: look for its error "
+                "above, and go on with --resume."
+            )
+        return json.loads(heard)
+
+    def _await(
+        self, what: str, patience: datetime.timedelta, meanwhile: Callable[[], None] | None = None
+    ) -> bytes | None:
+        """What was told, as it was told; None if nothing was in that time."""
         assert self._store is not None
-        end = time.monotonic() + WAIT.total_seconds()
+        end = time.monotonic() + patience.total_seconds()
         while time.monotonic() < end:
-            self.check()
+            if meanwhile is not None:
+                meanwhile()
             with _explained():
                 if self._store.check([f"retrace {what}"]):
-                    return json.loads(self._store.get(f"retrace {what}"))
+                    told: bytes = self._store.get(f"retrace {what}")
+                    return told
             time.sleep(PAUSE_SECONDS)
-        raise RetraceError(
-            f"Rank {self.ranks.rank} waited {WAIT} for another process: look for its error above, "
-            "and go on with --resume."
-        )
+        return None
 
     def check(self) -> None:
         """Stop where another process has failed."""
@@ -129,15 +144,16 @@ class Meeting:
         with contextlib.suppress(RetraceError):
             self.tell("failed", message)
 
-    def leave(self) -> None:
+    def leave(self, patience: datetime.timedelta) -> None:
         """Go when all are done: the first process, which may hold what is told, goes last."""
         if self._store is None:
             return
-        if not self.ranks.first:
-            self.tell(f"left {self.ranks.rank}")
-            return
-        for rank in range(1, self.ranks.size):
-            self.hear(f"left {rank}")
+        with contextlib.suppress(RetraceError):  # all is said; who has died does not hear it
+            if not self.ranks.first:
+                self.tell(f"left {self.ranks.rank}")
+                return
+            for rank in range(1, self.ranks.size):
+                self._await(f"left {rank}", patience)
 
 
 def _connect() -> Store:
@@ -155,7 +171,7 @@ def _connect() -> Store:
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=serves,
-            timeout=WAIT,
+            timeout=JOINING,
             wait_for_workers=False,
         )
 

@@ -75,7 +75,7 @@ def test_two_ranks_write_what_one_writes(
 ) -> None:
     arguments = [str(model_folder("mistral")), str(text_file), str(tmp_path / "t")]
     if killed is not None:
-        ranks = start(arguments, resume=False, delay=0.05)
+        ranks = start(arguments, resume=False, delay=0.3)
         end = time.monotonic() + 120
         while not (tmp_path / "t").exists() and time.monotonic() < end:
             time.sleep(0.01)

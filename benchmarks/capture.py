@@ -25,6 +25,7 @@ import torch
 from retrace.capture.check import examine
 from retrace.capture.interface import observed_attention
 from retrace.capture.likelihood import next_token_nll
+from retrace.capture.queries import parse_queries
 from retrace.capture.queue import WriteQueue
 from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
 from retrace.traces import create_trace, tensor_bytes
@@ -49,7 +50,10 @@ def main() -> None:
         _forward(model, tokens[:1])  # to warm up
         forward = min(_forward(model, tokens) for _ in range(arguments.repeat))
         folder = arguments.folder / "capture-benchmark"
-        recorded = [_recorded(model, layers, tokens, folder) for _ in range(arguments.repeat)]
+        recorded = [
+            _recorded(model, layers, tokens, arguments.queries, folder)
+            for _ in range(arguments.repeat)
+        ]
         capture, size = min(recorded)
         disk = min(_plain(arguments.folder, size) for _ in range(arguments.repeat))
         rows.append((length, forward, capture, size, disk))
@@ -65,6 +69,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model", default="builtin:smollm2", help="or llama-8b-random")
     parser.add_argument("--layers-in-model", type=int, default=32, help="of llama-8b-random")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
+    parser.add_argument("--queries", default="all", help="that are recorded, as in retrace capture")
     parser.add_argument("--sequences", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", help="of a model that is loaded")
@@ -112,11 +117,12 @@ def _forward(model: Any, tokens: Tokens) -> float:
 
 
 def _recorded(
-    model: Any, layers: dict[int, AttentionLayer], tokens: Tokens, folder: Path
+    model: Any, layers: dict[int, AttentionLayer], tokens: Tokens, queries: str, folder: Path
 ) -> tuple[float, int]:
     """(seconds, bytes) of a capture of these sequences, without the checks of the first one."""
     shutil.rmtree(folder, ignore_errors=True)
-    positions = [np.arange(len(sequence), dtype=np.int32) for sequence in tokens]
+    select = parse_queries(queries)
+    positions = [select.positions(len(sequence)) for sequence in tokens]
     rules = {index: layer.rules for index, layer in layers.items()}
     dtype = str(next(iter(layers.values())).dtype).removeprefix("torch.")
     plan: dict[str, Any] = {"rules": rules, "tokens": tokens, "query_positions": positions}
@@ -160,7 +166,8 @@ def _table(rows: list[Any], model: Any, arguments: argparse.Namespace) -> str:
     lines = [
         f"{arguments.model} ({parameters:.2f} billion parameters, {model.dtype}), {device}, "
         f"{os.cpu_count()} cores, {host:.1f} GiB of host memory used at most, torch "
-        f"{torch.__version__}. Seconds for {arguments.sequences} sequences.",
+        f"{torch.__version__}. Seconds for {arguments.sequences} sequences; queries: "
+        f"{arguments.queries}.",
         "",
         "| tokens | forward alone | capture | GB written | disk MB/s | capture / the slower |",
         "|---:|---:|---:|---:|---:|---:|",

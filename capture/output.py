@@ -3,7 +3,7 @@
 import errno
 import shutil
 
-from retrace.traces import Location, RemoteLocation, RetraceError, open_trace
+from retrace.traces import Location, RemoteLocation, RetraceError, half_begun, open_trace
 
 
 class Output:
@@ -24,7 +24,7 @@ class Output:
         self.path = path
         if isinstance(path, RemoteLocation):
             self.writing = path
-            there = path.exists()
+            there = path.exists() and not half_begun(path)
             if there and not (overwrite or resume):
                 raise _exists(path)
             if there:

@@ -17,7 +17,7 @@ from retrace.cli.parameters import names, numbers
 from retrace.cli.screen import note, plural, print_facts, size
 
 if TYPE_CHECKING:
-    from retrace.capture.run import Progress, ShowProgress
+    from retrace.capture.record import Progress, ShowProgress
     from retrace.traces import Trace
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])

@@ -2,7 +2,7 @@
 
 from retrace.traces.errors import RetraceError
 from retrace.traces.location import Location, RemoteLocation, locate
-from retrace.traces.reader import Layer, Trace, find_traces, open_trace
+from retrace.traces.reader import Layer, Trace, find_traces, half_begun, open_trace
 from retrace.traces.rotation import Rotation
 from retrace.traces.schema import FORMAT_VERSION, PHASES, LayerRules
 from retrace.traces.tensors import to_numpy, to_torch
@@ -21,6 +21,7 @@ __all__ = [
     "TraceWriter",
     "create_trace",
     "find_traces",
+    "half_begun",
     "locate",
     "open_trace",
     "resume_trace",

@@ -212,13 +212,12 @@ def open_trace(path: str | Location) -> Trace:
     path = locate(path)
     if not path.exists():
         raise RetraceError(f"There is no trace at {path}. `retrace traces` lists those here.")
-    try:
-        # Not the consolidated metadata: it is written once, when a capture is complete.
-        store = open_store(path, read_only=True)
-        group = zarr.open_group(store, mode="r", use_consolidated=False)
-        attributes: Mapping[str, Any] = dict(group.attrs)
-    except (OSError, ValueError, KeyError) as error:
-        raise RetraceError(f"{path} is not a trace: it is no Zarr group.") from error
+    group = _open_group(path)
+    attributes: Mapping[str, Any] = dict(group.attrs)
+    if _half_begun(attributes):
+        raise RetraceError(
+            f"{path} was being created when its capture ended: give the same capture again."
+        )
     version = attributes.get(FORMAT_KEY)
     if not isinstance(version, int):
         raise RetraceError(f"{path} is a Zarr group but no trace: it has no {FORMAT_KEY!r}.")
@@ -230,6 +229,27 @@ def open_trace(path: str | Location) -> Trace:
     if attributes.get("dtype") not in DTYPES:
         raise RetraceError(f"{path}: unknown dtype {attributes.get('dtype')!r}.")
     return Trace(path, group)
+
+
+def half_begun(path: Location) -> bool:
+    """Whether a capture ended while it was creating the trace at `path`, which holds nothing yet.
+
+    Only under a URL: on a local disk a trace is created aside and renamed.
+    """
+    return path.exists() and _half_begun(dict(_open_group(path).attrs))
+
+
+def _half_begun(attributes: Mapping[str, Any]) -> bool:
+    return FORMAT_KEY in attributes and attributes[FORMAT_KEY] is None
+
+
+def _open_group(path: Location) -> zarr.Group:
+    try:
+        # Not the consolidated metadata: it is written once, when a capture is complete.
+        store = open_store(path, read_only=True)
+        return zarr.open_group(store, mode="r", use_consolidated=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise RetraceError(f"{path} is not a trace: it is no Zarr group.") from error
 
 
 def find_traces(folder: str | Location) -> list[Location]:

@@ -130,10 +130,10 @@ def create_trace(
         raise RetraceError(f"{path} exists already.")
     if isinstance(path, RemoteLocation):
         with explained(path):
-            group = zarr.open_group(open_store(path, read_only=False), mode="w")
+            # Nothing can be renamed there: without a version it is a trace that is half begun.
+            store = open_store(path, read_only=False)
+            group = zarr.open_group(store, mode="w", attributes={FORMAT_KEY: None})
             _create_arrays(group, rules, tokens, query_positions, phases, dtype)
-            # Nothing can be renamed there, but an object is there whole or not at all: without
-            # these attributes, which come last, it is no trace.
             group.attrs.update({FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes})
         return TraceWriter(path)
     path.parent.mkdir(parents=True, exist_ok=True)

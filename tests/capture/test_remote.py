@@ -72,15 +72,32 @@ def test_captured_interrupted_resumed_and_read(
     assert capture(model, out=url, overwrite=True, **{**options, "limit": 1}).planned == 1
 
 
-def test_what_is_half_created_is_no_trace(bucket: str) -> None:
+def test_what_was_killed_while_it_was_created(
+    bucket: str, model_folder: Any, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise ConnectionError
+
+    url = f"{bucket}/half.zarr"
+    options: dict[str, Any] = {"text": [text_file], "limit": 1, "max_length": 40, "out": url}
+    model = str(model_folder("mistral"))
+    with monkeypatch.context() as patch, pytest.raises(RetraceError, match="cannot be reached"):
+        patch.setattr("retrace.traces.writer._create_layer", killed)
+        capture(model, **options)
+    with pytest.raises(RetraceError, match="was being created"):
+        open_trace(url)
+    assert capture(model, **options).sequences == (0,)
+
+
+def test_what_is_no_trace(bucket: str) -> None:
     import s3fs
 
     s3fs.S3FileSystem().pipe_file(
-        f"{bucket}/half.zarr/zarr.json",
+        f"{bucket}/other.zarr/zarr.json",
         b'{"zarr_format": 3, "node_type": "group", "attributes": {}}',
     )
     with pytest.raises(RetraceError, match="retrace_format"):
-        open_trace(f"{bucket}/half.zarr")
+        open_trace(f"{bucket}/other.zarr")
     with pytest.raises(RetraceError, match="no trace at"):
         open_trace(f"{bucket}/none.zarr")
 

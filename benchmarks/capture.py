@@ -6,8 +6,9 @@
 For each length: the forward pass alone with the model's stock attention, likelihoods included; the
 same with every layer's queries, keys and values recorded; and a plain file of as many bytes,
 flushed to the disk. The least that a capture could take is the slower of forward and file; the last
-column is the capture's time over that. Each figure is of `--sequences` sequences in a row, so that
-writing one can overlap with computing the next; everything is on the disk when the clock stops.
+column is the capture's time over that. The three are taken in turns, and the median of each
+counts. Each figure is of `--sequences` sequences in a row, so that writing one can overlap with
+computing the next; everything is on the disk when the clock stops.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import platform
 import resource
 import shutil
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -48,14 +50,15 @@ def main() -> None:
         ]
         layers = examine(model, tokens[0])
         _forward(model, tokens[:1])  # to warm up
-        forward = min(_forward(model, tokens) for _ in range(arguments.repeat))
         folder = arguments.folder / "capture-benchmark"
-        recorded = [
-            _recorded(model, layers, tokens, arguments.queries, folder)
-            for _ in range(arguments.repeat)
-        ]
-        capture, size = min(recorded)
-        disk = min(_plain(arguments.folder, size) for _ in range(arguments.repeat))
+        forwards, captures, disks = [], [], []
+        # In turns, since the speed of a disk changes from minute to minute.
+        for _ in range(arguments.repeat):
+            forwards.append(_forward(model, tokens))
+            seconds, size = _recorded(model, layers, tokens, arguments.queries, folder)
+            captures.append(seconds)
+            disks.append(_plain(arguments.folder, size))
+        forward, capture, disk = map(statistics.median, (forwards, captures, disks))
         rows.append((length, forward, capture, size, disk))
         print(f"{length} tokens: {forward:.2f} s, {capture:.2f} s, {size / disk / 1e6:.0f} MB/s")
     text = _table(rows, model, arguments)
@@ -74,7 +77,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", help="of a model that is loaded")
     parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk to measure")
-    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3, help="the median counts")
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     return parser.parse_args()
 

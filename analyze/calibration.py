@@ -20,7 +20,7 @@ from retrace.analyze.past import Past
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.states import Calibration
 from retrace.analyze.unit import Neighbours
-from retrace.traces import RetraceError, Trace, open_trace, to_numpy
+from retrace.traces import Location, RetraceError, Trace, open_trace, to_numpy
 
 log = logging.getLogger("retrace")
 
@@ -29,7 +29,7 @@ Learned = tuple[dict[str, Tensor], ...]
 
 
 def calibrate(
-    trace: Trace | str | Path,
+    trace: Trace | str | Location,
     method: str,
     sequences: Sequence[int] | None = None,
     *,
@@ -40,7 +40,7 @@ def calibrate(
     """Calibrate a method, and keep what it learns beside the trace for `analyze` to find.
 
     Args:
-        trace: a trace or where it is.
+        trace: a trace or where it is, on a local disk.
         method: a method spec, such as `loki`.
         sequences: those to learn from; by default the last quarter of the trace's, as `analyze`
             holds them out.
@@ -59,19 +59,27 @@ def calibrate(
     spec = parse_spec(method)
     if not spec.method.calibrated:
         raise RetraceError(f"{spec} needs no calibration.")
+    folder = calibrations(trace)
+    if folder is None:
+        raise RetraceError(
+            f"{trace.path} is not on a local disk, where calibrations are kept: `retrace analyze` "
+            "calibrates as it goes."
+        )
     chosen = choose_calibration(trace, sequences)
     indices, target = choose_layers(trace, layers), choose_device(device)
     files = []
     for done, layer in enumerate(indices, start=1):
         learned(trace, spec, chosen, layer, target)
-        files.append(calibrations(trace) / calibration_name(trace, spec, chosen, layer))
+        files.append(folder / calibration_name(trace, spec, chosen, layer))
         if progress is not None:
             progress(done, len(indices))
     return files
 
 
-def calibrations(trace: Trace) -> Path:
-    """The folder, beside a trace, where calibrations are kept."""
+def calibrations(trace: Trace) -> Path | None:
+    """The folder, beside a trace on a local disk, where calibrations are kept."""
+    if not isinstance(trace.path, Path):
+        return None
     return trace.path.with_name(f"{trace.path.stem}.calibration")
 
 
@@ -102,9 +110,10 @@ def learned(
     keep: bool = True,
 ) -> Learned:
     """What a method learns of one layer from some sequences, from disk if it is there."""
-    file = calibrations(trace) / calibration_name(trace, spec, sequences, layer)
+    folder = calibrations(trace) if keep else None
+    file = None if folder is None else folder / calibration_name(trace, spec, sequences, layer)
     kv_heads = trace.layer(layer).rules.kv_heads
-    found = _load(file, kv_heads, device) if keep else None
+    found = None if file is None else _load(file, kv_heads, device)
     if found is not None:
         return found
     neighbours = [Neighbours(trace, sequence, device) for sequence in sequences]
@@ -118,7 +127,7 @@ def learned(
         with torch.inference_mode(False):
             given = spec.method.calibrate(pasts)
         arrays.append({name: tensor.detach() for name, tensor in given.items()})
-    if keep:
+    if file is not None:
         _save(file, arrays)
     return tuple(arrays)
 

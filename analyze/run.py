@@ -27,7 +27,7 @@ from retrace.analyze.results import COLUMNS, PLOTS, Results
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.states import Cost, Protocol
 from retrace.analyze.unit import load_units
-from retrace.traces import RetraceError, Trace, open_trace
+from retrace.traces import Location, RemoteLocation, RetraceError, Trace, open_trace
 
 log = logging.getLogger("retrace")
 
@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 
 
 def analyze(
-    trace: Trace | str | Path,
+    trace: Trace | str | Location,
     methods: Sequence[str] = ("exact",),
     topk: Sequence[int] = (10,),
     *,
@@ -53,7 +53,7 @@ def analyze(
     """Replay methods against a trace, without its model.
 
     Args:
-        trace: a trace or where it is.
+        trace: a trace or where it is: a path or a URL.
         methods: method specs, such as `quest:page=32` or `./mine.py:Mine`.
         topk: budgets: keys per query and head.
         out: folder for the results. What is there already for this trace and these settings is
@@ -65,8 +65,8 @@ def analyze(
             run is evaluated on. By default those of the results that `out` holds; if there are
             none, the last quarter of the trace's if a method needs calibration, else none.
         device: `cpu`, `cuda` or `cuda:N`; `auto` is cuda where there is one, else cpu.
-        keep_exact: keep the exact answers, and what methods learn, beside the trace, so that they
-            are computed once however often it is analyzed.
+        keep_exact: keep the exact answers, and what methods learn, beside a trace on a local disk,
+            so that they are computed once however often it is analyzed.
         overwrite: throw away what is in `out`.
         progress: told how far it is.
 
@@ -258,7 +258,7 @@ def _still_wanted(
 
 def _store(trace: Trace, keep: bool) -> ReferenceStore:
     """Where exact answers are kept: beside the trace, if there is room and leave to write."""
-    if not keep:
+    if not keep or isinstance(trace.path, RemoteLocation):
         return ReferenceStore(None)
     folder = exact_answers(trace.path)
     try:

@@ -1,19 +1,25 @@
 """Capture: run a causal language model over text and store what its attention saw, as a trace."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from retrace.capture.settings import CaptureSettings
 
 if TYPE_CHECKING:
-    from retrace.capture.run import Progress, capture
+    from retrace.capture.ranks import Ranks
+    from retrace.capture.record import Progress
+    from retrace.capture.run import capture
 
-__all__ = ["CaptureSettings", "Progress", "capture"]
+_MODULES = {
+    "Progress": "retrace.capture.record",
+    "Ranks": "retrace.capture.ranks",
+    "capture": "retrace.capture.run",
+}
+__all__ = ["CaptureSettings", "Progress", "Ranks", "capture"]
 
 
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; a help page must not wait for them.
-    if name in ("Progress", "capture"):
-        from retrace.capture import run
-
-        return getattr(run, name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -108,14 +108,14 @@ class StepRecorder(TensorRecorder):
         """What the next forward passes hold: one sequence."""
         super().start(batch)
         self._calls: dict[torch.nn.Module, list[AttentionCall]] = {}
-        self._positions: dict[torch.nn.Module, int] = {}
+        self._lengths: dict[torch.nn.Module, int] = {}
 
     def __call__(self, call: AttentionCall) -> None:
         """Keep what a call adds to its layer."""
         layer = self._layers.get(call.module)
         if layer is None:
             return
-        before = self._positions.get(call.module, 0)
+        before = self._lengths.get(call.module, 0)
         count = call.query.shape[-2]
         if before and count != 1:
             raise RetraceError(f"{call.path} called attention twice for a sequence.")
@@ -126,7 +126,7 @@ class StepRecorder(TensorRecorder):
                 f"{call.path} has other keys in its cache than its queries see by the rules of the "
                 "trace: capture this model without generate."
             )
-        self._positions[call.module] = before + count
+        self._lengths[call.module] = before + count
         added = replace(
             call,
             # Copies, since a view of the last keys would keep all of them.

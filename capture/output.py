@@ -2,48 +2,73 @@
 
 import errno
 import shutil
-from pathlib import Path
 
-from retrace.traces import RetraceError, open_trace
+from retrace.traces import Location, RemoteLocation, RetraceError, half_begun, open_trace
 
 
 class Output:
     """The place of a trace: refuses what stands in the way before any work is done.
 
     With `overwrite` the new trace is written aside, and takes the place of the old one when it is
-    complete. With `resume` an interrupted one goes on, be it aside or in place.
+    complete. With `resume` an interrupted one goes on, be it aside or in place. Under a URL nothing
+    can be renamed: there the old trace is removed when the new one begins.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool, resume: bool) -> None:
+    path: Location
+    writing: Location
+    """Where the trace is written."""
+    resumes: bool
+    """Whether there is an interrupted trace to go on with."""
+
+    def __init__(self, path: Location, *, overwrite: bool, resume: bool) -> None:
         self.path = path
+        if isinstance(path, RemoteLocation):
+            self.writing = path
+            there = path.exists() and not half_begun(path)
+            if there and not (overwrite or resume):
+                raise _exists(path)
+            if there:
+                open_trace(path)  # refuses to replace or go on with what is not a trace
+            self.resumes = resume and there
+            return
         # No names that end in .zarr: these are nothing that a listing of traces should show.
         self._aside = path.with_name(f".{path.name}.replacement")
         self._retired = path.with_name(f".{path.name}.replaced")
         if self._retired.exists() and not path.exists():
             self._retired.rename(path)  # killed between the two renames of `complete`
         if path.exists() and not (overwrite or resume):
-            raise RetraceError(
-                f"{path} exists: go on with it by --resume, replace it by --overwrite, or name "
-                "another place with --out."
-            )
+            raise _exists(path)
         if path.exists() and overwrite:
             open_trace(path)  # refuses to replace what is not a trace
         replaces = path.exists() and (overwrite or self._aside.exists())
         self.writing = self._aside if replaces else path
-        """Path that the trace is written to."""
         self.resumes = resume and self.writing.exists()
-        """Whether there is an interrupted trace to go on with."""
+
+    @classmethod
+    def joined(cls, path: Location, writing: Location) -> "Output":
+        """The output of a process that helps another one, which has looked at what is there."""
+        output = cls.__new__(cls)
+        output.path, output.writing, output.resumes = path, writing, True
+        return output
 
     def clear(self) -> None:
         """Remove what an earlier capture left aside, before a new trace is begun."""
-        shutil.rmtree(self._aside, ignore_errors=True)
+        if isinstance(self.path, RemoteLocation):
+            self.path.remove()
+        else:
+            shutil.rmtree(self._aside, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove the trace that was begun, which nothing was recorded in."""
-        shutil.rmtree(self.writing, ignore_errors=True)
+        if isinstance(self.writing, RemoteLocation):
+            self.writing.remove()
+        else:
+            shutil.rmtree(self.writing, ignore_errors=True)
 
     def check_space(self, needed: int) -> None:
         """Refuse a trace of `needed` bytes that the disk has no room for."""
+        if isinstance(self.path, RemoteLocation):
+            return
         folder = self.path.absolute().parent
         while not folder.exists():
             folder = folder.parent
@@ -56,6 +81,8 @@ class Output:
 
     def complete(self) -> None:
         """Put the finished trace in its place."""
+        if isinstance(self.path, RemoteLocation) or isinstance(self.writing, RemoteLocation):
+            return
         if self.writing != self.path:
             shutil.rmtree(self._retired, ignore_errors=True)
             self.path.rename(self._retired)
@@ -70,6 +97,13 @@ class Output:
             f"The disk is full; what was finished of {self.path} is kept. Make room and give the "
             "same command with --resume (without --overwrite)."
         )
+
+
+def _exists(path: Location) -> RetraceError:
+    return RetraceError(
+        f"{path} exists: go on with it by --resume, replace it by --overwrite, or name another "
+        "place with --out."
+    )
 
 
 def _gigabytes(count: int) -> str:

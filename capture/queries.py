@@ -8,6 +8,10 @@ import numpy.typing as npt
 
 from retrace.traces import RetraceError
 
+OBSERVED = 64
+"""Queries at the end of a prompt that are kept in any case: methods that evict keys, SnapKV first,
+judge the keys by what these attend to."""
+
 
 @dataclass(frozen=True)
 class QuerySelection:
@@ -16,24 +20,29 @@ class QuerySelection:
     kind: Literal["all", "last", "stride"]
     amount: int = 1
 
-    def positions(self, length: int) -> npt.NDArray[np.int32]:
+    def positions(self, length: int, prompt: int | None = None) -> npt.NDArray[np.int32]:
         """Positions (queries,) that are kept of a sequence of `length` positions, ascending.
 
-        The last position is always among them: strides count back from it.
+        Strides count back from the last position. The last `OBSERVED` of the prompt, which is the
+        first `prompt` positions or the whole sequence, are always among those kept.
 
-        >>> QuerySelection("stride", 4).positions(10).tolist()
-        [1, 5, 9]
+        >>> QuerySelection("stride", 4).positions(80)[:5].tolist()
+        [3, 7, 11, 15, 16]
         """
         positions: npt.NDArray[np.int32] = np.arange(length, dtype=np.int32)
+        if self.kind == "all":
+            return positions
+        end = length if prompt is None else prompt
+        kept = (positions >= end - OBSERVED) & (positions < end)
         if self.kind == "last":
-            positions = positions[max(0, length - self.amount) :]
-        if self.kind == "stride":
-            positions = positions[(length - 1 - positions) % self.amount == 0]
-        return positions
+            kept |= positions >= length - self.amount
+        else:
+            kept |= (length - 1 - positions) % self.amount == 0
+        return positions[kept]
 
 
 def parse_queries(text: str) -> QuerySelection:
-    """`all`, `last:N` or `stride:N` as a selection.
+    """`all`, `last:N` or `stride:N` as a selection; both keep the end of the prompt besides.
 
     >>> parse_queries("last:256")
     QuerySelection(kind='last', amount=256)

@@ -13,22 +13,17 @@ from torch import Tensor
 
 from retrace.capture.interface import AttentionCall, unrecordable
 from retrace.capture.rules import mask_fits, read_rules
-from retrace.traces import LayerRules, RetraceError, to_numpy
+from retrace.traces import LayerRules, RetraceError
 
 
 class LayerSink(Protocol):
-    """Where the tensors of a layer go: a `TraceWriter`, or something that feeds one."""
+    """Where the tensors of a layer go: a `WriteQueue`, or what a test puts in its place."""
 
     def write_layer(
-        self,
-        sequence: int,
-        layer: int,
-        query: npt.NDArray[Any],
-        key: npt.NDArray[Any],
-        value: npt.NDArray[Any],
+        self, sequence: int, layer: int, query: Tensor, key: Tensor, value: Tensor
     ) -> None:
-        """Store query (heads, queries, channels), key (kv_heads, positions, channels) and
-        value (kv_heads, positions, value channels) of one sequence."""
+        """Take query (heads, queries, channels), key (kv_heads, positions, channels) and
+        value (kv_heads, positions, value channels) of one sequence, on the model's device."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +115,7 @@ class TensorRecorder:
         self._batch: Sequence[RecordedSequence] = ()
         self._recorded: set[int] = set()
         self._fitting: dict[Any, tuple[Tensor | None, bool]] = {}
+        self._kept: dict[tuple[int, torch.device], Tensor] = {}
         self.samples: dict[int, npt.NDArray[np.float64]] = {}
         """Attention output (queries, heads, value channels) at the sampled positions, by layer."""
 
@@ -128,6 +124,7 @@ class TensorRecorder:
         self._batch = batch
         self._recorded = set()
         self._fitting = {}
+        self._kept = {}
         self.samples = {}
 
     def finish(self) -> None:
@@ -153,25 +150,23 @@ class TensorRecorder:
 
     def _store(self, call: AttentionCall, layer: AttentionLayer) -> None:
         for part in self._batch:
-            positions = torch.from_numpy(part.query_positions).long()
-            whole = len(positions) == part.length
             query = call.query[part.row, :, : part.length]
-            query = query if whole else query[:, positions.to(query.device)]
+            if len(part.query_positions) < part.length:
+                query = query[:, self._positions(part, query.device)]
             key = call.key[part.row, :, : part.length]
             value = call.value[part.row, :, : part.length]
-            for name, tensor in (("queries", query), ("keys", key), ("values", value)):
-                if not bool(torch.isfinite(tensor).all()):
-                    raise RetraceError(
-                        f"{call.path} has {name} that are not finite in sequence {part.sequence}: "
-                        "try another --dtype."
-                    )
-            self._sink.write_layer(
-                part.sequence, layer.index, to_numpy(query), to_numpy(key), to_numpy(value)
-            )
+            self._sink.write_layer(part.sequence, layer.index, query, key, value)
             if part.sampled_positions is not None:
                 sampled = torch.from_numpy(part.sampled_positions).long()
                 output = call.output[part.row, sampled.to(call.output.device)]
                 self.samples[layer.index] = output.cpu().double().numpy()
+
+    def _positions(self, part: RecordedSequence, device: torch.device) -> Tensor:
+        """Positions (queries,) of the kept queries; moved once a batch: a GPU waits for it."""
+        place = (part.row, device)
+        if place not in self._kept:
+            self._kept[place] = torch.from_numpy(part.query_positions).long().to(device)
+        return self._kept[place]
 
     def _check(self, call: AttentionCall, rules: LayerRules) -> None:
         """Refuse a call that follows other rules than those that the trace states."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrace.capture.queries import parse_queries
-from retrace.traces import RetraceError
+from retrace.traces import Location, RetraceError, locate
 
 TASKS = ("wikitext",)
 """Names of the tasks that need no lm-eval-harness; `retrace.capture.tasks` says what each is."""
@@ -56,13 +56,14 @@ class CaptureSettings:
     """Layers to record; all of them by default."""
     queries: str = "all"
     """Queries to keep: all, last:N of each sequence, or stride:N (every N-th, the last included).
-    Keys and values are always kept whole."""
+    The last 64 of the prompt are kept besides, keys and values always whole."""
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
     trust_remote_code: bool = False
     """Run the Python code that a model on the Hub or in a folder brings along."""
     out: str | Path | None = None
-    """Where the trace goes; traces/<model>-<task>.zarr by default."""
+    """Where the trace goes, a path or a URL (s3://bucket/t.zarr); traces/<model>-<task>.zarr by
+    default."""
     overwrite: bool = False
     """Replace an existing trace, once the new one is complete."""
     resume: bool = False
@@ -120,10 +121,10 @@ class CaptureSettings:
         """The tasks that lm-eval-harness reads."""
         return [task for task in self.tasks if task not in TASKS]
 
-    def output(self) -> Path:
+    def output(self) -> Location:
         """Where the trace goes."""
         if self.out is not None:
-            return Path(self.out)
+            return locate(self.out)
         model = Path(self.pretrained.removeprefix("builtin:")).name.removesuffix(".gguf")
         read = [*self.tasks, *(Path(path).stem for path in self.text)]
         return Path("traces") / f"{_slug(model)}-{_slug('-'.join(read))}.zarr"

@@ -15,6 +15,7 @@ from retrace.cli.screen import note, on_terminal, plural, print_json, print_tabl
 if TYPE_CHECKING:
     from retrace.analyze import Results
     from retrace.analyze.run import Progress
+    from retrace.traces import Location
 
 
 @click.command(
@@ -26,7 +27,7 @@ Example:
   retrace analyze traces/pythia-70m-wikitext.zarr --method quest:page=32 --topk 10,50
   retrace analyze --method exact --method ./mine.py:Mine --format json | jq '.[0]'""",
 )
-@click.argument("trace", type=click.Path(path_type=Path), required=False)
+@click.argument("trace", type=click.Path(), required=False)
 @click.option(
     "--method",
     multiple=True,
@@ -101,7 +102,7 @@ Example:
 @click.option("--no-plots", is_flag=True, help="Draw no plots.")
 @CONFIG
 def command(
-    trace: Path | None,
+    trace: str | None,
     method: tuple[str, ...],
     topk: tuple[int, ...],
     out: Path | None,
@@ -115,13 +116,14 @@ def command(
     Without TRACE, the newest one here or in ./traces.
     """
     from retrace.analyze import analyze, parse_spec
+    from retrace.traces import locate
 
     specs = list(dict.fromkeys(str(parse_spec(text)) for text in method))
-    trace = newest_trace() if trace is None else trace
-    out = Path("results", trace.stem) if out is None else out
+    place = newest_trace() if trace is None else locate(trace)
+    out = Path("results", place.stem) if out is None else out
     with progress_bar() as progress:
         results = analyze(
-            trace,
+            place,
             method,
             topk,
             out=out,
@@ -134,10 +136,10 @@ def command(
     if not no_plots:
         plots = results.plot(out / "plots")
         note(f"Plots: {out / 'plots'} ({plural(len(plots), 'picture')})")
-    _note_kept_answers(trace)
+    _note_kept_answers(place)
 
 
-def newest_trace() -> Path:
+def newest_trace() -> "Location":
     """The trace that was captured last, here or in ./traces."""
     from retrace.traces import find_traces
 
@@ -182,9 +184,11 @@ def _default_format() -> str:
     return "table" if on_terminal() else "markdown"
 
 
-def _note_kept_answers(trace: Path) -> None:
+def _note_kept_answers(trace: "Location") -> None:
     from retrace.analyze.run import exact_answers
 
+    if not isinstance(trace, Path):
+        return
     folder = exact_answers(trace)
     held = sum(file.stat().st_size for file in folder.rglob("*.npz")) if folder.is_dir() else 0
     if held:

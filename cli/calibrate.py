@@ -1,6 +1,5 @@
 """`retrace calibrate`: let a method learn what it needs, ahead of replaying it."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,7 +17,7 @@ from retrace.cli.screen import note, plural
 Example:
   retrace calibrate traces/pythia-70m-wikitext.zarr loki""",
 )
-@click.argument("trace", type=click.Path(path_type=Path))
+@click.argument("trace", type=click.Path())
 @click.argument("method")
 @click.option(
     "--sequences",
@@ -39,13 +38,14 @@ Example:
     metavar="NAME",
     help="cpu, cuda or cuda:N; auto is cuda where there is one, else cpu.",
 )
-def command(trace: Path, method: str, **settings: Any) -> None:
+def command(trace: str, method: str, **settings: Any) -> None:
     """Let METHOD learn from some sequences of TRACE, and keep that beside it.
 
     `retrace analyze` does so by itself where it finds nothing.
     """
     from retrace.analyze import calibrate
+    from retrace.traces import locate
 
-    files = calibrate(trace, method, **settings)
+    files = calibrate(locate(trace), method, **settings)
     click.echo(files[0].parent)
     note(f"Calibrated {plural(len(files), 'layer')}.")

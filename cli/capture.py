@@ -17,7 +17,7 @@ from retrace.cli.parameters import names, numbers
 from retrace.cli.screen import note, plural, print_facts, size
 
 if TYPE_CHECKING:
-    from retrace.capture.run import Progress, ShowProgress
+    from retrace.capture.record import Progress, ShowProgress
     from retrace.traces import Trace
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -57,7 +57,8 @@ def setting(*flags: str, **options: Any) -> Callable[[Decorated], Decorated]:
     epilog="""\b
 Example:
   retrace capture --pretrained EleutherAI/pythia-70m --tasks wikitext --limit 10
-  retrace capture --pretrained builtin:smollm2 --text notes.txt --max-length 1024""",
+  retrace capture --pretrained builtin:smollm2 --text notes.txt --max-length 1024
+  torchrun --nproc-per-node 8 -m retrace.cli capture --pretrained Qwen/Qwen3-8B --tasks wikitext""",
 )
 @setting("--pretrained", required=True, metavar="MODEL")
 @setting("--tasks", type=names, metavar="NAME,...")
@@ -81,13 +82,18 @@ Example:
 @CONFIG
 @click.pass_context
 def command(ctx: click.Context, /, **settings: Any) -> None:
-    """Run a model over text and store every layer's queries, keys and values in a trace."""
-    from retrace.capture import capture
+    """Run a model over text and store every layer's queries, keys and values in a trace.
+
+    Under torchrun the processes share the sequences of one trace, each on a GPU of its own.
+    """
+    from retrace.capture import Ranks, capture
 
     # What was not given has its default in CaptureSettings.
     given = {name: value for name, value in settings.items() if value is not None}
     with progress_bar() as progress:
         trace = capture(**given, command=ctx.meta[TYPED], progress=progress)
+    if not Ranks.from_environment().first:
+        return  # of several processes one prints
     tokens = sum(trace.length(sequence) for sequence in trace.sequences)
     print_facts(
         [
@@ -120,6 +126,8 @@ def progress_bar() -> Iterator["ShowProgress"]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
+    from retrace.capture import Ranks
+
     console = Console(stderr=True)
     bar = Bar(
         TextColumn("{task.description}"),
@@ -128,7 +136,7 @@ def progress_bar() -> Iterator["ShowProgress"]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and Ranks.from_environment().first),
     )
     with bar:
         row = bar.add_task("", total=None, facts="")
@@ -158,5 +166,5 @@ def progress_bar() -> Iterator["ShowProgress"]:
             )
 
         yield show
-    if not begun:
+    if not begun and Ranks.from_environment().first:
         note("Nothing was left to record.")

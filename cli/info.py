@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
 Example:
   retrace info traces/pythia-70m-wikitext.zarr""",
 )
-@click.argument("trace", type=click.Path(path_type=Path))
+@click.argument("trace", type=click.Path())
 @FORMAT
-def command(trace: Path, format: str) -> None:
+def command(trace: str, format: str) -> None:
     """Print what TRACE holds: model, sequences, layers and their rules."""
     from retrace.traces import open_trace
 

@@ -1,7 +1,7 @@
 """`retrace traces`: the traces that are here."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,6 +9,9 @@ from retrace.cli.command import Command
 from retrace.cli.facts import model_name, task_names
 from retrace.cli.parameters import FORMAT
 from retrace.cli.screen import note, print_json, print_table, ranges, size
+
+if TYPE_CHECKING:
+    from retrace.traces import Location
 
 
 @click.command(
@@ -19,20 +22,23 @@ Example:
   retrace traces
   retrace traces /data/captures --format json""",
 )
-@click.argument("folder", type=click.Path(path_type=Path), default=".")
+@click.argument("folder", type=click.Path(), default=".")
 @FORMAT
-def command(folder: Path, format: str) -> None:
+def command(folder: str, format: str) -> None:
     """List the traces in FOLDER and FOLDER/traces, the newest last; FOLDER is here by default."""
-    from retrace.traces import RetraceError, find_traces
+    from retrace.traces import RetraceError, find_traces, locate
 
-    if not folder.is_dir():
+    place = locate(folder)
+    if isinstance(place, Path) and not place.is_dir():
         raise RetraceError(f"There is no folder {folder}.")
-    found = [_facts(path) for path in find_traces(folder)]
+    found = [_facts(path) for path in find_traces(place)]
     if format == "json":
         print_json(found)
         return
     if not found:
-        note(f"There is no trace in {folder} or {folder / 'traces'}; `retrace capture` makes one.")
+        note(
+            f"There is no trace in {folder} or its sub-folder traces; `retrace capture` makes one."
+        )
         return
     print_table(
         ["Trace", "Model", "Task", "Layers", "Sequences", "Tokens", "Dtype", "Size"],
@@ -53,7 +59,7 @@ def command(folder: Path, format: str) -> None:
     )
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: "Location") -> dict[str, Any]:
     from retrace.traces import open_trace
 
     trace = open_trace(path)

@@ -1,7 +1,8 @@
 """Traces: the queries, keys and values of a model, in a Zarr store that any client can read."""
 
 from retrace.traces.errors import RetraceError
-from retrace.traces.reader import Layer, Trace, find_traces, open_trace
+from retrace.traces.location import Location, RemoteLocation, locate
+from retrace.traces.reader import Layer, Trace, find_traces, half_begun, open_trace
 from retrace.traces.rotation import Rotation
 from retrace.traces.schema import FORMAT_VERSION, PHASES, LayerRules
 from retrace.traces.tensors import to_numpy, to_torch
@@ -12,12 +13,16 @@ __all__ = [
     "PHASES",
     "Layer",
     "LayerRules",
+    "Location",
+    "RemoteLocation",
     "RetraceError",
     "Rotation",
     "Trace",
     "TraceWriter",
     "create_trace",
     "find_traces",
+    "half_begun",
+    "locate",
     "open_trace",
     "resume_trace",
     "tensor_bytes",

@@ -13,6 +13,7 @@ import zarr
 
 from retrace.traces.bfloat16 import register
 from retrace.traces.errors import RetraceError
+from retrace.traces.location import Location, RemoteLocation, locate, open_store
 from retrace.traces.rotation import Rotation
 from retrace.traces.schema import DTYPES, FORMAT_KEY, FORMAT_VERSION, LayerRules
 
@@ -78,7 +79,7 @@ class Layer:
 class Trace:
     """A captured trace: what was planned, what is finished, and the recorded layers."""
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
+    def __init__(self, path: Location, group: zarr.Group) -> None:
         self.path = path
         self.attributes: dict[str, Any] = dict(group.attrs)
         self._group = group
@@ -203,21 +204,21 @@ class Trace:
         )
 
 
-def open_trace(path: str | Path) -> Trace:
+def open_trace(path: str | Location) -> Trace:
     """Open a trace for reading; sequences that are not finished are left out.
 
     Raises:
         RetraceError: there is nothing at `path`, it is no trace, or its format is newer.
     """
-    path = Path(path)
+    path = locate(path)
     if not path.exists():
         raise RetraceError(f"There is no trace at {path}. `retrace traces` lists those here.")
-    try:
-        # Not the consolidated metadata: it is written once, when a capture is complete.
-        group = zarr.open_group(path, mode="r", use_consolidated=False)
-        attributes: Mapping[str, Any] = dict(group.attrs)
-    except (OSError, ValueError, KeyError) as error:
-        raise RetraceError(f"{path} is not a trace: it is no Zarr group.") from error
+    group = _open_group(path)
+    attributes: Mapping[str, Any] = dict(group.attrs)
+    if _half_begun(attributes):
+        raise RetraceError(
+            f"{path} was being created when its capture ended: give the same capture again."
+        )
     version = attributes.get(FORMAT_KEY)
     if not isinstance(version, int):
         raise RetraceError(f"{path} is a Zarr group but no trace: it has no {FORMAT_KEY!r}.")
@@ -231,9 +232,33 @@ def open_trace(path: str | Path) -> Trace:
     return Trace(path, group)
 
 
-def find_traces(folder: str | Path) -> list[Path]:
-    """The traces directly in `folder` or in its sub-folder `traces`, the newest last."""
-    folder = Path(folder)
+def half_begun(path: Location) -> bool:
+    """Whether a capture ended while it was creating the trace at `path`, which holds nothing yet.
+
+    Only under a URL: on a local disk a trace is created aside and renamed.
+    """
+    return path.exists() and _half_begun(dict(_open_group(path).attrs))
+
+
+def _half_begun(attributes: Mapping[str, Any]) -> bool:
+    return FORMAT_KEY in attributes and attributes[FORMAT_KEY] is None
+
+
+def _open_group(path: Location) -> zarr.Group:
+    try:
+        # Not the consolidated metadata: it is written once, when a capture is complete.
+        store = open_store(path, read_only=True)
+        return zarr.open_group(store, mode="r", use_consolidated=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise RetraceError(f"{path} is not a trace: it is no Zarr group.") from error
+
+
+def find_traces(folder: str | Location) -> list[Location]:
+    """The traces directly in `folder` or in its sub-folder `traces`, the newest last; those under
+    a URL by name."""
+    folder = locate(folder)
+    if isinstance(folder, RemoteLocation):
+        return [place for place in folder.traces() if _is_trace(place)]
     found = [
         path
         for place in (folder, folder / "traces")
@@ -241,10 +266,11 @@ def find_traces(folder: str | Path) -> list[Path]:
         if _is_trace(path)
     ]
     # The flags of finished sequences are the last thing that a capture writes.
-    return sorted(found, key=lambda path: (_last_change(path / "done"), str(path)))
+    found.sort(key=lambda path: (_last_change(path / "done"), str(path)))
+    return [*found]
 
 
-def _is_trace(path: Path) -> bool:
+def _is_trace(path: Location) -> bool:
     try:
         open_trace(path)
     except RetraceError:

@@ -3,7 +3,6 @@
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from retrace.traces.errors import RetraceError
+from retrace.traces.location import Location, RemoteLocation, explained, open_store
 from retrace.traces.reader import open_trace
 from retrace.traces.schema import (
     DTYPES,
@@ -21,11 +21,14 @@ from retrace.traces.schema import (
     TENSOR_AXES,
     LayerRules,
 )
+from retrace.traces.shards import shard_length, write_shard
 
 CHUNK_POSITIONS = 16384
 """Longest run of positions in one inner chunk."""
-SHARD_BYTES = 1 << 30
-"""A sequence's tensor of a layer is one shard up to this size; above, several along position."""
+SHARD_BYTES = 1 << 28
+"""A sequence's tensor of a layer is one shard up to this size; above, several along position.
+
+What is written is in memory a shard at a time; a disk is no faster with larger ones."""
 
 
 class TraceWriter:
@@ -35,9 +38,11 @@ class TraceWriter:
     small arrays have one sequence per chunk, so that no two sequences share a stored object.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
-        self._group = zarr.open_group(path, mode="r+", use_consolidated=False)
+        store = open_store(path, read_only=False)
+        self._group = zarr.open_group(store, mode="r+", use_consolidated=False)
+        self._tensors: dict[str, zarr.Array[Any]] = {}  # opened once: each costs a read
 
     def write_layer(
         self,
@@ -53,16 +58,27 @@ class TraceWriter:
         value (kv_heads, positions, value channels).
         """
         for name, tensor in (("query", query), ("key", key), ("value", value)):
-            # Zarr leaves out a chunk that equals the fill value, and takes bfloat16's -0 for 0.
-            with zarr.config.set({"array.write_empty_chunks": True}):
-                array = self._group[f"layers/{layer}/{name}"]
-            assert isinstance(array, zarr.Array)
-            if tensor.dtype != array.dtype:
-                raise TypeError(f"{name} is {tensor.dtype}, the trace stores {array.dtype}.")
-            # The whole shard at once: a part of one would be read back, changed and rewritten.
-            shard = np.zeros(array.shape[1:], array.dtype)
-            shard[:, : tensor.shape[1]] = tensor
-            array[sequence] = shard
+            length = self.shard_length(layer, name)
+            for start in range(0, tensor.shape[1], length):
+                self.write_shard(sequence, layer, name, start, tensor[:, start : start + length])
+
+    def shard_length(self, layer: int, name: str) -> int:
+        """Positions of one shard of a layer's query, key or value."""
+        return shard_length(self._tensor(layer, name))
+
+    def write_shard(
+        self, sequence: int, layer: int, name: str, start: int, part: npt.NDArray[Any]
+    ) -> None:
+        """Store `part` (heads, positions, channels) of a layer's query, key or value, from position
+        `start` on: a whole shard, or what the sequence has of its last one.
+
+        May be called on several threads at once, for different shards. On a local disk the shard
+        is there for good when this returns.
+        """
+        array = self._tensor(layer, name)
+        if part.dtype != array.dtype:
+            raise TypeError(f"{name} is {part.dtype}, the trace stores {array.dtype}.")
+        write_shard(array, sequence, start, part)
 
     def finish_sequence(self, sequence: int, nll: npt.NDArray[np.float32]) -> None:
         """Store the negative log-likelihoods (positions,) and mark the sequence complete."""
@@ -76,6 +92,12 @@ class TraceWriter:
             warnings.simplefilter("ignore")
             zarr.consolidate_metadata(self._group.store)
 
+    def _tensor(self, layer: int, name: str) -> "zarr.Array[Any]":
+        key = f"layers/{layer}/{name}"
+        if key not in self._tensors:
+            self._tensors[key] = self._array(key)
+        return self._tensors[key]
+
     def _array(self, name: str) -> "zarr.Array[Any]":
         array = self._group[name]
         assert isinstance(array, zarr.Array)
@@ -83,7 +105,7 @@ class TraceWriter:
 
 
 def create_trace(
-    path: Path,
+    path: Location,
     *,
     rules: Mapping[int, LayerRules],
     tokens: Sequence[npt.NDArray[np.int32]],
@@ -106,6 +128,14 @@ def create_trace(
     """
     if path.exists():
         raise RetraceError(f"{path} exists already.")
+    if isinstance(path, RemoteLocation):
+        with explained(path):
+            # Nothing can be renamed there: without a version it is a trace that is half begun.
+            store = open_store(path, read_only=False)
+            group = zarr.open_group(store, mode="w", attributes={FORMAT_KEY: None})
+            _create_arrays(group, rules, tokens, query_positions, phases, dtype)
+            group.attrs.update({FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes})
+        return TraceWriter(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Built aside and renamed, so that a trace either holds its whole plan or is not there.
     aside = path.with_name(f".{path.name}.new")
@@ -114,11 +144,7 @@ def create_trace(
         group = zarr.open_group(
             aside, mode="w", attributes={FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes}
         )
-        _create_small_arrays(group, tokens, query_positions, phases or _all_context(tokens))
-        positions = max(len(t) for t in tokens)
-        queries = max(len(q) for q in query_positions)
-        for layer, layer_rules in rules.items():
-            _create_layer(group, layer, layer_rules, len(tokens), positions, queries, dtype)
+        _create_arrays(group, rules, tokens, query_positions, phases, dtype)
         aside.rename(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -127,7 +153,7 @@ def create_trace(
 
 
 def resume_trace(
-    path: Path,
+    path: Location,
     *,
     rules: Mapping[int, LayerRules],
     tokens: Sequence[npt.NDArray[np.int32]],
@@ -179,6 +205,21 @@ def tensor_bytes(
         for r in rules.values()
     )
     return per_sequence * len(tokens) * DTYPES[dtype].itemsize
+
+
+def _create_arrays(
+    group: zarr.Group,
+    rules: Mapping[int, LayerRules],
+    tokens: Sequence[npt.NDArray[np.int32]],
+    query_positions: Sequence[npt.NDArray[np.int32]],
+    phases: Sequence[npt.NDArray[np.int8]] | None,
+    dtype: str,
+) -> None:
+    _create_small_arrays(group, tokens, query_positions, phases or _all_context(tokens))
+    positions = max(len(t) for t in tokens)
+    queries = max(len(q) for q in query_positions)
+    for layer, layer_rules in rules.items():
+        _create_layer(group, layer, layer_rules, len(tokens), positions, queries, dtype)
 
 
 def _all_context(tokens: Sequence[npt.NDArray[np.int32]]) -> list[npt.NDArray[np.int8]]:

@@ -30,7 +30,7 @@ def test_smollm2(tmp_path: Path) -> None:
     assert (rules.heads, rules.kv_heads, rules.key_dim) == (9, 3, 64)
     assert rules.scale == 0.125
     assert rules.module == "model.layers.15.self_attn"
-    assert trace.layer(29).query(0).shape == (9, 16, 64)
+    assert trace.layer(29).query(0).shape == (9, 64, 64)
     assert trace.layer(29).key(0).shape == (3, 200, 64)
     assert 1 < trace.perplexity() < 30  # a random model's would be 49,152
     assert np.abs(trace.layer(0).key(0).astype(np.float32)).max() > 1

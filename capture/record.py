@@ -1,0 +1,220 @@
+"""Recording: the model runs over every sequence, and what its attention sees is stored."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from retrace.capture.check import check_stored, sampled_positions
+from retrace.capture.decode import StepRecorder
+from retrace.capture.interface import observed_attention
+from retrace.capture.likelihood import next_token_nll
+from retrace.capture.models import input_device
+from retrace.capture.output import Output
+from retrace.capture.plan import Plan
+from retrace.capture.queue import WriteQueue
+from retrace.capture.ranks import Meeting
+from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
+from retrace.traces import Location, RetraceError, Trace, TraceWriter, open_trace
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a capture has come."""
+
+    stage: Literal["loading", "checking", "recording"]
+    """Loading the model and the text, checking that it can be recorded, or recording."""
+    sequences: int = 0
+    """Sequences that are finished, those of an interrupted capture included."""
+    total_sequences: int = 0
+    tokens: int = 0
+    """Tokens of the finished sequences."""
+    total_tokens: int = 0
+    bytes: int = 0
+    """Bytes of queries, keys and values that the trace holds so far."""
+    total_bytes: int = 0
+
+
+ShowProgress = Callable[[Progress], None]
+
+
+def record(
+    model: Any,
+    layers: Mapping[int, AttentionLayer],
+    plan: Plan,
+    batch_size: int,
+    output: Output,
+    meeting: Meeting,
+    show: ShowProgress,
+) -> Trace:
+    """Run the model over every sequence that the trace does not hold yet.
+
+    Of several processes the first begins and completes the trace; each records whole batches of
+    its own, and computes in each what one process alone would.
+    """
+    if meeting.ranks.first:
+        done = _begin(plan, output)
+        writer = plan.open(output)
+        meeting.tell("begun", {"writing": str(output.writing), "done": sorted(done)})
+    else:
+        done = set(meeting.hear("begun")["done"])
+        writer = plan.open(output)
+    show(_progress(plan, done))
+    batches = _pending_batches(batch_size, len(plan.tokens), done)
+    ours = batches[meeting.ranks.rank :: meeting.ranks.size]
+    try:
+        _record_batches(model, layers, plan, ours, done, writer, meeting, show)
+    except RetraceError:
+        alone = meeting.ranks.size == 1
+        if alone and not output.resumes and not open_trace(output.writing).sequences:
+            output.discard()
+        raise
+    if meeting.ranks.first:
+        _wait_for_others(plan, done, output, meeting, show)
+        writer.close()
+        output.complete()
+        meeting.tell("complete")
+    else:
+        meeting.tell(f"written {meeting.ranks.rank}")
+        meeting.hear("complete")
+    return open_trace(output.path)
+
+
+def _begin(plan: Plan, output: Output) -> set[int]:
+    """Make room for the trace; the sequences that it holds already."""
+    if not output.resumes:
+        output.clear()
+    done = set(open_trace(output.writing).sequences) if output.resumes else set()
+    count = len(plan.tokens)
+    output.check_space(plan.bytes() * (count - len(done)) // count)
+    return done
+
+
+def _record_batches(
+    model: Any,
+    layers: Mapping[int, AttentionLayer],
+    plan: Plan,
+    batches: Sequence[range],
+    done: set[int],
+    writer: TraceWriter,
+    meeting: Meeting,
+    show: ShowProgress,
+) -> None:
+    """Record batches, each written while the next is computed; what is written joins `done`."""
+    recorder_class = StepRecorder if plan.generates else TensorRecorder
+    with (
+        WriteQueue(writer) as queue,
+        torch.inference_mode(),
+        observed_attention(model, recorder := recorder_class(queue, layers)),
+    ):
+        before: list[int] = []
+        for batch in batches:
+            meeting.check()
+            first = not before
+            parts = _missing_parts(plan, batch, done, layers if first else None)
+            nll = _run_batch(model, recorder, plan, batch, parts)
+            if first:
+                queue.drain()
+                _check_first(writer.path, parts[0], recorder)
+            else:
+                queue.wait_for(before)
+                done.update(before)
+                show(_progress(plan, done))
+            for part in parts:
+                queue.finish_sequence(part.sequence, nll[part.row, : part.length])
+            before = [part.sequence for part in parts]
+        queue.wait_for(before)
+        done.update(before)
+    if batches:
+        show(_progress(plan, done))
+
+
+def _wait_for_others(
+    plan: Plan, done: set[int], output: Output, meeting: Meeting, show: ShowProgress
+) -> None:
+    """Wait until the other processes have written their share."""
+    while len(done) < len(plan.tokens):
+        meeting.pause(progress=len(done))
+        done = set(open_trace(output.writing).sequences)
+        show(_progress(plan, done))
+    for rank in range(1, meeting.ranks.size):
+        meeting.hear(f"written {rank}")
+
+
+def _pending_batches(size: int, count: int, done: set[int]) -> list[range]:
+    """The batches of a capture that hold a sequence which is not done.
+
+    A batch is run again as it was though some of it be done: results must not depend, by a
+    rounding, on where a capture was interrupted.
+    """
+    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    return [batch for batch in batches if not done.issuperset(batch)]
+
+
+def _missing_parts(
+    plan: Plan,
+    batch: range,
+    done: set[int],
+    to_check: Mapping[int, AttentionLayer] | None,
+) -> list[RecordedSequence]:
+    """The sequences of a batch that are not done; of the first, what is `to_check`, is sampled."""
+    parts: list[RecordedSequence] = []
+    for row, sequence in enumerate(batch):
+        if sequence in done:
+            continue
+        kept = plan.query_positions[sequence]
+        sampled = None
+        if to_check is not None and not parts:
+            sampled = sampled_positions(kept, to_check)
+        parts.append(RecordedSequence(row, sequence, len(plan.tokens[sequence]), kept, sampled))
+    return parts
+
+
+def _run_batch(
+    model: Any,
+    recorder: TensorRecorder,
+    plan: Plan,
+    batch: range,
+    parts: Sequence[RecordedSequence],
+) -> npt.NDArray[np.float32]:
+    """Record one batch; its negative log-likelihoods (batch, positions)."""
+    lengths = [len(plan.tokens[s]) for s in batch]
+    # Padding on the right needs no mask: no position sees a later one. Any token will do.
+    tokens = np.zeros((len(batch), max(lengths)), np.int64)
+    for row, s in enumerate(batch):
+        tokens[row, : lengths[row]] = plan.tokens[s]
+    recorder.start(parts)
+    prompt = plan.read_at_once(batch[0]) if plan.generates else None
+    nll = next_token_nll(model, torch.from_numpy(tokens).to(input_device(model)), prompt)
+    recorder.finish()
+    for row, length in enumerate(lengths):
+        nll[row, length - 1 :] = torch.nan
+    for part in parts:
+        if not bool(torch.isfinite(nll[part.row, : part.length - 1]).all()):
+            raise RetraceError(
+                f"The model's likelihoods are not finite in sequence {part.sequence}: try another "
+                "--dtype."
+            )
+    likelihoods: npt.NDArray[np.float32] = nll.numpy()
+    return likelihoods
+
+
+def _check_first(path: Location, part: RecordedSequence, recorder: TensorRecorder) -> None:
+    assert part.sampled_positions is not None
+    check_stored(open_trace(path), part.sequence, part.sampled_positions, recorder.samples)
+
+
+def _progress(plan: Plan, done: set[int]) -> Progress:
+    lengths = [len(t) for t in plan.tokens]
+    return Progress(
+        "recording",
+        sequences=len(done),
+        total_sequences=len(lengths),
+        tokens=sum(lengths[s] for s in done),
+        total_tokens=sum(lengths),
+        bytes=plan.bytes() * len(done) // len(lengths),
+        total_bytes=plan.bytes(),
+    )

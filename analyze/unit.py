@@ -32,6 +32,8 @@ class Unit:
     """(positions, value channels)"""
     sinks: Tensor | None
     """Learned logit per query head (group,), where the layer has them."""
+    dtype: torch.dtype = torch.float32
+    """What the trace holds them in, if that is narrower: they are exact in it."""
 
     @cached_property
     def mean_values(self) -> Tensor:
@@ -70,6 +72,7 @@ def load_units(layer: Layer, sequence: int, device: torch.device) -> Iterator[Un
             keys[kv_head].float(),
             values[kv_head].float(),
             sinks,
+            queries.dtype if itemsize < torch.float32.itemsize else torch.float32,
         )
 
 

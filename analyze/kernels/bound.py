@@ -19,7 +19,12 @@ def bound(maxima: Tensor, k: int) -> Tensor:
     result = maxima.new_empty(maxima.shape[:-1])
     groups = maxima.shape[-1]
     _bound[(result.numel(),)](
-        maxima, result, k, GROUPS=groups, WIDTH=triton.next_power_of_2(groups), BITS=BITS,
+        maxima,
+        result,
+        k,
+        GROUPS=groups,
+        WIDTH=triton.next_power_of_2(groups),
+        BITS=BITS,
         num_warps=WARPS,
     )
     return result
@@ -32,9 +37,7 @@ def plain_bound(maxima: Tensor, k: int) -> Tensor:
 
 
 @triton.jit
-def _bound(
-    maxima, result, k, GROUPS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr
-):
+def _bound(maxima, result, k, GROUPS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, WIDTH)
     value = tl.load(maxima + row * GROUPS + group, mask=group < GROUPS, other=float("-inf"))

@@ -35,7 +35,9 @@ def exact(block: Block, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     with torch.cuda.device_of(block.queries):
         parts = [answers(Inputs.of(part), ranks) for part in _parts(block)]
-    ids, log_normalizer, output = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    ids, log_normalizer, output = (
+        torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)
+    )
     return ids, log_normalizer, output
 
 

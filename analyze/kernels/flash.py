@@ -119,7 +119,9 @@ def _flash(
     sums = tl.zeros([TILE_QUERIES, VALUE_WIDTH], tl.float32)
     for turn in range(TURNS):
         group = tl.full([TILE_QUERIES, TILE_KEYS], float("-inf"), tl.float32)
-        for tile in range(full_start + (turn - full_start % TURNS + TURNS) % TURNS, full_end, TURNS):
+        for tile in range(
+            full_start + (turn - full_start % TURNS + TURNS) % TURNS, full_end, TURNS
+        ):
             key = tile * TILE_KEYS + column
             k = load_rows(keys, key, key_count, KEY_DIM, KEY_WIDTH, False)
             v = load_rows(values, key, key_count, VALUE_DIM, VALUE_WIDTH, False)

@@ -18,8 +18,16 @@ def reaching(scores: Tensor, k: int, groups: int, capacity: int) -> tuple[Tensor
     found = scores.new_empty((rows, capacity), dtype=torch.int64)
     counts = scores.new_empty(rows, dtype=torch.int32)
     _reaching[(rows,)](
-        scores, found, counts, keys, k, GROUPS=groups, WIDTH=triton.next_power_of_2(groups),
-        CAPACITY=capacity, BITS=BITS, num_warps=WARPS,
+        scores,
+        found,
+        counts,
+        keys,
+        k,
+        GROUPS=groups,
+        WIDTH=triton.next_power_of_2(groups),
+        CAPACITY=capacity,
+        BITS=BITS,
+        num_warps=WARPS,
     )
     return found, counts
 

@@ -16,7 +16,12 @@ def order(found: Tensor, counts: Tensor, k: int, capacity: int) -> Tensor:
     """
     ids = found.new_empty((*counts.shape, k))
     _order[(counts.numel(),)](
-        found, counts, ids, RANKS=k, CAPACITY=capacity, LENGTH=found.shape[-1],
+        found,
+        counts,
+        ids,
+        RANKS=k,
+        CAPACITY=capacity,
+        LENGTH=found.shape[-1],
         num_warps=max(1, capacity // CANDIDATES_PER_WARP),
     )
     return ids

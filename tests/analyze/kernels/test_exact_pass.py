@@ -29,8 +29,8 @@ def assert_right(inputs: Inputs, ranks: int) -> None:
         inputs = replace(
             inputs,
             queries=inputs.queries[:, few].contiguous(),
-            positions=inputs.positions[few],
-            first=inputs.first[few],
+            positions=inputs.positions[few].contiguous(),
+            first=inputs.first[few].contiguous(),
         )
     ids, log_normalizer, output = exact.answers(inputs, ranks)
     assert torch.equal(ids, by_sorting(inputs.products(), ranks))

@@ -14,9 +14,9 @@ def turns_for(k: int, tile_keys: int) -> int:
     leave few too many. The number is odd, so that text that repeats after a power of 2 does not
     gather its like in one group.
     """
-    return max(LEAST_TURNS, triton.next_power_of_2(4 * k) // tile_keys - 1)
+    return max(LEAST_TURNS, int(triton.next_power_of_2(4 * k)) // tile_keys - 1)
 
 
 def capacity_for(k: int) -> int:
     """Length of a list of candidates for the k best, a power of 2."""
-    return triton.next_power_of_2(k + k // 2 + 32)
+    return int(triton.next_power_of_2(k + k // 2 + 32))

@@ -30,7 +30,7 @@ class Tiles:
 
 def width(channels: int) -> int:
     """Channels of a tile: a power of 2, and no fewer than the tensor cores multiply."""
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, int(triton.next_power_of_2(channels)))
 
 
 def tiles_for(dtype: torch.dtype, channels: int, tiles: Tiles) -> Tiles:

@@ -5,13 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BITS = 32
+BITS = 20
 """Leading bits of the bound that are found; the others round it down."""
 WARPS = 1
 
 
-def bound(maxima: Tensor, k: int) -> Tensor:
-    """The k-th largest of each row of maxima (..., groups) float32: (...,) float32.
+def bound(maxima: Tensor, k: int, bits: int = BITS) -> Tensor:
+    """The k-th largest of each row of maxima (..., groups) float32, rounded down to its leading
+    `bits` bits: (...,) float32.
 
     Where fewer are finite, the least finite number. Found bit by bit, from the sign on: whether k
     maxima reach the number with the next bit set.
@@ -24,7 +25,7 @@ def bound(maxima: Tensor, k: int) -> Tensor:
         k,
         GROUPS=groups,
         WIDTH=triton.next_power_of_2(groups),
-        BITS=BITS,
+        BITS=bits,
         num_warps=WARPS,
     )
     return result

@@ -8,7 +8,7 @@ from torch import Tensor
 from retrace.analyze.kernels.inputs import Inputs
 from retrace.analyze.kernels.tiles import Tiles, key_tiles, load_rows, tiles_for, width
 
-TILES = Tiles(queries=128, keys=64, warps=8, stages=3)
+TILES = Tiles(queries=64, keys=64, warps=4, stages=3)
 SPLIT = True
 """Whether weights of 16 bits are multiplied as a sum of two, to keep about float32's precision."""
 

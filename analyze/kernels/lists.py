@@ -5,6 +5,8 @@ import triton
 MOST_RANKS = 1024
 """The largest budget whose candidates are sorted within one program."""
 LEAST_TURNS = 7
+LEAST_CAPACITY = 256
+"""Where keys are alike, shorter lists overflow, and redoing those rows costs more than sorting."""
 
 
 def turns_for(k: int, tile_keys: int) -> int:
@@ -19,4 +21,4 @@ def turns_for(k: int, tile_keys: int) -> int:
 
 def capacity_for(k: int) -> int:
     """Length of a list of candidates for the k best, a power of 2."""
-    return int(triton.next_power_of_2(k + k // 2 + 32))
+    return max(LEAST_CAPACITY, int(triton.next_power_of_2(k + k // 2 + 32)))

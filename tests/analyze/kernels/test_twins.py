@@ -60,7 +60,13 @@ def test_bound(device: torch.device) -> None:
     maxima[6] = -maxima[6].abs()
     maxima = maxima.to(device)
     for k in (1, 4, 96):
-        assert torch.equal(bound(maxima, k), plain_bound(maxima, k))
+        exact = plain_bound(maxima, k)
+        assert torch.equal(bound(maxima, k, bits=32), exact)
+        rounded = bound(maxima, k)
+        assert bool((rounded <= exact).all())
+        # 20 bits are the sign, the exponent and 11 of the fraction; -0.0 becomes a subnormal.
+        off = 2.0**-11 * exact.abs() + torch.finfo(torch.float32).tiny
+        assert bool((exact - rounded <= off).all())
 
 
 def test_order(device: torch.device) -> None:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retrace.analyze import kernels
 from retrace.analyze.top import top
 from retrace.analyze.unit import Block, Unit
 
@@ -35,6 +36,11 @@ class Reference:
 
 def exact_pass(block: Block, ranks: int) -> Reference:
     """Scores, best keys, normalizer and output of a block of queries, in one pass."""
+    if kernels.usable(block.queries):
+        from retrace.analyze.kernels.exact import exact, fits
+
+        if fits(block, ranks):
+            return Reference(*exact(block, ranks))
     scores = block.scores
     best, ids = top(scores, ranks)
     largest = best[..., :1]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from retrace.analyze import kernels
+
 GROUP = 16
 """Most scores that share one maximum when the bound is looked for."""
 
@@ -21,6 +23,22 @@ def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     *lead, keys = scores.shape
     rows = scores.reshape(-1, keys)
+    if kernels.usable(rows) and rows.dtype == torch.float32:
+        from retrace.analyze.kernels.select import fits, select
+
+        if fits(k):
+            ids, right = select(rows, k)
+            if not right.all():
+                ids[~right] = _top(rows[~right], k)[1]
+            best = rows.gather(-1, ids.clamp(min=0)).masked_fill_(ids < 0, -torch.inf)
+            return best.reshape(*lead, k), ids.reshape(*lead, k)
+    best, ids = _top(rows, k)
+    return best.reshape(*lead, k), ids.reshape(*lead, k)
+
+
+def _top(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of scores (rows, keys)."""
+    keys = rows.shape[1]
     # The least finite number keeps -inf, which means "not visible", out of the candidates.
     bound = _bound(rows, min(k, keys)).clamp_(min=torch.finfo(rows.dtype).min)
     flat = (rows >= bound).reshape(-1).nonzero().squeeze(-1)
@@ -34,8 +52,7 @@ def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     candidates.view(-1)[place] = rows.reshape(-1)[flat]
     ids.view(-1)[place] = flat - row * keys
     candidates, order = torch.sort(candidates, dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, order[:, :k])
-    return candidates[:, :k].reshape(*lead, k), ids.reshape(*lead, k)
+    return candidates[:, :k], ids.gather(-1, order[:, :k])
 
 
 def _bound(rows: Tensor, k: int) -> Tensor:

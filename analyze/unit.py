@@ -60,6 +60,8 @@ class Unit:
     """Learned logit per query head (group,), where the layer has them."""
     neighbours: "Neighbours | None" = None
     """The other kv heads and layers of the sequence; None where there is no trace to read."""
+    dtype: torch.dtype = torch.float32
+    """What the trace holds them in, if that is narrower: they are exact in it."""
 
     @cached_property
     def mean_values(self) -> Tensor:
@@ -102,6 +104,7 @@ def load_units(layer: Layer, sequence: int, device: torch.device) -> Iterator[Un
             values[kv_head].float(),
             sinks,
             neighbours,
+            queries.dtype if itemsize < torch.float32.itemsize else torch.float32,
         )
 
 

@@ -2,11 +2,15 @@
 
     python benchmarks/replay.py --trace t.zarr --layer 10
 
-Without a trace it takes random tensors of SmolLM2's shape. Compared are, for one layer:
+    python benchmarks/replay.py --device cuda --topk 64 256 --alike 64
+
+Without a trace it takes random tensors: of SmolLM2's shape in float32, or on a GPU of 32 heads over
+8 kv heads of 128 channels in bfloat16. `--alike n` makes n neighbouring keys alike, one of 200
+clusters that queries lean towards. Compared are, for one layer:
 
 - SDPA: `torch.nn.functional.scaled_dot_product_attention`, forward, causal: what a model pays;
 - two matrices: scores and their copy without the unselected keys, both whole, and recall from sets,
-  query by query: the way that scripts about one method usually go;
+  query by query: the way that scripts about one method usually go (not on a GPU);
 - plain blocks: scores of a block of queries, `torch.topk` and a softmax;
 - retrace: the exact pass, with ties settled, output, normalizer and every budget up to k.
 
@@ -23,7 +27,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.reference import exact_pass
-from retrace.analyze.unit import HeadGroup, Unit, load_units
+from retrace.analyze.unit import Block, HeadGroup, Unit, load_units
 from retrace.traces import LayerRules, open_trace
 
 
@@ -32,10 +36,12 @@ def main() -> None:
     arguments = _parse()
     torch.set_num_threads(arguments.threads)
     units = _units(arguments)
-    keys = torch.stack([unit.keys for unit in units])
-    queries = torch.cat([unit.queries for unit in units])
-    values = torch.stack([unit.values for unit in units])
-    rows = [("SDPA forward", None, _least(lambda: _sdpa(queries, keys, values), arguments.repeat))]
+    dtype = units[0].dtype
+    keys = torch.stack([unit.keys for unit in units]).to(dtype)
+    queries = torch.cat([unit.queries for unit in units]).to(dtype)
+    values = torch.stack([unit.values for unit in units]).to(dtype)
+    on_gpu = keys.is_cuda
+    rows = [("SDPA forward", None, *_least(lambda: _sdpa(queries, keys, values), arguments.repeat))]
     for k in arguments.topk:
         for name, run in (
             ("two matrices and sets", lambda k=k: _two_matrices(queries, keys, values, k)),
@@ -43,7 +49,8 @@ def main() -> None:
             ("retrace exact pass", lambda k=k: _exact_pass(units, k)),
         ):
             slow = name.startswith("two")
-            rows.append((name, k, _least(run, 1 if slow else arguments.repeat)))
+            if not (slow and on_gpu):
+                rows.append((name, k, *_least(run, 1 if slow else arguments.repeat)))
     text = _table(rows, units, arguments)
     print(text)
     if arguments.out:
@@ -57,6 +64,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--layer", type=int, default=0)
     parser.add_argument("--sequence", type=int, default=0)
     parser.add_argument("--topk", type=int, nargs="+", default=[10, 64, 256])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--positions", type=int, help="of random tensors: 2048, on a GPU 32768")
+    parser.add_argument("--alike", type=int, default=0, help="neighbouring random keys alike")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
@@ -64,34 +74,60 @@ def _parse() -> argparse.Namespace:
 
 
 def _units(arguments: argparse.Namespace) -> list[Unit]:
+    device = arguments.device
     if arguments.trace:
         layer = open_trace(arguments.trace).layer(arguments.layer)
-        return list(load_units(layer, arguments.sequence, torch.device("cpu")))
-    torch.manual_seed(0)
-    rules = LayerRules("random", 9, 3, 64, 64, 64**-0.5)
-    positions = torch.arange(2048)
-    return [
-        Unit(
-            HeadGroup(0, 0, kv_head, rules, 4),
-            torch.randn(3, 2048, 64) * 2,
-            positions,
-            torch.randn(2048, 64) * 2,
-            torch.randn(2048, 64),
-            None,
-        )
-        for kv_head in range(3)
-    ]
+        return list(load_units(layer, arguments.sequence, device))
+    heads, kv_heads, channels, length, dtype = (
+        (9, 3, 64, 2048, torch.float32)
+        if device.type == "cpu"
+        else (32, 8, 128, 32768, torch.bfloat16)
+    )
+    length = arguments.positions or length
+    group = heads // kv_heads
+    rules = LayerRules("random", heads, kv_heads, channels, channels, channels**-0.5)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    units = []
+    for kv_head in range(kv_heads):
+        queries, keys = 2 * random(group, length, channels), 2 * random(length, channels)
+        if arguments.alike:
+            centers = 2 * random(200, channels)
+            runs = torch.randint(200, (-(-length // arguments.alike),), device=device)
+            near = centers[runs].repeat_interleave(arguments.alike, 0)[:length]
+            keys = near + 0.15 * keys
+            queries = 0.35 * queries + centers[torch.randint(200, (group, length), device=device)]
+        values = random(length, channels)
+        tensors = [t.to(dtype).float() for t in (queries, keys, values)]
+        positions = torch.arange(length, device=device)
+        itemsize = dtype.itemsize
+        head_group = HeadGroup(0, 0, kv_head, rules, itemsize)
+        units.append(Unit(head_group, tensors[0], positions, tensors[1], tensors[2], None, dtype))
+    return units
 
 
-def _least(run: Callable[[], object], repeat: int) -> float:
-    """Milliseconds of the fastest of `repeat` runs, after one to warm up."""
+def _least(run: Callable[[], object], repeat: int) -> tuple[float, float]:
+    """Milliseconds of the fastest of `repeat` runs, after one to warm up, and GiB that it takes at
+    most beside its inputs, if on a GPU."""
     times = []
+    on_gpu = torch.cuda.is_available()
+    before = 0
     with torch.inference_mode():
         for _ in range(repeat + 1):
+            if on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             start = time.perf_counter()
             run()
+            if on_gpu:
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-    return min(times[1:]) * 1e3
+    extra = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else 0.0
+    return min(times[1:]) * 1e3, extra
 
 
 def _sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -121,46 +157,62 @@ def _two_matrices(queries: Tensor, keys: Tensor, values: Tensor, k: int) -> floa
     return recall + float((output - approximate).norm())
 
 
-def _plain_blocks(units: list[Unit], k: int, rows: int = 128) -> None:
+def _plain_blocks(units: list[Unit], k: int) -> None:
+    rows = 512 if units[0].keys.is_cuda else 128
     for unit in units:
+        keys, values = unit.keys.to(unit.dtype), unit.values.to(unit.dtype)
         for start in range(0, len(unit.positions), rows):
             positions = unit.positions[start : start + rows]
             end = int(positions[-1]) + 1
-            scores = unit.queries[:, start : start + rows] @ unit.keys[:end].T
+            queries = unit.queries[:, start : start + rows].to(unit.dtype)
+            scores = (queries @ keys[:end].T).float()
             scores *= unit.group.rules.scale
-            scores.masked_fill_(torch.arange(end) > positions[:, None], -torch.inf)
+            places = torch.arange(end, device=positions.device)
+            scores.masked_fill_(places > positions[:, None], -torch.inf)
             best = scores.topk(min(k, end), dim=-1).values
             weights = torch.exp(scores - best[..., :1])
-            (weights @ unit.values[:end]) / weights.sum(-1, keepdim=True)
+            (weights.to(unit.dtype) @ values[:end]) / weights.sum(-1, keepdim=True)
 
 
 def _exact_pass(units: list[Unit], k: int) -> None:
     for unit in units:
-        for block in unit.blocks(0):
+        # Kernels hold no scores, so that their block may be the whole unit.
+        whole = [Block(unit, slice(0, len(unit.positions)))]
+        for block in whole if unit.keys.is_cuda else unit.blocks(0):
             exact_pass(block, k)
 
 
 def _table(
-    rows: list[tuple[str, int | None, float]], units: list[Unit], arguments: argparse.Namespace
+    rows: list[tuple[str, int | None, float, float]],
+    units: list[Unit],
+    arguments: argparse.Namespace,
 ) -> str:
     base = rows[0][2]
     shape = (
         f"{units[0].group.rules.heads} heads, {len(units)} kv heads, "
-        f"{len(units[0].keys)} positions, {units[0].keys.shape[1]} channels, float32"
+        f"{len(units[0].keys)} positions, {units[0].keys.shape[1]} channels, "
+        f"{str(units[0].dtype).removeprefix('torch.')}"
     )
     source = f"layer {arguments.layer} of {arguments.trace.name}" if arguments.trace else "random"
+    if arguments.alike:
+        source += f", {arguments.alike} neighbouring keys alike"
     lines = [
-        f"{_processor()}, {arguments.threads} threads, torch {torch.__version__}; "
+        f"{_processor(arguments.device)}, {arguments.threads} threads, torch {torch.__version__}; "
         f"{source}: {shape}.",
         "",
-        "| what | k up to | ms | times SDPA |",
-        "| --- | --- | --- | --- |",
+        "| what | k up to | ms | times SDPA | GiB on the GPU |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    lines += [f"| {name} | {k or ''} | {ms:.1f} | {ms / base:.1f} |" for name, k, ms in rows]
+    lines += [
+        f"| {name} | {k or ''} | {ms:.1f} | {ms / base:.1f} | {extra:.1f} |"
+        for name, k, ms, extra in rows
+    ]
     return "\n".join(lines)
 
 
-def _processor() -> str:
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         return next(

@@ -1,0 +1,77 @@
+"""The exact pass over a block: flash, bound, candidates, order, and what their lists can't hold."""
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.kernels.bound import bound
+from retrace.analyze.kernels.candidates import candidates
+from retrace.analyze.kernels.flash import TILES, flash
+from retrace.analyze.kernels.inputs import Inputs
+from retrace.analyze.kernels.lists import MOST_RANKS, capacity_for, turns_for
+from retrace.analyze.kernels.order import order
+from retrace.analyze.kernels.tiles import tiles_for
+from retrace.analyze.top import top
+from retrace.analyze.unit import BLOCK_ELEMENTS, Block
+
+ROWS = 1 << 17
+"""Queries of all heads that have group maxima and candidates at one time."""
+MOST_CHANNELS = 256
+"""Of a key or value, beyond which tiles no longer fit."""
+
+
+def fits(block: Block, ranks: int) -> bool:
+    """Whether the kernels answer for this block's layer and this many ranks."""
+    rules = block.unit.group.rules
+    channels = max(rules.key_dim, rules.value_dim)
+    return 0 < ranks <= MOST_RANKS and rules.scale > 0 and channels <= MOST_CHANNELS
+
+
+def exact(block: Block, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Best keys (group, queries, ranks) int64, log normalizer (group, queries) and output
+    (group, queries, value channels), as `retrace.analyze.reference.Reference` has them.
+
+    Keys are ranked by their products with the query, summed in float32: a positive scale and a
+    softcap keep that order.
+    """
+    with torch.cuda.device_of(block.queries):
+        parts = [answers(Inputs.of(part), ranks) for part in _parts(block)]
+    ids, log_normalizer, output = (
+        torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)
+    )
+    return ids, log_normalizer, output
+
+
+def answers(inputs: Inputs, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for as many queries as there is memory for."""
+    channels = max(inputs.queries.shape[-1], inputs.values.shape[-1])
+    turns = turns_for(ranks, tiles_for(inputs.keys.dtype, channels, TILES).keys)
+    output, log_normalizer, maxima = flash(inputs, turns)
+    capacity = capacity_for(ranks)
+    found, counts = candidates(inputs, bound(maxima, ranks), capacity)
+    del maxima
+    ids = order(found, counts, ranks, capacity)
+    # A list is too long where the bound is loose. It is too short where the two passes round one
+    # product differently; whatever the bound, a list with k of the products holds the k largest.
+    visible = inputs.positions - inputs.first + 1
+    wrong = (counts > capacity) | (counts < visible.clamp(max=ranks))
+    if wrong.any():
+        _repair(ids, inputs, wrong)
+    return ids, log_normalizer, output
+
+
+def _parts(block: Block) -> list[Block]:
+    step = max(1, ROWS // len(block.queries))
+    starts = range(block.rows.start, block.rows.stop, step)
+    return [Block(block.unit, slice(at, min(at + step, block.rows.stop))) for at in starts]
+
+
+def _repair(ids: Tensor, inputs: Inputs, wrong: Tensor) -> None:
+    """Rank all keys of the queries that are marked (group, queries)."""
+    keys = inputs.keys.float().T
+    places = torch.arange(keys.shape[1], device=keys.device)
+    step = max(1, BLOCK_ELEMENTS[keys.device.type] // len(places))
+    for head, row in (part.unbind(1) for part in wrong.nonzero().split(step)):
+        products = inputs.queries[head, row].float() @ keys
+        hidden = places > inputs.positions[row, None]
+        hidden |= places < inputs.first[row, None]
+        ids[head, row] = top(products.masked_fill_(hidden, -torch.inf), ids.shape[-1])[1]

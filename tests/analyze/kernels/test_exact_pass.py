@@ -1,0 +1,71 @@
+"""The whole pass, and selection from scores, against plain PyTorch."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from retrace.analyze.kernels import exact
+from retrace.analyze.kernels import select as selection
+from retrace.analyze.kernels.flash import plain_flash
+from retrace.analyze.kernels.inputs import Inputs
+
+RANKS = 6
+
+
+def by_sorting(scores: Tensor, k: int) -> Tensor:
+    """Ids of the k largest finite scores of each row, ties to the lower."""
+    scores = torch.nn.functional.pad(scores, (0, max(0, k - scores.shape[-1])), value=-torch.inf)
+    best = torch.sort(scores, dim=-1, descending=True, stable=True)
+    ids, values = best.indices[..., :k], best.values[..., :k]
+    return ids.masked_fill(values == -torch.inf, -1)
+
+
+def assert_right(inputs: Inputs, ranks: int) -> None:
+    if not inputs.keys.is_cuda:  # The interpreter sorts a list in a tenth of a second.
+        few = slice(None, None, -(-len(inputs.positions) // 4))
+        inputs = replace(
+            inputs,
+            queries=inputs.queries[:, few].contiguous(),
+            positions=inputs.positions[few].contiguous(),
+            first=inputs.first[few].contiguous(),
+        )
+    ids, log_normalizer, output = exact.answers(inputs, ranks)
+    assert torch.equal(ids, by_sorting(inputs.products(), ranks))
+    expected = plain_flash(inputs, 1)
+    torch.testing.assert_close(output, expected[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(log_normalizer, expected[1], rtol=0, atol=5e-6)
+
+
+def test_every_kind_of_block(inputs: Inputs) -> None:
+    assert_right(inputs, RANKS)
+
+
+def test_lists_that_overflow(make_inputs: Callable[..., Inputs]) -> None:
+    inputs = make_inputs(rows=[10, 100, 140])
+    inputs.keys[:] = inputs.keys[:1]  # All keys tie, so that all reach any bound.
+    assert_right(inputs, RANKS)
+
+
+def test_lists_that_are_too_short(
+    make_inputs: Callable[..., Inputs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(rows=[3, 70, 140])
+    monkeypatch.setattr(exact, "bound", lambda maxima, k: maxima.amax(-1) + 1)
+    assert_right(inputs, RANKS)
+
+
+def test_more_ranks_than_keys(make_inputs: Callable[..., Inputs]) -> None:
+    assert_right(make_inputs(rows=[0, 2, 40]), 50)
+
+
+def test_selection_from_scores(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(6, 700, generator=generator).mul(50).round().to(device)
+    scores[1, 2:] = -torch.inf
+    scores[2] = 0.0
+    ids, right = selection.select(scores, RANKS)
+    assert right.tolist() == [True, True, False, True, True, True]
+    assert torch.equal(ids[right], by_sorting(scores[right], RANKS))

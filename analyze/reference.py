@@ -36,11 +36,10 @@ class Reference:
 
 def exact_pass(block: Block, ranks: int) -> Reference:
     """Scores, best keys, normalizer and output of a block of queries, in one pass."""
-    if kernels.usable(block.queries):
-        from retrace.analyze.kernels.exact import exact, fits
+    if holds_no_scores(block, ranks):
+        from retrace.analyze.kernels.exact import exact
 
-        if fits(block, ranks):
-            return Reference(*exact(block, ranks))
+        return Reference(*exact(block, ranks))
     scores = block.scores
     best, ids = top(scores, ranks)
     largest = best[..., :1]
@@ -50,6 +49,15 @@ def exact_pass(block: Block, ranks: int) -> Reference:
         total += torch.exp(block.unit.sinks[:, None] - largest.squeeze(-1))
     output = (weights @ block.unit.values[: block.end]) / total[..., None]
     return Reference(ids, largest.squeeze(-1) + total.log(), output)
+
+
+def holds_no_scores(block: Block, ranks: int) -> bool:
+    """Whether kernels that never hold a block's scores, however large it is, are to be had."""
+    if not kernels.usable(block.queries):
+        return False
+    from retrace.analyze.kernels.exact import fits
+
+    return fits(block, ranks)
 
 
 class ReferenceStore:

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,7 +13,14 @@ from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.methods.exact import Exact
 from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.moments import Moments, empty
-from retrace.analyze.reference import KEPT_RANKS, KeptReferences, ReferenceStore, exact_pass
+from retrace.analyze.reference import (
+    KEPT_RANKS,
+    KeptReferences,
+    Reference,
+    ReferenceStore,
+    exact_pass,
+    holds_no_scores,
+)
 from retrace.analyze.select import select
 from retrace.analyze.states import Calibration, Cost, Protocol, States
 from retrace.analyze.unit import Block, Unit, load_units
@@ -168,13 +175,13 @@ def _replay_unit(
     tallies = [Tally(m.ks, m.topk) for m in plan.methods]
     states = [States(m.spec.method, unit, plan.protocol, m.calibration) for m in plan.methods]
     # Answers that are kept for later runs must not depend on which queries this one counts.
-    for block in unit.blocks(0 if fresh is not None else first, plan.block_elements):
+    blocks = list(unit.blocks(0 if fresh is not None else first, plan.block_elements))
+    ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS)
+    with clock.charge("exact pass"):
+        exact_answers = _exact_answers(unit, blocks, ranks, kept)
+    for block in blocks:
         with clock.charge("exact pass"):
-            ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS)
-            if kept is not None:
-                reference = kept.get(block, plan.ranks)
-            else:
-                reference = exact_pass(block, ranks)
+            reference = exact_answers(block)
             if fresh is not None:
                 fresh.put(block, reference)
             counted = int(torch.searchsorted(block.positions, first))
@@ -189,6 +196,21 @@ def _replay_unit(
         tally.cost = state.cost
         _fill_missing(tally, unit.group.rules.group)
     return tallies
+
+
+def _exact_answers(
+    unit: Unit, blocks: Sequence[Block], ranks: int, kept: KeptReferences | None
+) -> Callable[[Block], Reference]:
+    """What gives the exact answers of each of a unit's blocks."""
+    if kept is not None:
+        return lambda block: kept.get(block, ranks)
+    first = blocks[0].rows.start if blocks else 0
+    everything = Block(unit, slice(first, len(unit.positions)))
+    if not blocks or not holds_no_scores(everything, ranks):
+        return lambda block: exact_pass(block, ranks)
+    # One block of queries is too little work for a GPU.
+    whole = exact_pass(everything, ranks)
+    return lambda block: whole.part(slice(block.rows.start - first, block.rows.stop - first))
 
 
 def _replay_method(

@@ -31,6 +31,23 @@ def tallies(trace: Trace, protocol: str, block_elements: int | None) -> dict[str
     return {str(m.spec): t for m, t in zip(methods, found, strict=True)}
 
 
+def test_exact_answers_of_a_whole_unit_at_once(
+    make_trace: Callable[..., Trace], rules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU has them: blocks then take their part."""
+    trace = make_trace([rules(heads=4, window=9)], [50])
+    plan = Plan((Replayed(parse_spec("quest"), (2, 7)),), Protocol.parse("all"), 11, 300)
+    arguments = (plan, torch.device("cpu"), ReferenceStore(None), Clock())
+    [by_blocks] = replay(trace, 0, 0, *arguments)
+    monkeypatch.setattr("retrace.analyze.replay.holds_no_scores", lambda block, ranks: True)
+    [at_once] = replay(trace, 0, 0, *arguments)
+    for metric in by_blocks.at_points:
+        for moment in ("count", "mean", "squares"):
+            theirs = getattr(by_blocks.at_points[metric], moment)
+            ours = getattr(at_once.at_points[metric], moment)
+            np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=metric)
+
+
 @pytest.mark.parametrize("block_elements", [1, 700])
 @pytest.mark.parametrize(
     ("changes", "protocol"),

@@ -1,0 +1,37 @@
+"""k-means, the same on every run."""
+
+import torch
+from torch import Tensor
+
+
+def kmeans(vectors: Tensor, count: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm by Euclidean distance, from vectors evenly spaced along the sequence.
+
+    Here rather than from a library, since what a method finds must not depend on a seed or on how
+    many threads there are, and runs on the device that the keys are on.
+
+    Args:
+        vectors: (vectors, channels).
+        count: clusters; as many as there are vectors if that is fewer.
+        iterations: rounds of assignment and mean.
+
+    Returns:
+        centroids (clusters, channels), and the cluster of each vector (vectors,) int64, the nearest
+        centroid, ties to the earlier. A cluster that loses all its vectors stays where it was.
+    """
+    count = min(count, len(vectors))
+    spaced = torch.arange(count, device=vectors.device) * len(vectors) // count
+    centroids = vectors[spaced]
+    for _ in range(iterations):
+        labels = nearest(vectors, centroids)
+        sums = torch.zeros_like(centroids).index_add_(0, labels, vectors)
+        sizes = torch.bincount(labels, minlength=count)[:, None]
+        centroids = torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)
+    return centroids, nearest(vectors, centroids)
+
+
+def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
+    """The centroid of least Euclidean distance to each vector (vectors,) int64."""
+    # ||v||^2 is the same for all centroids.
+    closeness = vectors @ centroids.T - centroids.square().sum(dim=-1) / 2
+    return closeness.argmax(dim=-1)

@@ -1,0 +1,23 @@
+"""KeyDiff: the keys that are least like the others."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.methods.base import EvictionMethod
+from retrace.analyze.past import Past
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyDiff(EvictionMethod):
+    """Keeps the keys whose direction differs most from the mean direction of all keys."""
+
+    source: ClassVar[str] = "arXiv:2504.15364 (KeyDiff), section 3"
+
+    def importance(self, past: Past) -> Tensor:
+        """-cos(k, mean of k / ||k||) (keys,)"""
+        directions = torch.nn.functional.normalize(past.keys, dim=-1)
+        anchor = directions.mean(dim=0, keepdim=True)
+        return -torch.nn.functional.cosine_similarity(past.keys, anchor, dim=-1)

@@ -1,0 +1,61 @@
+"""PQCache: keys by product quantisation."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.clusters import kmeans, nearest
+from retrace.analyze.keep import Keep
+from retrace.analyze.methods.base import KEEP, POOL, ScoreMethod
+from retrace.analyze.past import Past
+from retrace.analyze.unit import HeadGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class PQCache(ScoreMethod):
+    """Scores keys by the centroids that stand for their parts.
+
+    A key is cut into `parts`, and each is replaced by one of 2^`bits` centroids, found by k-means
+    (Euclidean, as published by default). Later keys are encoded with the centroids as they stand.
+    Softmaxes of the estimates are summed over the group; half the budget goes to recent keys. The
+    published code chooses the rounds of k-means by the time there is.
+    """
+
+    source: ClassVar[str] = "arXiv:2407.12820 (PQCache), section 3; HugoZHL/PQCache"
+    fitted: ClassVar[bool] = True
+
+    parts: int = field(default=2, metadata={"help": "parts of a key"})
+    bits: int = field(default=6, metadata={"help": "bits of a part's code"})
+    iterations: int = field(default=20, metadata={"help": "rounds of k-means"})
+    pool: str = field(default="sum-softmax", metadata=POOL)
+    keep: Keep = field(default=Keep(sink=32, recent_share=0.5), metadata=KEEP)
+
+    def build(self, past: Past) -> Any:
+        """Of each part the centroids (centroids, its channels) and every key's code (keys,)."""
+        parts = past.keys.tensor_split(self.parts, dim=-1)
+        return [kmeans(part, 2**self.bits, self.iterations) for part in parts]
+
+    def extend(self, state: Any, new: Past) -> Any:
+        """Encode the new keys."""
+        parts = new.keys.tensor_split(self.parts, dim=-1)
+        return [
+            (centroids, torch.cat([codes, nearest(part, centroids)]))
+            for part, (centroids, codes) in zip(parts, state, strict=True)
+        ]
+
+    def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
+        """The sum over parts of the query's product with the key's centroid."""
+        end = int(positions[-1]) + 1
+        scores = torch.zeros(*queries.shape[:2], end, device=queries.device)
+        parts = queries.tensor_split(self.parts, dim=-1)
+        for part, (centroids, codes) in zip(parts, state, strict=True):
+            scores += (part @ centroids.T)[..., codes[:end]]
+        return scores
+
+    def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
+        """Every key's codes, and the centroids."""
+        centroids = sum(len(part) * part.shape[1] for part, _ in state) * group.itemsize
+        read: Tensor = keys * self.parts * self.bits / 8 + centroids
+        return read

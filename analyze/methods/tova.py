@@ -1,0 +1,26 @@
+"""TOVA: the keys that the last query attends to."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.methods.base import EvictionMethod
+from retrace.analyze.past import Past
+
+
+@dataclass(frozen=True, kw_only=True)
+class TOVA(EvictionMethod):
+    """Keeps the keys that the last query attends to most, on average over all heads of the layer,
+    so that all of them keep the same keys.
+
+    The paper drops one key with every new query; here a past is judged once, at its end.
+    """
+
+    source: ClassVar[str] = "arXiv:2401.06104 (TOVA), section 3.2"
+
+    def importance(self, past: Past) -> Tensor:
+        """Mean attention of the last query (keys,)."""
+        last = [head.attention(slice(-1, None)) for head in past.heads]
+        return torch.cat(last).mean(dim=(0, 1))

@@ -13,7 +13,7 @@ from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.methods.registry import parse_spec
 from retrace.analyze.quantise import rounded
 from retrace.analyze.unit import Unit, load_units
-from retrace.traces import LayerRules, Trace
+from retrace.traces import LayerRules, RetraceError, Trace
 
 Array = npt.NDArray[np.float64]
 LENGTH = 60
@@ -102,3 +102,61 @@ def test_all_channels_in_many_bits_find_the_best_keys(
         results = analyze(trace, [spec], [5], min_context=0, keep_exact=False)
         rows = results.metrics.query("metric == 'recall'")
         assert rows["mean"].min() > 0.995, spec
+
+
+@pytest.mark.parametrize("page", [1, 4, 32])
+def test_a_ball_bounds_every_key_in_it(unit: Unit, page: int) -> None:
+    _, bounds = estimates(f"arkvale:page={page}", unit)
+    products = exact(unit)
+    for position in range(LENGTH):
+        for p in range(position // page + 1):
+            inside = products[:, position, p * page : min((p + 1) * page, position + 1)]
+            assert (bounds[:, position, p] >= inside.max(axis=-1) - 1e-5).all()
+    if page == 1:
+        np.testing.assert_allclose(bounds, products, atol=1e-5)
+
+
+def test_a_ball_is_no_larger_than_it_must_be(unit: Unit) -> None:
+    (_, radii), _ = estimates("arkvale:page=4", unit)
+    keys = unit.keys.double().numpy()
+    for position in range(LENGTH):
+        held = keys[position // 4 * 4 : position + 1]
+        radius = np.linalg.norm(held - held.mean(axis=0), axis=1).max()
+        np.testing.assert_allclose(radii[position], radius, atol=1e-5)
+
+
+def test_tidaldecode_selects_as_the_layer_below_did(
+    make_trace: Callable[..., Trace], rules: Callable[..., LayerRules]
+) -> None:
+    trace = make_trace([rules(heads=4)] * 4, [60])
+    results = analyze(
+        trace, ["tidaldecode:select=1,correct=3", "exact"], [5], min_context=0, keep_exact=False
+    )
+    recall = results.metrics.query("metric == 'recall' and method != 'exact'")
+    by_layer = recall.groupby("layer")["mean"]
+    assert (by_layer.min()[[0, 1, 3]] == 1).all()
+    overlap = []
+    layers = [trace.layer(i) for i in (1, 2)]
+    for head in range(4):
+        best = []
+        for layer in layers:
+            products = layer.query(0)[head] @ layer.key(0)[head // 2].T
+            orders = [np.argsort(-row[: i + 1], kind="stable") for i, row in enumerate(products)]
+            best.append([set(order[:5]) for order in orders])
+        overlap.append(
+            np.mean(
+                [len(a & b) / min(5, i + 1) for i, (a, b) in enumerate(zip(*best, strict=True))]
+            )
+        )
+    np.testing.assert_allclose(recall[recall["layer"] == 2]["mean"], overlap, atol=1e-6)
+
+
+def test_tidaldecode_needs_the_layer_that_selects(
+    make_trace: Callable[..., Trace],
+    rules: Callable[..., LayerRules],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trace = make_trace([rules()] * 4, [30])
+    monkeypatch.setattr(Past, "layers", (0, 1, 3))
+    with pytest.raises(RetraceError, match="needs layer 2"):
+        analyze(trace, ["tidaldecode"], [5], min_context=0, keep_exact=False)

@@ -86,3 +86,15 @@ def test_norm_and_direction(trace: Trace) -> None:
     anchor = (key / norm[:, None]).mean(axis=0)
     cosine = key @ anchor / norm / np.linalg.norm(anchor)
     np.testing.assert_allclose(importance("keydiff", past_of(trace)), -cosine, atol=1e-5)
+
+
+def test_q_filters(trace: Trace) -> None:
+    method = parse_spec("q-filters").method
+    assert isinstance(method, EvictionMethod)
+    past = past_of(trace)
+    learned = method.calibrate([past])
+    queries = past.queries.double().numpy().reshape(-1, past.keys.shape[1])
+    direction = np.linalg.svd(queries, full_matrices=False)[2][0]
+    direction *= np.sign(queries.mean(axis=0) @ direction)
+    found = method.importance(Past(past.unit, 0, END, learned)).double().numpy()
+    np.testing.assert_allclose(found, past.keys.double().numpy() @ direction, atol=1e-5)

@@ -1,0 +1,60 @@
+"""TidalDecode: one layer selects, the layers above it reuse what it selected."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.past import Past
+from retrace.analyze.unit import HeadGroup
+from retrace.traces import RetraceError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TidalDecode(ScoreMethod):
+    """The exact best keys of the nearest selecting layer at or below this one, head by head.
+
+    The paper selects in layer 2, and again in a correction layer (9, or 13 for Llama 3). Below the
+    first selecting layer, where the paper attends all keys, each layer selects for itself here:
+    results are per layer, so that either policy can be read off.
+    """
+
+    source: ClassVar[str] = "arXiv:2410.05076 (TidalDecode), section 3"
+
+    select: int = field(default=2, metadata={"help": "the layer that selects", "least": 0})
+    correct: int = field(default=9, metadata={"help": "the layer that selects anew", "least": 0})
+
+    def build(self, past: Past) -> Any:
+        """The same kv head of the selecting layer."""
+        layer = past.group.layer
+        selecting = self._selecting(layer)
+        if selecting == layer:
+            return past
+        if selecting not in past.layers:
+            raise RetraceError(
+                f"needs layer {selecting}, which the trace does not hold: name others with "
+                "select= and correct=, or capture it too."
+            )
+        heads = past.layer(selecting)
+        if len(heads) != len(past.heads):
+            raise RetraceError(f"layers {selecting} and {layer} have other numbers of kv heads.")
+        return heads[past.group.kv_head]
+
+    def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
+        """q.k of the selecting layer."""
+        rows = torch.searchsorted(state.query_positions, positions)
+        theirs = state.queries[:, rows]
+        if len(queries) < len(theirs):  # one mean query for the group
+            theirs = theirs.mean(dim=0, keepdim=True)
+        scores: Tensor = theirs @ state.keys[: int(positions[-1]) + 1].T
+        return scores
+
+    def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
+        """All keys where the layer selects; nothing where it reuses."""
+        return keys * group.key_bytes if self._selecting(group.layer) == group.layer else 0.0
+
+    def _selecting(self, layer: int) -> int:
+        below = [chosen for chosen in (self.select, self.correct) if chosen <= layer]
+        return max(below, default=layer)

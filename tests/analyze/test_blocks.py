@@ -15,7 +15,6 @@ from retrace.analyze.replay import Clock, Plan, Replayed, Tally, replay
 from retrace.analyze.states import Protocol
 from retrace.traces import Rotation, Trace
 
-
 TIES_BY_ROUNDING = ("oracle-value", "low-bit")
 """Two keys move the output alike, or have the same product when rounded to few bits: which of them
 comes first is left to how a matrix product of this size is summed."""

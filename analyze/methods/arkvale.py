@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from retrace.analyze import pages
 from retrace.analyze.methods.base import POOL, ScoreMethod
 from retrace.analyze.past import Past
 from retrace.analyze.unit import HeadGroup
@@ -33,27 +34,22 @@ class ArkVale(ScoreMethod):
 
     def build(self, past: Past) -> Any:
         """Centre (keys, channels) and radius (keys,) of each key's page, up to that key."""
-        padded = torch.nn.functional.pad(past.keys, (0, 0, 0, -len(past.keys) % self.page))
-        pages = padded.view(-1, self.page, padded.shape[1])
-        counts = torch.arange(1, self.page + 1, device=pages.device)
-        centres = pages.cumsum(dim=1) / counts[:, None]
+        split = pages.split(past.keys, self.page)
+        counts = torch.arange(1, self.page + 1, device=split.device)
+        centres = split.cumsum(dim=1) / counts[:, None]
         # Of each centre to each key of its page, of which those up to it count.
-        distances = torch.cdist(centres, pages, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(centres, split, compute_mode="donot_use_mm_for_euclid_dist")
         radii = distances.tril().amax(dim=-1)
         return tuple(part.flatten(0, 1)[: len(past.keys)] for part in (centres, radii))
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """q.centre + ||q|| radius of every page (group, queries, pages)."""
         centres, radii = state
-        end = int(positions[-1]) + 1
-        last = torch.arange(self.page - 1, end + self.page - 1, self.page, device=radii.device)
-        last = last.clamp(max=end - 1)
+        last = pages.last_keys(int(positions[-1]) + 1, self.page, radii.device)
         norm = queries.norm(dim=-1, keepdim=True)
         bounds: Tensor = queries @ centres[last].T + norm * radii[last]
-        # A query's own page holds only the keys up to it.
         own = (queries * centres[positions]).sum(dim=-1) + norm[..., 0] * radii[positions]
-        page = (positions // self.page).expand(bounds.shape[:2])
-        return bounds.scatter(-1, page[..., None], own[..., None])
+        return pages.with_own(bounds, own, positions, self.page)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """A centre and a radius per page."""

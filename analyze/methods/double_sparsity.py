@@ -37,10 +37,11 @@ class DoubleSparsity(ScoreMethod):
         """Mean magnitude of each channel (group, channels)."""
         total = torch.zeros_like(pasts[0].queries[:, 0], dtype=torch.float64)
         for past in pasts:
-            keys = past.keys[past.query_positions - past.start].double().abs()
             queries = past.queries.double().abs()
-            weigh = {"product": queries * keys, "query": queries, "key": keys.expand_as(queries)}
-            total += weigh[self.rank_by].sum(dim=1)
+            keys = past.keys[past.query_positions - past.start].double().abs()
+            if self.rank_by == "product":
+                queries = queries * keys
+            total += (keys if self.rank_by == "key" else queries).sum(dim=-2)
         count = sum(len(past.query_positions) for past in pasts)
         return {"magnitude": total / count}
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from retrace.analyze import pages
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.past import Past
 from retrace.analyze.unit import HeadGroup
@@ -32,20 +33,16 @@ class MeanPage(ScoreMethod):
 
     def build(self, past: Past) -> Any:
         """Mean of the keys in each key's page, up to that key (keys, channels)."""
-        padded = torch.nn.functional.pad(past.keys, (0, 0, 0, -len(past.keys) % self.page))
-        sums = padded.view(-1, self.page, padded.shape[1]).cumsum(dim=1)
+        sums = pages.split(past.keys, self.page).cumsum(dim=1)
         counts = torch.arange(1, self.page + 1, device=sums.device)[:, None]
         return (sums / counts).flatten(0, 1)[: len(past.keys)]
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """q.mean(K) of every page (group, queries, pages)."""
-        end = int(positions[-1]) + 1
-        last = torch.arange(self.page - 1, end + self.page - 1, self.page, device=state.device)
-        scores: Tensor = queries @ state[last.clamp(max=end - 1)].T
-        # A query's own page holds only the keys up to it.
+        last = pages.last_keys(int(positions[-1]) + 1, self.page, state.device)
+        scores: Tensor = queries @ state[last].T
         own = (queries * state[positions]).sum(dim=-1)
-        page = (positions // self.page).expand(scores.shape[:2])
-        return scores.scatter(-1, page[..., None], own[..., None])
+        return pages.with_own(scores, own, positions, self.page)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """A vector per page."""

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from retrace.analyze import pages
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.past import Past
 from retrace.analyze.unit import HeadGroup
@@ -41,26 +42,18 @@ class Quest(ScoreMethod):
 
     def build(self, past: Past) -> Any:
         """Least and largest value of each channel in each key's page, up to that key."""
-        keys = past.keys
-        padding = -len(keys) % self.page
-        padded = torch.nn.functional.pad(keys, (0, 0, 0, padding))
-        pages = padded.view(-1, self.page, keys.shape[1])
-        low = pages.cummin(dim=1).values.flatten(0, 1)[: len(keys)]
-        high = pages.cummax(dim=1).values.flatten(0, 1)[: len(keys)]
-        return low, high
+        split = pages.split(past.keys, self.page)
+        low, high = split.cummin(dim=1).values, split.cummax(dim=1).values
+        return tuple(part.flatten(0, 1)[: len(past.keys)] for part in (low, high))
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """sum_c max(q_c * low_c, q_c * high_c) for every page: (group, queries, pages)."""
         low, high = state
-        end = int(positions[-1]) + 1
-        last = torch.arange(self.page - 1, end + self.page - 1, self.page, device=low.device)
-        last = last.clamp(max=end - 1)
+        last = pages.last_keys(int(positions[-1]) + 1, self.page, low.device)
         positive, negative = queries.clamp(min=0), queries.clamp(max=0)
         bounds: Tensor = positive @ high[last].T + negative @ low[last].T
-        # A query's own page holds only the keys up to it.
         own = (positive * high[positions]).sum(-1) + (negative * low[positions]).sum(-1)
-        page = (positions // self.page).expand(bounds.shape[:2])
-        return bounds.scatter(-1, page[..., None], own[..., None])
+        return pages.with_own(bounds, own, positions, self.page)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """Two vectors per page."""

@@ -38,7 +38,7 @@ class TidalDecode(ScoreMethod):
                 "select= and correct=, or capture it too."
             )
         heads = past.layer(selecting)
-        if len(heads) != len(past.heads):
+        if len(heads) != past.group.rules.kv_heads:
             raise RetraceError(f"layers {selecting} and {layer} have other numbers of kv heads.")
         return heads[past.group.kv_head]
 

@@ -1,0 +1,23 @@
+"""Pages of consecutive keys, as each query sees them: its own page only up to the query."""
+
+import torch
+from torch import Tensor
+
+
+def split(keys: Tensor, size: int) -> Tensor:
+    """Keys (keys, channels) as pages (pages, size, channels), with zeros after the last key."""
+    padded = torch.nn.functional.pad(keys, (0, 0, 0, -len(keys) % size))
+    return padded.view(-1, size, keys.shape[1])
+
+
+def last_keys(end: int, size: int, device: torch.device) -> Tensor:
+    """The last key of each page (pages,) int64 of the keys before `end`."""
+    last = torch.arange(size - 1, end + size - 1, size, device=device)
+    return last.clamp(max=end - 1)
+
+
+def with_own(scores: Tensor, own: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Scores of pages (group, queries, pages) with `own` (group, queries) for the page that each
+    query is in, at positions (queries,)."""
+    page = (positions // size).expand(scores.shape[:2])
+    return scores.scatter(-1, page[..., None], own[..., None])

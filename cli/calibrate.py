@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from retrace.cli.command import Command
-from retrace.cli.parameters import numbers
+from retrace.cli.parameters import DEVICE, LAYERS, numbers
 from retrace.cli.screen import note, plural
 
 
@@ -25,19 +25,8 @@ Example:
     metavar="3,7-9",
     help="Sequences to learn from; by default the last quarter, as analyze holds them out.",
 )
-@click.option(
-    "--layers",
-    type=numbers,
-    metavar="0,2,5-8",
-    help="Layers; all recorded ones by default.",
-)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help="cpu, cuda or cuda:N; auto is cuda where there is one, else cpu.",
-)
+@LAYERS
+@DEVICE
 def command(trace: str, method: str, **settings: Any) -> None:
     """Let METHOD learn from some sequences of TRACE, and keep that beside it.
 

@@ -45,3 +45,21 @@ FORMAT = click.option(
     help="What to print on stdout.",
 )
 """Of the commands that answer what there is."""
+
+DEVICE = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="cpu, cuda or cuda:N; auto is cuda where there is one, else cpu.",
+)
+"""Of the commands that read a trace's tensors."""
+
+
+LAYERS = click.option(
+    "--layers",
+    type=numbers,
+    metavar="0,2,5-8",
+    help="Layers of the trace; all recorded ones by default.",
+)
+"""Likewise."""

@@ -20,7 +20,7 @@ from retrace.analyze.past import Past
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.states import Calibration
 from retrace.analyze.unit import Neighbours
-from retrace.traces import Location, RetraceError, Trace, open_trace, to_numpy
+from retrace.traces import Location, RetraceError, Trace, beside, open_trace, to_numpy
 
 log = logging.getLogger("retrace")
 
@@ -78,9 +78,7 @@ def calibrate(
 
 def calibrations(trace: Trace) -> Path | None:
     """The folder, beside a trace on a local disk, where calibrations are kept."""
-    if not isinstance(trace.path, Path):
-        return None
-    return trace.path.with_name(f"{trace.path.stem}.calibration")
+    return beside(trace.path, "calibration")
 
 
 def calibration(

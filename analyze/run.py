@@ -1,33 +1,25 @@
 """`analyze`: replay methods against a trace and keep what they come to."""
 
-import hashlib
 import logging
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 
-from retrace.analyze.calibration import calibration, calibration_name
 from retrace.analyze.causality import check_causality
 from retrace.analyze.methods.registry import MethodSpec, parse_spec
-from retrace.analyze.moments import Moments
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Clock, Plan, Replayed, Tally, replay
-from retrace.analyze.results import COLUMNS, PLOTS, Results
+from retrace.analyze.results import PLOTS, Results
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
-from retrace.analyze.states import Cost, Protocol
+from retrace.analyze.settings import Settings
+from retrace.analyze.states import Protocol
+from retrace.analyze.tabulate import tabulate
 from retrace.analyze.unit import load_units
-from retrace.traces import Location, RemoteLocation, RetraceError, Trace, open_trace
+from retrace.traces import Location, RetraceError, Trace, beside, open_trace
 
 log = logging.getLogger("retrace")
 
@@ -79,7 +71,7 @@ def analyze(
     budgets = _budgets(topk)
     folder = None if out is None else Path(out)
     before = None if folder is None or overwrite else _earlier(folder)
-    settings = _Settings(
+    settings = Settings(
         trace,
         Protocol.parse(protocol),
         min_context,
@@ -99,7 +91,7 @@ def analyze(
         wanted = [settings.calibrated(method, target, keep_exact) for method in wanted]
     plan = Plan(tuple(wanted), settings.protocol, min_context)
     tallies = _replay_all(settings, plan, target, _store(trace, keep_exact), clock, progress)
-    results = _results(settings, plan, tallies, clock, target)
+    results = tabulate(settings, plan, tallies, clock, target)
     if before is not None:
         results = before.merged(results)
     if folder is not None:
@@ -109,92 +101,9 @@ def analyze(
     return results
 
 
-def exact_answers(trace: Path) -> Path:
-    """The folder, beside a trace, where its exact answers are kept for later runs."""
-    return trace.with_name(f"{trace.stem}.exact")
-
-
-class _Settings:
-    """The part of a run that all methods share: what is replayed and what counts."""
-
-    def __init__(
-        self,
-        trace: Trace,
-        protocol: Protocol,
-        min_context: int | None,
-        layers: tuple[int, ...],
-        calibration: tuple[int, ...],
-    ) -> None:
-        if min_context is not None and min_context < 0:
-            raise RetraceError(f"min_context {min_context}: expected a position, 0 or more.")
-        if not trace.sequences:
-            raise RetraceError(
-                f"{trace.path} has no finished sequence. Go on with the capture: "
-                "`retrace capture ... --resume`."
-            )
-        if len(trace.sequences) < trace.planned:
-            log.warning(
-                "%s is not complete: %d of %d sequences are finished, and only those are analyzed.",
-                trace.path,
-                len(trace.sequences),
-                trace.planned,
-            )
-        self.trace = trace
-        self.protocol = protocol
-        self.min_context = min_context
-        self.layers = layers
-        self.calibration = calibration
-        self.sequences = tuple(s for s in trace.sequences if s not in calibration)
-
-    def check_budgets(self, budgets: Sequence[int]) -> None:
-        """Refuse budgets for which no query counts."""
-        lengths = {s: self.trace.length(s) for s in self.sequences}
-        last = {s: int(self.trace.query_positions(s)[-1]) for s in lengths}
-        plan = Plan((), self.protocol, self.min_context)
-        for k in budgets:
-            if all(last[s] < plan.first_counted(k, lengths[s]) for s in lengths):
-                needed = min(plan.first_counted(k, n) for n in lengths.values())
-                raise RetraceError(
-                    f"No query counts for top-k {k}: it takes a position of at least {needed}, "
-                    f"and the longest sequence ends at {max(last.values())}. Choose a smaller "
-                    "top-k, or lower the least position with --min-context."
-                )
-
-    def facts(self) -> dict[str, Any]:
-        """What must be equal for results to stand in one folder."""
-        return {
-            "trace": [self.trace.digest(s) for s in self.sequences],
-            "protocol": str(self.protocol),
-            "min_context": self.min_context,
-            "layers": list(self.layers),
-            "calibration": list(self.calibration) or None,
-        }
-
-    def check_same(self, before: Results, folder: Path) -> None:
-        """Refuse to add to results of other facts."""
-        different = [name for name, value in self.facts().items() if before.run.get(name) != value]
-        if "calibration" in different:
-            raise RetraceError(
-                f"{folder} holds results over other sequences than these, less those for "
-                "calibration: choose another folder with --out, or replace it with --overwrite."
-            )
-        if different:
-            raise RetraceError(
-                f"{folder} holds results of another {' and '.join(different)}: choose another "
-                "folder with --out, or replace it with --overwrite."
-            )
-
-    def calibrated(self, method: Replayed, device: torch.device, keep: bool) -> Replayed:
-        """The method with what it learns of every layer."""
-        given = calibration(self.trace, method.spec, self.calibration, self.layers, device, keep)
-        return replace(method, calibration=given)
-
-    def calibration_digest(self, spec: MethodSpec) -> str | None:
-        """Names what a method learnt, and from what."""
-        if not spec.method.calibrated:
-            return None
-        names = [calibration_name(self.trace, spec, self.calibration, i) for i in self.layers]
-        return hashlib.sha256("".join(names).encode()).hexdigest()[:32]
+def exact_answers(trace: Location) -> Path | None:
+    """The folder, beside a trace on a local disk, where its exact answers are kept."""
+    return beside(trace, "exact")
 
 
 def _unique(specs: list[MethodSpec]) -> list[MethodSpec]:
@@ -258,9 +167,9 @@ def _still_wanted(
 
 def _store(trace: Trace, keep: bool) -> ReferenceStore:
     """Where exact answers are kept: beside the trace, if there is room and leave to write."""
-    if not keep or isinstance(trace.path, RemoteLocation):
+    folder = exact_answers(trace.path) if keep else None
+    if folder is None:
         return ReferenceStore(None)
-    folder = exact_answers(trace.path)
     try:
         folder.mkdir(exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -274,7 +183,7 @@ def _store(trace: Trace, keep: bool) -> ReferenceStore:
 
 
 def _replay_all(
-    settings: _Settings,
+    settings: Settings,
     plan: Plan,
     device: torch.device,
     store: ReferenceStore,
@@ -330,7 +239,7 @@ def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def _check_causality(settings: _Settings, plan: Plan, device: torch.device) -> None:
+def _check_causality(settings: Settings, plan: Plan, device: torch.device) -> None:
     """Try every method on the longest sequence's first unit before any time is spent."""
     trace = settings.trace
     longest = max(settings.sequences, key=trace.length)
@@ -350,104 +259,6 @@ def _check_causality(settings: _Settings, plan: Plan, device: torch.device) -> N
             )
         except RetraceError as error:
             raise RetraceError(f"{method.spec} {error}") from error
-
-
-def _results(
-    settings: _Settings,
-    plan: Plan,
-    tallies: dict[int, list[Tally]],
-    clock: Clock,
-    device: torch.device,
-) -> Results:
-    points, curves = [], []
-    for i, method in enumerate(plan.methods):
-        for layer, of_layer in tallies.items():
-            tally = of_layer[i]
-            module = settings.trace.layer(layer).rules.module
-            labels = {"method": str(method.spec), "layer": layer, "module": module}
-            for metric, moments in tally.at_all.items():
-                frame = _frame(labels, metric, tally.ks, moments)
-                curves.append(frame)
-                points.append(frame[frame["topk"].isin(tally.topk)])
-            for metric, moments in tally.at_points.items():
-                points.append(_frame(labels, metric, tally.topk, moments))
-
-    def join(frames: list[pd.DataFrame]) -> pd.DataFrame:
-        frame = pd.concat(frames, ignore_index=True)
-        frame["protocol"] = str(settings.protocol)
-        frame["min_context"] = "10k" if settings.min_context is None else str(settings.min_context)
-        return frame[COLUMNS]
-
-    run = {
-        "retrace": version("retrace-attention"),
-        **settings.facts(),
-        "trace_path": str(settings.trace.path),
-        "model": settings.trace.attributes.get("model"),
-        "task": settings.trace.attributes.get("task"),
-        "dtype": settings.trace.attributes["dtype"],
-        "sequences": list(settings.sequences),
-        "methods": {
-            str(m.spec): {
-                "name": m.spec.name,
-                "parameters": m.spec.parameters,
-                "source": type(m.spec.method).source,
-                "source_digest": m.spec.source_digest,
-                "calibration": settings.calibration_digest(m.spec),
-                "state": _cost([of_layer[i] for of_layer in tallies.values()]),
-            }
-            for i, m in enumerate(plan.methods)
-        },
-        "history": [
-            {
-                "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "methods": {str(m.spec): list(m.topk) for m in plan.methods},
-                "device": _device_name(device),
-                "threads": torch.get_num_threads(),
-                "seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
-                "versions": {
-                    "python": sys.version.split()[0],
-                    **{name: version(name) for name in ("torch", "numpy", "zarr", "pandas")},
-                },
-            }
-        ],
-    }
-    return Results(join(points), join(curves), run)
-
-
-def _frame(
-    labels: dict[str, Any], metric: str, ks: tuple[int, ...], moments: Moments
-) -> pd.DataFrame:
-    """Rows of one metric for all budgets and heads; no query counted gives NaN."""
-    budgets, heads = moments.mean.shape
-    none = moments.count == 0
-    return pd.DataFrame(
-        {
-            **labels,
-            "head": np.tile(np.arange(heads), budgets),
-            "topk": np.repeat(ks, heads),
-            "metric": metric,
-            "mean": np.where(none, np.nan, moments.mean).ravel(),
-            "std": moments.std().ravel(),
-            "count": moments.count.astype(np.int64).ravel(),
-        }
-    )
-
-
-def _cost(tallies: list[Tally]) -> dict[str, Any]:
-    """What a method's states took, over all layers: how many were built, the seconds that took,
-    and the bytes of the largest of one kv head, as replay holds it."""
-    whole = Cost()
-    for tally in tallies:
-        whole.merge(tally.cost)
-    return {
-        "builds": whole.builds,
-        "build_seconds": round(whole.seconds, 3),
-        "largest_bytes": whole.state_bytes,
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _clear(folder: Path) -> None:

@@ -56,6 +56,15 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 SLIDING = ["sliding_attention", "full_attention"]
+BART = {
+    "d_model": 64,
+    "decoder_layers": 2,
+    "encoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_ffn_dim": 64,
+    "init_std": 0.2,
+}
 EXPERTS = {
     "num_experts": 4,
     "num_local_experts": 4,
@@ -103,15 +112,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "attn_layer_indices": [1],
     },
-    "bart": {
-        "d_model": 64,
-        "decoder_layers": 2,
-        "encoder_layers": 2,
-        "decoder_attention_heads": 4,
-        "encoder_attention_heads": 4,
-        "decoder_ffn_dim": 64,
-        "init_std": 0.2,
-    },
+    "bart": BART,
     "biogpt": {},
     "bitnet": {},
     "bloom": {"n_layer": 2, "n_head": 4},
@@ -224,15 +225,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
     },
     "mamba": {"state_size": 4},
-    "mbart": {
-        "d_model": 64,
-        "decoder_layers": 2,
-        "encoder_layers": 2,
-        "decoder_attention_heads": 4,
-        "encoder_attention_heads": 4,
-        "decoder_ffn_dim": 64,
-        "init_std": 0.2,
-    },
+    "mbart": BART,
     "minicpm3": {**LATENT, "v_head_dim": 16},
     "minimax": {**EXPERTS, "layer_types": ["linear_attention", "full_attention"]},
     "ministral": {"sliding_window": 8, "layer_types": SLIDING},

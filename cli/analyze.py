@@ -9,7 +9,7 @@ import click
 
 from retrace.cli.command import Command
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import numbers
+from retrace.cli.parameters import DEVICE, LAYERS, numbers
 from retrace.cli.screen import note, on_terminal, plural, print_json, print_table, size
 
 if TYPE_CHECKING:
@@ -65,12 +65,7 @@ Example:
     metavar="POSITION",
     help="First position whose query counts; 10 k for budget k by default.",
 )
-@click.option(
-    "--layers",
-    type=numbers,
-    metavar="0,2,5-8",
-    help="Layers to replay; all recorded ones by default.",
-)
+@LAYERS
 @click.option(
     "--calibration",
     "calibration_sequences",
@@ -79,13 +74,7 @@ Example:
     help="Sequences that methods are calibrated on, and none is evaluated on; the last quarter by "
     "default, if a method needs calibration.",
 )
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help="cpu, cuda or cuda:N; auto is cuda where there is one, else cpu.",
-)
+@DEVICE
 @click.option(
     "--no-cache",
     is_flag=True,
@@ -187,10 +176,8 @@ def _default_format() -> str:
 def _note_kept_answers(trace: "Location") -> None:
     from retrace.analyze.run import exact_answers
 
-    if not isinstance(trace, Path):
-        return
     folder = exact_answers(trace)
-    held = sum(file.stat().st_size for file in folder.rglob("*.npz")) if folder.is_dir() else 0
+    held = 0 if folder is None else sum(f.stat().st_size for f in folder.rglob("*.npz"))
     if held:
         note(f"Exact answers, kept for later runs: {folder} ({size(held)}; may be deleted)")
 

@@ -1,7 +1,7 @@
 """Traces: the queries, keys and values of a model, in a Zarr store that any client can read."""
 
 from retrace.traces.errors import RetraceError
-from retrace.traces.location import Location, RemoteLocation, locate
+from retrace.traces.location import Location, RemoteLocation, beside, locate
 from retrace.traces.reader import Layer, Trace, find_traces, half_begun, open_trace
 from retrace.traces.rotation import Rotation
 from retrace.traces.schema import FORMAT_VERSION, PHASES, LayerRules
@@ -19,6 +19,7 @@ __all__ = [
     "Rotation",
     "Trace",
     "TraceWriter",
+    "beside",
     "create_trace",
     "find_traces",
     "half_begun",

@@ -83,6 +83,15 @@ def locate(place: "str | Location") -> Location:
     return place if isinstance(place, RemoteLocation) else Path(place)
 
 
+def beside(place: Location, kind: str) -> Path | None:
+    """The folder beside a trace on a local disk for what is derived from it; None under a URL.
+
+    >>> beside(Path("traces/t.zarr"), "exact")
+    PosixPath('traces/t.exact')
+    """
+    return place.with_name(f"{place.stem}.{kind}") if isinstance(place, Path) else None
+
+
 def open_store(place: Location, *, read_only: bool) -> Store:
     """The Zarr store at a place."""
     if isinstance(place, Path):

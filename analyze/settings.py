@@ -1,0 +1,102 @@
+"""The part of a run that all methods share: what is replayed and what counts."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrace.analyze.calibration import calibration, calibration_name
+from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.replay import Plan, Replayed
+from retrace.analyze.results import Results
+from retrace.analyze.states import Protocol
+from retrace.traces import RetraceError, Trace
+
+log = logging.getLogger("retrace")
+
+
+class Settings:
+    """The part of a run that all methods share: what is replayed and what counts."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        protocol: Protocol,
+        min_context: int | None,
+        layers: tuple[int, ...],
+        calibration: tuple[int, ...],
+    ) -> None:
+        if min_context is not None and min_context < 0:
+            raise RetraceError(f"min_context {min_context}: expected a position, 0 or more.")
+        if not trace.sequences:
+            raise RetraceError(
+                f"{trace.path} has no finished sequence. Go on with the capture: "
+                "`retrace capture ... --resume`."
+            )
+        if len(trace.sequences) < trace.planned:
+            log.warning(
+                "%s is not complete: %d of %d sequences are finished, and only those are analyzed.",
+                trace.path,
+                len(trace.sequences),
+                trace.planned,
+            )
+        self.trace = trace
+        self.protocol = protocol
+        self.min_context = min_context
+        self.layers = layers
+        self.calibration = calibration
+        self.sequences = tuple(s for s in trace.sequences if s not in calibration)
+
+    def check_budgets(self, budgets: Sequence[int]) -> None:
+        """Refuse budgets for which no query counts."""
+        lengths = {s: self.trace.length(s) for s in self.sequences}
+        last = {s: int(self.trace.query_positions(s)[-1]) for s in lengths}
+        plan = Plan((), self.protocol, self.min_context)
+        for k in budgets:
+            if all(last[s] < plan.first_counted(k, lengths[s]) for s in lengths):
+                needed = min(plan.first_counted(k, n) for n in lengths.values())
+                raise RetraceError(
+                    f"No query counts for top-k {k}: it takes a position of at least {needed}, "
+                    f"and the longest sequence ends at {max(last.values())}. Choose a smaller "
+                    "top-k, or lower the least position with --min-context."
+                )
+
+    def facts(self) -> dict[str, Any]:
+        """What must be equal for results to stand in one folder."""
+        return {
+            "trace": [self.trace.digest(s) for s in self.sequences],
+            "protocol": str(self.protocol),
+            "min_context": self.min_context,
+            "layers": list(self.layers),
+            "calibration": list(self.calibration) or None,
+        }
+
+    def check_same(self, before: Results, folder: Path) -> None:
+        """Refuse to add to results of other facts."""
+        different = [name for name, value in self.facts().items() if before.run.get(name) != value]
+        if "calibration" in different:
+            raise RetraceError(
+                f"{folder} holds results over other sequences than these, less those for "
+                "calibration: choose another folder with --out, or replace it with --overwrite."
+            )
+        if different:
+            raise RetraceError(
+                f"{folder} holds results of another {' and '.join(different)}: choose another "
+                "folder with --out, or replace it with --overwrite."
+            )
+
+    def calibrated(self, method: Replayed, device: torch.device, keep: bool) -> Replayed:
+        """The method with what it learns of every layer."""
+        given = calibration(self.trace, method.spec, self.calibration, self.layers, device, keep)
+        return replace(method, calibration=given)
+
+    def calibration_digest(self, spec: MethodSpec) -> str | None:
+        """Names what a method learnt, and from what."""
+        if not spec.method.calibrated:
+            return None
+        names = [calibration_name(self.trace, spec, self.calibration, i) for i in self.layers]
+        return hashlib.sha256("".join(names).encode()).hexdigest()[:32]

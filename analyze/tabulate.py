@@ -1,0 +1,115 @@
+"""From what was tallied to results."""
+
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from retrace.analyze.moments import Moments
+from retrace.analyze.replay import Clock, Plan, Tally
+from retrace.analyze.results import COLUMNS, Results
+from retrace.analyze.settings import Settings
+from retrace.analyze.states import Cost
+
+
+def tabulate(
+    settings: Settings,
+    plan: Plan,
+    tallies: dict[int, list[Tally]],
+    clock: Clock,
+    device: torch.device,
+) -> Results:
+    """Results with a row for every method, layer, head, budget and metric."""
+    points, curves = [], []
+    for i, method in enumerate(plan.methods):
+        for layer, of_layer in tallies.items():
+            tally = of_layer[i]
+            module = settings.trace.layer(layer).rules.module
+            labels = {"method": str(method.spec), "layer": layer, "module": module}
+            for metric, moments in tally.at_all.items():
+                frame = _frame(labels, metric, tally.ks, moments)
+                curves.append(frame)
+                points.append(frame[frame["topk"].isin(tally.topk)])
+            for metric, moments in tally.at_points.items():
+                points.append(_frame(labels, metric, tally.topk, moments))
+
+    def join(frames: list[pd.DataFrame]) -> pd.DataFrame:
+        frame = pd.concat(frames, ignore_index=True)
+        frame["protocol"] = str(settings.protocol)
+        frame["min_context"] = "10k" if settings.min_context is None else str(settings.min_context)
+        return frame[COLUMNS]
+
+    run = {
+        "retrace": version("retrace-attention"),
+        **settings.facts(),
+        "trace_path": str(settings.trace.path),
+        "model": settings.trace.attributes.get("model"),
+        "task": settings.trace.attributes.get("task"),
+        "dtype": settings.trace.attributes["dtype"],
+        "sequences": list(settings.sequences),
+        "methods": {
+            str(m.spec): {
+                "name": m.spec.name,
+                "parameters": m.spec.parameters,
+                "source": type(m.spec.method).source,
+                "source_digest": m.spec.source_digest,
+                "calibration": settings.calibration_digest(m.spec),
+                "state": _cost([of_layer[i] for of_layer in tallies.values()]),
+            }
+            for i, m in enumerate(plan.methods)
+        },
+        "history": [
+            {
+                "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "methods": {str(m.spec): list(m.topk) for m in plan.methods},
+                "device": _device_name(device),
+                "threads": torch.get_num_threads(),
+                "seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
+                "versions": {
+                    "python": sys.version.split()[0],
+                    **{name: version(name) for name in ("torch", "numpy", "zarr", "pandas")},
+                },
+            }
+        ],
+    }
+    return Results(join(points), join(curves), run)
+
+
+def _frame(
+    labels: dict[str, Any], metric: str, ks: tuple[int, ...], moments: Moments
+) -> pd.DataFrame:
+    """Rows of one metric for all budgets and heads; no query counted gives NaN."""
+    budgets, heads = moments.mean.shape
+    none = moments.count == 0
+    return pd.DataFrame(
+        {
+            **labels,
+            "head": np.tile(np.arange(heads), budgets),
+            "topk": np.repeat(ks, heads),
+            "metric": metric,
+            "mean": np.where(none, np.nan, moments.mean).ravel(),
+            "std": moments.std().ravel(),
+            "count": moments.count.astype(np.int64).ravel(),
+        }
+    )
+
+
+def _cost(tallies: list[Tally]) -> dict[str, Any]:
+    """What a method's states took, over all layers: how many were built, the seconds that took,
+    and the bytes of the largest of one kv head, as replay holds it."""
+    whole = Cost()
+    for tally in tallies:
+        whole.merge(tally.cost)
+    return {
+        "builds": whole.builds,
+        "build_seconds": round(whole.seconds, 3),
+        "largest_bytes": whole.state_bytes,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

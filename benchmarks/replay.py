@@ -200,14 +200,14 @@ def _table(
         f"{_processor(arguments.device)}, {arguments.threads} threads, torch {torch.__version__}; "
         f"{source}: {shape}.",
         "",
-        "| what | k up to | ms | times SDPA | GiB on the GPU |",
-        "| --- | --- | --- | --- | --- |",
     ]
-    lines += [
-        f"| {name} | {k or ''} | {ms:.1f} | {ms / base:.1f} | {extra:.1f} |"
-        for name, k, ms, extra in rows
-    ]
-    return "\n".join(lines)
+    on_gpu = units[0].keys.is_cuda
+    head = ["what", "k up to", "ms", "times SDPA", *(["GiB on the GPU"] if on_gpu else [])]
+    cells = [head, ["---"] * len(head)]
+    for name, k, ms, extra in rows:
+        memory = [f"{extra:.1f}"] if on_gpu else []
+        cells.append([name, str(k or ""), f"{ms:.1f}", f"{ms / base:.1f}", *memory])
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
 
 
 def _processor(device: torch.device) -> str:

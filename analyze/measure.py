@@ -50,7 +50,7 @@ class ExactBlock:
             self.reference.ids[..., : ks[-1]],
             torch.tensor(ks, device=block.positions.device)[:, None, None],
             aux_bytes=block.visible_count * block.unit.group.key_bytes,
-            holds_keys=True,
+            attended_bytes=block.unit.group.value_bytes,
         )
 
     @cached_property
@@ -208,7 +208,8 @@ def _bytes_ratio(block: Block, selection: Selection, attended: Tensor) -> Tensor
     group = block.unit.group
     union = _union(block, selection, attended)
     full = group.key_bytes + group.value_bytes
-    read = union * (group.value_bytes if selection.holds_keys else full) + selection.aux_bytes
+    each = full if selection.attended_bytes is None else selection.attended_bytes
+    read = union * each + selection.aux_bytes
     return (read / (block.visible_count * full))[:, None].expand(attended.shape)
 
 

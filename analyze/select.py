@@ -49,7 +49,7 @@ class _Ranked:
     first_new: int | None
     """Keys from here on are attended besides the budget."""
     aux_bytes: Tensor
-    holds_keys: bool
+    attended_bytes: float
 
 
 def _select_by_score(
@@ -75,11 +75,12 @@ def _rank(method: ScoreMethod, served: Served, block: Block, k: int) -> _Ranked:
     ids = top(pool(method.pool, together), most)[1]
     if size > 1:
         ids = _keys_of_pages(ids, size, block)
-    aux, holds_keys = _aux_bytes(method, served.state, block), method.holds_keys
+    group = block.unit.group
+    aux, each = _aux_bytes(method, served.state, block), method.attended_bytes(group)
     first_new = served.built if method.keeps_new else None
     if served.state is None and first_new is None:  # every key is read to rank them
-        aux, holds_keys = block.visible_count * block.unit.group.key_bytes, True
-    return _Ranked(ids.expand(len(block.queries), -1, -1), scores, size, first_new, aux, holds_keys)
+        aux, each = block.visible_count * group.key_bytes, group.value_bytes
+    return _Ranked(ids.expand(len(block.queries), -1, -1), scores, size, first_new, aux, each)
 
 
 def _visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
@@ -188,7 +189,7 @@ def _compose(method: ScoreMethod, ranked: _Ranked, ks: tuple[int, ...], block: B
         estimates=_probabilities(ranked, listed, block) if method.output == "mean-fill" else None,
         true_denominator=method.output == "true-denominator",
         aux_bytes=ranked.aux_bytes,
-        holds_keys=ranked.holds_keys,
+        attended_bytes=ranked.attended_bytes,
     )
 
 
@@ -255,6 +256,7 @@ def _select_by_search(method: SearchMethod, served: Served, block: Block, k: int
         (ids >= 0).sum(dim=-1)[None],
         first_given=block.positions.new_full((len(block.positions),), indexed),
         aux_bytes=_aux_bytes(method, state, block) + unindexed,
+        attended_bytes=method.attended_bytes(block.unit.group),
     )
 
 
@@ -279,7 +281,7 @@ def _select_by_attend(method: AttendMethod, state: Any, block: Block, k: int) ->
         (ids >= 0).sum(dim=-1)[None],
         output=output[None],
         aux_bytes=_aux_bytes(method, state, block),
-        holds_keys=method.holds_keys,
+        attended_bytes=method.attended_bytes(block.unit.group),
     )
 
 
@@ -291,7 +293,7 @@ def _exact_best(block: Block, k: int) -> Selection:
         ids,
         (ids >= 0).sum(dim=-1)[None],
         aux_bytes=block.visible_count * block.unit.group.key_bytes,
-        holds_keys=True,
+        attended_bytes=block.unit.group.value_bytes,
     )
 
 

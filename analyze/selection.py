@@ -36,8 +36,8 @@ class Selection:
     """The method's own output (budgets, group, queries, value channels)."""
     aux_bytes: Tensor | float = 0.0
     """Bytes read to find the list, per query of the whole group (queries,)."""
-    holds_keys: bool = False
-    """Whether those include the attended keys."""
+    attended_bytes: float | None = None
+    """Bytes of one attended key and value, read once for the group; both in full if None."""
 
     def given(self, ids: Tensor) -> Tensor:
         """Which key ids (group, queries, any) did not have to be found."""

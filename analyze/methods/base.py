@@ -90,6 +90,11 @@ class Method:
         query sees (queries,)."""
         return 0.0
 
+    def attended_bytes(self, group: HeadGroup) -> float:
+        """Bytes of one attended key and its value, read once for all heads of the group that attend
+        it."""
+        return group.value_bytes + (0 if self.holds_keys else group.key_bytes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreMethod(Method):

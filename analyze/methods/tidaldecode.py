@@ -55,6 +55,11 @@ class TidalDecode(ScoreMethod):
         """All keys where the layer selects; nothing where it reuses."""
         return keys * group.key_bytes if self._selecting(group.layer) == group.layer else 0.0
 
+    def attended_bytes(self, group: HeadGroup) -> float:
+        """A value alone where the layer selects, whose keys have been read."""
+        selects = self._selecting(group.layer) == group.layer
+        return group.value_bytes if selects else super().attended_bytes(group)
+
     def _selecting(self, layer: int) -> int:
         below = [chosen for chosen in (self.select, self.correct) if chosen <= layer]
         return max(below, default=layer)

@@ -105,7 +105,8 @@ def _units(arguments: argparse.Namespace) -> list[Unit]:
         positions = torch.arange(length, device=device)
         itemsize = dtype.itemsize
         head_group = HeadGroup(0, 0, kv_head, rules, itemsize)
-        units.append(Unit(head_group, tensors[0], positions, tensors[1], tensors[2], None, dtype))
+        unit = Unit(head_group, tensors[0], positions, *tensors[1:], None, dtype=dtype)
+        units.append(unit)
     return units
 
 

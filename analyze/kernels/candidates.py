@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retrace.analyze.kernels.inputs import Inputs
-from retrace.analyze.kernels.tiles import Tiles, key_tiles, load_rows, tiles_for, width
+from retrace.analyze.kernels.tiles import PRECISION, Tiles, key_tiles, load_rows, tiles_for, width
 
 TILES = Tiles(queries=128, keys=64, warps=8, stages=3)
 SLACK = 32
@@ -99,13 +99,13 @@ def _candidates(
     count = tl.zeros([TILE_QUERIES], tl.int32)
     for tile in range(full_start, full_end):
         k = load_rows(keys, tile * TILE_KEYS + column, key_count, KEY_DIM, KEY_WIDTH, False)
-        product = tl.dot(query, tl.trans(k), input_precision="ieee")
+        product = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         count = _append(product, least, tile * TILE_KEYS, found, count, CAPACITY, ASSEMBLY)
     for edge in range(start, end - (full_end - full_start)):
         tile = tl.where(edge < full_start, edge, edge + full_end - full_start)
         key = tile * TILE_KEYS + column
         k = load_rows(keys, key, key_count, KEY_DIM, KEY_WIDTH, True)
-        product = tl.dot(query, tl.trans(k), input_precision="ieee")
+        product = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         seen = (key[None, :] <= position[:, None]) & (key[None, :] >= oldest[:, None])
         product = tl.where(seen, product, float("-inf"))
         count = _append(product, least, tile * TILE_KEYS, found, count, CAPACITY, ASSEMBLY)

@@ -1,5 +1,7 @@
 """The exact pass over a block: flash, bound, candidates, order, and what their lists can't hold."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,10 @@ from retrace.analyze.unit import BLOCK_ELEMENTS, Block
 
 ROWS = 1 << 17
 """Queries of all heads that have group maxima and candidates at one time."""
+LONGER = 4
+"""How many times longer than the first the lists of a second try are."""
+SECOND_ROWS = 1 << 14
+"""Queries that have lists of a second try at one time."""
 MOST_CHANNELS = 256
 """Of a key or value, beyond which tiles no longer fit."""
 
@@ -50,7 +56,9 @@ def answers(inputs: Inputs, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     found, counts = candidates(inputs, bound(maxima, ranks), capacity)
     del maxima
     ids = order(found, counts, ranks, capacity)
-    # A list is too long where the bound is loose. It is too short where the two passes round one
+    if (counts > capacity).any():
+        counts = _second_try(ids, inputs, found, counts, capacity)
+    # A list is too long where many keys tie. It is too short where the two passes round one
     # product differently; whatever the bound, a list with k of the products holds the k largest.
     visible = inputs.positions - inputs.first + 1
     wrong = (counts > capacity) | (counts < visible.clamp(max=ranks))
@@ -63,6 +71,34 @@ def _parts(block: Block) -> list[Block]:
     step = max(1, ROWS // len(block.queries))
     starts = range(block.rows.start, block.rows.stop, step)
     return [Block(block.unit, slice(at, min(at + step, block.rows.stop))) for at in starts]
+
+
+def _second_try(
+    ids: Tensor, inputs: Inputs, found: Tensor, counts: Tensor, capacity: int
+) -> Tensor:
+    """Rank anew, in longer lists, the keys of the queries with more candidates than a list holds.
+
+    Their bound is the k-th largest of the products that the list does hold, so that most of what
+    the first bound let through is left out. Returns the counts (group, queries), more than
+    `capacity` where the longer list does not do either.
+    """
+    counts, ranks = counts.clone(), ids.shape[-1]
+    # In the order of the rows, so that queries of one tile see about the same keys.
+    for row, head in (
+        part.unbind(1) for part in (counts.T > capacity).nonzero().split(SECOND_ROWS)
+    ):
+        held = (found[head, row, :capacity] >> 32).int().view(torch.float32)
+        queries = replace(
+            inputs,
+            queries=inputs.queries[head, row][None],
+            positions=inputs.positions[row],
+            first=inputs.first[row],
+        )
+        longer = LONGER * capacity
+        more, again = candidates(queries, bound(held, ranks)[None], longer)
+        ids[head, row] = order(more, again, ranks, longer)[0]
+        counts[head, row] = torch.where(again > longer, capacity + 1, again.clamp(max=capacity))[0]
+    return counts
 
 
 def _repair(ids: Tensor, inputs: Inputs, wrong: Tensor) -> None:

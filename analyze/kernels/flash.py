@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retrace.analyze.kernels.inputs import Inputs
-from retrace.analyze.kernels.tiles import Tiles, key_tiles, load_rows, tiles_for, width
+from retrace.analyze.kernels.tiles import PRECISION, Tiles, key_tiles, load_rows, tiles_for, width
 
 TILES = Tiles(queries=64, keys=64, warps=4, stages=3)
 SPLIT = True
@@ -125,7 +125,7 @@ def _flash(
             key = tile * TILE_KEYS + column
             k = load_rows(keys, key, key_count, KEY_DIM, KEY_WIDTH, False)
             v = load_rows(values, key, key_count, VALUE_DIM, VALUE_WIDTH, False)
-            product = tl.dot(query, tl.trans(k), input_precision="ieee")
+            product = tl.dot(query, tl.trans(k), input_precision=PRECISION)
             group = tl.maximum(group, product)
             largest, total, sums = _absorb(
                 product, v, largest, total, sums, scale, cap, CAPPED, SPLIT
@@ -137,7 +137,7 @@ def _flash(
         key = tile * TILE_KEYS + column
         k = load_rows(keys, key, key_count, KEY_DIM, KEY_WIDTH, True)
         v = load_rows(values, key, key_count, VALUE_DIM, VALUE_WIDTH, True)
-        product = tl.dot(query, tl.trans(k), input_precision="ieee")
+        product = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         seen = (key[None, :] <= position[:, None]) & (key[None, :] >= oldest[:, None])
         product = tl.where(seen, product, float("-inf"))
         at = maximum + (tile % TURNS) * TILE_KEYS
@@ -183,8 +183,8 @@ def _absorb(
     total = total * fade + tl.sum(weight, 1)
     sums = sums * fade[:, None]
     narrow = weight.to(value.dtype)
-    sums = tl.dot(narrow, value, sums, input_precision="ieee")
+    sums = tl.dot(narrow, value, sums, input_precision=PRECISION)
     if SPLIT:
         rest = (weight - narrow.to(tl.float32)).to(value.dtype)
-        sums = tl.dot(rest, value, sums, input_precision="ieee")
+        sums = tl.dot(rest, value, sums, input_precision=PRECISION)
     return above, total, sums

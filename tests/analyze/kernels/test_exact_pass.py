@@ -43,10 +43,36 @@ def test_every_kind_of_block(inputs: Inputs) -> None:
     assert_right(inputs, RANKS)
 
 
-def test_lists_that_overflow(make_inputs: Callable[..., Inputs]) -> None:
+@pytest.mark.parametrize("longer", [1, 4])
+def test_lists_that_overflow(
+    make_inputs: Callable[..., Inputs], monkeypatch: pytest.MonkeyPatch, longer: int
+) -> None:
+    monkeypatch.setattr(exact, "capacity_for", lambda k: 32)
+    monkeypatch.setattr(exact, "LONGER", longer)
     inputs = make_inputs(rows=[10, 100, 140])
     inputs.keys[:] = inputs.keys[:1]  # All keys tie, so that all reach any bound.
     assert_right(inputs, RANKS)
+
+
+def test_a_second_try_with_a_tighter_bound(
+    make_inputs: Callable[..., Inputs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact, "capacity_for", lambda k: 32)
+    monkeypatch.setattr(exact, "bound", _first_too_loose(exact.bound))
+    monkeypatch.setattr(exact, "_repair", lambda *_: pytest.fail("all lists hold their keys"))
+    assert_right(make_inputs(rows=[10, 60, 100, 119]), RANKS)
+
+
+def _first_too_loose(bound: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A bound that lets everything through the first time, as where keys of a group are alike."""
+    asked: list[int] = []
+
+    def loose(values: Tensor, k: int) -> Tensor:
+        asked.append(k)
+        right = bound(values, k)
+        return torch.full_like(right, -1e30) if len(asked) == 1 else right
+
+    return loose
 
 
 def test_lists_that_are_too_short(

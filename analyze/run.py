@@ -63,7 +63,7 @@ def analyze(
         progress: told how far it is.
 
     Raises:
-        RetraceError: anything the user can mend: an unknown method or layer, a budget larger than
+        RetraceError: anything the user can mend: an unknown method or layer, budgets larger than
             any context, a method that answers with future keys, another run's folder.
     """
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
@@ -78,7 +78,7 @@ def analyze(
         choose_layers(trace, layers),
         _held_out(trace, specs, calibration_sequences, before),
     )
-    settings.check_budgets(budgets)
+    budgets = settings.countable(budgets)
     target = choose_device(device)
     if folder is not None and before is not None:
         settings.check_same(before, folder)

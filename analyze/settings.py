@@ -51,19 +51,33 @@ class Settings:
         self.calibration = calibration
         self.sequences = tuple(s for s in trace.sequences if s not in calibration)
 
-    def check_budgets(self, budgets: Sequence[int]) -> None:
-        """Refuse budgets for which no query counts."""
+    def countable(self, budgets: Sequence[int]) -> tuple[int, ...]:
+        """The budgets for which some query counts, a warning naming the others.
+
+        Raises:
+            RetraceError: no query counts for any of them.
+        """
         lengths = {s: self.trace.length(s) for s in self.sequences}
         last = {s: int(self.trace.query_positions(s)[-1]) for s in lengths}
         plan = Plan((), self.protocol, self.min_context)
-        for k in budgets:
-            if all(last[s] < plan.first_counted(k, lengths[s]) for s in lengths):
-                needed = min(plan.first_counted(k, n) for n in lengths.values())
-                raise RetraceError(
-                    f"No query counts for top-k {k}: it takes a position of at least {needed}, "
-                    f"and the longest sequence ends at {max(last.values())}. Choose a smaller "
-                    "top-k, or lower the least position with --min-context."
-                )
+
+        def counts(k: int) -> bool:
+            return any(last[s] >= plan.first_counted(k, n) for s, n in lengths.items())
+
+        fit = tuple(k for k in budgets if counts(k))
+        if len(fit) < len(budgets):
+            short = [k for k in budgets if k not in fit]
+            needed = min(plan.first_counted(short[0], n) for n in lengths.values())
+            line = (
+                f"No query counts for top-k {', '.join(map(str, short))}: "
+                f"{'it takes' if len(short) == 1 else f'{short[0]} takes'} a position of at least "
+                f"{needed}, and the longest sequence ends at {max(last.values())}. Choose a "
+                "smaller top-k, or lower the least position with --min-context."
+            )
+            if not fit:
+                raise RetraceError(line)
+            log.warning("%s", line)
+        return fit
 
     def facts(self) -> dict[str, Any]:
         """What must be equal for results to stand in one folder."""

@@ -155,7 +155,7 @@ def print_results(
             click.echo(rows.to_csv(index=False), nl=False)
         return
     for method in methods:
-        for k in topk:
+        for k in (k for k in topk if k in results.topk(method)):
             table = results.table(method, k).drop(columns=["Method", "Top-k"])
             lines = [
                 [str(layer), *(f"{figure:.4f}" for figure in figures)]

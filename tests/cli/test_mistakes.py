@@ -43,6 +43,13 @@ def test_of_analyze(run: Run, trace: Path, arguments: list[str], words: list[str
         assert word in line
 
 
+def test_a_budget_too_large_beside_one_that_is_not(run: Run, trace: Path) -> None:
+    result = run("analyze", trace, "--topk", "5,500", "--format", "json", code=0)
+    assert "No query counts for top-k 500" in result.stderr
+    assert {row["topk"] for row in json.loads(result.stdout)} == {5}
+    assert "top-k 5\n" in run("analyze", trace, "--topk", "5,500", "--format", "markdown").stdout
+
+
 def test_no_trace_there(run: Run, place: Path) -> None:
     assert "no trace at nothing" in error(run("analyze", "nothing", code=2))
     assert "no trace at nothing" in error(run("info", "nothing", code=2))

@@ -8,6 +8,9 @@ from torch import Tensor
 from retrace.analyze.unit import Block
 from retrace.traces import RetraceError
 
+SORT_COST = 8
+"""How many times dearer it is to sort an id than to mark a key."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -74,12 +77,25 @@ def check_ids(ids: Tensor, block: Block, *, windowed: bool = True) -> None:
         key = int(ids[head, row, place])
         kind = "a future key" if key > int(positions[row]) else "a key that the query can't see"
         raise RetraceError(f"returned {kind}, {key}, at {where(block, head, row)}.")
-    ordered = ids.sort(dim=-1).values
-    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    twice = _repeated(ids, block.end)
     if bool(twice.any()):
         head, row, place = twice.nonzero()[0].tolist()
-        key = int(ordered[head, row, place])
+        key = int(ids[head, row, place])
         raise RetraceError(f"returned key {key} twice at {where(block, head, row)}.")
+
+
+def _repeated(ids: Tensor, end: int) -> Tensor:
+    """Which ids (..., listed) below `end` stand in their list once more; never -1."""
+    places = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    if SORT_COST * ids.shape[-1] < end:
+        ordered, order = ids.sort(dim=-1, stable=True)
+        again = torch.nn.functional.pad(ordered[..., 1:] == ordered[..., :-1], (1, 0))
+        repeated = torch.zeros_like(again).scatter_(-1, order, again)
+    else:  # Each key has one place, that of the last of those that list it.
+        shown = torch.where(ids < 0, end, ids)
+        place = places.new_empty((*ids.shape[:-1], end + 1)).scatter_(-1, shown, places)
+        repeated = place.gather(-1, shown) != places
+    return repeated & (ids >= 0)
 
 
 def check_finite(tensor: Tensor, name: str, block: Block) -> None:

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from retrace.analyze import analyze
+from retrace.analyze.selection import _repeated
 from retrace.traces import RetraceError, Trace
 
 BAD = """
@@ -164,3 +167,17 @@ def test_a_search_may_find_less(
     density = rows[rows.metric == "density"]["mean"]
     # The keys since the index was built are always searched: one at position 16.
     assert (density > 0).all()
+
+
+@pytest.mark.parametrize("end", [40, 4000])
+def test_a_repeated_key_is_found_in_short_and_long_lists(end: int) -> None:
+    rng = np.random.default_rng(0)
+    lists = [rng.permutation(end)[:30] for _ in range(20)]
+    ids = torch.from_numpy(np.stack(lists))
+    ids[:, 25:] = -1
+    assert not _repeated(ids[None], end).any()
+    ids[4, 7] = ids[4, 21]
+    ids[9, 0] = ids[9, 1]
+    found = _repeated(ids[None], end)[0]
+    assert found.any(dim=-1).nonzero().flatten().tolist() == [4, 9]
+    assert set(ids[found].tolist()) == {int(ids[4, 7]), int(ids[9, 0])}

@@ -1,16 +1,18 @@
 """A hierarchical navigable small-world graph, by faiss."""
 
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from retrace.analyze.indexes import answers, library, rows
 from retrace.analyze.methods.base import SearchMethod
 from retrace.analyze.past import Past
 from retrace.analyze.unit import HeadGroup
-from retrace.traces import RetraceError
+
+_COUNTING = Lock()
+"""faiss counts for all threads together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,43 +34,29 @@ class HNSW(SearchMethod):
 
     def build(self, past: Past) -> Any:
         """A graph of the keys, and what its searches have cost."""
-        faiss = _faiss()
+        faiss = library("faiss")
         index = faiss.IndexHNSWFlat(past.keys.shape[1], self.m, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = self.ef_construction
         return self.extend({"index": index, "compared": 0.0}, past)
 
     def extend(self, state: Any, new: Past) -> Any:
         """Add the keys to the graph, in order."""
-        state["index"].add(_array(new.keys))
+        state["index"].add(rows(new.keys))
         return state
 
     def search(self, state: Any, queries: Tensor, k: int) -> Tensor:
         """The best k that a beam search meets."""
-        faiss = _faiss()
+        faiss = library("faiss")
         index, wanted = state["index"], min(k, state["index"].ntotal)
-        statistics = faiss.cvar.hnsw_stats
-        statistics.reset()
         parameters = faiss.SearchParametersHNSW(efSearch=max(self.ef, k))
-        found = index.search(_array(queries.flatten(0, 1)), wanted, params=parameters)[1]
-        state["compared"] = statistics.ndis / max(1, queries.shape[0] * queries.shape[1])
-        state["group"] = queries.shape[0]
-        return torch.from_numpy(found).view(*queries.shape[:2], -1).to(queries.device)
+        with _COUNTING:
+            faiss.cvar.hnsw_stats.reset()
+            found = index.search(rows(queries), wanted, params=parameters)[1]
+            compared = faiss.cvar.hnsw_stats.ndis
+        state["compared"] = compared / max(1, queries.shape[1])  # by the whole group
+        return answers(found, queries)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """The keys that a search compared with, for every head of the group, and their links."""
         links = 2 * self.m * 4  # the lowest level has 2 m links of four bytes each
-        return float(state["compared"] * state["group"] * (group.key_bytes + links))
-
-
-def _array(tensor: Tensor) -> "np.ndarray[Any, np.dtype[np.float32]]":
-    return np.ascontiguousarray(tensor.cpu().numpy(), dtype=np.float32)
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise RetraceError(
-            "The method hnsw needs faiss: pip install 'retrace-attention[faiss]'."
-        ) from error
-    return faiss
+        return float(state["compared"] * (group.key_bytes + links))

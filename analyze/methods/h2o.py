@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.attention import visible
-from retrace.analyze.methods.base import POOL, EvictionMethod
+from retrace.analyze.keep import Keep
+from retrace.analyze.methods.base import KEEP, POOL, EvictionMethod
 from retrace.analyze.past import Past
 
 ROWS = 256
@@ -18,16 +19,19 @@ ROWS = 256
 class H2O(EvictionMethod):
     """Keeps the heavy hitters: the keys that received most attention from all queries so far.
 
-    The paper sums the attention, which favours early keys, since more queries saw them.
-    `mean=true` divides by the number of those queries, as kvpress does. The recent half of the
-    paper's budget is not kept by force: keys since the past ended are all attended anyway. Heads of
-    a group share the mean, since they share a cache.
+    Half the budget goes to recent keys, as published (a tenth of the sequence each); keys since the
+    past ended are all attended besides the budget and count towards that half. Attention is summed,
+    which favours early keys, since more queries saw them: `mean=true` divides by the number of
+    those queries, as kvpress does (which keeps no recent keys). The published code decides anew
+    with every token and forgets what it dropped; here a past is judged once, at its end, by all its
+    attention. Heads of a group share the mean, since they share a cache.
     """
 
-    source: ClassVar[str] = "arXiv:2306.14048 (H2O), section 4; NVIDIA/kvpress"
+    source: ClassVar[str] = "arXiv:2306.14048 (H2O), section 4; FMInference/H2O"
 
     mean: bool = field(default=False, metadata={"help": "divide by the queries that saw the key"})
     pool: str = field(default="mean", metadata=POOL)
+    keep: Keep = field(default=Keep(recent_share=0.5), metadata=KEEP)
 
     def importance(self, past: Past) -> Tensor:
         """Attention received (group, keys)."""

@@ -40,6 +40,8 @@ def select(method: Method, served: Served, block: Block, ks: Sequence[int]) -> l
 class _Ranked:
     """What a score method says of a block's queries."""
 
+    state: Any
+    """Its state."""
     ids: Tensor
     """Keys (group, queries, any), best unit first, -1 where none is."""
     scores: Tensor
@@ -71,6 +73,7 @@ def _rank(method: ScoreMethod, served: Served, block: Block, k: int) -> _Ranked:
     if served.heads:
         peers = [(block.of(unit), state) for unit, state in served.heads]
         together = torch.cat([_visible_scores(method, state, peer) for peer, state in peers])
+    k = int(_allowances(method, served.state, (k,), block).max())
     most = k if size == 1 else max(method.units(budget) for budget in range(1, k + 1))
     ids = top(pool(method.pool, together), most)[1]
     if size > 1:
@@ -80,7 +83,14 @@ def _rank(method: ScoreMethod, served: Served, block: Block, k: int) -> _Ranked:
     first_new = served.built if method.keeps_new else None
     if served.state is None and first_new is None:  # every key is read to rank them
         aux, each = block.visible_count * group.key_bytes, group.value_bytes
-    return _Ranked(ids.expand(len(block.queries), -1, -1), scores, size, first_new, aux, each)
+    ids = ids.expand(len(block.queries), -1, -1)
+    return _Ranked(served.state, ids, scores, size, first_new, aux, each)
+
+
+def _allowances(method: ScoreMethod, state: Any, ks: Sequence[int], block: Block) -> Tensor:
+    """Keys of each budget (budgets, group or 1, 1); the budgets themselves without a state."""
+    budgets = torch.tensor(ks, device=block.positions.device)[:, None, None]
+    return budgets if state is None else method.allowance(state, budgets)
 
 
 def _visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
@@ -137,7 +147,7 @@ def _only_visible(ids: Tensor, block: Block) -> Tensor:
 def _compose(method: ScoreMethod, ranked: _Ranked, ks: tuple[int, ...], block: Block) -> Selection:
     """The always-kept keys in front of the ranked ones, and how many keys each budget attends."""
     ids, size = ranked.ids, ranked.size
-    budgets = torch.tensor(ks, device=ids.device)[:, None, None]
+    budgets = _allowances(method, ranked.state, ks, block)
     sink, recent = method.keep.at(ks[0])
     first_given, besides = None, ids.new_zeros(1)
     if recent:
@@ -164,7 +174,7 @@ def _compose(method: ScoreMethod, ranked: _Ranked, ks: tuple[int, ...], block: B
         # Keys in the first u pages, u = 0, 1, ...
         in_page = (ids >= 0).view(*ids.shape[:-1], -1, size).sum(dim=-1)
         in_pages = torch.nn.functional.pad(in_page.cumsum(dim=-1), (1, 0))
-        affordable = [0] + [method.units(k) for k in range(1, ks[-1] + 1)]
+        affordable = [0] + [method.units(k) for k in range(1, int(budgets.max()) + 1)]
         units = torch.tensor(affordable, device=ids.device)[left]
         left = _keys_in_pages(in_pages, units)
     attended = kept_count + left

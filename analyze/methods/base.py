@@ -130,6 +130,12 @@ class ScoreMethod(Method):
         """How many units a budget of k keys buys."""
         return max(1, k // self.unit_size)
 
+    def allowance(self, state: Any, ks: Tensor) -> Tensor:
+        """How many keys each head may attend at budgets (budgets, 1, 1), ascending, where heads or
+        layers share one: (budgets, group or 1, 1) int64, which never fall from one budget to the
+        next. Recall still counts a head's k best keys only."""
+        return ks
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvictionMethod(ScoreMethod):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from retrace.analyze.attention import softcap, visible
 from retrace.analyze.past import Past
+from retrace.analyze.top import top
 from retrace.traces import LayerRules
 
 
@@ -27,12 +28,24 @@ def logits_at(queries: Tensor, keys: Tensor, ids: Tensor, rules: LayerRules) -> 
     return softcap(dots, rules).masked_fill(ids < 0, -torch.inf)
 
 
-def visible_logits(past: Past, queries: Tensor, positions: Tensor) -> Tensor:
+def visible_logits(
+    past: Past, queries: Tensor, positions: Tensor, keys: Tensor | None = None
+) -> Tensor:
     """Exact logits (group, queries, keys) of scaled queries (group, queries, channels) at positions
-    (queries,) for all keys up to the last of them; -inf where a query does not see a key."""
+    (queries,) for all keys up to the last of them; -inf where a query does not see a key. With
+    `keys` (keys, channels), such as rounded ones, they stand for the past's own."""
     rules, end = past.group.rules, int(positions[-1]) + 1
     seen = visible(positions, torch.arange(end, device=positions.device), rules)
-    return softcap(queries @ past.keys[:end].T, rules).masked_fill(~seen, -torch.inf)
+    keys = past.keys if keys is None else keys
+    return softcap(queries @ keys[:end].T, rules).masked_fill(~seen, -torch.inf)
+
+
+def best_only(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Logits (group, queries, keys) with -inf for all but the k largest of each query, and the ids
+    (group, queries, k or all) of those, best first, -1 where there are fewer."""
+    best, ids = top(logits, min(k, logits.shape[-1]))
+    only = torch.full_like(logits, -torch.inf)
+    return only.scatter_reduce_(-1, ids.clamp(min=0), best, "amax"), ids
 
 
 def part(logits: Tensor, values: Tensor) -> Part:

@@ -1,5 +1,6 @@
 """Numbers in few bits."""
 
+import torch
 from torch import Tensor
 
 
@@ -10,3 +11,13 @@ def rounded(vectors: Tensor, bits: int) -> Tensor:
     step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
     levels: Tensor = low + ((vectors - low) / step).round() * step
     return levels
+
+
+def rounded_in_groups(vectors: Tensor, bits: int, size: int) -> Tensor:
+    """The same with a scale and an offset for every `size` channels; the last may be fewer."""
+    count = vectors.shape[-1] // size
+    whole, rest = vectors.split([count * size, vectors.shape[-1] - count * size], dim=-1)
+    parts = [rounded(whole.unflatten(-1, (count, size)), bits).flatten(-2)]
+    if rest.shape[-1]:
+        parts.append(rounded(rest, bits))
+    return torch.cat(parts, dim=-1)

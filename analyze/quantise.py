@@ -16,7 +16,7 @@ def rounded(vectors: Tensor, bits: int) -> Tensor:
 def rounded_in_groups(vectors: Tensor, bits: int, size: int) -> Tensor:
     """The same with a scale and an offset for every `size` channels; the last may be fewer."""
     count = vectors.shape[-1] // size
-    whole, rest = vectors.split([count * size, vectors.shape[-1] - count * size], dim=-1)
+    whole, rest = vectors[..., : count * size], vectors[..., count * size :]
     parts = [rounded(whole.unflatten(-1, (count, size)), bits).flatten(-2)]
     if rest.shape[-1]:
         parts.append(rounded(rest, bits))

@@ -17,7 +17,7 @@ def rounded_in_groups(vectors: Tensor, bits: int, size: int) -> Tensor:
     """The same with a scale and an offset for every `size` channels; the last may be fewer."""
     count = vectors.shape[-1] // size
     whole, rest = vectors[..., : count * size], vectors[..., count * size :]
-    parts = [rounded(whole.unflatten(-1, (count, size)), bits).flatten(-2)]
+    parts = [rounded(whole.reshape(*whole.shape[:-1], count, size), bits).flatten(-2)]
     if rest.shape[-1]:
         parts.append(rounded(rest, bits))
     return torch.cat(parts, dim=-1)

@@ -1,0 +1,91 @@
+"""vAttention: the best keys, and a random sample of the rest that is as large as it must be."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.draws import uniform
+from retrace.analyze.methods.base import AttendMethod
+from retrace.analyze.output import merged, part, visible_logits
+from retrace.analyze.past import Past
+from retrace.analyze.top import top
+from retrace.analyze.unit import HeadGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAttention(AttendMethod):
+    """Sinks, recent keys and the k best exactly; of the n other keys as many drawn at random, each
+    weighted by its chance, as keep the softmax's denominator within a share `epsilon` of its value
+    with a probability of 1 - `delta`.
+
+    How many that takes follows from the spread of exp(logit) in a first sample of a share `base` of
+    them, by the normal distribution. Drawn without replacement from the true residual; the public
+    code draws with replacement, from all keys between sinks and recent ones, the k best included.
+    It also takes a quantile of one side (`sides=1`), which bounds errors in one direction. The k
+    best are exact, as in the paper's oracle; what is attended is more than k.
+    """
+
+    source: ClassVar[str] = "arXiv:2510.05688 (vAttention), section 4; xAlg-ai/sparse-attention-hub"
+    holds_keys: ClassVar[bool] = True
+
+    sink: int = field(default=128, metadata={"help": "first keys always attended", "least": 0})
+    recent: int = field(default=128, metadata={"help": "last keys always attended", "least": 0})
+    base: float = field(default=0.05, metadata={"help": "share of the rest in the first sample"})
+    epsilon: float = field(default=0.05, metadata={"help": "relative error of the denominator"})
+    delta: float = field(default=0.05, metadata={"help": "how often it may be larger"})
+    sides: int = field(default=2, metadata={"help": "of the quantile", "choices": (1, 2)})
+    seed: int = field(default=0, metadata={"help": "of the random numbers", "least": 0})
+
+    def attend(
+        self, state: Past, queries: Tensor, positions: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over what is kept and drawn, weighted, and those keys."""
+        logits = visible_logits(state, queries, positions)
+        sure, rest = self._split(logits, positions, k)
+        place, size = self._order(state, rest, positions), rest.sum(dim=-1)
+        drawn = rest & (place < self._sample_size(logits, sure, rest, place)[..., None])
+        chance = drawn.sum(dim=-1).clamp(min=1) / size.clamp(min=1)
+        weighted = torch.where(drawn, logits - chance.log()[..., None], logits)
+        weighted = weighted.masked_fill(~(sure | drawn), -torch.inf)
+        output = merged([part(weighted, state.values[: logits.shape[-1]])], state.unit.sinks)
+        attended = logits.masked_fill(~(sure | drawn), -torch.inf)
+        return output, top(attended, max(1, int((sure | drawn).sum(dim=-1).max())))[1]
+
+    def aux_bytes(self, state: Past, keys: Tensor, group: HeadGroup) -> Tensor | float:
+        """All keys, which are read to find the k best."""
+        return keys * group.key_bytes
+
+    def _split(self, logits: Tensor, positions: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Which keys are attended for sure, and which are the rest: bool, like logits."""
+        keys = torch.arange(logits.shape[-1], device=logits.device)
+        seen = ~logits.isneginf()
+        kept = seen & ((keys < self.sink) | (keys > positions[:, None] - self.recent))
+        best = top(logits.masked_fill(kept, -torch.inf), min(k, len(keys)))[1]
+        sure = torch.nn.functional.pad(kept, (0, 1))  # a last column for the id -1
+        sure.scatter_(-1, torch.where(best < 0, len(keys), best), True)
+        sure = sure[..., :-1]
+        return sure, seen & ~sure
+
+    def _order(self, past: Past, rest: Tensor, positions: Tensor) -> Tensor:
+        """The place of each key of the rest in a random order, like rest."""
+        draws = uniform(self.seed, past.group, positions, rest.shape[-1])
+        draws = draws.masked_fill(~rest, torch.inf)
+        return draws.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
+
+    def _sample_size(self, logits: Tensor, sure: Tensor, rest: Tensor, place: Tensor) -> Tensor:
+        """How many of the rest are drawn (group, queries)."""
+        size = rest.sum(dim=-1)
+        first = torch.ceil(self.base * size).clamp(min=2).minimum(size)
+        sampled = rest & (place < first[..., None])
+        weights = torch.exp((logits - logits.amax(dim=-1, keepdim=True)).double())
+        mean = (weights * sampled).sum(dim=-1) / first.clamp(min=1)
+        squares = ((weights - mean[..., None]) * sampled).square().sum(dim=-1)
+        variance = squares / (first - 1).clamp(min=1)
+        total = (weights * sure).sum(dim=-1) + size * mean
+        quantile = torch.special.ndtri(
+            torch.tensor(1 - self.delta / self.sides, dtype=torch.float64, device=logits.device)
+        )
+        wanted = torch.ceil((quantile * size / (self.epsilon * total)).square() * variance)
+        return wanted.clamp(min=first, max=size)

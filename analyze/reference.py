@@ -43,7 +43,7 @@ def exact_pass(block: Block, ranks: int) -> Reference:
     scores = block.scores
     best, ids = top(scores, ranks)
     largest = best[..., :1]
-    weights = torch.exp(scores - largest)
+    weights = (scores - largest).exp_()
     total = weights.sum(dim=-1)
     if block.unit.sinks is not None:
         total += torch.exp(block.unit.sinks[:, None] - largest.squeeze(-1))

@@ -12,10 +12,8 @@ GROUP = 16
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of scores (..., keys), descending, ties to the lower key.
 
-    `torch.topk` leaves the order of ties open and sorts far more than it must. Here the k-th
-    largest maximum over disjoint groups of keys bounds the k-th largest score from below, since
-    each of those k groups holds a score that reaches it. Only the few scores that reach the bound
-    are sorted; they are met in ascending order, so that a stable sort settles ties.
+    `torch.topk` leaves the order of ties open and sorts far more than it must: on a CPU a compiled
+    loop over the rows takes its place, on a GPU a kernel.
 
     Returns:
         scores (..., k) and key ids (..., k) int64; -inf and -1 where a row has fewer than k finite
@@ -29,15 +27,25 @@ def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if fits(k):
             ids, right = select(rows, k)
             if not right.all():
-                ids[~right] = _top(rows[~right], k)[1]
+                ids[~right] = plain_top(rows[~right], k)[1]
             best = rows.gather(-1, ids.clamp(min=0)).masked_fill_(ids < 0, -torch.inf)
             return best.reshape(*lead, k), ids.reshape(*lead, k)
-    best, ids = _top(rows, k)
+    if rows.device.type == "cpu" and rows.dtype == torch.float32:
+        from retrace.analyze.compiled.ranking import largest
+
+        best, ids = largest(rows, k)
+    else:
+        best, ids = plain_top(rows, k)
     return best.reshape(*lead, k), ids.reshape(*lead, k)
 
 
-def _top(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of scores (rows, keys)."""
+def plain_top(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of scores (rows, keys), as `top` has them.
+
+    The k-th largest maximum over disjoint groups of keys bounds the k-th largest score from below,
+    since each of those k groups holds a score that reaches it. Only the few scores that reach the
+    bound are sorted; they are met in ascending order, so that a stable sort settles ties.
+    """
     keys = rows.shape[1]
     # The least finite number keeps -inf, which means "not visible", out of the candidates.
     bound = _bound(rows, min(k, keys)).clamp_(min=torch.finfo(rows.dtype).min)

@@ -10,7 +10,7 @@ from torch import Tensor
 from retrace.analyze.attention import first_visible, score, softcap, visible
 from retrace.traces import Layer, LayerRules, Trace, to_torch
 
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Scores held at once: what stays in a CPU's cache, or fills a GPU."""
 GATHER_COST = 8
 """How many times dearer a gathered key is than one of a whole matrix of scores."""

@@ -21,6 +21,8 @@ import argparse
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,7 +48,7 @@ def main() -> None:
         for name, run in (
             ("two matrices and sets", lambda k=k: _two_matrices(queries, keys, values, k)),
             ("plain blocks", lambda k=k: _plain_blocks(units, k)),
-            ("retrace exact pass", lambda k=k: _exact_pass(units, k)),
+            ("retrace exact pass", lambda k=k: _exact_pass(units, k, arguments.threads)),
         ):
             slow = name.startswith("two")
             if not (slow and on_gpu):
@@ -175,12 +177,19 @@ def _plain_blocks(units: list[Unit], k: int) -> None:
             (weights.to(unit.dtype) @ values[:end]) / weights.sum(-1, keepdim=True)
 
 
-def _exact_pass(units: list[Unit], k: int) -> None:
-    for unit in units:
-        # Kernels hold no scores, so that their block may be the whole unit.
-        whole = [Block(unit, slice(0, len(unit.positions)))]
-        for block in whole if unit.keys.is_cuda else unit.blocks(0):
-            exact_pass(block, k)
+def _exact_pass(units: list[Unit], k: int, threads: int) -> None:
+    if units[0].keys.is_cuda:
+        for unit in units:
+            # Kernels hold no scores, so that their block may be the whole unit.
+            exact_pass(Block(unit, slice(0, len(unit.positions))), k)
+        return
+    # One thread per core, each with arithmetic of one thread, as `analyze` runs.
+    one = partial(torch.set_num_threads, 1)
+    with ThreadPoolExecutor(threads, initializer=one) as pool:
+        blocks = [block for unit in units for block in unit.blocks(0)]
+        for _ in pool.map(exact_pass, blocks, [k] * len(blocks)):
+            pass
+    torch.set_num_threads(threads)
 
 
 def _table(

@@ -1,23 +1,29 @@
-"""The k largest scores of a row, against a sort."""
+"""The k largest scores of a row, compiled and in PyTorch's operations, against a sort."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrace.analyze.top import top
+from retrace.analyze.top import plain_top, top
 
 
 def by_sorting(row: list[float], k: int) -> tuple[list[float], list[int]]:
     """The k largest finite scores of a row and their places, ties to the lower place."""
-    places = [i for i in sorted(range(len(row)), key=lambda i: (-row[i], i)) if row[i] > -1e30][:k]
+    places = [
+        i for i in sorted(range(len(row)), key=lambda i: (-row[i], i)) if row[i] != float("-inf")
+    ][:k]
     missing = k - len(places)
     return [row[i] for i in places] + [float("-inf")] * missing, places + [-1] * missing
 
 
 def assert_top(rows: torch.Tensor, k: int) -> None:
-    scores, ids = top(rows, k)
-    for row, row_scores, row_ids in zip(rows.tolist(), scores.tolist(), ids.tolist(), strict=True):
-        assert (row_scores, row_ids) == by_sorting(row, k)
+    for find in (top, plain_top):
+        scores, ids = find(rows, k)
+        for row, row_scores, row_ids in zip(
+            rows.tolist(), scores.tolist(), ids.tolist(), strict=True
+        ):
+            assert (row_scores, row_ids) == by_sorting(row, k), find.__name__
 
 
 @settings(max_examples=200, deadline=None)
@@ -49,3 +55,26 @@ def test_leading_axes_are_kept() -> None:
 def test_lowest_finite_score_is_found() -> None:
     lowest = torch.finfo(torch.float32).min
     assert top(torch.tensor([[-torch.inf, lowest, lowest]]), 2)[1].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(("keys", "k"), [(127, 64), (1000, 64), (700, 256), (2500, 300), (64, 80)])
+def test_rows_of_many_keys(keys: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(keys)
+    rows = torch.randn(6, keys, generator=generator)
+    rows[0] = rows[0].sort().values  # neighbours alike, and so in groups of their own
+    rows[1] = rows[1].bfloat16().float()
+    rows[2, : keys // 2] = -torch.inf
+    rows[3] *= 1e38  # up to both infinities
+    rows[4] = 0.0
+    rows[4, ::2] = -0.0
+    rows[5, 1::2] = rows[5, : keys // 2]
+    assert_top(rows, k)
+
+
+def test_nan_spoils_its_own_row_only() -> None:
+    rows = torch.rand(3, 200, generator=torch.Generator().manual_seed(0))
+    rows[1, ::3] = torch.nan
+    scores, ids = top(rows, 9)
+    for row in (0, 2):
+        assert (scores[row].tolist(), ids[row].tolist()) == by_sorting(rows[row].tolist(), 9)
+    assert ((ids[1] >= -1) & (ids[1] < 200)).all()

@@ -99,15 +99,12 @@ def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measu
         hits = _hits(exact, selection, listed & ~selection.given(ids))
         # NaN, and so not counted, where nothing had to be found.
         at_all["candidate_recall"] = hits / wanted.masked_fill(wanted == 0, torch.nan)
-    output = selection.output
-    if output is None:
-        output = _outputs(exact, selection, probability, points)
     attended = torch.minimum(selection.attended[points], listed.sum(dim=-1))
     return Measured(
         selection.ks,
         at_all,
         {
-            "error_norm": _error_norm(exact.reference.output, output),
+            "error_norm": _error_norms(exact, selection, probability, points),
             "density": attended / block.visible_count,
             "bytes_ratio": _bytes_ratio(block, selection, attended),
         },
@@ -150,6 +147,43 @@ def _first_budget(reach: Tensor, listed: int) -> Tensor:
     reach = reach.movedim(0, -1).contiguous()
     places = torch.arange(listed, device=reach.device).repeat(*reach.shape[:2], 1)
     return torch.searchsorted(reach, places, right=True)
+
+
+def _error_norms(
+    exact: ExactBlock, selection: Selection, probability: Tensor, points: list[int]
+) -> Tensor:
+    """||o - o'|| / ||o|| at the budgets that `points` name (points, group, queries)."""
+    if selection.output is not None:
+        return _error_norm(exact.reference.output, selection.output)
+    if probability.device.type != "cpu":
+        return plain_error_norms(exact, selection, probability, points)
+    from retrace.analyze.compiled.errors import error_norms
+
+    unit, rows = exact.block.unit, exact.block.positions
+    heads = exact.reference.log_normalizer.shape
+    attended = selection.attended[points].expand(-1, *heads)
+    besides = torch.zeros(heads, dtype=torch.float64)
+    if selection.true_denominator:
+        besides = torch.full_like(besides, torch.nan)
+    elif unit.sinks is not None:
+        besides = (unit.sinks[:, None] - exact.reference.log_normalizer).double().exp()
+    share = torch.ones((), dtype=torch.float64).expand(attended.shape)
+    fill = torch.zeros(1, unit.values.shape[1])
+    if selection.estimates is not None:
+        share = _at(_prefixes(selection.estimates.double()), attended)
+        fill = unit.mean_values[rows]
+    output = exact.reference.output
+    return error_norms(
+        output, unit.values, selection.ids, probability, attended, besides, share, fill
+    )
+
+
+def plain_error_norms(
+    exact: ExactBlock, selection: Selection, probability: Tensor, points: list[int]
+) -> Tensor:
+    """What `compiled.errors` computes, by the outputs themselves."""
+    output = _outputs(exact, selection, probability, points)
+    return _error_norm(exact.reference.output, output)
 
 
 def _outputs(

@@ -1,6 +1,7 @@
 """What PyTorch has no operation for, as loops over rows, compiled by numba for a CPU.
 
 Matrix products and exponentials stay with PyTorch. Beside each loop stands what defines its result:
-`retrace.analyze.top.plain_top` for `ranking`. Modules here take a moment to import: import them
+`top.plain_top` for `ranking`,
+`measure.plain_error_norms` for `errors`. Modules here take a moment to import: import them
 where they are used.
 """

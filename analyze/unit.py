@@ -12,6 +12,8 @@ from retrace.traces import Layer, LayerRules, Trace, to_torch
 
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Scores held at once: what stays in a CPU's cache, or fills a GPU."""
+LEAST_ROWS = 16
+"""Queries of a block at the least, however long the context: each reads all keys and values."""
 GATHER_COST = 8
 """How many times dearer a gathered key is than one of a whole matrix of scores."""
 
@@ -74,10 +76,11 @@ class Unit:
 
     def blocks(self, first_position: int, elements: int | None = None) -> Iterator["Block"]:
         """The queries from `first_position` on, in blocks of about `elements` scores each."""
+        row_elements = len(self.queries) * len(self.keys)
         if elements is None:
-            elements = BLOCK_ELEMENTS[self.keys.device.type]
+            elements = max(BLOCK_ELEMENTS[self.keys.device.type], LEAST_ROWS * row_elements)
         start = int(torch.searchsorted(self.positions, first_position))
-        rows = max(1, elements // (len(self.queries) * len(self.keys)))
+        rows = max(1, elements // row_elements)
         for row in range(start, len(self.positions), rows):
             yield Block(self, slice(row, min(row + rows, len(self.positions))))
 

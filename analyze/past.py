@@ -97,8 +97,17 @@ class Past:
 
     def attention(self, rows: slice) -> Tensor:
         """Exact attention probabilities (group, rows, keys) of some of the queries over the keys;
-        0 where a query does not see a key. `slice(-32, None)` are the last 32 queries."""
+        0 where a query does not see a key. `slice(-32, None)` are the last 32 queries.
+
+        Raises:
+            RetraceError: the trace holds no query of these positions.
+        """
         rules, positions = self.group.rules, self.query_positions[rows]
+        if not len(positions):
+            raise RetraceError(
+                f"judges keys by queries before position {self.end}, and the trace holds none: "
+                "capture more of them (--queries), or begin later with --protocol prefix:P."
+            )
         keys = torch.arange(self.start, self.end, device=positions.device)
         scores = softcap(self.queries[:, rows] @ self.keys.T, rules)
         scores = scores.masked_fill(~visible(positions, keys, rules), -torch.inf)

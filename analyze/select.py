@@ -62,7 +62,10 @@ def _select_by_score(
     kept_sets: dict[tuple[int, int], list[int]] = {}
     for k in ks:
         kept_sets.setdefault(method.keep.at(k), []).append(k)
-    return [_compose(method, ranked, tuple(shared), block) for shared in kept_sets.values()]
+    log_total = _log_total(ranked, block) if method.output == "mean-fill" else None
+    return [
+        _compose(method, ranked, log_total, tuple(shared), block) for shared in kept_sets.values()
+    ]
 
 
 def _rank(method: ScoreMethod, served: Served, block: Block, k: int) -> _Ranked:
@@ -144,7 +147,13 @@ def _only_visible(ids: Tensor, block: Block) -> Tensor:
     return ids.masked_fill(~seen | (ids != inside), -1)
 
 
-def _compose(method: ScoreMethod, ranked: _Ranked, ks: tuple[int, ...], block: Block) -> Selection:
+def _compose(
+    method: ScoreMethod,
+    ranked: _Ranked,
+    log_total: Tensor | None,
+    ks: tuple[int, ...],
+    block: Block,
+) -> Selection:
     """The always-kept keys in front of the ranked ones, and how many keys each budget attends."""
     ids, size = ranked.ids, ranked.size
     budgets = _allowances(method, ranked.state, ks, block)
@@ -196,7 +205,7 @@ def _compose(method: ScoreMethod, ranked: _Ranked, ks: tuple[int, ...], block: B
         sink=sink,
         first_given=first_given,
         besides=besides,
-        estimates=_probabilities(ranked, listed, block) if method.output == "mean-fill" else None,
+        estimates=None if log_total is None else _probabilities(ranked, log_total, listed),
         true_denominator=method.output == "true-denominator",
         aux_bytes=ranked.aux_bytes,
         attended_bytes=ranked.attended_bytes,
@@ -215,16 +224,19 @@ def _units(ids: Tensor, size: int) -> Tensor:
     return ids.clamp(min=0) if size == 1 else ids.clamp(min=0) // size
 
 
-def _probabilities(ranked: _Ranked, listed: Tensor, block: Block) -> Tensor:
-    """The method's own probability of each listed key, the keys of a page alike."""
+def _log_total(ranked: _Ranked, block: Block) -> Tensor:
+    """log of the sum of exp(score) over all keys (group or 1, queries, 1), the keys of a page
+    alike."""
     scores = ranked.scores
-    if ranked.size == 1:
-        total = torch.logsumexp(scores, dim=-1, keepdim=True)
-    else:
-        weighted = scores + _keys_in_units(block, ranked.size).log()
-        total = torch.logsumexp(weighted, dim=-1, keepdim=True)
-    scores = (scores - total).expand(len(listed), -1, -1)
-    return scores.gather(-1, _units(listed, ranked.size)).exp().masked_fill(listed < 0, 0.0)
+    if ranked.size > 1:
+        scores = scores + _keys_in_units(block, ranked.size).log()
+    return torch.logsumexp(scores, dim=-1, keepdim=True)
+
+
+def _probabilities(ranked: _Ranked, log_total: Tensor, listed: Tensor) -> Tensor:
+    """The method's own probability of each listed key, the keys of a page alike."""
+    scores = ranked.scores.expand(len(listed), -1, -1).gather(-1, _units(listed, ranked.size))
+    return (scores - log_total).exp().masked_fill(listed < 0, 0.0)
 
 
 def _kept_ids(sink: int, first_given: Tensor | None, block: Block) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from retrace.analyze import analyze
-from retrace.traces import LayerRules, Trace
+from retrace.traces import LayerRules, RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]
 SMALL_KEYS = """
@@ -76,3 +76,10 @@ def test_figures(
     rows = results.metrics[results.metrics.metric == "recall"].set_index("head")["mean"]
     for head, values in wanted.items():
         assert rows[head] == pytest.approx(np.mean(values), abs=1e-6)
+
+
+def test_a_trace_without_queries_of_the_past_is_refused(make_trace: MakeTrace, rules: Any) -> None:
+    trace = make_trace(rules(heads=2, kv_heads=1), [90], queries=[range(64, 90)])
+    with pytest.raises(RetraceError, match="snapkv judges keys by queries before position 64"):
+        analyze(trace, ["snapkv"], [4], protocol="all:64", min_context=64, keep_exact=False)
+    analyze(trace, ["snapkv"], [4], protocol="prefix:70", min_context=70, keep_exact=False)

@@ -1,9 +1,6 @@
 """The replay engine: one exact pass over a layer and sequence, shared by methods and budgets."""
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +10,7 @@ from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.methods.exact import Exact
 from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.moments import Moments, empty
+from retrace.analyze.profile import Charge, Clock
 from retrace.analyze.reference import (
     KEPT_RANKS,
     KeptReferences,
@@ -93,27 +91,6 @@ class Tally:
                 ours[metric] = ours[metric].merge(moments) if metric in ours else moments
 
 
-class Clock:
-    """Seconds spent, by what they were spent on."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def charge(self, what: str) -> Iterator[None]:
-        """Charge what runs inside."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - start
-
-    def add(self, other: "Clock") -> None:
-        """Add what another clock counted."""
-        for what, seconds in other.seconds.items():
-            self.seconds[what] += seconds
-
-
 def curve_budgets(topk: Sequence[int]) -> tuple[int, ...]:
     """Every budget up to the largest asked for; thinned beyond `EVERY_BUDGET_TO`."""
     largest = max(topk)
@@ -140,10 +117,13 @@ def replay(
     the plan's order they give the same figures wherever they ran.
     """
     length = trace.length(sequence)
-    digest = trace.digest(sequence) if store.active else ""
     with clock.charge("read"):
         units = load_units(trace.layer(layer), sequence, device)
-        kept = store.load(digest, layer, plan.ranks, length)
+    kept, digest = None, ""
+    if store.active:
+        with clock.charge("exact answers read"):
+            digest = trace.digest(sequence)
+            kept = store.load(digest, layer, plan.ranks, length)
     fresh: KeptReferences | None = None
     heads: list[list[Tally]] = []
     while True:
@@ -177,22 +157,24 @@ def _replay_unit(
     # Answers that are kept for later runs must not depend on which queries this one counts.
     blocks = list(unit.blocks(0 if fresh is not None else first, plan.block_elements))
     ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS)
-    with clock.charge("exact pass"):
+    answering = "exact pass" if kept is None else "exact answers read"
+    with clock.charge(answering):
         exact_answers = _exact_answers(unit, blocks, ranks, kept)
     for block in blocks:
-        with clock.charge("exact pass"):
+        with clock.charge(answering):
             reference = exact_answers(block)
             if fresh is not None:
                 fresh.put(block, reference)
-            counted = int(torch.searchsorted(block.positions, first))
-            if counted == len(block.positions):
-                continue
+        counted = int(torch.searchsorted(block.positions, first))
+        if counted == len(block.positions):
+            continue
+        with clock.charge("metrics"):
             rows = slice(counted, len(block.positions))
             exact = ExactBlock(block.part(rows), reference.part(rows))
         for method, tally, state in zip(plan.methods, tallies, states, strict=True):
-            with clock.charge(str(method.spec)):
-                _replay_method(method, exact, state, plan, tally)
-    for tally, state in zip(tallies, states, strict=True):
+            _replay_method(method, exact, state, plan, tally, clock)
+    for method, tally, state in zip(plan.methods, tallies, states, strict=True):
+        clock.seconds[Charge("build", str(method.spec))] += state.cost.seconds
         tally.cost = state.cost
         _fill_missing(tally, unit.group.rules.group)
     return tallies
@@ -214,9 +196,15 @@ def _exact_answers(
 
 
 def _replay_method(
-    method: Replayed, exact: ExactBlock, states: States, plan: Plan, tally: Tally
+    method: Replayed,
+    exact: ExactBlock,
+    states: States,
+    plan: Plan,
+    tally: Tally,
+    clock: Clock,
 ) -> None:
     """Add a block's queries to a method's tally."""
+    name = str(method.spec)
     length = len(exact.block.unit.keys)
     for served in states.serve(exact.block):
         rows = served.rows
@@ -227,18 +215,21 @@ def _replay_method(
             start = int(torch.searchsorted(exact.block.positions[rows], first))
             if rows.start + start >= rows.stop:
                 continue
-            part = exact.part(slice(rows.start + start, rows.stop))
+            with clock.charge("metrics", name):
+                part = exact.part(slice(rows.start + start, rows.stop))
             try:
-                if method.spec.method == EXACT:
-                    selections = [part.selection(ks)]
-                else:
-                    selections = select(method.spec.method, served, part.block, ks)
+                with clock.charge("search", name):
+                    if method.spec.method == EXACT:
+                        selections = [part.selection(ks)]
+                    else:
+                        selections = select(method.spec.method, served, part.block, ks)
             except RetraceError as error:
                 raise RetraceError(f"{method.spec} {error}") from error
-            for selection in selections:
-                points = [i for i, k in enumerate(selection.ks) if k in method.topk]
-                measured = measure(part, selection, points)
-                _add(tally, measured, points, part.block, plan)
+            with clock.charge("metrics", name):
+                for selection in selections:
+                    points = [i for i, k in enumerate(selection.ks) if k in method.topk]
+                    measured = measure(part, selection, points)
+                    _add(tally, measured, points, part.block, plan)
 
 
 def _add(tally: Tally, measured: Measured, points: list[int], block: Block, plan: Plan) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import pandas as pd
 
+from retrace.analyze.profile import profile_table
 from retrace.traces import RetraceError
 
 KEYS = ["method", "layer", "module", "head", "topk", "metric"]
@@ -64,6 +65,19 @@ class Results:
         table = pd.DataFrame(columns).reset_index()
         table = table.rename(columns={"method": "Method", "topk": "Top-k", "module": "Layer"})
         return table[["Method", "Top-k", "Layer", *columns]]
+
+    def profile(self) -> pd.DataFrame:
+        """Where the time of the newest run of these results went: see `profile_table`.
+
+        Raises:
+            RetraceError: it ran on a GPU without `profile`, so that nobody knows.
+        """
+        run = self.run["history"][-1]
+        if not run.get("profile", {}).get("synchronised"):
+            raise RetraceError(
+                f"Where the time of the run of {run['when']} went is not known: it takes --profile."
+            )
+        return profile_table(run["profile"])
 
     def methods(self) -> list[str]:
         """The methods measured, in the order in which they were first asked for."""

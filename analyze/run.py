@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,8 +12,9 @@ import torch
 
 from retrace.analyze.causality import check_causality
 from retrace.analyze.methods.registry import MethodSpec, parse_spec
+from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
-from retrace.analyze.replay import Clock, Plan, Replayed, Tally, replay
+from retrace.analyze.replay import Plan, Replayed, Tally, replay
 from retrace.analyze.results import PLOTS, Results
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.settings import Settings
@@ -40,6 +42,7 @@ def analyze(
     device: str = "auto",
     keep_exact: bool = True,
     overwrite: bool = False,
+    profile: bool = False,
     progress: Progress | None = None,
 ) -> Results:
     """Replay methods against a trace, without its model.
@@ -60,12 +63,15 @@ def analyze(
         keep_exact: keep the exact answers, and what methods learn, beside a trace on a local disk,
             so that they are computed once however often it is analyzed.
         overwrite: throw away what is in `out`.
+        profile: wait for a GPU after every step, so that `Results.profile` tells what each takes;
+            without a GPU it does so anyway.
         progress: told how far it is.
 
     Raises:
         RetraceError: anything the user can mend: an unknown method or layer, budgets larger than
             any context, a method that answers with future keys, another run's folder.
     """
+    start = time.perf_counter()
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     specs = _unique([parse_spec(text) for text in methods])
     budgets = _budgets(topk)
@@ -86,12 +92,13 @@ def analyze(
     if not wanted:
         assert before is not None
         return before
-    clock = Clock()
-    with clock.charge("calibration"):
-        wanted = [settings.calibrated(method, target, keep_exact) for method in wanted]
-    plan = Plan(tuple(wanted), settings.protocol, min_context)
+    clock = Clock(target, wait=profile)
+    calibrated = [_calibrated(settings, method, target, keep_exact, clock) for method in wanted]
+    plan = Plan(tuple(calibrated), settings.protocol, min_context)
     tallies = _replay_all(settings, plan, target, _store(trace, keep_exact), clock, progress)
-    results = tabulate(settings, plan, tallies, clock, target)
+    wall, names = time.perf_counter() - start, [str(method.spec) for method in calibrated]
+    spent = clock.facts(wall, _worker_count(target), names)
+    results = tabulate(settings, plan, tallies, spent, target)
     if before is not None:
         results = before.merged(results)
     if folder is not None:
@@ -165,6 +172,16 @@ def _still_wanted(
     return wanted, before
 
 
+def _calibrated(
+    settings: Settings, method: Replayed, device: torch.device, keep: bool, clock: Clock
+) -> Replayed:
+    """The method with what it learns, if it learns anything."""
+    if not method.spec.method.calibrated:
+        return method
+    with clock.charge("calibration", str(method.spec)):
+        return settings.calibrated(method, device, keep)
+
+
 def _store(trace: Trace, keep: bool) -> ReferenceStore:
     """Where exact answers are kept: beside the trace, if there is room and leave to write."""
     folder = exact_answers(trace.path) if keep else None
@@ -195,28 +212,27 @@ def _replay_all(
     tasks = [(layer, sequence) for layer in settings.layers for sequence in settings.sequences]
 
     def run(task: tuple[int, int]) -> tuple[list[Tally], Clock]:
-        spent = Clock()
+        spent = clock.another()
         with torch.inference_mode():
             return replay(trace, *task, plan, device, store, spent), spent
 
     tallies: dict[int, list[Tally]] = {}
-    with clock.charge("total"):
-        with torch.inference_mode(), clock.charge("causality"):
-            _check_causality(settings, plan, device)
-        with _workers(device) as workers:
+    with torch.inference_mode():
+        _check_causality(settings, plan, device, clock)
+    with _workers(device) as workers:
+        if progress is not None:
+            progress(0, len(tasks))
+        for done, ((layer, _), (parts, spent)) in enumerate(
+            zip(tasks, workers.map(run, tasks), strict=True), start=1
+        ):
+            clock.add(spent)
+            if layer in tallies:
+                for whole, part in zip(tallies[layer], parts, strict=True):
+                    whole.merge(part)
+            else:
+                tallies[layer] = parts
             if progress is not None:
-                progress(0, len(tasks))
-            for done, ((layer, _), (parts, spent)) in enumerate(
-                zip(tasks, workers.map(run, tasks), strict=True), start=1
-            ):
-                clock.add(spent)
-                if layer in tallies:
-                    for whole, part in zip(tallies[layer], parts, strict=True):
-                        whole.merge(part)
-                else:
-                    tallies[layer] = parts
-                if progress is not None:
-                    progress(done, len(tasks))
+                progress(done, len(tasks))
     return tallies
 
 
@@ -224,10 +240,10 @@ def _replay_all(
 def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
     """One thread per core, each with arithmetic of one thread: the threads of one operation wait
     for each other, and on a machine that does other work besides, they wait long. One on a GPU."""
-    threads = torch.get_num_threads()
+    threads, count = torch.get_num_threads(), _worker_count(device)
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(
-        1 if device.type == "cuda" else threads,
+        count,
         thread_name_prefix="replay",
         initializer=lambda: torch.set_num_threads(1),
     )
@@ -239,24 +255,30 @@ def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def _check_causality(settings: Settings, plan: Plan, device: torch.device) -> None:
+def _worker_count(device: torch.device) -> int:
+    return 1 if device.type == "cuda" else torch.get_num_threads()
+
+
+def _check_causality(settings: Settings, plan: Plan, device: torch.device, clock: Clock) -> None:
     """Try every method on the longest sequence's first unit before any time is spent."""
     trace = settings.trace
     longest = max(settings.sequences, key=trace.length)
-    unit = next(load_units(trace.layer(settings.layers[0]), longest, device))
+    with clock.charge("causality check"):
+        unit = next(load_units(trace.layer(settings.layers[0]), longest, device))
     for method in plan.methods:
         first = plan.first_counted(method.topk[0], len(unit.keys))
         if first > int(unit.positions[-1]):
             continue
         try:
-            check_causality(
-                method.spec.method,
-                unit,
-                plan.protocol,
-                [method.topk[0]],
-                first,
-                method.calibration,
-            )
+            with clock.charge("causality check", str(method.spec)):
+                check_causality(
+                    method.spec.method,
+                    unit,
+                    plan.protocol,
+                    [method.topk[0]],
+                    first,
+                    method.calibration,
+                )
         except RetraceError as error:
             raise RetraceError(f"{method.spec} {error}") from error
 

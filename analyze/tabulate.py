@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from retrace.analyze.moments import Moments
-from retrace.analyze.replay import Clock, Plan, Tally
+from retrace.analyze.replay import Plan, Tally
 from retrace.analyze.results import COLUMNS, Results
 from retrace.analyze.settings import Settings
 from retrace.analyze.states import Cost
@@ -20,10 +20,13 @@ def tabulate(
     settings: Settings,
     plan: Plan,
     tallies: dict[int, list[Tally]],
-    clock: Clock,
+    spent: dict[str, Any],
     device: torch.device,
 ) -> Results:
-    """Results with a row for every method, layer, head, budget and metric."""
+    """Results with a row for every method, layer, head, budget and metric.
+
+    `spent` is what `Clock.facts` says of the run.
+    """
     points, curves = [], []
     for i, method in enumerate(plan.methods):
         for layer, of_layer in tallies.items():
@@ -68,7 +71,7 @@ def tabulate(
                 "methods": {str(m.spec): list(m.topk) for m in plan.methods},
                 "device": _device_name(device),
                 "threads": torch.get_num_threads(),
-                "seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
+                "profile": spent,
                 "versions": {
                     "python": sys.version.split()[0],
                     **{name: version(name) for name in ("torch", "numpy", "zarr", "pandas")},

@@ -88,6 +88,12 @@ Example:
     help="What to print on stdout: layers as a table or in Markdown, or every head and metric as "
     "JSON or CSV. By default table on a terminal, else markdown.",
 )
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Say on stderr where the time went: reading, exact attention, and each method's building, "
+    "search and metrics.",
+)
 @click.option("--no-plots", is_flag=True, help="Draw no plots.")
 @CONFIG
 def command(
@@ -97,6 +103,7 @@ def command(
     out: Path | None,
     no_cache: bool,
     format: str | None,
+    profile: bool,
     no_plots: bool,
     **settings: Any,
 ) -> None:
@@ -117,10 +124,13 @@ def command(
             topk,
             out=out,
             keep_exact=not no_cache,
+            profile=profile,
             progress=progress,
             **settings,
         )
     print_results(results, specs, sorted(set(topk)), format or _default_format())
+    if profile:
+        print_profile(results)
     note(f"Results: {out}")
     if not no_plots:
         plots = results.plot(out / "plots")
@@ -167,6 +177,20 @@ def print_results(
                 cells = [list(table.columns), ["---"] * len(table.columns), *lines]
                 click.echo(f"### {method}, top-k {k}\n")
                 click.echo("\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n")
+
+
+def print_profile(results: "Results") -> None:
+    """Say on stderr where the time of the newest run went."""
+    table, run = results.profile(), results.run["history"][-1]
+    rows = [
+        [step, method, f"{seconds:.2f}", f"{of_wall:.1%}", f"{of_threads:.1%}"]
+        for step, method, seconds, of_wall, of_threads in table.itertuples(index=False)
+    ]
+    title = (
+        f"Where the {run['profile']['wall']:.1f} seconds of {run['when']} went "
+        f"({plural(run['profile']['workers'], 'thread')}, {run['device']})"
+    )
+    print_table(list(table.columns), rows, title=title, left=["Method"], err=True)
 
 
 def _default_format() -> str:

@@ -80,17 +80,18 @@ def print_table(
     *,
     title: str | None = None,
     left: Sequence[str] = (),
+    err: bool = False,
 ) -> None:
-    """Print a table on stdout that fits the terminal; the first column and those named in `left`
-    begin at the left, the others end at the right.
+    """Print a table on stdout, or stderr, that fits the terminal; the first column and those named
+    in `left` begin at the left, the others end at the right.
 
-    Where stdout is no terminal, the table is as wide as its contents.
+    Where that is no terminal, the table is as wide as its contents.
     """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    console, rows = _stdout(), [list(row) for row in rows]
+    console, rows = _console(err), [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     narrow = sum(widths) + 3 * len(widths) > console.width
     table = Table(
@@ -115,8 +116,10 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
         click.echo(f"{name:<{width}}  {value}")
 
 
-def _stdout() -> "Console":
+def _console(err: bool) -> "Console":
     from rich.console import Console
 
-    width = shutil.get_terminal_size().columns if on_terminal() else 1000
-    return Console(file=sys.stdout, width=width, highlight=False)
+    file = sys.stderr if err else sys.stdout
+    seen = file.isatty() if err else on_terminal()
+    width = shutil.get_terminal_size().columns if seen else 1000
+    return Console(file=file, width=width, highlight=False)

@@ -10,11 +10,13 @@ import torch
 
 from retrace.analyze.calibration import calibration
 from retrace.analyze.methods.registry import method_names, parse_spec
+from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
-from retrace.analyze.replay import Clock, Plan, Replayed, Tally, replay
+from retrace.analyze.replay import Plan, Replayed, Tally, replay
 from retrace.analyze.states import Protocol
 from retrace.traces import Rotation, Trace
 
+CPU = torch.device("cpu")
 TIES_BY_ROUNDING = ("oracle-value", "low-bit")
 """Two keys move the output alike, or have the same product when rounded to few bits: which of them
 comes first is left to how a matrix product of this size is summed."""
@@ -27,11 +29,10 @@ def tallies(trace: Trace, protocol: str, block_elements: int | None) -> dict[str
         spec = parse_spec(name)
         extra = type(spec.method).extra
         if extra is None or importlib.util.find_spec(extra):
-            device = torch.device("cpu")
-            given = calibration(trace, spec, (1,), trace.layers, device, keep=False)
+            given = calibration(trace, spec, (1,), trace.layers, CPU, keep=False)
             methods.append(Replayed(spec, (2, 7), given))
     plan = Plan(tuple(methods), Protocol.parse(protocol), 0, block_elements)
-    found = replay(trace, 0, 0, plan, torch.device("cpu"), ReferenceStore(None), Clock())
+    found = replay(trace, 0, 0, plan, CPU, ReferenceStore(None), Clock(CPU))
     return {str(m.spec): t for m, t in zip(methods, found, strict=True)}
 
 
@@ -41,7 +42,7 @@ def test_exact_answers_of_a_whole_unit_at_once(
     """As a GPU has them: blocks then take their part."""
     trace = make_trace([rules(heads=4, window=9)], [50])
     plan = Plan((Replayed(parse_spec("quest"), (2, 7)),), Protocol.parse("all"), 11, 300)
-    arguments = (plan, torch.device("cpu"), ReferenceStore(None), Clock())
+    arguments = (plan, CPU, ReferenceStore(None), Clock(CPU))
     [by_blocks] = replay(trace, 0, 0, *arguments)
     monkeypatch.setattr("retrace.analyze.replay.holds_no_scores", lambda block, ranks: True)
     [at_once] = replay(trace, 0, 0, *arguments)

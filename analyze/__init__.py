@@ -10,7 +10,7 @@ from retrace.analyze.methods.base import (
     ScoreMethod,
     SearchMethod,
 )
-from retrace.analyze.methods.registry import method_class, method_names, parse_spec
+from retrace.analyze.methods.registry import method_class, method_names, parse_spec, parse_specs
 from retrace.analyze.past import Past
 from retrace.analyze.results import METRICS, Results
 from retrace.analyze.run import analyze
@@ -33,4 +33,5 @@ __all__ = [
     "method_class",
     "method_names",
     "parse_spec",
+    "parse_specs",
 ]

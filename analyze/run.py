@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from retrace.analyze.causality import check_causality
-from retrace.analyze.methods.registry import MethodSpec, parse_spec
+from retrace.analyze.methods.registry import MethodSpec, missing_libraries, parse_specs
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Plan, Replayed, Tally, replay
@@ -20,7 +20,7 @@ from retrace.analyze.scope import choose_calibration, choose_device, choose_laye
 from retrace.analyze.settings import Settings
 from retrace.analyze.states import Protocol
 from retrace.analyze.tabulate import tabulate
-from retrace.analyze.unit import load_units
+from retrace.analyze.unit import Unit, load_units
 from retrace.traces import Location, RetraceError, Trace, beside, open_trace
 
 log = logging.getLogger("retrace")
@@ -49,7 +49,9 @@ def analyze(
 
     Args:
         trace: a trace or where it is: a path or a URL.
-        methods: method specs, such as `quest:page=32` or `./mine.py:Mine`.
+        methods: method specs, such as `quest:page=32` or `./mine.py:Mine`; `all` is every
+            installed one with its defaults, less those that this trace or environment cannot run,
+            which warnings name.
         topk: budgets: keys per query and head.
         out: folder for the results. What is there already for this trace and these settings is
             kept and not computed again. None keeps the results in memory only.
@@ -73,7 +75,7 @@ def analyze(
     """
     start = time.perf_counter()
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
-    specs = _unique([parse_spec(text) for text in methods])
+    specs, every = parse_specs(methods)
     budgets = _budgets(topk)
     folder = None if out is None else Path(out)
     before = None if folder is None or overwrite else _earlier(folder)
@@ -93,10 +95,12 @@ def analyze(
         assert before is not None
         return before
     clock = Clock(target, wait=profile)
-    calibrated = [_calibrated(settings, method, target, keep_exact, clock) for method in wanted]
-    plan = Plan(tuple(calibrated), settings.protocol, min_context)
+    if every:
+        _name_missing_libraries()
+    ready = _ready(settings, wanted, every, target, keep_exact, clock)
+    plan = Plan(ready, settings.protocol, min_context)
     tallies = _replay_all(settings, plan, target, _store(trace, keep_exact), clock, progress)
-    wall, names = time.perf_counter() - start, [str(method.spec) for method in calibrated]
+    wall, names = time.perf_counter() - start, [str(method.spec) for method in wanted]
     spent = clock.facts(wall, _worker_count(target), names)
     results = tabulate(settings, plan, tallies, spent, target)
     if before is not None:
@@ -111,16 +115,6 @@ def analyze(
 def exact_answers(trace: Location) -> Path | None:
     """The folder, beside a trace on a local disk, where its exact answers are kept."""
     return beside(trace, "exact")
-
-
-def _unique(specs: list[MethodSpec]) -> list[MethodSpec]:
-    if not specs:
-        raise RetraceError("No method is named; `retrace methods` lists them.")
-    unique: dict[str, MethodSpec] = {}
-    for spec in specs:
-        if unique.setdefault(str(spec), spec).source_digest != spec.source_digest:
-            raise RetraceError(f"Two different files have a method {spec}: rename one of them.")
-    return list(unique.values())
 
 
 def _budgets(topk: Sequence[int]) -> tuple[int, ...]:
@@ -172,14 +166,56 @@ def _still_wanted(
     return wanted, before
 
 
-def _calibrated(
-    settings: Settings, method: Replayed, device: torch.device, keep: bool, clock: Clock
-) -> Replayed:
-    """The method with what it learns, if it learns anything."""
-    if not method.spec.method.calibrated:
-        return method
-    with clock.charge("calibration", str(method.spec)):
-        return settings.calibrated(method, device, keep)
+def _name_missing_libraries() -> None:
+    missing = missing_libraries()
+    if missing:
+        log.warning(
+            "Left out, since a library is missing (pip install 'retrace-attention[%s]'): %s.",
+            ",".join(sorted(set(missing.values()))),
+            ", ".join(missing),
+        )
+
+
+def _ready(
+    settings: Settings,
+    methods: Sequence[Replayed],
+    optional: frozenset[str],
+    device: torch.device,
+    keep: bool,
+    clock: Clock,
+) -> tuple[Replayed, ...]:
+    """The methods, calibrated and tried on the longest sequence's first unit before any time is
+    spent. A method that cannot run here is left out with a warning if it is optional."""
+    trace = settings.trace
+    longest = max(settings.sequences, key=trace.length)
+    with clock.charge("causality check"):
+        unit = next(load_units(trace.layer(settings.layers[0]), longest, device))
+    ready = []
+    for method in methods:
+        name = str(method.spec)
+        try:
+            if method.spec.method.calibrated:
+                with clock.charge("calibration", name):
+                    method = settings.calibrated(method, device, keep)
+            with torch.inference_mode(), clock.charge("causality check", name):
+                _try(settings, method, unit)
+        except RetraceError as error:
+            if name not in optional:
+                raise RetraceError(f"{name} {error}") from error
+            log.warning("Left out: %s %s", name, error)
+        else:
+            ready.append(method)
+    if not ready:
+        raise RetraceError("None of these methods can run on this trace.")
+    return tuple(ready)
+
+
+def _try(settings: Settings, method: Replayed, unit: Unit) -> None:
+    plan = Plan((), settings.protocol, settings.min_context)
+    first = plan.first_counted(method.topk[0], len(unit.keys))
+    if first <= int(unit.positions[-1]):
+        least = [method.topk[0]]
+        check_causality(method.spec.method, unit, plan.protocol, least, first, method.calibration)
 
 
 def _store(trace: Trace, keep: bool) -> ReferenceStore:
@@ -217,8 +253,6 @@ def _replay_all(
             return replay(trace, *task, plan, device, store, spent), spent
 
     tallies: dict[int, list[Tally]] = {}
-    with torch.inference_mode():
-        _check_causality(settings, plan, device, clock)
     with _workers(device) as workers:
         if progress is not None:
             progress(0, len(tasks))
@@ -257,30 +291,6 @@ def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
 
 def _worker_count(device: torch.device) -> int:
     return 1 if device.type == "cuda" else torch.get_num_threads()
-
-
-def _check_causality(settings: Settings, plan: Plan, device: torch.device, clock: Clock) -> None:
-    """Try every method on the longest sequence's first unit before any time is spent."""
-    trace = settings.trace
-    longest = max(settings.sequences, key=trace.length)
-    with clock.charge("causality check"):
-        unit = next(load_units(trace.layer(settings.layers[0]), longest, device))
-    for method in plan.methods:
-        first = plan.first_counted(method.topk[0], len(unit.keys))
-        if first > int(unit.positions[-1]):
-            continue
-        try:
-            with clock.charge("causality check", str(method.spec)):
-                check_causality(
-                    method.spec.method,
-                    unit,
-                    plan.protocol,
-                    [method.topk[0]],
-                    first,
-                    method.calibration,
-                )
-        except RetraceError as error:
-            raise RetraceError(f"{method.spec} {error}") from error
 
 
 def _clear(folder: Path) -> None:

@@ -12,7 +12,12 @@ from retrace.cli.config import CONFIG
 from retrace.cli.parameters import DEVICE, LAYERS, numbers
 from retrace.cli.screen import note, on_terminal, plural, print_json, print_table, size
 
+MOST_TABLES = 12
+"""Methods and budgets that have a table of their own on stdout; of more the means are printed."""
+
 if TYPE_CHECKING:
+    import pandas as pd
+
     from retrace.analyze import Results
     from retrace.analyze.run import Progress
     from retrace.traces import Location
@@ -34,7 +39,7 @@ Example:
     default=("exact",),
     metavar="SPEC",
     help="Method to replay, such as quest, quest:page=32 or ./mine.py:Mine; may be repeated; "
-    "exact by default. `retrace methods` lists them.",
+    "exact by default. `retrace methods` lists them; `all` is every one of them.",
 )
 @click.option(
     "--topk",
@@ -111,10 +116,10 @@ def command(
 
     Without TRACE, the newest one here or in ./traces.
     """
-    from retrace.analyze import analyze, parse_spec
+    from retrace.analyze import analyze, parse_specs
     from retrace.traces import locate
 
-    specs = list(dict.fromkeys(str(parse_spec(text)) for text in method))
+    specs, _ = parse_specs(method)
     place = newest_trace() if trace is None else locate(trace)
     out = Path("results", place.stem) if out is None else out
     with progress_bar() as progress:
@@ -128,7 +133,8 @@ def command(
             progress=progress,
             **settings,
         )
-    print_results(results, specs, sorted(set(topk)), format or _default_format())
+    there = [name for name in map(str, specs) if name in results.methods()]
+    print_results(results, there, sorted(set(topk)), format or _default_format())
     if profile:
         print_profile(results)
     note(f"Results: {out}")
@@ -164,19 +170,39 @@ def print_results(
         else:
             click.echo(rows.to_csv(index=False), nl=False)
         return
-    for method in methods:
-        for k in (k for k in topk if k in results.topk(method)):
-            table = results.table(method, k).drop(columns=["Method", "Top-k"])
-            lines = [
-                [str(layer), *(f"{figure:.4f}" for figure in figures)]
-                for layer, *figures in table.itertuples(index=False)
-            ]
-            if form == "table":
-                print_table(list(table.columns), lines, title=f"{method}, top-k {k}")
-            else:
-                cells = [list(table.columns), ["---"] * len(table.columns), *lines]
-                click.echo(f"### {method}, top-k {k}\n")
-                click.echo("\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n")
+    pairs = [(method, k) for method in methods for k in topk if k in results.topk(method)]
+    if len(pairs) > MOST_TABLES:
+        _print_summary(results, pairs, form)
+        return
+    for method, k in pairs:
+        table = results.table(method, k).drop(columns=["Method", "Top-k"])
+        _print(f"{method}, top-k {k}", table, form)
+
+
+def _print_summary(results: "Results", pairs: Sequence[tuple[str, int]], form: str) -> None:
+    """One line for each method and budget, where a table for each would be too many."""
+    import pandas as pd
+
+    names = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio")
+    means = results.metrics.pivot_table("mean", ["method", "topk"], "metric")
+    table = means.reindex(pd.MultiIndex.from_tuples(pairs))[list(names)].reset_index()
+    titles = ("Recall", "Attention Fraction", "Error Norm", "Density", "Bytes Ratio")
+    table.columns = ["Method", "Top-k", *titles]
+    table.insert(0, "Method, top-k", [f"{method}, {k}" for method, k in pairs])
+    _print("Means over layers and heads", table.drop(columns=["Method", "Top-k"]), form)
+
+
+def _print(title: str, table: "pd.DataFrame", form: str) -> None:
+    lines = [
+        [str(name), *(f"{figure:.4f}" for figure in figures)]
+        for name, *figures in table.itertuples(index=False)
+    ]
+    if form == "table":
+        print_table(list(table.columns), lines, title=title)
+    else:
+        cells = [list(table.columns), ["---"] * len(table.columns), *lines]
+        click.echo(f"### {title}\n")
+        click.echo("\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n")
 
 
 def print_profile(results: "Results") -> None:

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from importlib.metadata import entry_points
@@ -18,6 +18,8 @@ from retrace.analyze.methods.function import Function
 from retrace.traces import RetraceError
 
 ENTRY_POINTS = "retrace.methods"
+ALL = "all"
+"""In place of a spec: every installed method."""
 _LOOSE = re.compile(r"(?P<path>.+\.py):(?P<name>\w+)(?::(?P<parameters>.*))?")
 
 
@@ -59,6 +61,45 @@ def parse_spec(text: str) -> MethodSpec:
         return _loose_method(Path(loose["path"]), loose["name"], loose["parameters"] or "")
     name, _, parameters = text.partition(":")
     return MethodSpec(name, _make(method_class(name), name, _read_parameters(parameters, name)))
+
+
+def parse_specs(texts: Sequence[str]) -> tuple[list[MethodSpec], frozenset[str]]:
+    """The methods that specs name, each once, and which of them `all` stands for alone.
+
+    `all` is every installed method with its defaults, less those whose library is missing.
+
+    Raises:
+        RetraceError: no method at all, or two different files with a method of one name.
+    """
+    named = [parse_spec(text) for text in texts if text != ALL]
+    every = _every_method() if ALL in texts else []
+    if not named and not every:
+        raise RetraceError("No method is named; `retrace methods` lists them.")
+    unique: dict[str, MethodSpec] = {}
+    for spec in [*named, *every]:
+        if unique.setdefault(str(spec), spec).source_digest != spec.source_digest:
+            raise RetraceError(f"Two different files have a method {spec}: rename one of them.")
+    return list(unique.values()), frozenset(map(str, every)) - frozenset(map(str, named))
+
+
+def _every_method() -> list[MethodSpec]:
+    kinds = {name: method_class(name) for name in method_names()}
+    missing = missing_libraries()
+    return [
+        parse_spec(name)
+        for name, kind in kinds.items()
+        if name not in missing and all(f.default is not MISSING for f in parameter_fields(kind))
+    ]
+
+
+def missing_libraries() -> dict[str, str]:
+    """The installed methods whose library is not there, and the extra that brings it."""
+    extras = {name: method_class(name).extra for name in method_names()}
+    return {
+        name: extra
+        for name, extra in extras.items()
+        if extra is not None and importlib.util.find_spec(extra) is None
+    }
 
 
 def method_names() -> list[str]:

@@ -62,18 +62,23 @@ class RetroInfer(AttendMethod):
         keys, values = past.keys[first:last], past.values[first:last]
         labels = self._labels(keys)
         # Clusters that have lost all their keys are left out.
-        held, labels, sizes = labels.unique(return_inverse=True, return_counts=True)
-
-        def mean(vectors: Tensor) -> Tensor:
-            sums = vectors.new_zeros(len(held), vectors.shape[1]).index_add_(0, labels, vectors)
-            return sums / sizes[:, None]
+        every = torch.bincount(labels)
+        labels = ((every > 0).cumsum(dim=0) - 1)[labels]
+        sizes = every[every > 0]
+        means = [
+            torch.zeros(len(sizes), vectors.shape[1], device=vectors.device).index_add_(
+                0, labels, vectors
+            )
+            / sizes[:, None]
+            for vectors in (keys, values)
+        ]
 
         places = torch.arange(first, first + len(labels), device=labels.device)
-        oldest = places.new_full((len(held),), past.end).scatter_reduce_(0, labels, places, "amin")
+        oldest = places.new_full((len(sizes),), past.end).scatter_reduce_(0, labels, places, "amin")
         return Clusters(
             past=past,
-            centroids=mean(keys),
-            values=mean(values),
+            centroids=means[0],
+            values=means[1],
             sizes=sizes,
             oldest=oldest,
             labels=labels,
@@ -131,7 +136,7 @@ class RetroInfer(AttendMethod):
         if not len(keys):
             return torch.zeros(0, dtype=torch.int64, device=keys.device)
         centred = keys - keys.mean(dim=0)
-        centroids = [self._directions(part) for part in centred.split(self.segment)]
+        centroids = [self._directions(part) for part in torch.split(centred, self.segment)]
         return (centred @ torch.cat(centroids).T).argmax(dim=-1)
 
     def _directions(self, keys: Tensor) -> Tensor:

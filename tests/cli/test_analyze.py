@@ -1,6 +1,7 @@
 """`retrace analyze`: what it prints where, and what it leaves in the folder."""
 
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from click.testing import Result
 
 from retrace.analyze import Results, analyze
 from retrace.cli import screen
+from retrace.traces import RetraceError
 
 Run = Callable[..., Result]
 HEADER = "| Layer | Mean Recall | Std Recall | Mean Error Norm | Std Error Norm |"
@@ -143,3 +145,28 @@ def test_a_loose_file(run: Run, trace: Path) -> None:
     shutil.copy(Path(__file__).parents[2] / "analyze/methods/window.py", "mine.py")
     result = run("analyze", trace, "--topk", "5", "--method", "mine.py:Window", "--no-plots")
     assert "### mine.py:Window, top-k 5" in result.stdout
+
+
+def test_all_methods(run: Run, trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *rest: None if name == "faiss" else find(name, *rest),
+    )
+    result = run(
+        "analyze", trace, "--method", "all", "--topk", "2,5", "--layers", "0", "--no-plots"
+    )
+    [missing] = [line for line in result.stderr.splitlines() if "a library is missing" in line]
+    assert "pip install 'retrace-attention[" in missing
+    assert "hnsw" in missing
+    # How positions are encoded is not known of this trace.
+    assert "Left out: expected-attention needs keys before position encoding" in result.stderr
+    assert "### Means over layers and heads" in result.stdout
+    lines = result.stdout.splitlines()
+    assert len([line for line in lines if line.startswith("| quest, ")]) == 2
+    assert not [line for line in lines if line.startswith(("| hnsw, ", "| expected-attention, "))]
+
+
+def test_a_method_that_is_named_is_not_left_out(trace: Path) -> None:
+    with pytest.raises(RetraceError, match="expected-attention needs keys before position"):
+        analyze(trace, ["all", "expected-attention"], [2], layers=[0])

@@ -1,0 +1,123 @@
+"""HashAttention: signatures of bits by small learned networks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.attention import visible
+from retrace.analyze.hashing import signs
+from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.past import Past
+from retrace.analyze.unit import HeadGroup
+
+RATE = 3e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashAttention(ScoreMethod):
+    """Scores keys by how many of `bits` signs agree, of one network for a head's queries and
+    another for the keys.
+
+    The networks are trained to tell the `positives` keys of largest exp(logit) ||v|| from the rest,
+    by cross entropy weighted so that both count alike, with tanh in place of sign. The code that is
+    public only infers: sizes of hidden layers, the rate and the number of steps are chosen here,
+    small enough to train for every head of a model: `hidden=128,steps=300` finds a little more.
+    """
+
+    source: ClassVar[str] = (
+        "arXiv:2412.14468 (HashAttention), section 4; xAlg-ai/sparse-attention-hub"
+    )
+    calibrated: ClassVar[bool] = True
+
+    bits: int = field(default=32, metadata={"help": "bits of a signature"})
+    hidden: int = field(default=64, metadata={"help": "width of the two hidden layers"})
+    positives: int = field(
+        default=64, metadata={"help": "best keys of a query, at most a tenth of those it sees"}
+    )
+    steps: int = field(default=60, metadata={"help": "steps of training", "least": 0})
+    batch: int = field(default=16, metadata={"help": "queries in a step"})
+    seed: int = field(default=0, metadata={"help": "of the training", "least": 0})
+
+    def calibrate(self, pasts: Sequence[Past]) -> dict[str, Tensor]:
+        """Weights `query.0` to `query.2` and `key.0` to `key.2` (group, inputs, outputs), the last
+        input of each always 1."""
+        random = torch.Generator().manual_seed(self.seed)
+        device, (heads, _, channels) = pasts[0].keys.device, pasts[0].queries.shape
+        sizes = (channels, self.hidden, self.hidden, self.bits)
+        weights = {
+            f"{side}.{i}": _initial(heads, sizes[i], sizes[i + 1], random).to(device)
+            for side in ("query", "key")
+            for i in range(3)
+        }
+        descent = torch.optim.Adam([w.requires_grad_() for w in weights.values()], lr=RATE)
+        for _ in range(self.steps):
+            loss = self._loss(weights, pasts, random)
+            descent.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            descent.step()
+        return {name: w.detach() for name, w in weights.items()}
+
+    def _loss(
+        self, weights: Mapping[str, Tensor], pasts: Sequence[Past], random: torch.Generator
+    ) -> Tensor:
+        """For `batch` queries of a sequence, both drawn, of every head."""
+        past = pasts[int(torch.randint(len(pasts), (), generator=random))]
+        rows = torch.randint(len(past.query_positions), (self.batch,), generator=random)
+        rows = rows.to(past.keys.device)
+        queries, positions = past.queries[:, rows], past.query_positions[rows]
+        keys = torch.arange(past.start, past.end, device=rows.device)
+        seen = visible(positions, keys, past.group.rules)
+        count = seen.sum(dim=-1, keepdim=True)
+        worth = queries @ past.keys.T + past.values.norm(dim=-1).clamp(min=1e-12).log()
+        ranks = worth.masked_fill(~seen, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        most = (count // 10).clamp(min=1, max=self.positives)
+        chosen = torch.arange(len(keys), device=rows.device) < most
+        best = torch.zeros_like(worth).scatter(-1, ranks, chosen.to(worth).expand_as(worth))
+        asked = torch.tanh(_network(weights, "query", queries / past.group.rules.scale))
+        codes = torch.tanh(_network(weights, "key", past.keys))
+        agreement = asked @ codes.mT / self.bits**0.5
+        # Each query's best count as much together as all others that it sees.
+        balanced = torch.where(best > 0, 1 / most, seen / (count - most).clamp(min=1))
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            agreement, best, weight=balanced, reduction="sum"
+        ) / (2 * best.shape[0] * best.shape[1])
+
+    def build(self, past: Past) -> Any:
+        """The weights, the layer's scale, and every key's signature for each head
+        (group, keys, bits)."""
+        weights = past.calibration
+        return weights, past.group.rules.scale, signs(_network(weights, "key", past.keys))
+
+    def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
+        """Less the number of bits that differ; by the first head's networks for a mean query."""
+        weights, scale, codes = state
+        asked = signs(_network(weights, "query", queries / scale))
+        agreement = asked @ codes[: len(queries), : int(positions[-1]) + 1].mT
+        scores: Tensor = (agreement - codes.shape[-1]) / 2
+        return scores
+
+    def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
+        """Every key's bits, for each head its own."""
+        return keys * group.rules.group * self.bits / 8
+
+
+def _initial(heads: int, inputs: int, outputs: int, random: torch.Generator) -> Tensor:
+    """Weights that keep the variance of their inputs, and a last row of zeros for the input 1."""
+    weights = torch.randn(heads, inputs, outputs, generator=random) * (2 / inputs) ** 0.5
+    return torch.cat([weights, torch.zeros(heads, 1, outputs)], dim=1)
+
+
+def _network(weights: Mapping[str, Tensor], side: str, vectors: Tensor) -> Tensor:
+    """Two hidden layers, with SiLU, and the last (heads, vectors, bits), for vectors
+    (vectors, channels) or (heads, vectors, channels); as many heads as there are of those."""
+    for i in range(3):
+        layer = weights[f"{side}.{i}"]
+        if vectors.dim() == 3:
+            layer = layer[: len(vectors)]
+        vectors = vectors @ layer[:, :-1] + layer[:, -1:]
+        if i < 2:
+            vectors = torch.nn.functional.silu(vectors)
+    return vectors

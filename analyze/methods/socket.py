@@ -1,0 +1,60 @@
+"""SOCKET: locality-sensitive hashing with soft votes."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.hashing import hyperplanes, signs
+from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.past import Past
+from retrace.analyze.unit import HeadGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class SOCKET(ScoreMethod):
+    """Scores a key by the norm of its value times the sum, over `tables` hash tables, of the
+    probability that the query gives to the key's bucket.
+
+    A query q has h = tanh(q W) in each table, and its buckets are the corners c of a cube, with
+    probability softmax(h.c / temperature). The code divides h by the root of the channels as well,
+    which is a temperature 8 to 11 times as high: `divide=root-channels`.
+    """
+
+    source: ClassVar[str] = "arXiv:2602.06283 (SOCKET); skylight-org/sparse-attention-hub"
+
+    tables: int = field(default=60, metadata={"help": "hash tables"})
+    bits: int = field(default=12, metadata={"help": "hyperplanes of a table"})
+    temperature: float = field(default=0.3, metadata={"help": "of the softmax over buckets"})
+    divide: str = field(
+        default="nothing",
+        metadata={"help": "what tanh is divided by", "choices": ("nothing", "root-channels")},
+    )
+    seed: int = field(default=0, metadata={"help": "of the hyperplanes", "least": 0})
+
+    def build(self, past: Past) -> Any:
+        """Hyperplanes (tables, channels, bits) for scaled queries, each key's corner
+        (tables, keys, bits), and the norms of values (keys,)."""
+        count = self.tables * self.bits
+        planes = hyperplanes(self.seed, past.group, count, past.keys.device)
+        planes = planes.view(-1, self.tables, self.bits).movedim(1, 0)
+        # Queries come scaled, and tanh must not see that.
+        return planes / past.group.rules.scale, signs(past.keys @ planes), past.values.norm(dim=-1)
+
+    def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
+        """||v|| times the sum of the probabilities of the key's buckets."""
+        end = int(positions[-1]) + 1
+        votes = torch.zeros(*queries.shape[:2], end, device=queries.device)
+        root = queries.shape[-1] ** 0.5 if self.divide == "root-channels" else 1.0
+        for planes, corners in zip(*state[:2], strict=True):
+            soft = torch.tanh(queries @ planes) / (root * self.temperature)
+            # The softmax's denominator over all corners is a product over the bits.
+            total = torch.logaddexp(soft, -soft).sum(dim=-1, keepdim=True)
+            votes += torch.exp(soft @ corners[:end].T - total)
+        scores: Tensor = votes * state[2][:end]
+        return scores
+
+    def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
+        """Every key's buckets, and the norm of its value in two bytes."""
+        return keys * (self.tables * self.bits / 8 + 2)

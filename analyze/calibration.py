@@ -114,7 +114,7 @@ def learned(
     found = None if file is None else _load(file, kv_heads, device)
     if found is not None:
         return found
-    neighbours = [Neighbours(trace, sequence, device) for sequence in sequences]
+    neighbours = [Neighbours.of_trace(trace, sequence, device) for sequence in sequences]
     arrays = []
     for kv_head in range(kv_heads):
         units = [n.units(layer)[kv_head] for n in neighbours]

@@ -182,16 +182,29 @@ def plain_error_norms(
     exact: ExactBlock, selection: Selection, probability: Tensor, points: list[int]
 ) -> Tensor:
     """What `compiled.errors` computes, by the outputs themselves."""
-    output = _outputs(exact, selection, probability, points)
+    normalizer = exact.reference.log_normalizer
+    output = outputs(exact.block, selection, probability, normalizer, points)
     return _error_norm(exact.reference.output, output)
 
 
-def _outputs(
-    exact: ExactBlock, selection: Selection, probability: Tensor, points: list[int]
+def outputs(
+    block: Block,
+    selection: Selection,
+    probability: Tensor,
+    log_normalizer: Tensor,
+    points: list[int],
 ) -> Tensor:
     """Softmax over the attended keys, renormalised or not, times their values
-    (points, group, queries, value channels); nothing attended gives zeros."""
-    block = exact.block
+    (points, group, queries, value channels); nothing attended gives zeros.
+
+    Args:
+        block: the queries.
+        selection: what they attend; its own `output` is not looked at.
+        probability: exp(score - log_normalizer) of each listed key, like its ids, float64.
+        log_normalizer: (group, queries) float64, of all visible keys where the output is to be
+            divided by their sum, otherwise any that keeps the probabilities in range.
+        points: indices into `selection.ks`.
+    """
     attended = selection.attended[points].movedim(0, -1)[..., None]
     width = min(int(attended.max()), selection.ids.shape[-1])
     places = torch.arange(width, device=attended.device)
@@ -200,7 +213,7 @@ def _outputs(
     if not selection.true_denominator:
         total = weights.sum(dim=-1, keepdim=True)
         if block.unit.sinks is not None:
-            sink = block.unit.sinks[:, None] - exact.reference.log_normalizer
+            sink = block.unit.sinks[:, None] - log_normalizer
             total = total + sink.double().exp()[..., None, None]
         weights = weights / total.masked_fill(total == 0, 1.0)
     weights = weights.to(block.unit.values.dtype)

@@ -120,14 +120,22 @@ class States:
         self._calibration = calibration or {}
         # The heads of a layer that select together have a state each.
         self._pools_layer = isinstance(method, ScoreMethod) and method.pool.startswith(LAYER)
-        self._units: tuple[Unit, ...] = (unit,)
-        if self._pools_layer:
-            whole = Past(unit, 0, len(unit.keys))
-            self._units = tuple(head.unit for head in whole.heads)
+        self._units = self._selecting(unit)
         self._states: tuple[Any, ...] = (None,) * len(self._units)
         self._built = -1
         self._held = 0
         self.cost = Cost()
+
+    def grow(self, unit: Unit) -> None:
+        """Go on with the unit after it has grown by further positions, as in decoding."""
+        self._unit = unit
+        self._units = self._selecting(unit)
+
+    def _selecting(self, unit: Unit) -> tuple[Unit, ...]:
+        """The units that select together."""
+        if not self._pools_layer:
+            return (unit,)
+        return tuple(head.unit for head in Past(unit, 0, len(unit.keys)).heads)
 
     def serve(self, block: Block) -> Iterator[Served]:
         """The queries of a block, cut where the state changes."""

@@ -1,6 +1,6 @@
 """The unit of work: one kv head of one layer and sequence; and a block of its queries."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -86,19 +86,34 @@ class Unit:
 
 
 def load_units(layer: Layer, sequence: int, device: torch.device) -> Iterator[Unit]:
-    """The units of one layer and sequence, kv head by kv head."""
-    rules = layer.rules
-    neighbours = Neighbours(layer.trace, sequence, device)
-    queries = to_torch(layer.query(sequence)).to(device)
-    keys = to_torch(layer.key(sequence)).to(device)
-    values = to_torch(layer.value(sequence)).to(device)
+    """The units of one layer and sequence of a trace, kv head by kv head."""
+    queries, keys, values = (
+        to_torch(read(sequence)).to(device) for read in (layer.query, layer.key, layer.value)
+    )
     positions = torch.from_numpy(layer.query_positions(sequence).astype("int64")).to(device)
+    neighbours = Neighbours.of_trace(layer.trace, sequence, device)
+    return make_units(
+        layer.index, sequence, layer.rules, (queries, keys, values), positions, neighbours
+    )
+
+
+def make_units(
+    layer: int,
+    sequence: int,
+    rules: LayerRules,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    positions: Tensor,
+    neighbours: "Neighbours | None",
+) -> Iterator[Unit]:
+    """The units of queries (heads, queries, channels), keys (kv_heads, positions, channels) and
+    values (kv_heads, positions, value channels) of any dtype, kv head by kv head."""
+    queries, keys, values = tensors
     itemsize = queries.dtype.itemsize
     for kv_head in range(rules.kv_heads):
-        group = HeadGroup(layer.index, sequence, kv_head, rules, itemsize)
+        group = HeadGroup(layer, sequence, kv_head, rules, itemsize)
         sinks = None
         if rules.sinks is not None:
-            sinks = torch.tensor(rules.sinks[group.heads], device=device)
+            sinks = torch.tensor(rules.sinks[group.heads], device=queries.device)
         yield Unit(
             group,
             queries[group.heads].float(),
@@ -114,36 +129,28 @@ def load_units(layer: Layer, sequence: int, device: torch.device) -> Iterator[Un
 class Neighbours:
     """The layers of one sequence, each read when it is first asked for."""
 
-    def __init__(
-        self,
-        trace: Trace,
-        sequence: int,
-        device: torch.device,
-        change: Callable[[Unit], Unit] | None = None,
-    ) -> None:
-        self._trace = trace
-        self._sequence = sequence
-        self._device = device
-        self._change = change
-        self._read: dict[int, tuple[Unit, ...]] = {}
+    def __init__(self, layers: tuple[int, ...], read: Callable[[int], Iterable[Unit]]) -> None:
+        self.layers = layers
+        """Indices of the layers, ascending."""
+        self._read = read
+        self._known: dict[int, tuple[Unit, ...]] = {}
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Indices of the recorded layers, ascending."""
-        return self._trace.layers
+    @classmethod
+    def of_trace(cls, trace: Trace, sequence: int, device: torch.device) -> "Neighbours":
+        """The recorded layers of a sequence."""
+        return cls(trace.layers, lambda i: load_units(trace.layer(i), sequence, device))
 
     def units(self, layer: int) -> tuple[Unit, ...]:
         """Every kv head of a layer, in order."""
-        if layer not in self._read:
-            units = load_units(self._trace.layer(layer), self._sequence, self._device)
+        if layer not in self._known:
             # Without their neighbours, or a cycle would keep the tensors until it is found.
-            alone = [replace(unit, neighbours=None) for unit in units]
-            self._read[layer] = tuple(map(self._change, alone) if self._change else alone)
-        return self._read[layer]
+            alone = (replace(unit, neighbours=None) for unit in self._read(layer))
+            self._known[layer] = tuple(alone)
+        return self._known[layer]
 
     def changed(self, change: Callable[[Unit], Unit]) -> "Neighbours":
         """The same, each unit changed when it is read."""
-        return Neighbours(self._trace, self._sequence, self._device, change)
+        return Neighbours(self.layers, lambda layer: map(change, self.units(layer)))
 
 
 class Block:

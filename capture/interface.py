@@ -10,7 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,21 +48,27 @@ class AttentionCall:
 
 
 Observer = Callable[[AttentionCall], None]
+Answer = Callable[[AttentionCall], Tensor]
+"""What stands in for exact attention: the output (batch, positions, heads, value channels)."""
 
 
 @dataclass(frozen=True)
 class _Interception:
     stock: str
     paths: dict[torch.nn.Module, str]
-    observers: list[Observer] = field(default_factory=list)
+    observer: Observer
+    answer: Answer | None
 
 
 _current: ContextVar[_Interception] = ContextVar("retrace_interception")
 
 
 @contextlib.contextmanager
-def observed_attention(model: Any, observer: Observer) -> Iterator[None]:
-    """Within this context `observer` sees every attention call of the model.
+def observed_attention(
+    model: Any, observer: Observer, answer: Answer | None = None
+) -> Iterator[None]:
+    """Within this context `observer` sees every attention call of the model, which goes on with
+    what `answer` gives for it, if there is such a thing.
 
     Raises:
         RetraceError: the model's attention does not go through the interface.
@@ -72,7 +78,7 @@ def observed_attention(model: Any, observer: Observer) -> Iterator[None]:
     # Without a mask builder of the same name there would be no masks, and windows would be lost.
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     paths = {module: path for path, module in model.named_modules()}
-    token = _current.set(_Interception(stock, paths, [observer]))
+    token = _current.set(_Interception(stock, paths, observer, answer))
     try:
         try:
             model.set_attn_implementation(NAME)
@@ -84,6 +90,16 @@ def observed_attention(model: Any, observer: Observer) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(stock)
+        _current.reset(token)
+
+
+@contextlib.contextmanager
+def exact_attention() -> Iterator[None]:
+    """Within `observed_attention`: calls are neither seen nor answered, and exact."""
+    token = _current.set(replace(_current.get(), observer=lambda call: None, answer=None))
+    try:
+        yield
+    finally:
         _current.reset(token)
 
 
@@ -121,9 +137,10 @@ def _attention(
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         output, _ = sdpa(module, query, key, value, mask, **arguments)
     call = AttentionCall(path, module, query, key, value, mask, arguments, output)
-    for observer in interception.observers:
-        observer(call)
-    return output, None
+    if interception.answer is not None:
+        call = replace(call, output=interception.answer(call))
+    interception.observer(call)
+    return call.output, None
 
 
 def _eager(

@@ -2,7 +2,8 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,18 +24,45 @@ def next_token_nll(model: Any, tokens: Tensor, prompt: int | None = None) -> Ten
         prompt: how many positions are read at once; those after are read one by one, with the
             keys and values before them in the model's cache. By default all are read at once.
     """
+    return likelihoods(model, tokens, prompt)[0]
+
+
+def likelihoods(
+    model: Any,
+    tokens: Tensor,
+    prompt: int | None = None,
+    exactly: Callable[[], AbstractContextManager[None]] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What `next_token_nll` gives, and the Kullback-Leibler divergence of each next token's
+    distribution from that of the exact model, in nats, like it; None without `exactly`, a context
+    in which the model runs exactly."""
     batch, length = tokens.shape
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 1 << 17))
     rows = max(1, BLOCK_ELEMENTS // (batch * vocabulary))
     nll = torch.full((batch, length), torch.nan)
+    kl = None if exactly is None else nll.clone()
+    exact = _logits(model, tokens, prompt or length, rows)
     for block, logits in _logits(model, tokens, prompt or length, rows):
         predicting = block[block < length - 1]
+        place = slice(int(block[0]), int(block[0]) + len(predicting))
+        scores = logits[:, : len(predicting)].float()
+        if exactly is not None and kl is not None:
+            with exactly():
+                expected = next(exact)[1][:, : len(predicting)].float()
+            kl[:, place] = _divergence(expected, scores).cpu()
         if len(predicting):
-            scores = logits[:, : len(predicting)].float().flatten(0, 1)
             targets = tokens[:, predicting + 1].flatten().to(scores.device)
-            loss = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
-            nll[:, int(predicting[0]) : int(predicting[-1]) + 1] = loss.view(batch, -1).cpu()
-    return nll
+            loss = torch.nn.functional.cross_entropy(
+                scores.flatten(0, 1), targets, reduction="none"
+            )
+            nll[:, place] = loss.view(batch, -1).cpu()
+    return nll, kl
+
+
+def _divergence(exact: Tensor, other: Tensor) -> Tensor:
+    """sum p (log p - log q) over the vocabulary for logits (..., vocabulary) of p and of q."""
+    log_p, log_q = exact.log_softmax(dim=-1), other.log_softmax(dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
 def _logits(model: Any, tokens: Tensor, prompt: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,18 +3,19 @@
 import importlib.metadata
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from retrace.analyze.approximate import Approximation
 from retrace.capture.models import Checkpoint
 from retrace.capture.output import Output
+from retrace.capture.reading import Reading
 from retrace.capture.recorder import AttentionLayer
-from retrace.capture.settings import DEFAULT_MAX_LENGTH, CaptureSettings
-from retrace.capture.tasks import SequenceSet, WindowCutter
+from retrace.capture.settings import CaptureSettings
 from retrace.traces import (
     PHASES,
     LayerRules,
@@ -46,6 +47,11 @@ class Plan:
         """Whether some positions are decoded one by one."""
         return any(bool((phase == PHASES["generated"]).any()) for phase in self.phases)
 
+    @property
+    def approximates(self) -> bool:
+        """Whether a method is in the loop."""
+        return "approximation" in self.attributes["capture"]
+
     def read_at_once(self, sequence: int) -> int:
         """Positions of a sequence before the first that is decoded."""
         return int((self.phases[sequence] != PHASES["generated"]).sum())
@@ -66,26 +72,12 @@ class Plan:
         if output.resumes:
             compared = {name: self.attributes[name] for name in COMPARED}
             return resume_trace(output.writing, attributes=compared, **everything)  # type: ignore[arg-type]
-        return create_trace(output.writing, attributes=self.attributes, **everything)  # type: ignore[arg-type]
-
-
-def longest_sequence(settings: CaptureSettings, checkpoint: Checkpoint) -> int:
-    """Positions of the longest sequence, generated tokens included."""
-    most = checkpoint.max_positions
-    length = settings.max_length or min(DEFAULT_MAX_LENGTH, most or DEFAULT_MAX_LENGTH)
-    if length - settings.generate < 2:
-        raise RetraceError(
-            f"max_length is {length}, generated tokens included: generate cannot be "
-            f"{settings.generate}."
+        return create_trace(
+            output.writing,
+            attributes=self.attributes,
+            diverges=self.approximates,
+            **everything,  # type: ignore[arg-type]
         )
-    if settings.max_length is None:
-        return length
-    if most is not None and settings.max_length > most:
-        raise RetraceError(
-            f"{settings.pretrained} reads {most} positions at most: max_length cannot be "
-            f"{settings.max_length}."
-        )
-    return settings.max_length
 
 
 def recorded_layers(
@@ -106,10 +98,9 @@ def describe(
     settings: CaptureSettings,
     checkpoint: Checkpoint,
     model: Any,
-    sets: Sequence[SequenceSet],
-    cut: WindowCutter,
+    reading: Reading,
     layers: Mapping[int, AttentionLayer],
-    max_length: int,
+    approximation: Approximation | None,
 ) -> dict[str, Any]:
     """The trace's attributes, as JSON gives them back."""
     config = model.config.get_text_config()
@@ -127,20 +118,17 @@ def describe(
         "tokenizer": {
             "class": type(tokenizer).__name__,
             "vocabulary": len(tokenizer),
-            "starts_with_bos": cut.starts_with_bos,
+            "starts_with_bos": reading.starts_with_bos,
         },
-        "task": [
-            {"task": one.task, "source": one.source, "sequences": len(one.sequences)}
-            | ({} if one.num_fewshot is None else {"num_fewshot": one.num_fewshot})
-            for one in sets
-        ],
+        "task": reading.task,
         "capture": {
             "limit": settings.limit,
-            "max_length": max_length,
+            "max_length": reading.max_length,
             "layers": None if settings.layers is None else sorted(set(settings.layers)),
             "queries": settings.queries,
         }
-        | ({"generate": settings.generate} if settings.generate else {}),
+        | ({"generate": settings.generate} if settings.generate else {})
+        | ({"approximation": approximation.facts} if approximation else {}),
         "unrecorded_layers": [i for i in range(count) if i not in layers],
         "position_encoding": getattr(config, "rope_parameters", None),
         "batch_size": settings.batch_size,
@@ -159,8 +147,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def prompt_length(phase: npt.NDArray[np.int8]) -> int:
-    """Positions of a sequence (positions,) before what is scored or generated."""
-    return int((phase == PHASES["context"]).sum())

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from retrace.traces import RetraceError, TraceWriter, to_numpy
 
+Figures = npt.NDArray[np.float32]
+"""One number per position."""
 QUEUE_BYTES = 1 << 30
 """Host memory of what waits to be written: several layers of a model with 8 billion parameters at
 8,192 tokens, and four of the largest shards. More would only delay the wait for a slower disk."""
@@ -57,7 +59,7 @@ class WriteQueue:
         self._waiting: deque[_Shard] = deque()
         self._held = 0
         self._unwritten: dict[int, int] = {}
-        self._likelihoods: dict[int, npt.NDArray[np.float32]] = {}
+        self._likelihoods: dict[int, tuple[Figures, Figures | None]] = {}
         self._done: set[int] = set()
         self._error: BaseException | None = None
         self._closing = False
@@ -105,11 +107,17 @@ class WriteQueue:
                     self._waiting.append(shard)
                     self._changed.notify_all()
 
-    def finish_sequence(self, sequence: int, nll: npt.NDArray[np.float32]) -> None:
-        """Mark the sequence done, with its likelihoods (positions,), once all of it is written."""
+    def finish_sequence(
+        self,
+        sequence: int,
+        nll: Figures,
+        kl: Figures | None = None,
+    ) -> None:
+        """Mark the sequence done, with its likelihoods and divergences (positions,), once all of it
+        is written."""
         with self._changed:
             self._raise()
-            self._likelihoods[sequence] = nll
+            self._likelihoods[sequence] = nll, kl
             self._unwritten.setdefault(sequence, 0)
             self._changed.notify_all()
 
@@ -184,13 +192,13 @@ class WriteQueue:
                 if finished is None:
                     shard = self._waiting.popleft()
                 else:
-                    nll = self._likelihoods[finished]
+                    nll, kl = self._likelihoods[finished]
                     del self._unwritten[finished]
             try:
                 if shard is not None:
                     self._write(shard)
                 elif finished is not None:
-                    self._writer.finish_sequence(finished, nll)
+                    self._writer.finish_sequence(finished, nll, kl)
             except BaseException as error:
                 with self._changed:
                     self._error = self._error or error

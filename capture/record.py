@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from retrace.capture.approximate import Approximator
 from retrace.capture.check import check_stored, sampled_positions
 from retrace.capture.decode import StepRecorder
-from retrace.capture.interface import observed_attention
-from retrace.capture.likelihood import next_token_nll
+from retrace.capture.interface import exact_attention, observed_attention
+from retrace.capture.likelihood import likelihoods
 from retrace.capture.models import input_device
 from retrace.capture.output import Output
 from retrace.capture.plan import Plan
-from retrace.capture.queue import WriteQueue
+from retrace.capture.queue import Figures, WriteQueue
 from retrace.capture.ranks import Meeting
 from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
 from retrace.traces import Location, RetraceError, Trace, TraceWriter, open_trace
@@ -46,6 +46,7 @@ def record(
     layers: Mapping[int, AttentionLayer],
     plan: Plan,
     batch_size: int,
+    approximator: Approximator | None,
     output: Output,
     meeting: Meeting,
     show: ShowProgress,
@@ -66,7 +67,7 @@ def record(
     batches = _pending_batches(batch_size, len(plan.tokens), done)
     ours = batches[meeting.ranks.rank :: meeting.ranks.size]
     try:
-        _record_batches(model, layers, plan, ours, done, writer, meeting, show)
+        _record_batches(model, layers, plan, ours, approximator, done, writer, meeting, show)
     except RetraceError:
         alone = meeting.ranks.size == 1
         if alone and not output.resumes and not open_trace(output.writing).sequences:
@@ -98,6 +99,7 @@ def _record_batches(
     layers: Mapping[int, AttentionLayer],
     plan: Plan,
     batches: Sequence[range],
+    approximator: Approximator | None,
     done: set[int],
     writer: TraceWriter,
     meeting: Meeting,
@@ -108,23 +110,29 @@ def _record_batches(
     with (
         WriteQueue(writer) as queue,
         torch.inference_mode(),
-        observed_attention(model, recorder := recorder_class(queue, layers)),
+        observed_attention(model, recorder := recorder_class(queue, layers), approximator),
     ):
         before: list[int] = []
         for batch in batches:
             meeting.check()
             first = not before
-            parts = _missing_parts(plan, batch, done, layers if first else None)
-            nll = _run_batch(model, recorder, plan, batch, parts)
+            # What a method answered is not what the trace explains by exact attention.
+            checked = layers if first and approximator is None else None
+            parts = _missing_parts(plan, batch, done, checked)
+            if approximator is not None:
+                approximator.start(batch, plan.read_at_once(batch[0]) if plan.generates else None)
+            nll, kl = _run_batch(model, recorder, plan, batch, parts)
             if first:
                 queue.drain()
-                _check_first(writer.path, parts[0], recorder)
+                if checked is not None:
+                    _check_first(writer.path, parts[0], recorder)
             else:
                 queue.wait_for(before)
                 done.update(before)
                 show(_progress(plan, done))
             for part in parts:
-                queue.finish_sequence(part.sequence, nll[part.row, : part.length])
+                place = part.row, slice(part.length)
+                queue.finish_sequence(part.sequence, nll[place], None if kl is None else kl[place])
             before = [part.sequence for part in parts]
         queue.wait_for(before)
         done.update(before)
@@ -179,8 +187,9 @@ def _run_batch(
     plan: Plan,
     batch: range,
     parts: Sequence[RecordedSequence],
-) -> npt.NDArray[np.float32]:
-    """Record one batch; its negative log-likelihoods (batch, positions)."""
+) -> tuple[Figures, Figures | None]:
+    """Record one batch; its negative log-likelihoods (batch, positions), and the divergences of a
+    run with a method in the loop."""
     lengths = [len(plan.tokens[s]) for s in batch]
     # Padding on the right needs no mask: no position sees a later one. Any token will do.
     tokens = np.zeros((len(batch), max(lengths)), np.int64)
@@ -188,18 +197,24 @@ def _run_batch(
         tokens[row, : lengths[row]] = plan.tokens[s]
     recorder.start(parts)
     prompt = plan.read_at_once(batch[0]) if plan.generates else None
-    nll = next_token_nll(model, torch.from_numpy(tokens).to(input_device(model)), prompt)
+    nll, kl = likelihoods(
+        model,
+        torch.from_numpy(tokens).to(input_device(model)),
+        prompt,
+        exact_attention if plan.approximates else None,
+    )
     recorder.finish()
     for row, length in enumerate(lengths):
-        nll[row, length - 1 :] = torch.nan
+        for figures in (nll, kl):
+            if figures is not None:
+                figures[row, length - 1 :] = torch.nan
     for part in parts:
         if not bool(torch.isfinite(nll[part.row, : part.length - 1]).all()):
             raise RetraceError(
                 f"The model's likelihoods are not finite in sequence {part.sequence}: try another "
                 "--dtype."
             )
-    likelihoods: npt.NDArray[np.float32] = nll.numpy()
-    return likelihoods
+    return nll.numpy(), None if kl is None else kl.numpy()
 
 
 def _check_first(path: Location, part: RecordedSequence, recorder: TensorRecorder) -> None:

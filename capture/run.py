@@ -9,29 +9,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from retrace.analyze.methods.registry import MethodSpec, parse_spec
+from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
 from retrace.capture.decode import continue_sequences
 from retrace.capture.harness import Harness
 from retrace.capture.models import find_device, open_checkpoint, quiet_libraries
 from retrace.capture.output import Output
-from retrace.capture.plan import (
-    Plan,
-    describe,
-    longest_sequence,
-    prompt_length,
-    recorded_layers,
-)
+from retrace.capture.plan import Plan, describe, recorded_layers
 from retrace.capture.queries import parse_queries
 from retrace.capture.ranks import Meeting, Ranks
+from retrace.capture.reading import prompt_length, read_reference, read_text
 from retrace.capture.record import Progress, ShowProgress, record
 from retrace.capture.settings import CaptureSettings
-from retrace.capture.tasks import WindowCutter, read_sequences
 from retrace.traces import RetraceError, Trace, locate, open_trace
 
 
 def capture(
-    pretrained: str,
+    pretrained: str = "",
     *,
+    reference: str | Path | None = None,
     tasks: Sequence[str] = (),
     text: Sequence[str | Path] = (),
     data: str | Path | None = None,
@@ -45,6 +42,10 @@ def capture(
     device: str = "auto",
     layers: Sequence[int] | None = None,
     queries: str = "all",
+    approximate: str | None = None,
+    topk: int | None = None,
+    from_position: int | None = None,
+    dense_layers: Sequence[int] = (),
     revision: str | None = None,
     trust_remote_code: bool = False,
     out: str | Path | None = None,
@@ -69,6 +70,7 @@ def capture(
     """
     settings = CaptureSettings(
         pretrained=pretrained,
+        reference=reference,
         tasks=tasks,
         text=text,
         data=data,
@@ -82,12 +84,19 @@ def capture(
         device=device,
         layers=layers,
         queries=queries,
+        approximate=approximate,
+        topk=topk,
+        from_position=from_position,
+        dense_layers=dense_layers,
         revision=revision,
         trust_remote_code=trust_remote_code,
         out=out,
         overwrite=overwrite,
         resume=resume,
     )
+    known = None if settings.reference is None else open_trace(settings.reference)
+    settings = settings if known is None else _as_in(known, settings)
+    spec = None if settings.approximate is None else parse_spec(settings.approximate)
     ranks = Ranks.from_environment()
     settings = dataclasses.replace(settings, device=ranks.device(device))
     find_device(settings.device)  # refuses one that is not there
@@ -97,11 +106,30 @@ def capture(
             output = Output(settings.output(), overwrite=overwrite, resume=resume)
         else:
             output = Output.joined(settings.output(), settings.output())
-        return _capture(settings, output, meeting, command, show)
+        return _capture(settings, known, spec, output, meeting, command, show)
+
+
+def _as_in(reference: Trace, settings: CaptureSettings) -> CaptureSettings:
+    """The settings, what they do not say being as it was in the reference."""
+    said = {}
+    model, captured = reference.attributes["model"], reference.attributes["capture"]
+    for name, before in (
+        ("pretrained", model["pretrained"]),
+        ("revision", model["revision"]),
+        ("dtype", reference.attributes["dtype"]),
+        ("batch_size", reference.attributes["batch_size"]),
+        ("layers", captured["layers"]),
+        ("queries", captured["queries"]),
+    ):
+        if getattr(settings, name) == getattr(CaptureSettings, name):
+            said[name] = before
+    return dataclasses.replace(settings, **said)
 
 
 def _capture(
     settings: CaptureSettings,
+    reference: Trace | None,
+    spec: MethodSpec | None,
     output: Output,
     meeting: Meeting,
     command: str | None,
@@ -110,21 +138,22 @@ def _capture(
     show(Progress("loading"))
     harness = Harness(settings) if settings.harness_tasks() else None
     checkpoint = open_checkpoint(settings)
-    max_length = longest_sequence(settings, checkpoint)
-    cut = WindowCutter(checkpoint.tokenizer, max_length - settings.generate, settings.limit)
-    sets = read_sequences(settings, cut, harness)
+    if reference is None:
+        reading = read_text(settings, checkpoint, harness)
+    else:
+        reading = read_reference(reference, settings.limit)
     with _explained(output):
         model = checkpoint.load(settings.dtype, settings.device)
         show(Progress("checking"))
-        tokens = [sequence for one in sets for sequence in one.sequences]
-        phases = [phase for one in sets for phase in one.phases()]
+        tokens, phases = reading.tokens, reading.phases
         # The longest shows what shorter ones hide: a window, say. What will be generated is not
         # known yet, but any tokens will do.
         longest = max(tokens, key=len)
-        most = min(len(longest) + settings.generate, max_length)
+        most = min(len(longest) + settings.generate, reading.max_length)
         layers = examine(model, np.resize(longest, most))
         recorded = recorded_layers(layers, settings)
-        attributes = describe(settings, checkpoint, model, sets, cut, layers, max_length)
+        approximation = None if spec is None else prepare(spec, settings, layers, reference)
+        attributes = describe(settings, checkpoint, model, reading, layers, approximation)
         attributes |= {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": command,
@@ -150,8 +179,9 @@ def _capture(
             attributes=attributes,
         )
         # Caches of sequences of different lengths would need padding: those are read one by one.
-        batch_size = 1 if settings.generate else settings.batch_size
-        return record(model, recorded, plan, batch_size, output, meeting, show)
+        batch_size = 1 if plan.generates else settings.batch_size
+        approximator = None if approximation is None else Approximator(approximation, layers)
+        return record(model, recorded, plan, batch_size, approximator, output, meeting, show)
 
 
 @contextlib.contextmanager

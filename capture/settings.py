@@ -24,8 +24,12 @@ class CaptureSettings:
         RetraceError: a setting that cannot be, or two that contradict each other.
     """
 
-    pretrained: str
-    """Model: a Hugging Face Hub id, a local folder, a .gguf file, or builtin:smollm2."""
+    pretrained: str = ""
+    """Model: a Hugging Face Hub id, a local folder, a .gguf file, or builtin:smollm2; by default
+    that of the reference."""
+    reference: str | Path | None = None
+    """A trace whose tokens the model reads instead of tasks or text; what is not said otherwise is
+    as it was there, and only what is left out there can be said."""
     tasks: Sequence[str] = ()
     """Tasks whose text the model reads: wikitext, or any of lm-eval-harness, such as hellaswag."""
     text: Sequence[str | Path] = ()
@@ -57,6 +61,15 @@ class CaptureSettings:
     queries: str = "all"
     """Queries to keep: all, last:N of each sequence, or stride:N (every N-th, the last included).
     The last 64 of the prompt are kept besides, keys and values always whole."""
+    approximate: str | None = None
+    """A method, such as quest:page=32, that computes attention in place of exact attention."""
+    topk: int | None = None
+    """Budget of the method: keys per query and head."""
+    from_position: int | None = None
+    """Positions before it attend exactly; by default none do, or with generate those that are not
+    generated."""
+    dense_layers: Sequence[int] = ()
+    """Layers that attend exactly."""
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
     trust_remote_code: bool = False
@@ -72,7 +85,11 @@ class CaptureSettings:
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str) or isinstance(self.text, str):
             raise RetraceError("tasks and text must be lists of names, not one string.")
-        if not self.tasks and not self.text:
+        if not self.pretrained and self.reference is None:
+            raise RetraceError("No model is named: --pretrained MODEL.")
+        self._check_reference()
+        self._check_approximation()
+        if not self.tasks and not self.text and self.reference is None:
             raise RetraceError(
                 f"Nothing to read: name a task (such as {TASKS[0]}) or a text file (--text FILE)."
             )
@@ -84,6 +101,7 @@ class CaptureSettings:
         self._check_data()
         self._check_harness_settings()
         least_of = {"limit": 1, "batch_size": 1, "max_length": 2, "num_fewshot": 0, "generate": 0}
+        least_of |= {"topk": 1, "from_position": 1}
         for name, least in least_of.items():
             number = getattr(self, name)
             if number is not None and number < least:
@@ -95,6 +113,25 @@ class CaptureSettings:
         parse_queries(self.queries)
         if self.overwrite and self.resume:
             raise RetraceError("overwrite and resume contradict each other: give one of them.")
+
+    def _check_reference(self) -> None:
+        if self.reference is None:
+            return
+        given = [
+            name for name in ("tasks", "text", "generate", "max_length") if getattr(self, name)
+        ]
+        if given:
+            raise RetraceError(
+                f"{given[0]} says what the model reads, and so does reference: leave one out."
+            )
+
+    def _check_approximation(self) -> None:
+        if self.approximate is None:
+            for name in ("topk", "from_position", "dense_layers"):
+                if getattr(self, name):
+                    raise RetraceError(f"{name} is for a method: name it in approximate.")
+        elif self.topk is None:
+            raise RetraceError(f"How many keys may {self.approximate} attend? Say so with topk.")
 
     def _check_data(self) -> None:
         if self.data is None:
@@ -127,7 +164,12 @@ class CaptureSettings:
             return locate(self.out)
         model = Path(self.pretrained.removeprefix("builtin:")).name.removesuffix(".gguf")
         read = [*self.tasks, *(Path(path).stem for path in self.text)]
-        return Path("traces") / f"{_slug(model)}-{_slug('-'.join(read))}.zarr"
+        name = f"{_slug(model)}-{_slug('-'.join(read))}"
+        if self.reference is not None:
+            name = _slug(locate(self.reference).stem)
+        if self.approximate is not None:
+            name += f"-{_slug(f'{self.approximate}-{self.topk}')}"
+        return Path("traces") / f"{name}.zarr"
 
 
 def _check_harness(name: str) -> None:

@@ -58,9 +58,11 @@ def setting(*flags: str, **options: Any) -> Callable[[Decorated], Decorated]:
 Example:
   retrace capture --pretrained EleutherAI/pythia-70m --tasks wikitext --limit 10
   retrace capture --pretrained builtin:smollm2 --text notes.txt --max-length 1024
+  retrace capture --reference traces/notes.zarr --approximate quest:page=32 --topk 64
   torchrun --nproc-per-node 8 -m retrace.cli capture --pretrained Qwen/Qwen3-8B --tasks wikitext""",
 )
-@setting("--pretrained", required=True, metavar="MODEL")
+@setting("--pretrained", metavar="MODEL")
+@setting("--reference", type=click.Path(), metavar="TRACE")
 @setting("--tasks", type=names, metavar="NAME,...")
 @setting("--text", type=click.Path(), multiple=True, metavar="FILE")
 @setting("--data", type=click.Path(), metavar="PATH")
@@ -74,6 +76,10 @@ Example:
 @setting("--device", metavar="NAME")
 @setting("--layers", type=numbers, metavar="0,2,5-8")
 @setting("--queries", metavar="WHICH")
+@setting("--approximate", metavar="SPEC")
+@setting("--topk", type=int, metavar="K")
+@setting("--from-position", type=int, metavar="P")
+@setting("--dense-layers", type=numbers, metavar="0,1")
 @setting("--revision", metavar="NAME")
 @setting("--trust-remote-code", is_flag=True)
 @setting("--out", type=click.Path(), metavar="PATH")

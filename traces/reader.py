@@ -129,6 +129,14 @@ class Trace:
         place = (sequence, slice(self.length(sequence)))
         return self.read(self._small("nll"), place, f"nll of sequence {sequence}")
 
+    def kl(self, sequence: int) -> npt.NDArray[np.float32] | None:
+        """Kullback-Leibler divergence (positions,) of the next token's distribution from the exact
+        model's, in nats, of a run with a method in the loop; None for other traces."""
+        if "kl" not in self._group:
+            return None
+        place = (sequence, slice(self.length(sequence)))
+        return self.read(self._small("kl"), place, f"kl of sequence {sequence}")
+
     def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
         """Positions (queries,) of the queries that were kept, ascending."""
         stored = self._query_positions[sequence]

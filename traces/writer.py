@@ -80,9 +80,17 @@ class TraceWriter:
             raise TypeError(f"{name} is {part.dtype}, the trace stores {array.dtype}.")
         write_shard(array, sequence, start, part)
 
-    def finish_sequence(self, sequence: int, nll: npt.NDArray[np.float32]) -> None:
-        """Store the negative log-likelihoods (positions,) and mark the sequence complete."""
+    def finish_sequence(
+        self,
+        sequence: int,
+        nll: npt.NDArray[np.float32],
+        kl: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """Store the negative log-likelihoods (positions,), and the divergences (positions,) from
+        the exact model where there are some, and mark the sequence complete."""
         self._array("nll")[sequence, : nll.shape[0]] = nll
+        if kl is not None:
+            self._array("kl")[sequence, : kl.shape[0]] = kl
         self._array("done")[sequence] = True
 
     def close(self) -> None:
@@ -113,6 +121,7 @@ def create_trace(
     dtype: str,
     attributes: Mapping[str, Any],
     phases: Sequence[npt.NDArray[np.int8]] | None = None,
+    diverges: bool = False,
 ) -> TraceWriter:
     """Create a trace that holds its whole plan and no tensors yet.
 
@@ -125,6 +134,7 @@ def create_trace(
         attributes: what else is to be known of the trace: model, task, settings, versions.
         phases: what each position (positions,) of each sequence is, a code in `PHASES`; context
             by default.
+        diverges: whether sequences are finished with their divergence from an exact model.
     """
     if path.exists():
         raise RetraceError(f"{path} exists already.")
@@ -133,7 +143,7 @@ def create_trace(
             # Nothing can be renamed there: without a version it is a trace that is half begun.
             store = open_store(path, read_only=False)
             group = zarr.open_group(store, mode="w", attributes={FORMAT_KEY: None})
-            _create_arrays(group, rules, tokens, query_positions, phases, dtype)
+            _create_arrays(group, rules, tokens, query_positions, phases, dtype, diverges)
             group.attrs.update({FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes})
         return TraceWriter(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +154,7 @@ def create_trace(
         group = zarr.open_group(
             aside, mode="w", attributes={FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes}
         )
-        _create_arrays(group, rules, tokens, query_positions, phases, dtype)
+        _create_arrays(group, rules, tokens, query_positions, phases, dtype, diverges)
         aside.rename(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -214,8 +224,9 @@ def _create_arrays(
     query_positions: Sequence[npt.NDArray[np.int32]],
     phases: Sequence[npt.NDArray[np.int8]] | None,
     dtype: str,
+    diverges: bool,
 ) -> None:
-    _create_small_arrays(group, tokens, query_positions, phases or _all_context(tokens))
+    _create_small_arrays(group, tokens, query_positions, phases or _all_context(tokens), diverges)
     positions = max(len(t) for t in tokens)
     queries = max(len(q) for q in query_positions)
     for layer, layer_rules in rules.items():
@@ -232,8 +243,9 @@ def _create_small_arrays(
     tokens: Sequence[npt.NDArray[np.int32]],
     query_positions: Sequence[npt.NDArray[np.int32]],
     phases: Sequence[npt.NDArray[np.int8]],
+    diverges: bool,
 ) -> None:
-    """The arrays with one chunk per sequence; all but `nll` and `done` are filled at once."""
+    """The arrays with one chunk per sequence; all but `nll`, `kl` and `done` are filled at once."""
     count = len(tokens)
 
     def create(
@@ -256,7 +268,8 @@ def _create_small_arrays(
     query_array = create("query_positions", ("query_position",), (queries,), "int32", -1)
     phase_array = create("phase", ("position",), (positions,), "int8", -1)
     phase_array.attrs["codes"] = PHASES
-    create("nll", ("position",), (positions,), "float32", float("nan"))
+    for name in ("nll", "kl") if diverges else ("nll",):
+        create(name, ("position",), (positions,), "float32", float("nan"))
     create("done", (), (), "bool", False)
     for s in range(count):
         token_array[s, : len(tokens[s])] = tokens[s]

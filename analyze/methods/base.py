@@ -45,6 +45,8 @@ class Method:
     """Name of the optional dependency that it needs, as in `retrace-attention[faiss]`."""
     holds_keys: ClassVar[bool] = False
     """Whether finding reads every key in full, so that the selected ones are there already."""
+    across_layers: ClassVar[bool] = False
+    """Whether `build` reads layers below its own."""
     complete: ClassVar[bool] = False
     """Whether a budget of all visible keys attends all of them."""
 

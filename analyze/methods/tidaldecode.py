@@ -22,6 +22,7 @@ class TidalDecode(ScoreMethod):
     """
 
     source: ClassVar[str] = "arXiv:2410.05076 (TidalDecode), section 3"
+    across_layers: ClassVar[bool] = True
 
     select: int = field(default=2, metadata={"help": "the layer that selects", "least": 0})
     correct: int = field(default=9, metadata={"help": "the layer that selects anew", "least": 0})

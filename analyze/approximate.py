@@ -1,0 +1,120 @@
+"""A method in place of exact attention: what a layer gives when it attends by it."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.attention import log_normalizer
+from retrace.analyze.calibration import calibration
+from retrace.analyze.measure import outputs
+from retrace.analyze.methods.registry import MethodSpec, parse_spec
+from retrace.analyze.scope import choose_calibration
+from retrace.analyze.select import select
+from retrace.analyze.selection import Selection
+from retrace.analyze.states import Calibration, Protocol, States
+from retrace.analyze.unit import Block, Unit
+from retrace.traces import RetraceError, Trace
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """A method with a budget, and where it takes the place of exact attention."""
+
+    spec: MethodSpec
+    topk: int
+    """Keys per query and head."""
+    from_position: int | None = None
+    """Queries before it attend exactly, and a fitted state is built from what precedes it; None:
+    all are approximate, and fitted states are rebuilt as the protocol `all` says."""
+    dense_layers: frozenset[int] = frozenset()
+    """Layers whose attention stays exact."""
+    calibration_sequences: tuple[int, ...] = ()
+    """Sequences of the exact run that the method has learnt from."""
+    calibration: Calibration = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of_run(cls, run: Trace) -> "Approximation":
+        """The one that a trace was captured with, not calibrated.
+
+        Raises:
+            RetraceError: it was captured with exact attention.
+        """
+        told = run.attributes["capture"].get("approximation")
+        if told is None:
+            raise RetraceError(
+                f"{run.path} has no method in the loop: capture one with --approximate."
+            )
+        return cls(
+            parse_spec(told["method"]),
+            told["topk"],
+            told["from_position"],
+            frozenset(told["dense_layers"]),
+            tuple(told["calibration"]),
+        )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As the trace's attributes have them."""
+        return {
+            "method": str(self.spec),
+            "parameters": self.spec.parameters,
+            "topk": self.topk,
+            "from_position": self.from_position,
+            "dense_layers": sorted(self.dense_layers),
+            "calibration": list(self.calibration_sequences),
+        }
+
+    def calibrated(
+        self, exact: Trace | None, layers: tuple[int, ...], device: torch.device
+    ) -> "Approximation":
+        """With what the method learns of these layers from the exact run.
+
+        Raises:
+            RetraceError: it must learn, and there is no exact run.
+        """
+        if not self.spec.method.calibrated:
+            return self
+        if exact is None:
+            raise RetraceError(
+                f"{self.spec} learns from a trace before it can take part: name one of the same "
+                "model with --reference."
+            )
+        sequences = self.calibration_sequences or choose_calibration(exact, None)
+        approximate = tuple(i for i in layers if i not in self.dense_layers)
+        learnt = calibration(exact, self.spec, sequences, approximate, device, keep=True)
+        return replace(self, calibration_sequences=sequences, calibration=learnt)
+
+    def first_position(self, prompt: int | None) -> int | None:
+        """The first approximate position of a sequence whose first `prompt` positions are read at
+        once, if not all are; None where all are approximate and there is no prefix."""
+        return prompt if self.from_position is None else self.from_position
+
+    def states(self, unit: Unit, first: int | None) -> States:
+        """The method's states for a unit whose queries from `first` on are approximate."""
+        protocol = Protocol() if first is None else Protocol(prefix=first)
+        return States(self.spec.method, unit, protocol, self.calibration)
+
+    def output(self, states: States, unit: Unit, first: int) -> Tensor:
+        """Attention output (group, queries, value channels) float32 of a unit's queries from
+        position `first` on, each over the keys that the method selects for it."""
+        method, parts = self.spec.method, []
+        for block in unit.blocks(first):
+            for served in states.serve(block):
+                part = block.part(served.rows)
+                [selection] = select(method, served, part, (self.topk,))
+                parts.append(_output(part, selection))
+        return torch.cat(parts, dim=1)
+
+
+def _output(block: Block, selection: Selection) -> Tensor:
+    if selection.output is not None:
+        return selection.output[0]
+    scores = block.scores_at(selection.ids).double()
+    every = block.scores.double() if selection.true_denominator else scores
+    normalizer = log_normalizer(every, block.unit.sinks)
+    # Where nothing is attended nothing is divided.
+    normalizer = normalizer.masked_fill(normalizer.isneginf(), 0.0)
+    probability = torch.exp(scores - normalizer[..., None])
+    return outputs(block, selection, probability, normalizer, [0])[0]

@@ -1,0 +1,90 @@
+"""What the model reads: sequences of tokens from tasks and texts, or those of another trace."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrace.capture.harness import Harness
+from retrace.capture.models import Checkpoint
+from retrace.capture.settings import DEFAULT_MAX_LENGTH, CaptureSettings
+from retrace.capture.tasks import WindowCutter, read_sequences
+from retrace.traces import PHASES, RetraceError, Trace
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Sequences of tokens, and where they are from."""
+
+    tokens: list[npt.NDArray[np.int32]]
+    """Token ids (positions,) of each sequence."""
+    phases: list[npt.NDArray[np.int8]]
+    """What each position (positions,) of each sequence is, a code in `PHASES`."""
+    task: list[dict[str, Any]]
+    """Each task or text with its source, as the trace's attributes have it."""
+    max_length: int
+    """Positions of the longest sequence that there may be."""
+    starts_with_bos: bool
+    """Whether every sequence starts with the token that begins a text."""
+
+
+def read_text(
+    settings: CaptureSettings, checkpoint: Checkpoint, harness: Harness | None
+) -> Reading:
+    """The sequences of the tasks and texts that the settings name."""
+    max_length = longest_sequence(settings, checkpoint)
+    cut = WindowCutter(checkpoint.tokenizer, max_length - settings.generate, settings.limit)
+    sets = read_sequences(settings, cut, harness)
+    return Reading(
+        [sequence for one in sets for sequence in one.sequences],
+        [phase for one in sets for phase in one.phases()],
+        [
+            {"task": one.task, "source": one.source, "sequences": len(one.sequences)}
+            | ({} if one.num_fewshot is None else {"num_fewshot": one.num_fewshot})
+            for one in sets
+        ],
+        max_length,
+        cut.starts_with_bos,
+    )
+
+
+def read_reference(trace: Trace, limit: int | None) -> Reading:
+    """The sequences of a trace, or the first `limit` of them."""
+    if len(trace.sequences) < trace.planned:
+        raise RetraceError(
+            f"{trace.path} is not complete, and so no reference: go on with its capture first "
+            "(--resume)."
+        )
+    sequences = trace.sequences[:limit]
+    return Reading(
+        [trace.tokens(sequence) for sequence in sequences],
+        [trace.phase(sequence) for sequence in sequences],
+        trace.attributes["task"],
+        trace.attributes["capture"]["max_length"],
+        trace.attributes["tokenizer"]["starts_with_bos"],
+    )
+
+
+def longest_sequence(settings: CaptureSettings, checkpoint: Checkpoint) -> int:
+    """Positions of the longest sequence, generated tokens included."""
+    most = checkpoint.max_positions
+    length = settings.max_length or min(DEFAULT_MAX_LENGTH, most or DEFAULT_MAX_LENGTH)
+    if length - settings.generate < 2:
+        raise RetraceError(
+            f"max_length is {length}, generated tokens included: generate cannot be "
+            f"{settings.generate}."
+        )
+    if settings.max_length is None:
+        return length
+    if most is not None and settings.max_length > most:
+        raise RetraceError(
+            f"{settings.pretrained} reads {most} positions at most: max_length cannot be "
+            f"{settings.max_length}."
+        )
+    return settings.max_length
+
+
+def prompt_length(phase: npt.NDArray[np.int8]) -> int:
+    """Positions of a sequence (positions,) before what is scored or generated."""
+    return int((phase == PHASES["context"]).sum())

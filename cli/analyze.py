@@ -233,15 +233,15 @@ def _note_kept_answers(trace: "Location") -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator["Progress"]:
-    """Shows how far a replay is, on stderr; nothing where that is no terminal."""
+def progress_bar(verb: str = "Replaying") -> Iterator["Progress"]:
+    """Shows how many layers of sequences are done, on stderr; nothing where that is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
     bar = Bar(
-        TextColumn("Replaying"),
+        TextColumn(verb),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("layers of sequences"),

@@ -1,0 +1,277 @@
+"""`compare`: how far runs of a model with a method in the loop drift from the exact run."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor
+
+from retrace.analyze.approximate import Approximation
+from retrace.analyze.attention import attend
+from retrace.analyze.moments import Moments
+from retrace.analyze.scope import choose_device, choose_layers
+from retrace.analyze.unit import Unit, load_units
+from retrace.traces import PHASES, Location, RetraceError, Trace, open_trace
+
+TENSORS = ("query", "key", "value", "output")
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+Answer = Callable[[Unit], Tensor]
+"""Attention output (group, queries, value channels) of a unit."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What runs with a method in the loop come to beside the exact run."""
+
+    layers: pd.DataFrame
+    """Tidy: one row per (run, layer, module, head, tensor, metric) with mean, std and count over
+    positions. `error` is ||x' - x|| / ||x||, `cosine` that of the angle between x' and x; heads of
+    keys and values are kv heads, and `output` is what the layer gave before its projection."""
+    likelihoods: pd.DataFrame
+    """One row per (run, sequence, position): `exact` and `approximate` negative log-likelihood of
+    the next token, in nats, `difference`, and `kl`, the divergence of the next token's distribution
+    from the exact model's."""
+    runs: pd.DataFrame
+    """One row per run: method, topk, perplexity, exact_perplexity, the mean `difference` of the
+    likelihoods in nats with a bootstrap interval over sequences (`low`, `high`; NaN with one
+    sequence), and the mean `kl`."""
+
+    def table(self) -> pd.DataFrame:
+        """Per run and layer: the mean over heads of each tensor's error."""
+        rows = self.layers[self.layers["metric"] == "error"]
+        keys = ["run", "layer", "module"]
+        means = rows.groupby([*keys, "tensor"], sort=False)["mean"].mean().unstack("tensor")
+        return means[list(TENSORS)].reset_index()
+
+    def save(self, folder: str | Path) -> None:
+        """Write `drift.parquet`, `likelihoods.parquet` and `runs.csv`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.layers.to_parquet(folder / "drift.parquet", index=False)
+        self.likelihoods.to_parquet(folder / "likelihoods.parquet", index=False)
+        self.runs.to_csv(folder / "runs.csv", index=False)
+
+
+def compare(
+    exact: Trace | str | Location,
+    runs: Sequence[Trace | str | Location],
+    *,
+    layers: Sequence[int] | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Drift:
+    """Compare runs of a model with a method in the loop with the exact run over the same tokens.
+
+    Args:
+        exact: the trace of the exact run.
+        runs: traces captured with `approximate`, of the same tokens and layers.
+        layers: indices of the layers; all recorded ones if None.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        progress: told how many layers of sequences are done, and of how many.
+
+    Raises:
+        RetraceError: a run that is none, or over other tokens.
+    """
+    exact = exact if isinstance(exact, Trace) else open_trace(exact)
+    others = [run if isinstance(run, Trace) else open_trace(run) for run in runs]
+    if "approximation" in exact.attributes["capture"]:
+        raise RetraceError(f"{exact.path} is not the exact run: it has a method in the loop.")
+    for other in others:
+        _check_pair(exact, other)
+    indices, target = choose_layers(exact, layers), choose_device(device)
+    names = _names(others)
+    total = len(others) * len(indices) * len(exact.sequences)
+    drift: list[dict[str, Any]] = []
+    likelihoods, summaries, done = [], [], 0
+    with torch.inference_mode():
+        for name, other in zip(names, others, strict=True):
+            chosen = Approximation.of_run(other).calibrated(exact, indices, target)
+            learnt = chosen.calibration_sequences
+            sequences = [s for s in other.sequences if s not in learnt]
+            likelihoods.append(frame := _likelihoods(name, exact, other, sequences))
+            summaries.append(_summary(name, other, frame))
+            for index in indices:
+                found: dict[tuple[str, str], Moments] = {}
+                for sequence in sequences:
+                    for place, moments in _layer_drift(
+                        exact, other, chosen, index, sequence, target
+                    ):
+                        known = found.get(place)
+                        found[place] = moments if known is None else known.merge(moments)
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+                module = exact.layer(index).rules.module
+                drift += _rows(name, index, module, found)
+    return Drift(
+        pd.DataFrame(drift), pd.concat(likelihoods, ignore_index=True), pd.DataFrame(summaries)
+    )
+
+
+def _check_pair(exact: Trace, other: Trace) -> None:
+    Approximation.of_run(other)
+    if other.layers != exact.layers:
+        raise RetraceError(f"{other.path} holds other layers than {exact.path}.")
+    for sequence in other.sequences:
+        if sequence not in exact.sequences or not (
+            np.array_equal(other.tokens(sequence), exact.tokens(sequence))
+            and np.array_equal(other.query_positions(sequence), exact.query_positions(sequence))
+        ):
+            raise RetraceError(
+                f"{other.path} has another sequence {sequence} than {exact.path}: capture it with "
+                f"--reference {exact.path}."
+            )
+
+
+def _names(runs: Sequence[Trace]) -> list[str]:
+    """What each run is called: its method and budget, or its path where two are alike."""
+    names = [
+        f"{told['method']}, top-k {told['topk']}"
+        for told in (run.attributes["capture"]["approximation"] for run in runs)
+    ]
+    return [
+        name if names.count(name) == 1 else str(run.path)
+        for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def _likelihoods(name: str, exact: Trace, run: Trace, sequences: Sequence[int]) -> pd.DataFrame:
+    frames = []
+    for sequence in sequences:
+        before, after = (t.nll(sequence).astype(np.float64) for t in (exact, run))
+        frame = pd.DataFrame(
+            {
+                "run": name,
+                "sequence": sequence,
+                "position": np.arange(len(before)),
+                "exact": before,
+                "approximate": after,
+                "difference": after - before,
+                "kl": np.nan if (kl := run.kl(sequence)) is None else kl.astype(np.float64),
+            }
+        )
+        frames.append(frame.dropna(subset="difference"))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _summary(name: str, run: Trace, likelihoods: pd.DataFrame) -> dict[str, Any]:
+    told = run.attributes["capture"]["approximation"]
+    by_sequence = likelihoods.groupby("sequence")["difference"].agg(["sum", "count"])
+    low, high = interval(by_sequence["sum"].to_numpy(), by_sequence["count"].to_numpy())
+    return {
+        "run": name,
+        "method": told["method"],
+        "topk": told["topk"],
+        "perplexity": float(np.exp(likelihoods["approximate"].mean())),
+        "exact_perplexity": float(np.exp(likelihoods["exact"].mean())),
+        "difference": float(likelihoods["difference"].mean()),
+        "low": low,
+        "high": high,
+        "kl": float(likelihoods["kl"].mean()),
+    }
+
+
+def interval(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """The bootstrap interval of a mean over tokens, whole sequences being drawn: tokens of one
+    sequence are not independent. `sums` and `counts` (sequences,) are those of each sequence."""
+    if len(sums) < 2:
+        return float("nan"), float("nan")
+    found = stats.bootstrap(
+        (sums, counts),
+        lambda s, n, axis: s.sum(axis) / n.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def _layer_drift(
+    exact: Trace,
+    run: Trace,
+    chosen: Approximation,
+    index: int,
+    sequence: int,
+    device: torch.device,
+) -> Iterator[tuple[tuple[str, str], Moments]]:
+    """Moments over positions (heads,) by tensor and metric of one layer and sequence."""
+    pairs: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    units = [load_units(trace.layer(index), sequence, device) for trace in (exact, run)]
+    answer = _answer(run, chosen, index, sequence)
+    for before, after in zip(*units, strict=True):
+        pairs["query"].append((before.queries, after.queries))
+        pairs["key"].append((before.keys[None], after.keys[None]))
+        pairs["value"].append((before.values[None], after.values[None]))
+        pairs["output"].append((_exact(before), answer(after)))
+    for tensor, parts in pairs.items():
+        x, y = (torch.cat(side).double() for side in zip(*parts, strict=True))
+        size = x.norm(dim=-1) * y.norm(dim=-1)
+        error = (y - x).norm(dim=-1) / x.norm(dim=-1)
+        everything = torch.ones(1, x.shape[1], dtype=torch.bool, device=device)
+        yield (tensor, "error"), Moments.of(error, everything)
+        yield (tensor, "cosine"), Moments.of((x * y).sum(dim=-1) / size, everything)
+
+
+def _exact(unit: Unit) -> Tensor:
+    """Exact attention output (group, queries, value channels)."""
+    outputs = [
+        attend(
+            block.queries,
+            unit.keys[: block.end],
+            unit.values[: block.end],
+            block.positions,
+            unit.group.rules,
+            unit.sinks,
+        )
+        for block in unit.blocks(0)
+    ]
+    return torch.cat(outputs, dim=1)
+
+
+def _answer(run: Trace, chosen: Approximation, index: int, sequence: int) -> Answer:
+    """What a layer of the run gave, computed as it was then from what the layer saw."""
+    if index in chosen.dense_layers:
+        return _exact
+    generated = np.flatnonzero(run.phase(sequence) == PHASES["generated"])
+    first = chosen.first_position(int(generated[0]) if len(generated) else None)
+
+    def answer(unit: Unit) -> Tensor:
+        output = _exact(unit)
+        row = int(torch.searchsorted(unit.positions, first or 0))
+        if row < output.shape[1]:
+            output[:, row:] = chosen.output(chosen.states(unit, first), unit, first or 0)
+        return output
+
+    return answer
+
+
+def _rows(
+    run: str, index: int, module: str, found: dict[tuple[str, str], Moments]
+) -> Iterator[dict[str, Any]]:
+    """One row per head, tensor and metric."""
+    for (tensor, metric), moments in found.items():
+        for head, (mean, std, count) in enumerate(
+            zip(moments.mean, moments.std(), moments.count, strict=True)
+        ):
+            yield {
+                "run": run,
+                "layer": index,
+                "module": module,
+                "head": head,
+                "tensor": tensor,
+                "metric": metric,
+                "mean": mean,
+                "std": std,
+                "count": int(count),
+            }

@@ -1,0 +1,131 @@
+"""Drift of a run with a method in the loop, against a plain computation from both traces."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from retrace.analyze.compare import compare, interval
+from retrace.analyze.drift_plots import draw_drift
+from retrace.traces import RetraceError, Trace
+
+MakeTrace = Callable[..., Trace]
+TOLD = {
+    "method": "window:keep=recent:1",
+    "parameters": {},
+    "topk": 5,
+    "from_position": None,
+    "dense_layers": [],
+    "calibration": [],
+}
+
+
+@pytest.fixture
+def pair(make_trace: MakeTrace, rules: Any, tensors: Any) -> tuple[Trace, Trace, dict[Any, Any]]:
+    """An exact trace and one that says a window of five keys was in the loop."""
+    layer, rng = rules(heads=4, kv_heads=2), np.random.default_rng(1)
+    lengths = (40, 33)
+    exact = {(i, s): tensors(layer, n, rng) for i in range(2) for s, n in enumerate(lengths)}
+    moved = {
+        place: tuple(t + 0.1 * rng.normal(size=t.shape).astype(t.dtype) for t in of)
+        for place, of in exact.items()
+    }
+    traces = [
+        make_trace([layer, layer], lengths, tensors=given, name=name)
+        for name, given in (("exact", exact), ("run", moved))
+    ]
+    say(traces[0], {"max_length": 40})
+    say(traces[1], {"max_length": 40, "approximation": TOLD})
+    from retrace.traces import open_trace
+
+    return open_trace(traces[0].path), open_trace(traces[1].path), {"exact": exact, "run": moved}
+
+
+def say(trace: Trace, capture: dict[str, Any]) -> None:
+    """Put what was captured into a trace's attributes."""
+    file = Path(str(trace.path)) / "zarr.json"
+    metadata = json.loads(file.read_text())
+    metadata["attributes"]["capture"] = capture
+    metadata.pop("consolidated_metadata", None)
+    file.write_text(json.dumps(metadata))
+
+
+def window(q: Any, k: Any, v: Any, scale: float, width: int) -> np.ndarray:
+    """Attention of one head over the last `width` keys, in float64."""
+    scores = scale * q.astype(np.float64) @ k.astype(np.float64).T
+    i, j = np.arange(len(q))[:, None], np.arange(len(k))
+    scores[(j > i) | (j <= i - width)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True) @ v.astype(np.float64)
+
+
+def test_against_a_plain_computation(pair: tuple[Trace, Trace, dict[Any, Any]]) -> None:
+    exact, run, given = pair
+    drift = compare(exact, [run])
+    rows = drift.layers.set_index(["layer", "tensor", "metric", "head"])
+    scale = exact.layer(0).rules.scale
+    for layer in range(2):
+        pairs: dict[tuple[str, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+        for sequence in range(2):
+            (q, k, v), (q2, k2, v2) = (given[n][layer, sequence] for n in ("exact", "run"))
+            for head in range(4):
+                pairs.setdefault(("query", head), []).append((q[head], q2[head]))
+                outputs = (
+                    window(q[head], k[head // 2], v[head // 2], scale, 99),
+                    window(q2[head], k2[head // 2], v2[head // 2], scale, 5),
+                )
+                pairs.setdefault(("output", head), []).append(outputs)
+            for head in range(2):
+                pairs.setdefault(("key", head), []).append((k[head], k2[head]))
+                pairs.setdefault(("value", head), []).append((v[head], v2[head]))
+        for (tensor, head), parts in pairs.items():
+            x, y = (np.concatenate(side).astype(np.float64) for side in zip(*parts, strict=True))
+            norms = np.linalg.norm(x, axis=-1)
+            error = np.linalg.norm(y - x, axis=-1) / norms
+            cosine = (x * y).sum(-1) / norms / np.linalg.norm(y, axis=-1)
+            for metric, values in (("error", error), ("cosine", cosine)):
+                row = rows.loc[(layer, tensor, metric, head)]
+                np.testing.assert_allclose(row["mean"], values.mean(), rtol=1e-5)
+                np.testing.assert_allclose(row["std"], values.std(), rtol=1e-4)
+                assert row["count"] == len(values) == 73
+
+
+def test_likelihoods_are_paired(pair: tuple[Trace, Trace, dict[Any, Any]], tmp_path: Path) -> None:
+    exact, run, _ = pair
+    drift = compare(exact, [run])
+    differences = [run.nll(s) - exact.nll(s) for s in (0, 1)]
+    [summary] = drift.runs.to_dict("records")
+    expected = np.concatenate(differences).astype(np.float64)
+    np.testing.assert_allclose(summary["difference"], np.nanmean(expected), rtol=1e-5)
+    sides = sorted(float(np.nanmean(d)) for d in differences)
+    # Two sequences, drawn twice: one of them twice, or both.
+    np.testing.assert_allclose([summary["low"], summary["high"]], sides, rtol=1e-4)
+    assert summary["run"] == "window:keep=recent:1, top-k 5"
+    drift.save(tmp_path / "drift")
+    assert {f.name for f in (tmp_path / "drift").iterdir()} == {
+        "drift.parquet",
+        "likelihoods.parquet",
+        "runs.csv",
+    }
+    assert all(file.stat().st_size > 10_000 for file in draw_drift(drift, tmp_path / "plots"))
+
+
+def test_one_sequence_has_no_interval() -> None:
+    assert np.isnan(interval(np.array([3.0]), np.array([4]))).all()
+
+
+def test_what_is_no_pair_is_refused(
+    pair: tuple[Trace, Trace, dict[Any, Any]], make_trace: MakeTrace, rules: Any
+) -> None:
+    exact, run, _ = pair
+    with pytest.raises(RetraceError, match="has no method in the loop"):
+        compare(exact, [exact])
+    with pytest.raises(RetraceError, match="is not the exact run"):
+        compare(run, [run])
+    with pytest.raises(RetraceError, match="holds other layers"):
+        other = make_trace(rules(heads=4, kv_heads=2), (40, 33), name="other")
+        say(other, {"approximation": TOLD})
+        compare(exact, [other.path])

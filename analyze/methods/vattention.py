@@ -23,8 +23,8 @@ class VAttention(AttendMethod):
     How many that takes follows from the spread of exp(logit) in a first sample of a share `base` of
     them, by the normal distribution. Drawn without replacement from the true residual; the public
     code draws with replacement, from all keys between sinks and recent ones, the k best included.
-    It also takes a quantile of one side (`sides=1`), which bounds errors in one direction. The k
-    best are exact, as in the paper's oracle; what is attended is more than k.
+    It also takes the quantile of one side (`one_sided=true`). The k best are exact, as in the
+    paper's oracle; what is attended is more than k.
     """
 
     source: ClassVar[str] = "arXiv:2510.05688 (vAttention), section 4; xAlg-ai/sparse-attention-hub"
@@ -35,7 +35,7 @@ class VAttention(AttendMethod):
     base: float = field(default=0.05, metadata={"help": "share of the rest in the first sample"})
     epsilon: float = field(default=0.05, metadata={"help": "relative error of the denominator"})
     delta: float = field(default=0.05, metadata={"help": "how often it may be larger"})
-    sides: int = field(default=2, metadata={"help": "of the quantile", "choices": (1, 2)})
+    one_sided: bool = field(default=False, metadata={"help": "bound errors in one direction"})
     seed: int = field(default=0, metadata={"help": "of the random numbers", "least": 0})
 
     def attend(
@@ -84,8 +84,7 @@ class VAttention(AttendMethod):
         squares = ((weights - mean[..., None]) * sampled).square().sum(dim=-1)
         variance = squares / (first - 1).clamp(min=1)
         total = (weights * sure).sum(dim=-1) + size * mean
-        quantile = torch.special.ndtri(
-            torch.tensor(1 - self.delta / self.sides, dtype=torch.float64, device=logits.device)
-        )
+        beyond = self.delta if self.one_sided else self.delta / 2
+        quantile = torch.special.ndtri(torch.tensor(1 - beyond, dtype=torch.float64))
         wanted = torch.ceil((quantile * size / (self.epsilon * total)).square() * variance)
         return wanted.clamp(min=first, max=size)

@@ -47,6 +47,10 @@ def test_nothing_is_overlooked() -> None:
     assert len(COMMANDS) == 2
 
 
+def test_a_method_takes_fifteen_lines() -> None:
+    assert len(FILES["knorm.py"].splitlines()) <= 15
+
+
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["python", "xarray", "zarr"])
 def test_snippets_run(readme_trace: Path, snippet: str) -> None:
     exec(compile(snippet, "README.md", "exec"), {})

@@ -11,8 +11,8 @@ from torch import Tensor
 from retrace.traces import RetraceError
 
 
-def library(name: str) -> Any:
-    """The module of a vector library, whose package is also the extra that installs it.
+def library(name: str, install: str | None = None) -> Any:
+    """The module of a library, and how it is installed if not as an extra of its package's name.
 
     Raises:
         RetraceError: it is not installed.
@@ -21,9 +21,8 @@ def library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise RetraceError(
-            f"needs {package}, which is not installed: pip install 'retrace-attention[{package}]'."
-        ) from error
+        command = install or f"pip install 'retrace-attention[{package}]'"
+        raise RetraceError(f"needs {package}, which is not installed: {command}.") from error
 
 
 def rows(vectors: Tensor) -> npt.NDArray[np.float32]:

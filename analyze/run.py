@@ -168,12 +168,9 @@ def _still_wanted(
 
 def _name_missing_libraries() -> None:
     missing = missing_libraries()
-    if missing:
-        log.warning(
-            "Left out, since a library is missing (pip install 'retrace-attention[%s]'): %s.",
-            ",".join(sorted(set(missing.values()))),
-            ", ".join(missing),
-        )
+    for command in dict.fromkeys(missing.values()):
+        names = ", ".join(name for name in missing if missing[name] == command)
+        log.warning("Left out, since a library is missing: %s (%s).", names, command)
 
 
 def _ready(

@@ -67,8 +67,8 @@ def _print(facts: dict[str, Any]) -> None:
         ("Reads", facts["reads"] or "nothing but the selected keys and values"),
     ]
     if facts["extra"] is not None:
-        install = f"pip install 'retrace-attention[{facts['extra']}]'"
-        lines.append(("Needs", facts["extra"] if facts["installed"] else f"{install} (missing)"))
+        missing = f"{facts['install']} (missing)"
+        lines.append(("Needs", facts["extra"] if facts["installed"] else missing))
     click.echo(facts["summary"])
     if facts["details"]:
         click.echo(f"\n{facts['details']}")

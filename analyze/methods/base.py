@@ -43,6 +43,8 @@ class Method:
     """The paper or library that the method comes from."""
     extra: ClassVar[str | None] = None
     """Name of the optional dependency that it needs, as in `retrace-attention[faiss]`."""
+    install: ClassVar[str | None] = None
+    """What installs that, where an extra cannot."""
     holds_keys: ClassVar[bool] = False
     """Whether finding reads every key in full, so that the selected ones are there already."""
     across_layers: ClassVar[bool] = False

@@ -32,7 +32,7 @@ method that scores keys or evicts them; a method's own defaults are those of its
 
 def describe(name: str, method: Method) -> dict[str, Any]:
     """A method's facts by name, as JSON has them: level, summary, details, source, state, reads,
-    extra, installed, and its parameters with defaults and help."""
+    extra, install, installed, and its parameters with defaults and help."""
     kind = type(method)
     summary, _, details = (inspect.getdoc(kind) or "").partition("\n\n")
     cost = kind.__dict__.get("aux_bytes")
@@ -46,6 +46,7 @@ def describe(name: str, method: Method) -> dict[str, Any]:
         "calibrated": method.calibrated,
         "reads": inspect.getdoc(cost) if cost is not None else None,
         "extra": method.extra,
+        "install": method.install or f"pip install 'retrace-attention[{method.extra}]'",
         "installed": method.extra is None or importlib.util.find_spec(method.extra) is not None,
         "parameters": [
             {
@@ -84,7 +85,7 @@ def _section(facts: dict[str, Any]) -> str:
         f"- Reads: {facts['reads'] or 'nothing but the selected keys and values'}",
     ]
     if facts["extra"]:
-        lines.append(f"- Needs: `pip install 'retrace-attention[{facts['extra']}]'`")
+        lines.append(f"- Needs: `{facts['install']}`")
     if facts["parameters"]:
         lines += ["", "| Parameter | Default | What it is |", "| --- | --- | --- |"]
     for one in facts["parameters"]:

@@ -93,12 +93,12 @@ def _every_method() -> list[MethodSpec]:
 
 
 def missing_libraries() -> dict[str, str]:
-    """The installed methods whose library is not there, and the extra that brings it."""
-    extras = {name: method_class(name).extra for name in method_names()}
+    """The installed methods whose library is not there, and the command that installs it."""
+    kinds = {name: method_class(name) for name in method_names()}
     return {
-        name: extra
-        for name, extra in extras.items()
-        if extra is not None and importlib.util.find_spec(extra) is None
+        name: kind.install or f"pip install 'retrace-attention[{kind.extra}]'"
+        for name, kind in kinds.items()
+        if kind.extra is not None and importlib.util.find_spec(kind.extra) is None
     }
 
 

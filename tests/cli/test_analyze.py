@@ -156,9 +156,9 @@ def test_all_methods(run: Run, trace: Path, monkeypatch: pytest.MonkeyPatch) -> 
     result = run(
         "analyze", trace, "--method", "all", "--topk", "2,5", "--layers", "0", "--no-plots"
     )
-    [missing] = [line for line in result.stderr.splitlines() if "a library is missing" in line]
-    assert "pip install 'retrace-attention[" in missing
-    assert "hnsw" in missing
+    missing = [line for line in result.stderr.splitlines() if "a library is missing" in line]
+    [faiss] = [line for line in missing if "hnsw, ivf, ivf-pq" in line]
+    assert "pip install 'retrace-attention[faiss]'" in faiss
     # How positions are encoded is not known of this trace.
     assert "Left out: expected-attention needs keys before position encoding" in result.stderr
     assert "### Means over layers and heads" in result.stdout

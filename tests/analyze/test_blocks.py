@@ -1,6 +1,7 @@
 """How queries are cut into blocks changes nothing."""
 
 import importlib.util
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from retrace.analyze.calibration import calibration
 from retrace.analyze.methods.registry import method_names, parse_spec
 from retrace.analyze.profile import Clock
-from retrace.analyze.reference import ReferenceStore
+from retrace.analyze.reference import Reference, ReferenceStore, exact_pass
 from retrace.analyze.replay import Plan, Replayed, Tally, replay
 from retrace.analyze.states import Protocol
-from retrace.traces import Rotation, Trace
+from retrace.analyze.unit import Block, load_units
+from retrace.traces import Layer, Rotation, Trace
 
 CPU = torch.device("cpu")
 TIES_BY_ROUNDING = ("oracle-value", "low-bit")
@@ -51,6 +53,45 @@ def test_exact_answers_of_a_whole_unit_at_once(
             theirs = getattr(by_blocks.at_points[metric], moment)
             ours = getattr(at_once.at_points[metric], moment)
             np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=metric)
+
+
+def test_scores_of_one_block_at_a_time(
+    make_trace: Callable[..., Trace], rules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is bounded by a block of queries, however many there are."""
+    plan = Plan((Replayed(parse_spec("quest"), (2,)),), Protocol.parse("all"), 0, 300)
+    seen: list[weakref.ref[Block]] = []
+
+    def counted(block: Block, ranks: int) -> Reference:
+        assert sum(other() is not None for other in seen) <= 1  # the one before, at most
+        seen.append(weakref.ref(block))
+        return exact_pass(block, ranks)
+
+    monkeypatch.setattr("retrace.analyze.replay.exact_pass", counted)
+    trace = make_trace([rules(heads=4)], [50])
+    replay(trace, 0, 0, plan, CPU, ReferenceStore(None), Clock(CPU))
+    assert len(seen) > 5
+
+
+@pytest.mark.parametrize("heads_at_once", [1, 2, 3])
+def test_heads_read_one_by_one_or_together(
+    make_trace: Callable[..., Trace],
+    rules: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    heads_at_once: int,
+) -> None:
+    trace = make_trace([rules(heads=6, kv_heads=3, value_dim=5)], [50])
+    whole = list(load_units(trace.layer(0), 0, CPU))
+    of_a_head = 4 * sum(t.numel() for t in (whole[0].queries, whole[0].keys, whole[0].values))
+    monkeypatch.setattr("retrace.analyze.unit.READ_BYTES", heads_at_once * of_a_head)
+    reads = []
+    key = Layer.key
+    monkeypatch.setattr(Layer, "key", lambda *at: reads.append(at[-1]) or key(*at))
+    for ours, theirs in zip(load_units(trace.layer(0), 0, CPU), whole, strict=True):
+        assert ours.group == theirs.group
+        for name in ("queries", "keys", "values"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    assert len(reads) == -(-3 // heads_at_once)
 
 
 @pytest.mark.parametrize("block_elements", [1, 700])

@@ -4,6 +4,8 @@
 
     python benchmarks/replay.py --device cuda --topk 64 256 --alike 64
 
+    python benchmarks/replay.py --positions 1024 2048 4096 8192 --topk 64 --plot sweep.png
+
 Without a trace it takes random tensors: of SmolLM2's shape in float32, or on a GPU of 32 heads over
 8 kv heads of 128 channels in bfloat16. `--alike n` makes n neighbouring keys alike, one of 200
 clusters that queries lean towards. Compared are, for one layer:
@@ -14,15 +16,21 @@ clusters that queries lean towards. Compared are, for one layer:
 - plain blocks: scores of a block of queries, `torch.topk` and a softmax;
 - retrace: the exact pass, with ties settled, output, normalizer and every budget up to k.
 
-Each is run `--repeat` times after one to warm up; the least time counts. Ratios are to SDPA.
+Each is run `--repeat` times after one to warm up; the least time counts. Ratios are to SDPA of the
+same length. Memory is the most that a run takes beside its inputs, by the GPU's allocator or by
+Linux's count of resident pages. What would take longer than `--limit` seconds, judged by the square
+of the length, or more than half of the memory that is free, is left out, and the table says so.
 """
 
 import argparse
+import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -32,32 +40,75 @@ from retrace.analyze.reference import exact_pass
 from retrace.analyze.unit import Block, HeadGroup, Unit, load_units
 from retrace.traces import LayerRules, open_trace
 
+SDPA = "SDPA forward"
+MATRICES = "two matrices and sets"
+
 
 def main() -> None:
     """Measure, print a table, and write it where asked."""
     arguments = _parse()
     torch.set_num_threads(arguments.threads)
-    units = _units(arguments)
-    dtype = units[0].dtype
-    keys = torch.stack([unit.keys for unit in units]).to(dtype)
-    queries = torch.cat([unit.queries for unit in units]).to(dtype)
-    values = torch.stack([unit.values for unit in units]).to(dtype)
-    on_gpu = keys.is_cuda
-    rows = [("SDPA forward", None, *_least(lambda: _sdpa(queries, keys, values), arguments.repeat))]
-    for k in arguments.topk:
-        for name, run in (
-            ("two matrices and sets", lambda k=k: _two_matrices(queries, keys, values, k)),
-            ("plain blocks", lambda k=k: _plain_blocks(units, k)),
-            ("retrace exact pass", lambda k=k: _exact_pass(units, k, arguments.threads)),
-        ):
-            slow = name.startswith("two")
-            if not (slow and on_gpu):
-                rows.append((name, k, *_least(run, 1 if slow else arguments.repeat)))
-    text = _table(rows, units, arguments)
+    points = []
+    for positions in arguments.positions or [None]:
+        units = _units(arguments, positions)
+        points += _point(units, arguments, points)
+    text = _table(points, units, arguments)
     print(text)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text + "\n", encoding="utf-8")
+    if arguments.plot:
+        _plot(points, arguments.plot, _machine(arguments))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way at one length and budget."""
+
+    positions: int
+    way: str
+    k: int | None
+    ms: float = float("nan")
+    mib: float = float("nan")
+    left_out: str = ""
+    """Why it was not run."""
+
+
+def _point(
+    units: list[Unit], arguments: argparse.Namespace, shorter: Sequence[Point]
+) -> list[Point]:
+    """Every way over the same tensors."""
+    dtype, length = units[0].dtype, len(units[0].keys)
+    keys = torch.stack([unit.keys for unit in units]).to(dtype)
+    queries = torch.cat([unit.queries for unit in units]).to(dtype)
+    values = torch.stack([unit.values for unit in units]).to(dtype)
+    ways: list[tuple[str, int | None, Callable[[], object]]] = [
+        (SDPA, None, lambda: _sdpa(queries, keys, values))
+    ]
+    for k in arguments.topk:
+        if not keys.is_cuda:
+            ways.append((MATRICES, k, partial(two_matrices, queries, keys, values, k)))
+        ways.append(("plain blocks", k, partial(_plain_blocks, units, k)))
+        ways.append(("retrace exact pass", k, partial(_exact_pass, units, k, arguments.threads)))
+    points = []
+    for way, k, run in ways:
+        before = [p for p in shorter if (p.way, p.k) == (way, k)][-1:]
+        reason = ""
+        if before and not before[0].left_out:
+            seconds = before[0].ms / 1e3 * (length / before[0].positions) ** 2
+            if seconds > arguments.limit:
+                reason = f"would take about {seconds:.0f} s"
+        elif before:
+            reason = "left out at a shorter length"
+        # Scores, hidden ones, the selected ones and a softmax.
+        if way == MATRICES and 2 * 16 * queries.shape[0] * length**2 > _free_bytes():
+            reason = "does not fit"
+        if reason:
+            points.append(Point(length, way, k, left_out=reason))
+        else:
+            repeat = 1 if way == MATRICES else arguments.repeat
+            points.append(Point(length, way, k, *_least(run, repeat, arguments.limit)))
+    return points
 
 
 def _parse() -> argparse.Namespace:
@@ -67,15 +118,19 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=0)
     parser.add_argument("--topk", type=int, nargs="+", default=[10, 64, 256])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--positions", type=int, help="of random tensors: 2048, on a GPU 32768")
+    parser.add_argument(
+        "--positions", type=int, nargs="+", help="of random tensors: 2048, on a GPU 32768"
+    )
     parser.add_argument("--alike", type=int, default=0, help="neighbouring random keys alike")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--limit", type=float, default=60, help="seconds of one run at most")
+    parser.add_argument("--plot", type=Path, help="draw the times over the positions")
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     return parser.parse_args()
 
 
-def _units(arguments: argparse.Namespace) -> list[Unit]:
+def _units(arguments: argparse.Namespace, positions: int | None) -> list[Unit]:
     device = arguments.device
     if arguments.trace:
         layer = open_trace(arguments.trace).layer(arguments.layer)
@@ -85,7 +140,7 @@ def _units(arguments: argparse.Namespace) -> list[Unit]:
         if device.type == "cpu"
         else (32, 8, 128, 32768, torch.bfloat16)
     )
-    length = arguments.positions or length
+    length = positions or length
     group = heads // kv_heads
     rules = LayerRules("random", heads, kv_heads, channels, channels, channels**-0.5)
     generator = torch.Generator(device).manual_seed(0)
@@ -112,25 +167,49 @@ def _units(arguments: argparse.Namespace) -> list[Unit]:
     return units
 
 
-def _least(run: Callable[[], object], repeat: int) -> tuple[float, float]:
-    """Milliseconds of the fastest of `repeat` runs, after one to warm up, and GiB that it takes at
-    most beside its inputs, if on a GPU."""
-    times = []
-    on_gpu = torch.cuda.is_available()
-    before = 0
+def _least(run: Callable[[], object], repeat: int, limit: float) -> tuple[float, float]:
+    """Milliseconds of the fastest of `repeat` runs, after one to warm up, or of as many as begin
+    within `limit` seconds; and MiB that one takes at most beside its inputs."""
+    times: list[float] = []
+    extra, begin = 0, time.perf_counter()
     with torch.inference_mode():
         for _ in range(repeat + 1):
-            if on_gpu:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
+            if times and time.perf_counter() - begin > limit:
+                break
+            before = _memory_begins()
             start = time.perf_counter()
             run()
-            if on_gpu:
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-    extra = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else 0.0
-    return min(times[1:]) * 1e3, extra
+            extra = _memory_at_most() - before
+    return min(times[1:] or times) * 1e3, extra / 2**20
+
+
+def _memory_begins() -> int:
+    """Bytes in use, from where on the most in use is counted anew."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
+    return _resident("VmRSS")
+
+
+def _memory_at_most() -> int:
+    """Bytes in use at most since."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return _resident("VmHWM")
+
+
+def _resident(which: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
+
+
+def _free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -143,7 +222,15 @@ def _sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     )
 
 
-def _two_matrices(queries: Tensor, keys: Tensor, values: Tensor, k: int) -> float:
+def two_matrices(queries: Tensor, keys: Tensor, values: Tensor, k: int) -> float:
+    """Recall and error of the k best keys as scripts about one method usually find them.
+
+    Args:
+        queries: (heads, positions, channels).
+        keys: (kv_heads, positions, channels).
+        values: (kv_heads, positions, channels).
+        k: the budget.
+    """
     group = len(queries) // len(keys)
     keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
     hidden = torch.ones(queries.shape[1], keys.shape[1], dtype=torch.bool).triu(1)
@@ -192,35 +279,58 @@ def _exact_pass(units: list[Unit], k: int, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _table(
-    rows: list[tuple[str, int | None, float, float]],
-    units: list[Unit],
-    arguments: argparse.Namespace,
-) -> str:
-    base = rows[0][2]
+def _table(points: list[Point], units: list[Unit], arguments: argparse.Namespace) -> str:
+    base = {point.positions: point.ms for point in points if point.way == SDPA}
+    lengths = f"{', '.join(map(str, base))} positions"
     shape = (
-        f"{units[0].group.rules.heads} heads, {len(units)} kv heads, "
-        f"{len(units[0].keys)} positions, {units[0].keys.shape[1]} channels, "
-        f"{str(units[0].dtype).removeprefix('torch.')}"
+        f"{units[0].group.rules.heads} heads, {len(units)} kv heads, {lengths}, "
+        f"{units[0].keys.shape[1]} channels, {str(units[0].dtype).removeprefix('torch.')}"
     )
     source = f"layer {arguments.layer} of {arguments.trace.name}" if arguments.trace else "random"
     if arguments.alike:
         source += f", {arguments.alike} neighbouring keys alike"
-    lines = [
-        f"{_processor(arguments.device)}, {arguments.threads} threads, torch {torch.__version__}; "
-        f"{source}: {shape}.",
-        "",
-    ]
-    on_gpu = units[0].keys.is_cuda
-    head = ["what", "k up to", "ms", "times SDPA", *(["GiB on the GPU"] if on_gpu else [])]
-    cells = [head, ["---"] * len(head)]
-    for name, k, ms, extra in rows:
-        memory = [f"{extra:.1f}"] if on_gpu else []
-        cells.append([name, str(k or ""), f"{ms:.1f}", f"{ms / base:.1f}", *memory])
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
+    rows = [["positions", "what", "k up to", "ms", "times SDPA", "MiB"], ["---"] * 6]
+    left_out = []
+    for p in points:
+        if p.left_out:
+            left_out.append(f"{p.way} of {p.positions:,} positions, k = {p.k}: {p.left_out}")
+            continue
+        ratio = p.ms / base[p.positions]
+        rows.append([f"{p.positions:,}", p.way, str(p.k or ""), f"{p.ms:.1f}"])
+        rows[-1].append("" if isnan(ratio) else f"{ratio:.1f}")
+        rows[-1].append(f"{p.mib:,.0f}")
+    lines = [f"{_machine(arguments)}; {source}: {shape}.", ""]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    if left_out:
+        lines += ["", f"Left out: {'; '.join(left_out)}."]
+    return "\n".join(lines)
 
 
-def _processor(device: torch.device) -> str:
+def _plot(points: list[Point], path: Path, machine: str) -> None:
+    """Milliseconds over positions, both logarithmic, a line for each way and budget."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    for way, k in dict.fromkeys((p.way, p.k) for p in points):
+        line = [p for p in points if (p.way, p.k) == (way, k) and not p.left_out]
+        label = way if k is None else f"{way}, k = {k}"
+        axes.plot([p.positions for p in line], [p.ms for p in line], marker="o", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("positions")
+    axes.set_ylabel("ms a layer")
+    axes.set_title(machine, fontsize="small")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _machine(arguments: argparse.Namespace) -> str:
+    name = processor(arguments.device)
+    return f"{name}, {arguments.threads} threads, torch {torch.__version__}"
+
+
+def processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

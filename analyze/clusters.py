@@ -24,7 +24,7 @@ def kmeans(vectors: Tensor, count: int, iterations: int) -> tuple[Tensor, Tensor
     centroids = vectors[spaced]
     for _ in range(iterations):
         labels = nearest(vectors, centroids)
-        sums = torch.zeros_like(centroids).index_add_(0, labels, vectors)
+        sums = totals(vectors, labels, count)
         sizes = torch.bincount(labels, minlength=count)[:, None]
         centroids = torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)
     return centroids, nearest(vectors, centroids)
@@ -35,3 +35,10 @@ def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
     # ||v||^2 is the same for all centroids.
     closeness = vectors @ centroids.T - centroids.square().sum(dim=-1) / 2
     return closeness.argmax(dim=-1)
+
+
+def totals(vectors: Tensor, labels: Tensor, count: int) -> Tensor:
+    """The sum of the vectors (vectors, channels) with each of `count` labels (count, channels)."""
+    if vectors.is_cuda:  # where adding up in place comes out otherwise each time
+        return torch.nn.functional.one_hot(labels, count).T.to(vectors.dtype) @ vectors
+    return vectors.new_zeros(count, vectors.shape[1]).index_add_(0, labels, vectors)

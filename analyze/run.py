@@ -3,9 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from retrace.analyze.settings import Settings
 from retrace.analyze.states import Protocol
 from retrace.analyze.tabulate import tabulate
 from retrace.analyze.unit import Unit, load_units
+from retrace.analyze.workers import worker_count, workers
 from retrace.traces import Location, RetraceError, Trace, beside, open_trace
 
 log = logging.getLogger("retrace")
@@ -101,7 +100,7 @@ def analyze(
     plan = Plan(ready, settings.protocol, min_context)
     tallies = _replay_all(settings, plan, target, _store(trace, keep_exact), clock, progress)
     wall, names = time.perf_counter() - start, [str(method.spec) for method in wanted]
-    spent = clock.facts(wall, _worker_count(target), names)
+    spent = clock.facts(wall, worker_count(target), names)
     results = tabulate(settings, plan, tallies, spent, target)
     if before is not None:
         results = before.merged(results)
@@ -250,11 +249,11 @@ def _replay_all(
             return replay(trace, *task, plan, device, store, spent), spent
 
     tallies: dict[int, list[Tally]] = {}
-    with _workers(device) as workers:
+    with workers(device) as pool:
         if progress is not None:
             progress(0, len(tasks))
         for done, ((layer, _), (parts, spent)) in enumerate(
-            zip(tasks, workers.map(run, tasks), strict=True), start=1
+            zip(tasks, pool.map(run, tasks), strict=True), start=1
         ):
             clock.add(spent)
             if layer in tallies:
@@ -265,29 +264,6 @@ def _replay_all(
             if progress is not None:
                 progress(done, len(tasks))
     return tallies
-
-
-@contextmanager
-def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """One thread per core, each with arithmetic of one thread: the threads of one operation wait
-    for each other, and on a machine that does other work besides, they wait long. One on a GPU."""
-    threads, count = torch.get_num_threads(), _worker_count(device)
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(
-        count,
-        thread_name_prefix="replay",
-        initializer=lambda: torch.set_num_threads(1),
-    )
-    try:
-        yield pool
-    finally:
-        # What has not begun is not wanted when one task failed.
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-def _worker_count(device: torch.device) -> int:
-    return 1 if device.type == "cuda" else torch.get_num_threads()
 
 
 def _clear(folder: Path) -> None:

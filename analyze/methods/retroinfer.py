@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.attention import first_visible, softcap
+from retrace.analyze.clusters import totals
 from retrace.analyze.methods.base import AttendMethod
 from retrace.analyze.output import merged, part, visible_logits
 from retrace.analyze.past import Past
@@ -65,14 +66,7 @@ class RetroInfer(AttendMethod):
         every = torch.bincount(labels)
         labels = ((every > 0).cumsum(dim=0) - 1)[labels]
         sizes = every[every > 0]
-        means = [
-            torch.zeros(len(sizes), vectors.shape[1], device=vectors.device).index_add_(
-                0, labels, vectors
-            )
-            / sizes[:, None]
-            for vectors in (keys, values)
-        ]
-
+        means = [totals(part, labels, len(sizes)) / sizes[:, None] for part in (keys, values)]
         places = torch.arange(first, first + len(labels), device=labels.device)
         oldest = places.new_full((len(sizes),), past.end).scatter_reduce_(0, labels, places, "amin")
         return Clusters(
@@ -146,7 +140,7 @@ class RetroInfer(AttendMethod):
         centroids = torch.nn.functional.normalize(keys[spaced], dim=-1)
         for _ in range(self.iterations - 1):
             labels = (keys @ centroids.T).argmax(dim=-1)
-            sums = torch.zeros_like(centroids).index_add_(0, labels, keys)
+            sums = totals(keys, labels, count)
             moved = torch.nn.functional.normalize(sums, dim=-1)
             empty = torch.bincount(labels, minlength=count) == 0
             centroids = torch.where(empty[:, None], centroids, moved)

@@ -125,7 +125,8 @@ def _page(trace: Trace, results: Results, arguments: argparse.Namespace) -> str:
 def _source(trace: Trace) -> str:
     lengths = [trace.length(s) for s in trace.sequences]
     dtype = trace.layer(trace.layers[0]).query(trace.sequences[0]).dtype
-    return f"{len(lengths)} sequences of up to {max(lengths):,} tokens in {dtype}"
+    model = trace.attributes["model"]["pretrained"]
+    return f"{model}, {len(lengths)} sequences of up to {max(lengths):,} tokens in {dtype}"
 
 
 def _listed(items: object) -> str:

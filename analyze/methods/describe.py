@@ -27,6 +27,7 @@ HEADER = """\
 Made by `retrace methods --format markdown`. Every parameter can be set in a spec, such as
 `quest:page=32,pool=sum-softmax`. `pool`, `keep`, `budget` and `output` mean the same in every
 method that scores keys or evicts them; a method's own defaults are those of its source.
+[equal-bytes.md](equal-bytes.md) compares them all where they read as much.
 """
 
 

@@ -40,5 +40,6 @@ def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
 def totals(vectors: Tensor, labels: Tensor, count: int) -> Tensor:
     """The sum of the vectors (vectors, channels) with each of `count` labels (count, channels)."""
     if vectors.is_cuda:  # where adding up in place comes out otherwise each time
-        return torch.nn.functional.one_hot(labels, count).T.to(vectors.dtype) @ vectors
+        members = labels == torch.arange(count, device=labels.device)[:, None]
+        return members.to(vectors.dtype) @ vectors
     return vectors.new_zeros(count, vectors.shape[1]).index_add_(0, labels, vectors)

@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,26 +85,23 @@ def compare(
     others = [run if isinstance(run, Trace) else open_trace(run) for run in runs]
     if "approximation" in exact.attributes["capture"]:
         raise RetraceError(f"{exact.path} is not the exact run: it has a method in the loop.")
-    for other in others:
-        _check_pair(exact, other)
     indices, target = choose_layers(exact, layers), choose_device(device)
-    names = _names(others)
-    total = len(others) * len(indices) * len(exact.sequences)
+    paired = [_paired(exact, other) for other in others]
+    paired = [
+        replace(run, approximation=run.approximation.calibrated(exact, indices, target))
+        for run in paired
+    ]
+    total = len(indices) * sum(len(run.sequences) for run in paired)
     drift: list[dict[str, Any]] = []
     likelihoods, summaries, done = [], [], 0
     with torch.inference_mode():
-        for name, other in zip(names, others, strict=True):
-            chosen = Approximation.of_run(other).calibrated(exact, indices, target)
-            learnt = chosen.calibration_sequences
-            sequences = [s for s in other.sequences if s not in learnt]
-            likelihoods.append(frame := _likelihoods(name, exact, other, sequences))
-            summaries.append(_summary(name, other, frame))
+        for name, run in zip(_names(paired), paired, strict=True):
+            likelihoods.append(frame := _likelihoods(name, exact, run))
+            summaries.append(_summary(name, run.approximation, frame))
             for index in indices:
                 found: dict[tuple[str, str], Moments] = {}
-                for sequence in sequences:
-                    for place, moments in _layer_drift(
-                        exact, other, chosen, index, sequence, target
-                    ):
+                for sequence in run.sequences:
+                    for place, moments in _layer_drift(exact, run, index, sequence, target):
                         known = found.get(place)
                         found[place] = moments if known is None else known.merge(moments)
                     done += 1
@@ -116,8 +114,38 @@ def compare(
     )
 
 
-def _check_pair(exact: Trace, other: Trace) -> None:
-    Approximation.of_run(other)
+@dataclass(frozen=True)
+class _Run:
+    """A run with a method in the loop."""
+
+    trace: Trace
+    approximation: Approximation
+
+    @property
+    def sequences(self) -> list[int]:
+        """Those that the method has not learnt from."""
+        learnt = self.approximation.calibration_sequences
+        return [s for s in self.trace.sequences if s not in learnt]
+
+    @cached_property
+    def decodes(self) -> bool:
+        """Whether some positions were decoded one by one."""
+        return any(bool(_decoded(self.trace, s).any()) for s in self.trace.sequences)
+
+    def first(self, sequence: int) -> int | None:
+        """The first approximate position; None where all are and there is no prefix."""
+        prompt = int((~_decoded(self.trace, sequence)).sum()) if self.decodes else None
+        return self.approximation.first_position(prompt)
+
+
+def _decoded(trace: Trace, sequence: int) -> npt.NDArray[np.bool_]:
+    phase: npt.NDArray[np.int8] = trace.phase(sequence)
+    return np.equal(phase, PHASES["generated"])
+
+
+def _paired(exact: Trace, other: Trace) -> _Run:
+    """A run of the same tokens as the exact one's."""
+    run = _Run(other, Approximation.of_run(other))
     if other.layers != exact.layers:
         raise RetraceError(f"{other.path} holds other layers than {exact.path}.")
     for sequence in other.sequences:
@@ -129,24 +157,22 @@ def _check_pair(exact: Trace, other: Trace) -> None:
                 f"{other.path} has another sequence {sequence} than {exact.path}: capture it with "
                 f"--reference {exact.path}."
             )
+    return run
 
 
-def _names(runs: Sequence[Trace]) -> list[str]:
+def _names(runs: Sequence[_Run]) -> list[str]:
     """What each run is called: its method and budget, or its path where two are alike."""
-    names = [
-        f"{told['method']}, top-k {told['topk']}"
-        for told in (run.attributes["capture"]["approximation"] for run in runs)
-    ]
+    names = [f"{run.approximation.spec}, top-k {run.approximation.topk}" for run in runs]
     return [
-        name if names.count(name) == 1 else str(run.path)
+        name if names.count(name) == 1 else str(run.trace.path)
         for name, run in zip(names, runs, strict=True)
     ]
 
 
-def _likelihoods(name: str, exact: Trace, run: Trace, sequences: Sequence[int]) -> pd.DataFrame:
+def _likelihoods(name: str, exact: Trace, run: _Run) -> pd.DataFrame:
     frames = []
-    for sequence in sequences:
-        before, after = (t.nll(sequence).astype(np.float64) for t in (exact, run))
+    for sequence in run.sequences:
+        before, after = (t.nll(sequence).astype(np.float64) for t in (exact, run.trace))
         frame = pd.DataFrame(
             {
                 "run": name,
@@ -155,21 +181,20 @@ def _likelihoods(name: str, exact: Trace, run: Trace, sequences: Sequence[int]) 
                 "exact": before,
                 "approximate": after,
                 "difference": after - before,
-                "kl": np.nan if (kl := run.kl(sequence)) is None else kl.astype(np.float64),
+                "kl": np.nan if (kl := run.trace.kl(sequence)) is None else kl.astype(np.float64),
             }
         )
         frames.append(frame.dropna(subset="difference"))
     return pd.concat(frames, ignore_index=True)
 
 
-def _summary(name: str, run: Trace, likelihoods: pd.DataFrame) -> dict[str, Any]:
-    told = run.attributes["capture"]["approximation"]
+def _summary(name: str, approximation: Approximation, likelihoods: pd.DataFrame) -> dict[str, Any]:
     by_sequence = likelihoods.groupby("sequence")["difference"].agg(["sum", "count"])
     low, high = interval(by_sequence["sum"].to_numpy(), by_sequence["count"].to_numpy())
     return {
         "run": name,
-        "method": told["method"],
-        "topk": told["topk"],
+        "method": str(approximation.spec),
+        "topk": approximation.topk,
         "perplexity": float(np.exp(likelihoods["approximate"].mean())),
         "exact_perplexity": float(np.exp(likelihoods["exact"].mean())),
         "difference": float(likelihoods["difference"].mean()),
@@ -198,17 +223,12 @@ def interval(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> tu
 
 
 def _layer_drift(
-    exact: Trace,
-    run: Trace,
-    chosen: Approximation,
-    index: int,
-    sequence: int,
-    device: torch.device,
+    exact: Trace, run: _Run, index: int, sequence: int, device: torch.device
 ) -> Iterator[tuple[tuple[str, str], Moments]]:
     """Moments over positions (heads,) by tensor and metric of one layer and sequence."""
     pairs: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    units = [load_units(trace.layer(index), sequence, device) for trace in (exact, run)]
-    answer = _answer(run, chosen, index, sequence)
+    units = [load_units(trace.layer(index), sequence, device) for trace in (exact, run.trace)]
+    answer = _answer(run, index, sequence)
     for before, after in zip(*units, strict=True):
         pairs["query"].append((before.queries, after.queries))
         pairs["key"].append((before.keys[None], after.keys[None]))
@@ -239,12 +259,12 @@ def _exact(unit: Unit) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def _answer(run: Trace, chosen: Approximation, index: int, sequence: int) -> Answer:
+def _answer(run: _Run, index: int, sequence: int) -> Answer:
     """What a layer of the run gave, computed as it was then from what the layer saw."""
+    chosen = run.approximation
     if index in chosen.dense_layers:
         return _exact
-    generated = np.flatnonzero(run.phase(sequence) == PHASES["generated"])
-    first = chosen.first_position(int(generated[0]) if len(generated) else None)
+    first = run.first(sequence)
 
     def answer(unit: Unit) -> Tensor:
         output = _exact(unit)

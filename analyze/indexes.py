@@ -1,28 +1,11 @@
 """What methods share that are indexes of a vector library."""
 
-import importlib
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-
-from retrace.traces import RetraceError
-
-
-def library(name: str, install: str | None = None) -> Any:
-    """The module of a library, and how it is installed if not as an extra of its package's name.
-
-    Raises:
-        RetraceError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        command = install or f"pip install 'retrace-attention[{package}]'"
-        raise RetraceError(f"needs {package}, which is not installed: {command}.") from error
 
 
 def rows(vectors: Tensor) -> npt.NDArray[np.float32]:

@@ -43,9 +43,23 @@ def visible_logits(
 def best_only(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Logits (group, queries, keys) with -inf for all but the k largest of each query, and the ids
     (group, queries, k or all) of those, best first, -1 where there are fewer."""
-    best, ids = top(logits, min(k, logits.shape[-1]))
-    only = torch.full_like(logits, -torch.inf)
-    return only.scatter_reduce_(-1, ids.clamp(min=0), best, "amax"), ids
+    ids = top(logits, min(k, logits.shape[-1]))[1]
+    return logits.masked_fill(~marked(ids, logits.shape[-1]), -torch.inf), ids
+
+
+def attended_ids(logits: Tensor) -> Tensor:
+    """Ids (group, queries, any) int64 of all keys whose logit (group, queries, keys) is finite,
+    best first, -1 where there are fewer."""
+    most = int((~logits.isneginf()).sum(dim=-1).max())
+    return top(logits, max(1, most))[1]
+
+
+def marked(ids: Tensor, count: int) -> Tensor:
+    """Which of `count` keys or pages are among ids (..., any): bool (..., count). The id -1 marks
+    none."""
+    marks = torch.zeros(*ids.shape[:-1], count + 1, dtype=torch.bool, device=ids.device)
+    # -1 lands in a last column, which is dropped.
+    return marks.scatter_(-1, torch.where(ids < 0, count, ids), True)[..., :count]
 
 
 def part(logits: Tensor, values: Tensor) -> Part:

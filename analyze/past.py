@@ -31,6 +31,11 @@ class Past:
     """What the method's `calibrate` gave for this layer and kv head."""
 
     @property
+    def whole(self) -> "Past":
+        """The same from the sequence's first position: of what has come since, all so far."""
+        return replace(self, start=0)
+
+    @property
     def group(self) -> HeadGroup:
         """The kv head and the query heads that share it."""
         return self.unit.group

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from replay import resident
 
 from retrace.analyze import analyze
 from retrace.traces import LayerRules, create_trace, open_trace
@@ -110,17 +111,10 @@ def _in_a_process(
 def _replay(arguments: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(arguments.threads)
     trace = open_trace(arguments.replay)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     start = time.perf_counter()
     analyze(trace, arguments.methods, arguments.topk, device="cpu", keep_exact=False)
-    return {"before": before, "peak": _resident("VmHWM"), "seconds": time.perf_counter() - start}
-
-
-def _resident(which: str) -> int:
-    """Bytes of this process's resident set: VmRSS now, VmHWM at most so far. What `getrusage` calls
-    the peak begins with that of the process that started this one."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
+    return {"before": before, "peak": resident("VmHWM"), "seconds": time.perf_counter() - start}
 
 
 def _table(rows: list[tuple[list[str], dict[str, float]]], arguments: argparse.Namespace) -> str:

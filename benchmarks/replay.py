@@ -193,17 +193,19 @@ def _memory_begins() -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
-    return _resident("VmRSS")
+    return resident("VmRSS")
 
 
 def _memory_at_most() -> int:
     """Bytes in use at most since."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return _resident("VmHWM")
+    return resident("VmHWM")
 
 
-def _resident(which: str) -> int:
+def resident(which: str) -> int:
+    """Bytes of this process's resident set: VmRSS now, VmHWM at most so far. What `getrusage` calls
+    the peak begins with that of the process that started this one."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
 

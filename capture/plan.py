@@ -52,8 +52,11 @@ class Plan:
         """Whether a method is in the loop."""
         return "approximation" in self.attributes["capture"]
 
-    def read_at_once(self, sequence: int) -> int:
-        """Positions of a sequence before the first that is decoded."""
+    def prompt(self, sequence: int) -> int | None:
+        """Positions of a sequence that are read at once, before any is decoded; None where the
+        capture decodes nothing."""
+        if not self.generates:
+            return None
         return int((self.phases[sequence] != PHASES["generated"]).sum())
 
     def bytes(self) -> int:

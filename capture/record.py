@@ -119,9 +119,7 @@ def _record_batches(
             # What a method answered is not what the trace explains by exact attention.
             checked = layers if first and approximator is None else None
             parts = _missing_parts(plan, batch, done, checked)
-            if approximator is not None:
-                approximator.start(batch, plan.read_at_once(batch[0]) if plan.generates else None)
-            nll, kl = _run_batch(model, recorder, plan, batch, parts)
+            nll, kl = _run_batch(model, recorder, approximator, plan, batch, parts)
             if first:
                 queue.drain()
                 if checked is not None:
@@ -184,6 +182,7 @@ def _missing_parts(
 def _run_batch(
     model: Any,
     recorder: TensorRecorder,
+    approximator: Approximator | None,
     plan: Plan,
     batch: range,
     parts: Sequence[RecordedSequence],
@@ -195,13 +194,15 @@ def _run_batch(
     tokens = np.zeros((len(batch), max(lengths)), np.int64)
     for row, s in enumerate(batch):
         tokens[row, : lengths[row]] = plan.tokens[s]
+    prompt = plan.prompt(batch[0])
     recorder.start(parts)
-    prompt = plan.read_at_once(batch[0]) if plan.generates else None
+    if approximator is not None:
+        approximator.start(batch, prompt)
     nll, kl = likelihoods(
         model,
         torch.from_numpy(tokens).to(input_device(model)),
         prompt,
-        exact_attention if plan.approximates else None,
+        None if approximator is None else exact_attention,
     )
     recorder.finish()
     for row, length in enumerate(lengths):

@@ -28,8 +28,8 @@ class CaptureSettings:
     """Model: a Hugging Face Hub id, a local folder, a .gguf file, or builtin:smollm2; by default
     that of the reference."""
     reference: str | Path | None = None
-    """A trace whose tokens the model reads instead of tasks or text; what is not said otherwise is
-    as it was there, and only what is left out there can be said."""
+    """A trace whose tokens the model reads in place of tasks or text; model, type, batch size,
+    layers and queries are as in it unless given."""
     tasks: Sequence[str] = ()
     """Tasks whose text the model reads: wikitext, or any of lm-eval-harness, such as hellaswag."""
     text: Sequence[str | Path] = ()

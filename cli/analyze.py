@@ -12,15 +12,15 @@ from retrace.cli.config import CONFIG
 from retrace.cli.parameters import DEVICE, LAYERS, numbers
 from retrace.cli.screen import note, on_terminal, plural, print_json, print_table, size
 
-MOST_TABLES = 12
-"""Methods and budgets that have a table of their own on stdout; of more the means are printed."""
-
 if TYPE_CHECKING:
     import pandas as pd
 
     from retrace.analyze import Results
     from retrace.analyze.run import Progress
     from retrace.traces import Location
+
+MOST_TABLES = 12
+"""Methods and budgets that have a table of their own on stdout; of more the means are printed."""
 
 
 @click.command(
@@ -185,11 +185,10 @@ def _print_summary(results: "Results", pairs: Sequence[tuple[str, int]], form: s
 
     names = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio")
     means = results.metrics.pivot_table("mean", ["method", "topk"], "metric")
-    table = means.reindex(pd.MultiIndex.from_tuples(pairs))[list(names)].reset_index()
-    titles = ("Recall", "Attention Fraction", "Error Norm", "Density", "Bytes Ratio")
-    table.columns = ["Method", "Top-k", *titles]
-    table.insert(0, "Method, top-k", [f"{method}, {k}" for method, k in pairs])
-    _print("Means over layers and heads", table.drop(columns=["Method", "Top-k"]), form)
+    table = means.reindex(pd.MultiIndex.from_tuples(pairs))[list(names)]
+    table.columns = [name.replace("_", " ").title() for name in names]
+    table.index = pd.Index([f"{method}, {k}" for method, k in pairs], name="Method, top-k")
+    _print("Means over layers and heads", table.reset_index(), form)
 
 
 def _print(title: str, table: "pd.DataFrame", form: str) -> None:

@@ -1,5 +1,6 @@
 """`retrace compare`: how far runs with a method in the loop drift from the exact run."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def command(
     For every layer: how far queries, keys, values and the attention output have drifted. For each
     run: perplexity, and what the method costs in likelihood with an interval over sequences.
     """
-    from retrace.analyze.compare import compare
+    from retrace.analyze.compare import TENSORS, compare
     from retrace.traces import locate
 
     place = locate(exact)
@@ -58,12 +59,12 @@ def command(
         )
     else:
         for run, rows in drift.table().groupby("run", sort=False):
-            figures = rows[["query", "key", "value", "output"]].to_numpy()
+            figures = rows[list(TENSORS)].to_numpy()
             lines = [
                 [module, *(f"{figure:.4f}" for figure in line)]
                 for module, line in zip(rows["module"], figures, strict=True)
             ]
-            print_table(["Layer", "Query", "Key", "Value", "Output"], lines, title=f"Drift: {run}")
+            print_table(["Layer", *map(str.title, TENSORS)], lines, title=f"Drift: {run}")
         _print_runs(drift.runs.to_dict("records"))
     note(f"Results: {out}")
     if not no_plots:
@@ -80,7 +81,7 @@ def _print_runs(runs: list[dict[Any, Any]]) -> None:
             f"{run['exact_perplexity']:.2f}",
             f"{run['perplexity']:.2f}",
             f"{run['difference']:+.4f}",
-            "-" if run["low"] != run["low"] else f"{run['low']:+.4f} to {run['high']:+.4f}",
+            "-" if math.isnan(run["low"]) else f"{run['low']:+.4f} to {run['high']:+.4f}",
             f"{run['kl']:.4f}",
         ]
         for run in runs

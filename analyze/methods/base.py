@@ -12,6 +12,8 @@ returns is handed back to every later call as `state`. All queries that a method
 the layer scales them, so that their products with keys are logits (before a softcap).
 """
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -44,7 +46,7 @@ class Method:
     extra: ClassVar[str | None] = None
     """Name of the optional dependency that it needs, as in `retrace-attention[faiss]`."""
     install: ClassVar[str | None] = None
-    """What installs that, where an extra cannot."""
+    """The command that installs that, where an extra cannot."""
     holds_keys: ClassVar[bool] = False
     """Whether finding reads every key in full, so that the selected ones are there already."""
     across_layers: ClassVar[bool] = False
@@ -72,6 +74,30 @@ class Method:
             if choices and value not in choices:
                 raise RetraceError(f"{f.name}={value!r}: expected one of {', '.join(choices)}.")
 
+    @classmethod
+    def install_command(cls) -> str | None:
+        """The command that installs the optional dependency; None where there is none."""
+        return cls.install or (cls.extra and f"pip install 'retrace-attention[{cls.extra}]'")
+
+    @classmethod
+    def is_installed(cls) -> bool:
+        """Whether the optional dependency is there."""
+        return cls.extra is None or importlib.util.find_spec(cls.extra) is not None
+
+    @classmethod
+    def library(cls, module: str | None = None) -> Any:
+        """The optional dependency, or a module of it.
+
+        Raises:
+            RetraceError: it is not installed.
+        """
+        assert cls.extra is not None
+        try:
+            return importlib.import_module(module or cls.extra)
+        except ImportError as error:
+            command = cls.install_command()
+            raise RetraceError(f"needs {cls.extra}, which is not installed: {command}.") from error
+
     def calibrate(self, pasts: Sequence[Past]) -> dict[str, Tensor]:
         """What the method learns of one layer and kv head from whole sequences, which no method of
         the run is then evaluated on. `build` finds it as `past.calibration`. Gradients work."""
@@ -86,7 +112,11 @@ class Method:
         return past
 
     def extend(self, state: Any, new: Past) -> Any:
-        """A fitted state with later keys added, by the method's own update rule."""
+        """A fitted state with later keys added, by the method's own update rule.
+
+        While a model decodes, its keys grow: a state that looks back at keys or values keeps
+        `new.whole`, since the past that it was built from does not hold later ones.
+        """
         raise NotImplementedError(f"{type(self).__name__} is fitted and must define extend().")
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:

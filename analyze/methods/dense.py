@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.output import merged, part, visible_logits
+from retrace.analyze.output import marked, merged, part, visible_logits
 from retrace.analyze.past import Past
 from retrace.analyze.top import top
 
@@ -28,8 +28,8 @@ class Dense(AttendMethod):
         """Exact attention."""
         logits = visible_logits(state, queries, positions)
         output = merged([part(logits, state.values[: logits.shape[-1]])], state.unit.sinks)
-        best = top(logits, min(k, logits.shape[-1]))[1]
-        hidden = torch.nn.functional.pad(logits.isneginf(), (0, 1))
-        hidden.scatter_(-1, torch.where(best < 0, logits.shape[-1], best), True)
-        others = torch.arange(logits.shape[-1], device=best.device).expand(logits.shape)
-        return output, torch.cat([best, others.masked_fill(hidden[..., :-1], -1)], dim=-1)
+        keys = logits.shape[-1]
+        best = top(logits, min(k, keys))[1]
+        others = torch.arange(keys, device=best.device).expand(logits.shape)
+        listed = logits.isneginf() | marked(best, keys)
+        return output, torch.cat([best, others.masked_fill(listed, -1)], dim=-1)

@@ -1,6 +1,5 @@
 """What there is to know of a method before it is replayed, and the page of all methods."""
 
-import importlib.util
 import inspect
 from dataclasses import MISSING
 from typing import Any
@@ -47,8 +46,8 @@ def describe(name: str, method: Method) -> dict[str, Any]:
         "calibrated": method.calibrated,
         "reads": inspect.getdoc(cost) if cost is not None else None,
         "extra": method.extra,
-        "install": method.install or f"pip install 'retrace-attention[{method.extra}]'",
-        "installed": method.extra is None or importlib.util.find_spec(method.extra) is not None,
+        "install": method.install_command(),
+        "installed": method.is_installed(),
         "parameters": [
             {
                 "name": field.name,

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from retrace.analyze.indexes import answers, library, rows
+from retrace.analyze.indexes import answers, rows
 from retrace.analyze.methods.base import SearchMethod
 from retrace.analyze.past import Past
 from retrace.analyze.unit import HeadGroup
@@ -27,7 +27,7 @@ class Flat(SearchMethod):
 
     def build(self, past: Past) -> Any:
         """The keys."""
-        return self.extend(library("faiss").IndexFlatIP(past.keys.shape[1]), past)
+        return self.extend(self.library().IndexFlatIP(past.keys.shape[1]), past)
 
     def extend(self, state: Any, new: Past) -> Any:
         """Add the keys."""

@@ -11,6 +11,7 @@ from retrace.analyze.attention import visible
 from retrace.analyze.hashing import signs
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.past import Past
+from retrace.analyze.training import descend
 from retrace.analyze.unit import HeadGroup
 
 RATE = 3e-3
@@ -53,11 +54,7 @@ class HashAttention(ScoreMethod):
             for i in range(3)
         }
         descent = torch.optim.Adam([w.requires_grad_() for w in weights.values()], lr=RATE)
-        for _ in range(self.steps):
-            loss = self._loss(weights, pasts, random)
-            descent.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            descent.step()
+        descend(descent, self.steps, lambda: self._loss(weights, pasts, random))
         return {name: w.detach() for name, w in weights.items()}
 
     def _loss(

@@ -11,6 +11,7 @@ from retrace.analyze.attention import visible
 from retrace.analyze.hashing import signs
 from retrace.analyze.methods.base import POOL, ScoreMethod
 from retrace.analyze.past import Past
+from retrace.analyze.training import descend
 from retrace.analyze.unit import HeadGroup
 
 TOP_SHARE = 0.1
@@ -49,11 +50,7 @@ class HATA(ScoreMethod):
         start /= channels**0.5
         weights = start.to(device).requires_grad_()
         descent = torch.optim.SGD([weights], lr=RATE, momentum=MOMENTUM)
-        for _ in range(self.steps):
-            loss = self._loss(weights, pasts, random)
-            descent.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            descent.step()
+        descend(descent, self.steps, lambda: self._loss(weights, pasts, random))
         return {"weights": weights.detach().to(pasts[0].keys)}
 
     def _loss(self, weights: Tensor, pasts: Sequence[Past], random: torch.Generator) -> Tensor:

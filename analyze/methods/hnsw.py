@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from retrace.analyze.indexes import answers, library, rows
+from retrace.analyze.indexes import answers, rows
 from retrace.analyze.methods.base import SearchMethod
 from retrace.analyze.past import Past
 from retrace.analyze.unit import HeadGroup
@@ -34,7 +34,7 @@ class HNSW(SearchMethod):
 
     def build(self, past: Past) -> Any:
         """A graph of the keys, and what its searches have cost."""
-        faiss = library("faiss")
+        faiss = self.library()
         index = faiss.IndexHNSWFlat(past.keys.shape[1], self.m, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = self.ef_construction
         return self.extend({"index": index, "compared": 0.0}, past)
@@ -46,7 +46,7 @@ class HNSW(SearchMethod):
 
     def search(self, state: Any, queries: Tensor, k: int) -> Tensor:
         """The best k that a beam search meets."""
-        faiss = library("faiss")
+        faiss = self.library()
         index, wanted = state["index"], min(k, state["index"].ntotal)
         parameters = faiss.SearchParametersHNSW(efSearch=max(self.ef, k))
         with _COUNTING:

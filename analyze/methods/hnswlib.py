@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from retrace.analyze.indexes import answers, library, rows
+from retrace.analyze.indexes import answers, rows
 from retrace.analyze.methods.base import SearchMethod
 from retrace.analyze.past import Past
 from retrace.analyze.unit import HeadGroup
@@ -32,7 +32,7 @@ class HNSWLib(SearchMethod):
 
     def build(self, past: Past) -> Any:
         """A graph of the keys, and how wide the beam of its last search was."""
-        index = library("hnswlib").Index(space="ip", dim=past.keys.shape[1])
+        index = self.library().Index(space="ip", dim=past.keys.shape[1])
         index.init_index(
             max_elements=1,
             M=self.m,

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.indexes import answers, library, rows
+from retrace.analyze.indexes import answers, rows
 from retrace.analyze.methods.base import SearchMethod
 from retrace.analyze.past import Past
 from retrace.analyze.unit import HeadGroup
@@ -14,12 +14,7 @@ from retrace.analyze.unit import HeadGroup
 
 @dataclass(frozen=True, kw_only=True)
 class InvertedLists(SearchMethod):
-    """Keys in lists by their nearest centroid; a query searches the lists of the centroids nearest
-    to it, all by inner product. Each query head searches for itself.
-
-    Centroids are fitted to the keys that are there when the index is built, and stay; later keys
-    join the lists.
-    """
+    """What indexes of faiss with inverted lists share; not used directly."""
 
     extra: ClassVar[str | None] = "faiss"
 
@@ -75,7 +70,7 @@ class IVF(InvertedLists):
 
     def index(self, lists: int, keys: int, channels: int) -> Any:
         """Lists of whole keys or of a byte a channel."""
-        faiss = library("faiss")
+        faiss = self.library()
         coarse, product = faiss.IndexFlatIP(channels), faiss.METRIC_INNER_PRODUCT
         if self.codes == "flat":
             return faiss.IndexIVFFlat(coarse, channels, lists, product)

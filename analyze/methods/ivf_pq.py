@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from retrace.analyze.indexes import library
 from retrace.analyze.methods.ivf import InvertedLists
 from retrace.analyze.unit import HeadGroup
 
@@ -28,7 +27,7 @@ class IVFPQ(InvertedLists):
 
     def index(self, lists: int, keys: int, channels: int) -> Any:
         """Lists of codes."""
-        faiss = library("faiss")
+        faiss = self.library()
         parts, bits = math.gcd(self.m, channels), max(1, min(self.bits, int(math.log2(keys))))
         coarse, product = faiss.IndexFlatIP(channels), faiss.METRIC_INNER_PRODUCT
         index = faiss.IndexIVFPQ(coarse, channels, lists, parts, bits, product)

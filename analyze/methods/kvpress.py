@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.indexes import library
 from retrace.analyze.methods.base import EvictionMethod
 from retrace.analyze.past import Past
 from retrace.traces import RetraceError
@@ -71,7 +70,7 @@ class KVPress(EvictionMethod):
         for part in self.arguments.split("+") if self.arguments else ():
             name, _, value = part.partition("=")
             arguments[name] = float(value) if "." in value else int(value)
-        kind = getattr(library("kvpress", self.install), self.press)
+        kind = getattr(self.library(), self.press)
         try:
             return kind(**arguments)
         except TypeError as error:

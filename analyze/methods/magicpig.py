@@ -9,9 +9,8 @@ from torch import Tensor
 
 from retrace.analyze.hashing import hyperplanes, numbers
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.output import merged, part, visible_logits
+from retrace.analyze.output import attended_ids, merged, part, visible_logits
 from retrace.analyze.past import Past
-from retrace.analyze.top import top
 from retrace.analyze.unit import HeadGroup
 
 
@@ -54,8 +53,8 @@ class MagicPIG(AttendMethod):
 
     def extend(self, state: Any, new: Past) -> Any:
         """Later keys are attended exactly, and never hashed."""
-        past, *tables = state
-        return Past(past.unit, past.start, new.end), *tables
+        _, *tables = state
+        return new.whole, *tables
 
     def attend(
         self, state: Any, queries: Tensor, positions: Tensor, k: int
@@ -70,9 +69,7 @@ class MagicPIG(AttendMethod):
             log_pi = torch.log(self.inclusion(queries, centred) + self.offset).to(logits)
             weighted[..., hashed] -= log_pi.masked_fill(missed, torch.inf)
         output = merged([part(weighted, past.values[: logits.shape[-1]])], past.unit.sinks)
-        attended = logits.masked_fill(weighted.isneginf(), -torch.inf)
-        most = max(1, int((~attended.isneginf()).sum(dim=-1).max()))
-        return output, top(attended, most)[1]
+        return output, attended_ids(logits.masked_fill(weighted.isneginf(), -torch.inf))
 
     def inclusion(self, queries: Tensor, centred: Tensor) -> Tensor:
         """The probability over hyperplanes (group, queries, hashed) float64 that a key is sampled:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import first_visible
+from retrace.analyze.attention import first_visible, visible
 from retrace.analyze.draws import uniform
 from retrace.analyze.hashing import hadamard, numbers, padded
 from retrace.analyze.keep import Keep
@@ -94,8 +94,8 @@ class ParisKV(ScoreMethod):
             )
             votes += won[..., pattern[:end]]
         ids = torch.arange(end, device=queries.device)
-        hidden = (ids >= (positions + 1)[:, None]) | (ids < first[:, None])
-        by_votes = votes.masked_fill(hidden, -1).argsort(dim=-1, descending=True, stable=True)
+        by_votes = votes.masked_fill(~visible(positions, ids, rules), -1)
+        by_votes = by_votes.argsort(dim=-1, descending=True, stable=True)
         reranked = torch.ceil(rerank * seen)[:, None] > ids
         candidate = torch.zeros_like(votes, dtype=torch.bool).scatter(
             -1, by_votes, reranked.expand_as(by_votes)

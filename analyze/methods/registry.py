@@ -7,7 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -84,11 +85,10 @@ def parse_specs(texts: Sequence[str]) -> tuple[list[MethodSpec], frozenset[str]]
 
 def _every_method() -> list[MethodSpec]:
     kinds = {name: method_class(name) for name in method_names()}
-    missing = missing_libraries()
     return [
         parse_spec(name)
         for name, kind in kinds.items()
-        if name not in missing and all(f.default is not MISSING for f in parameter_fields(kind))
+        if kind.is_installed() and all(f.default is not MISSING for f in parameter_fields(kind))
     ]
 
 
@@ -96,29 +96,38 @@ def missing_libraries() -> dict[str, str]:
     """The installed methods whose library is not there, and the command that installs it."""
     kinds = {name: method_class(name) for name in method_names()}
     return {
-        name: kind.install or f"pip install 'retrace-attention[{kind.extra}]'"
+        name: kind.install_command() or ""
         for name, kind in kinds.items()
-        if kind.extra is not None and importlib.util.find_spec(kind.extra) is None
+        if not kind.is_installed()
     }
 
 
 def method_names() -> list[str]:
     """The methods that are installed, this package's and others', in alphabetical order."""
-    return sorted({point.name for point in entry_points(group=ENTRY_POINTS)})
+    return sorted(_installed())
+
+
+@cache
+def _installed() -> dict[str, EntryPoint]:
+    """By name; of two that share one the first on the path, as imports go."""
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        found.setdefault(point.name, point)
+    return found
 
 
 def method_class(name: str) -> type[Method]:
     """The class of an installed method."""
-    for point in entry_points(group=ENTRY_POINTS):
-        if point.name == name:
-            loaded = point.load()
-            if not (isinstance(loaded, type) and issubclass(loaded, Method)):
-                raise RetraceError(f"The entry point {name} ({point.value}) is not a method.")
-            return loaded
-    raise RetraceError(
-        f"There is no method {name!r}.{nearest(name, method_names())} "
-        "`retrace methods` lists them all."
-    )
+    point = _installed().get(name)
+    if point is None:
+        raise RetraceError(
+            f"There is no method {name!r}.{nearest(name, method_names())} "
+            "`retrace methods` lists them all."
+        )
+    loaded = point.load()
+    if not (isinstance(loaded, type) and issubclass(loaded, Method)):
+        raise RetraceError(f"The entry point {name} ({point.value}) is not a method.")
+    return loaded
 
 
 def parameter_fields(method: type[Method]) -> list[Field[Any]]:

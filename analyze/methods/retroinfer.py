@@ -1,6 +1,6 @@
 """RetroInfer: the nearest clusters exactly, further ones by their mean."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -9,9 +9,8 @@ from torch import Tensor
 from retrace.analyze.attention import first_visible, softcap
 from retrace.analyze.clusters import totals
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.output import merged, part, visible_logits
+from retrace.analyze.output import attended_ids, merged, part, visible_logits
 from retrace.analyze.past import Past
-from retrace.analyze.top import top
 from retrace.analyze.unit import HeadGroup
 
 
@@ -20,6 +19,7 @@ class Clusters:
     """The clusters of a past, and what is known of each."""
 
     past: Past
+    """All keys so far, later ones than are clustered included."""
     centroids: Tensor
     """(clusters, channels): mean key"""
     values: Tensor
@@ -81,14 +81,13 @@ class RetroInfer(AttendMethod):
 
     def extend(self, state: Any, new: Past) -> Any:
         """Later keys are not clustered."""
-        return state
+        return replace(state, past=new.whole)
 
     def attend(
         self, state: Clusters, queries: Tensor, positions: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
         """Attention over exact keys and estimated clusters, and the exact keys."""
-        whole = Past(state.past.unit, 0, len(state.past.unit.keys))
-        logits = visible_logits(whole, queries, positions)
+        logits = visible_logits(state.past, queries, positions)
         rules, clusters = state.past.group.rules, len(state.sizes)
         estimates = queries @ state.centroids.T
         retrieved, estimated = self._choose(state, estimates, k)
@@ -98,12 +97,11 @@ class RetroInfer(AttendMethod):
         estimated &= state.oldest >= first_visible(positions, rules)[:, None]
         cluster_logits = softcap(estimates, rules) + state.sizes.log()
         attended = logits.masked_fill(~exact, -torch.inf)
-        parts = [part(attended, whole.values[: logits.shape[-1]])]
+        parts = [part(attended, state.past.values[: logits.shape[-1]])]
         if clusters:
             hidden = cluster_logits.masked_fill(~estimated, -torch.inf)
             parts.append(part(hidden, state.values))
-        most = max(1, int((~attended.isneginf()).sum(dim=-1).max()))
-        return merged(parts, state.past.unit.sinks), top(attended, most)[1]
+        return merged(parts, state.past.unit.sinks), attended_ids(attended)
 
     def aux_bytes(self, state: Clusters, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """The centroids, and of those estimated the mean value and the size."""

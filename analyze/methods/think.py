@@ -54,8 +54,8 @@ class ThinK(AttendMethod):
 
     def extend(self, state: Any, new: Past) -> Any:
         """New keys keep all channels."""
-        past, keys, count = state
-        return Past(past.unit, past.start, new.end), torch.cat([keys, new.keys]), count
+        _, keys, count = state
+        return new.whole, torch.cat([keys, new.keys]), count
 
     def attend(
         self, state: Any, queries: Tensor, positions: Tensor, k: int

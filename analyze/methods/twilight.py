@@ -11,6 +11,7 @@ from retrace.analyze.budget import Budget
 from retrace.analyze.methods.base import BUDGET, ScoreMethod
 from retrace.analyze.methods.low_bit import LowBit
 from retrace.analyze.methods.quest import Quest
+from retrace.analyze.output import marked
 from retrace.analyze.past import Past
 from retrace.analyze.top import top
 from retrace.analyze.unit import HeadGroup
@@ -50,10 +51,7 @@ class Twilight(ScoreMethod):
         oldest = first_visible(positions, past.group.rules)[:, None] // self.page
         hidden = (page > positions[:, None] // self.page) | (page < oldest)
         chosen = top(bounds.masked_fill(hidden, -torch.inf), count)[1]
-        # The id -1 stands for no page, and lands on a last one that there is not.
-        taken = torch.zeros(*bounds.shape[:2], len(page) + 1, dtype=torch.bool, device=page.device)
-        taken.scatter_(-1, torch.where(chosen < 0, len(page), chosen), True)
-        taken = taken[..., :-1].repeat_interleave(self.page, dim=-1)[..., :end]
+        taken = marked(chosen, len(page)).repeat_interleave(self.page, dim=-1)[..., :end]
         return scores.masked_fill(~taken, -torch.inf)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from retrace.analyze.indexes import answers, library, rows
+from retrace.analyze.indexes import answers, rows
 from retrace.analyze.methods.base import SearchMethod
 from retrace.analyze.past import Past
 from retrace.analyze.unit import HeadGroup
@@ -34,7 +34,7 @@ class USearch(SearchMethod):
 
     def build(self, past: Past) -> Any:
         """A graph of the keys, and what its last search cost."""
-        index = library("usearch.index").Index(
+        index = self.library("usearch.index").Index(
             ndim=past.keys.shape[1],
             metric="ip",
             dtype=self.dtype,

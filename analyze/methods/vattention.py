@@ -8,7 +8,7 @@ from torch import Tensor
 
 from retrace.analyze.draws import uniform
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.output import merged, part, visible_logits
+from retrace.analyze.output import attended_ids, marked, merged, part, visible_logits
 from retrace.analyze.past import Past
 from retrace.analyze.top import top
 from retrace.analyze.unit import HeadGroup
@@ -47,11 +47,10 @@ class VAttention(AttendMethod):
         place, size = self._order(state, rest, positions), rest.sum(dim=-1)
         drawn = rest & (place < self._sample_size(logits, sure, rest, place)[..., None])
         chance = drawn.sum(dim=-1).clamp(min=1) / size.clamp(min=1)
-        weighted = torch.where(drawn, logits - chance.log()[..., None], logits)
-        weighted = weighted.masked_fill(~(sure | drawn), -torch.inf)
-        output = merged([part(weighted, state.values[: logits.shape[-1]])], state.unit.sinks)
         attended = logits.masked_fill(~(sure | drawn), -torch.inf)
-        return output, top(attended, max(1, int((sure | drawn).sum(dim=-1).max())))[1]
+        weighted = torch.where(drawn, attended - chance.log()[..., None], attended)
+        output = merged([part(weighted, state.values[: logits.shape[-1]])], state.unit.sinks)
+        return output, attended_ids(attended)
 
     def aux_bytes(self, state: Past, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """All keys, which are read to find the k best."""
@@ -63,9 +62,7 @@ class VAttention(AttendMethod):
         seen = ~logits.isneginf()
         kept = seen & ((keys < self.sink) | (keys > positions[:, None] - self.recent))
         best = top(logits.masked_fill(kept, -torch.inf), min(k, len(keys)))[1]
-        sure = torch.nn.functional.pad(kept, (0, 1))  # a last column for the id -1
-        sure.scatter_(-1, torch.where(best < 0, len(keys), best), True)
-        sure = sure[..., :-1]
+        sure = kept | marked(best, len(keys))
         return sure, seen & ~sure
 
     def _order(self, past: Past, rest: Tensor, positions: Tensor) -> Tensor:

@@ -79,7 +79,19 @@ def test_decoding_with_a_method(captured: Capture, family: str, spec: str) -> No
     assert (difference[30:].max() < 2e-5) == (spec == "exact")
 
 
-@pytest.mark.parametrize("spec", ["quest:page=4", "h2o", "hnsw:step=4", "snapkv:window=3"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "quest:page=4",
+        "h2o",
+        "hnsw:step=4",
+        "snapkv:window=3",
+        "retroinfer:size=4,recent=8",
+        "magicpig:bits=4,window=8",
+        "kivi:size=8",
+        "think:window=8",
+    ],
+)
 def test_decoding_sees_what_reading_at_once_sees(
     captured: Capture, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

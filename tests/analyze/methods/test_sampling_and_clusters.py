@@ -192,6 +192,7 @@ def test_an_estimated_denominator_is_never_too_large(unit: Unit) -> None:
 @pytest.mark.parametrize("estimate", [0.0, 0.3])
 def test_retroinfer_against_a_plain_computation(unit: Unit, estimate: float) -> None:
     method, state = clusters(unit, estimate=estimate)
+    state = method.extend(state, Past(unit, ROWS.start, LENGTH))
     queries = unit.queries[:, ROWS] * unit.group.rules.scale
     output, ids = method.attend(state, queries, unit.positions[ROWS], 12)
     count = len(state.sizes)

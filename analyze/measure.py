@@ -1,4 +1,4 @@
-"""How far a selection is from exact attention, query by query."""
+"""How far a selection is from exact attention: query by query, and in moments over queries."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from retrace.analyze.moments import Moments
 from retrace.analyze.reference import Reference
 from retrace.analyze.selection import Selection
 from retrace.analyze.unit import Block
@@ -31,16 +32,7 @@ class ExactBlock:
     def __init__(self, block: Block, reference: Reference) -> None:
         self.block = block
         self.reference = reference
-        ranks = reference.ids.shape[-1]
-        self.no_rank = ranks
-        # The rank of every key, so that a list of keys looks its ranks up.
-        shape = (*block.queries.shape[:2], block.end + 1)
-        self._rank = torch.full(shape, ranks, dtype=torch.int32, device=block.queries.device)
-        order = torch.arange(ranks, dtype=torch.int32, device=block.queries.device)
-        # The id -1 lands on a last column that stands for no key.
-        places = torch.where(reference.ids < 0, block.end, reference.ids)
-        self._rank.scatter_(-1, places, order.expand(places.shape))
-        self._rank[..., -1] = ranks
+        self.no_rank = reference.ids.shape[-1]
 
     def selection(self, ks: tuple[int, ...]) -> Selection:
         """What exact attention over the k keys of largest score attends."""
@@ -64,15 +56,112 @@ class ExactBlock:
             return self
         return ExactBlock(self.block.part(rows), self.reference.part(rows))
 
+    @cached_property
+    def _rank_of_keys(self) -> Tensor:
+        """The rank of every key (group, queries, keys + 1), so that a list looks its ranks up."""
+        ids, end = self.reference.ids, self.block.end
+        ranks = torch.full((*ids.shape[:2], end + 1), self.no_rank, device=ids.device)
+        # The id -1 lands on a last column that stands for no key.
+        order = torch.arange(self.no_rank, device=ids.device).expand(ids.shape)
+        ranks.scatter_(-1, torch.where(ids < 0, end, ids), order)
+        ranks[..., -1] = self.no_rank
+        return ranks
+
     def ranks(self, ids: Tensor) -> Tensor:
         """Exact rank of each key (group, queries, any); `no_rank` beyond those known."""
         places = torch.where(ids < 0, self.block.end, ids)
-        return self._rank.gather(-1, places)
+        return self._rank_of_keys.gather(-1, places)
 
     def probabilities(self, ids: Tensor) -> Tensor:
         """Exact probability of each key (group, queries, any) float64; 0 for the id -1."""
         scores = self.block.scores_at(ids).double()
         return torch.exp(scores - self.reference.log_normalizer[..., None])
+
+
+MomentsByMetric = dict[str, Moments]
+
+
+def tally(
+    exact: ExactBlock, selection: Selection, points: list[int], first: Tensor
+) -> tuple[MomentsByMetric, MomentsByMetric]:
+    """Moments over the queries that count: (budgets, group) at every budget of the selection, and
+    (points, group) at those asked for.
+
+    On a CPU a compiled loop walks each list once for all metrics and budgets; it gives what
+    `plain_tally` does.
+
+    Args:
+        exact: the exact answers for the block.
+        selection: what the method attends.
+        points: indices into `selection.ks` of the budgets that want an output and a cost.
+        first: the first position that counts for each budget (budgets,), never falling.
+    """
+    if selection.ids.device.type != "cpu":
+        return plain_tally(exact, selection, points, first)
+    from retrace.analyze.compiled.metrics import AT_ALL, AT_POINTS, moments
+
+    block, reference, unit = exact.block, exact.reference, exact.block.unit
+    attended, errors, filled = selection.attended, None, None
+    if selection.output is not None:
+        errors = _error_norm(reference.output, selection.output)
+    besides = torch.zeros_like(reference.log_normalizer, dtype=torch.float64)
+    if unit.sinks is not None:
+        besides = (unit.sinks[:, None] - reference.log_normalizer).double().exp()
+    if selection.estimates is not None:
+        share = _at(_prefixes(selection.estimates.double()), attended[points])
+        filled = share, unit.mean_values[block.positions]
+    counted = block.positions[:, None] >= first
+    full = unit.group.key_bytes + unit.group.value_bytes
+    found = moments(
+        ks=torch.tensor(selection.ks),
+        points=torch.tensor(points),
+        counted=(counted.sum(dim=-1), counted[:, points].sum(dim=-1)),
+        visible=block.visible_count,
+        lists=(selection.ids, exact.probabilities(selection.ids)),
+        attended=attended,
+        besides=torch.as_tensor(selection.besides).reshape(-1),
+        given=(selection.sink, _first_given(selection)),
+        exact=(reference.ids, exact.fractions, reference.output),
+        values=unit.values,
+        mass=(not selection.true_denominator, besides),
+        filled=filled,
+        errors=errors,
+        read=(
+            float(full if selection.attended_bytes is None else selection.attended_bytes),
+            float(full),
+            torch.as_tensor(selection.aux_bytes),
+        ),
+    )
+    at_all, at_points = (
+        {metric: Moments(*part[:, i].transpose(1, 2, 0)) for i, metric in enumerate(names)}
+        for names, part in zip((AT_ALL, AT_POINTS), found, strict=True)
+    )
+    if not selection.anything_given:
+        del at_all["candidate_recall"]
+    return at_all, at_points
+
+
+def plain_tally(
+    exact: ExactBlock, selection: Selection, points: list[int], first: Tensor
+) -> tuple[MomentsByMetric, MomentsByMetric]:
+    """What `tally` gives, by the metrics of every query."""
+    measured = measure(exact, selection, points)
+    counted = (exact.block.positions >= first.to(selection.ids.device)[:, None])[:, None]
+    at_all, at_points = (
+        Moments.of(torch.stack(list(values.values())), mask)
+        for values, mask in ((measured.at_all, counted), (measured.at_points, counted[points]))
+    )
+    return (
+        {metric: at_all.take(i) for i, metric in enumerate(measured.at_all)},
+        {metric: at_points.take(i) for i, metric in enumerate(measured.at_points)},
+    )
+
+
+def _first_given(selection: Selection) -> Tensor:
+    """The first position (queries,) from which keys did not have to be found; nothing if none."""
+    if selection.first_given is None:
+        return torch.empty(0, dtype=torch.int64)
+    return selection.first_given
 
 
 def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measured:
@@ -153,37 +242,10 @@ def _error_norms(
     exact: ExactBlock, selection: Selection, probability: Tensor, points: list[int]
 ) -> Tensor:
     """||o - o'|| / ||o|| at the budgets that `points` name (points, group, queries)."""
-    if selection.output is not None:
-        return _error_norm(exact.reference.output, selection.output)
-    if probability.device.type != "cpu":
-        return plain_error_norms(exact, selection, probability, points)
-    from retrace.analyze.compiled.errors import error_norms
-
-    unit, rows = exact.block.unit, exact.block.positions
-    heads = exact.reference.log_normalizer.shape
-    attended = selection.attended[points].expand(-1, *heads)
-    besides = torch.zeros(heads, dtype=torch.float64)
-    if selection.true_denominator:
-        besides = torch.full_like(besides, torch.nan)
-    elif unit.sinks is not None:
-        besides = (unit.sinks[:, None] - exact.reference.log_normalizer).double().exp()
-    share = torch.ones((), dtype=torch.float64).expand(attended.shape)
-    fill = torch.zeros(1, unit.values.shape[1])
-    if selection.estimates is not None:
-        share = _at(_prefixes(selection.estimates.double()), attended)
-        fill = unit.mean_values[rows]
-    output = exact.reference.output
-    return error_norms(
-        output, unit.values, selection.ids, probability, attended, besides, share, fill
-    )
-
-
-def plain_error_norms(
-    exact: ExactBlock, selection: Selection, probability: Tensor, points: list[int]
-) -> Tensor:
-    """What `compiled.errors` computes, by the outputs themselves."""
-    normalizer = exact.reference.log_normalizer
-    output = outputs(exact.block, selection, probability, normalizer, points)
+    output = selection.output
+    if output is None:
+        normalizer = exact.reference.log_normalizer
+        output = outputs(exact.block, selection, probability, normalizer, points)
     return _error_norm(exact.reference.output, output)
 
 

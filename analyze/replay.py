@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from retrace.analyze.measure import ExactBlock, Measured, measure
+from retrace.analyze.measure import ExactBlock, tally
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.methods.exact import Exact
 from retrace.analyze.methods.registry import MethodSpec
@@ -82,6 +82,24 @@ class Tally:
     at_points: dict[str, Moments] = field(default_factory=dict)
     """(topk, heads), by metric."""
     cost: Cost = field(default_factory=Cost)
+
+    def add(
+        self,
+        ks: tuple[int, ...],
+        points: list[int],
+        at_all: dict[str, Moments],
+        at_points: dict[str, Moments],
+    ) -> None:
+        """Add a block's queries: moments (budgets, heads) at budgets `ks`, and (points, heads) at
+        those of them that `points` name."""
+        for known, new, places, budgets in (
+            (self.at_all, at_all, [self.ks.index(k) for k in ks], self.ks),
+            (self.at_points, at_points, [self.topk.index(ks[i]) for i in points], self.topk),
+        ):
+            for metric, moments in new.items():
+                if len(places) < len(budgets):
+                    moments = moments.spread(places, len(budgets))
+                known[metric] = known[metric].merge(moments) if metric in known else moments
 
     def merge(self, other: "Tally") -> None:
         """Add another sequence's queries."""
@@ -172,12 +190,12 @@ def _replay_unit(
         with clock.charge("metrics"):
             rows = slice(counted, len(block.positions))
             exact = ExactBlock(block.part(rows), reference.part(rows))
-        for method, tally, state in zip(plan.methods, tallies, states, strict=True):
-            _replay_method(method, exact, state, plan, tally, clock)
-    for method, tally, state in zip(plan.methods, tallies, states, strict=True):
+        for method, found, state in zip(plan.methods, tallies, states, strict=True):
+            _replay_method(method, exact, state, plan, found, clock)
+    for method, found, state in zip(plan.methods, tallies, states, strict=True):
         clock.seconds[Charge("build", str(method.spec))] += state.cost.seconds
-        tally.cost = state.cost
-        _fill_missing(tally, unit.group.rules.group)
+        found.cost = state.cost
+        _fill_missing(found, unit.group.rules.group)
     return tallies
 
 
@@ -202,7 +220,7 @@ def _replay_method(
     exact: ExactBlock,
     states: States,
     plan: Plan,
-    tally: Tally,
+    found: Tally,
     clock: Clock,
 ) -> None:
     """Add a block's queries to a method's tally."""
@@ -213,8 +231,8 @@ def _replay_method(
         # What shares one list is selected together; otherwise only what counts for the budget.
         shared = isinstance(method.spec.method, ScoreMethod)
         for ks in [method.ks] if shared else [(k,) for k in method.topk]:
-            first = plan.first_counted(min(ks), length)
-            start = int(torch.searchsorted(exact.block.positions[rows], first))
+            begin = plan.first_counted(min(ks), length)
+            start = int(torch.searchsorted(exact.block.positions[rows], begin))
             if rows.start + start >= rows.stop:
                 continue
             with clock.charge("metrics", name):
@@ -230,26 +248,8 @@ def _replay_method(
             with clock.charge("metrics", name):
                 for selection in selections:
                     points = [i for i, k in enumerate(selection.ks) if k in method.topk]
-                    measured = measure(part, selection, points)
-                    _add(tally, measured, points, part.block, plan)
-
-
-def _add(tally: Tally, measured: Measured, points: list[int], block: Block, plan: Plan) -> None:
-    length = len(block.unit.keys)
-    first = torch.tensor([plan.first_counted(k, length) for k in measured.ks])
-    counted = (block.positions >= first.to(block.positions.device)[:, None])[:, None]
-    at_points = [tally.topk.index(measured.ks[i]) for i in points]
-    at_all = [tally.ks.index(k) for k in measured.ks]
-    for values, sums, mask, places, budgets in (
-        (measured.at_all, tally.at_all, counted, at_all, tally.ks),
-        (measured.at_points, tally.at_points, counted[points], at_points, tally.topk),
-    ):
-        together = Moments.of(torch.stack(list(values.values())), mask)
-        for i, metric in enumerate(values):
-            moments = together.take(i)
-            if len(places) < len(budgets):
-                moments = moments.spread(places, len(budgets))
-            sums[metric] = sums[metric].merge(moments) if metric in sums else moments
+                    first = torch.tensor([plan.first_counted(k, length) for k in selection.ks])
+                    found.add(selection.ks, points, *tally(part, selection, points, first))
 
 
 def _whole_layer(heads: Sequence[Tally]) -> Tally:
@@ -257,11 +257,11 @@ def _whole_layer(heads: Sequence[Tally]) -> Tally:
     layer = Tally(
         heads[0].ks,
         heads[0].topk,
-        _side_by_side([tally.at_all for tally in heads]),
-        _side_by_side([tally.at_points for tally in heads]),
+        _side_by_side([head.at_all for head in heads]),
+        _side_by_side([head.at_points for head in heads]),
     )
-    for tally in heads:
-        layer.cost.merge(tally.cost)
+    for head in heads:
+        layer.cost.merge(head.cost)
     return layer
 
 

@@ -1,12 +1,13 @@
-"""Error norms by the compiled walk over each list, against outputs in plain operations."""
+"""Moments of all metrics by the compiled walk over each list, against plain operations."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from numpy.testing import assert_allclose
 
-from retrace.analyze.measure import ExactBlock, measure, plain_error_norms
+from retrace.analyze.measure import ExactBlock, plain_tally, tally
 from retrace.analyze.reference import exact_pass
 from retrace.analyze.selection import Selection
 from retrace.analyze.unit import Block, HeadGroup, Unit
@@ -39,7 +40,24 @@ def select_any(block: Block, generator: torch.Generator, **options: Any) -> Sele
     return Selection(KS, ids, attended, **options)
 
 
-@pytest.mark.parametrize("output", ["renorm", "true-denominator", "mean-fill"])
+def both(
+    exact: ExactBlock, selection: Selection, points: list[int], first: tuple[int, ...] | None = None
+) -> dict[str, list[Any]]:
+    """Moments by metric, compiled and plain, which must be alike."""
+    start = torch.tensor(first or [0] * len(selection.ks))
+    pairs = [f(exact, selection, points, start) for f in (tally, plain_tally)]
+    found: dict[str, list[Any]] = {}
+    for ours, theirs in zip(*pairs, strict=True):
+        assert ours.keys() == theirs.keys()
+        for metric, moments in ours.items():
+            found[metric] = [moments, theirs[metric]]
+            for part in ("count", "mean", "squares"):
+                one, other = (getattr(m, part) for m in found[metric])
+                assert_allclose(one, other, rtol=2e-5, atol=4e-6, err_msg=f"{metric} {part}")
+    return found
+
+
+@pytest.mark.parametrize("output", ["renorm", "true-denominator", "mean-fill", "own"])
 @pytest.mark.parametrize(
     "changes", [{}, {"window": 9}, {"softcap": 2.0}, {"sinks": (1.0, -2.0, 9.0)}], ids=str
 )
@@ -53,10 +71,32 @@ def test_as_by_plain_operations(changes: dict[str, Any], output: str) -> None:
         estimates = torch.rand(3, 21, 30, generator=generator) / 30
         estimates.masked_fill_(selection.ids < 0, 0.0)
         selection = replace(selection, estimates=estimates)
-    points = [0, 2, 4]
-    found = measure(exact, selection, points).at_points["error_norm"]
-    plain = plain_error_norms(exact, selection, exact.probabilities(selection.ids), points)
-    torch.testing.assert_close(found, plain, rtol=2e-5, atol=2e-6)
+    if output == "own":
+        selection = replace(selection, output=torch.randn(3, 3, 21, 7, generator=generator))
+    found = both(exact, selection, [0, 2, 4], (0, 20, 25, 33, 40))
+    assert found["recall"][0].count.T.tolist() == [[21, 21, 16, 8, 1]] * 3
+    assert found["error_norm"][0].count.T.tolist() == [[21, 16, 1]] * 3
+    assert (found["error_norm"][0].mean > 0).all()
+
+
+def test_what_is_given_and_what_comes_besides() -> None:
+    block, generator = a_block()
+    exact = ExactBlock(block, exact_pass(block, 30))
+    selection = select_any(block, generator)
+    more = torch.randint(0, 9, (5, 3, 21), generator=generator).cumsum(0)
+    selection = replace(
+        selection,
+        attended=more,
+        sink=3,
+        first_given=block.positions - 6,
+        besides=torch.randint(0, 4, (21,), generator=generator),
+        aux_bytes=torch.rand(21, generator=generator),
+        attended_bytes=5.0,
+    )
+    found = both(exact, selection, [1, 3])
+    assert (found["candidate_recall"][0].mean != found["recall"][0].mean).any()
+    everything = replace(selection, first_given=torch.zeros_like(block.positions))
+    assert not both(exact, everything, [1, 3])["candidate_recall"][0].count.any()
 
 
 def test_nothing_attended_is_an_output_of_zeros() -> None:
@@ -65,16 +105,12 @@ def test_nothing_attended_is_an_output_of_zeros() -> None:
     selection = replace(
         select_any(block, generator), ids=torch.full((3, 21, 30), -1, dtype=torch.int64)
     )
-    found = measure(exact, selection, [0, 4]).at_points["error_norm"]
-    torch.testing.assert_close(found, torch.ones(2, 3, 21))
+    assert_allclose(both(exact, selection, [0, 4])["error_norm"][0].mean, 1.0)
 
 
 def test_tiny_probabilities_do_not_vanish() -> None:
     block, generator = a_block()
     block = Block(replace(block.unit, keys=block.unit.keys * 20), block.rows)
     exact = ExactBlock(block, exact_pass(block, 30))
-    selection = select_any(block, generator)
-    found = measure(exact, selection, [0, 4]).at_points["error_norm"]
-    plain = plain_error_norms(exact, selection, exact.probabilities(selection.ids), [0, 4])
-    assert found.isfinite().all()
-    torch.testing.assert_close(found, plain, rtol=2e-5, atol=2e-6)
+    found = both(exact, select_any(block, generator), [0, 4])
+    assert (found["error_norm"][0].count == 21).all()

@@ -54,7 +54,9 @@ class ExactBlock:
         """Some of the block's queries."""
         if rows == slice(0, len(self.block.positions)):
             return self
-        return ExactBlock(self.block.part(rows), self.reference.part(rows))
+        part = ExactBlock(self.block.part(rows), self.reference.part(rows))
+        part.__dict__["fractions"] = self.fractions[:, rows]
+        return part
 
     @cached_property
     def _rank_of_keys(self) -> Tensor:

@@ -67,8 +67,14 @@ class Plan:
 
     def first_counted(self, k: int, length: int) -> int:
         """The first position of a sequence of this length that counts for budget k."""
-        context = 10 * k if self.min_context is None else self.min_context
-        return max(context, self.protocol.first_query(length))
+        return int(self.first_of_each((k,), length))
+
+    def first_of_each(self, ks: Sequence[int], length: int) -> torch.Tensor:
+        """The same for each of several budgets (budgets,)."""
+        context = torch.tensor(ks) * 10
+        if self.min_context is not None:
+            context.fill_(self.min_context)
+        return context.clamp(min=self.protocol.first_query(length))
 
 
 @dataclass
@@ -248,7 +254,7 @@ def _replay_method(
             with clock.charge("metrics", name):
                 for selection in selections:
                     points = [i for i, k in enumerate(selection.ks) if k in method.topk]
-                    first = torch.tensor([plan.first_counted(k, length) for k in selection.ks])
+                    first = plan.first_of_each(selection.ks, length)
                     found.add(selection.ks, points, *tally(part, selection, points, first))
 
 

@@ -108,6 +108,12 @@ class Approximation:
         return torch.cat(parts, dim=1)
 
 
+def check_exact(trace: Trace) -> None:
+    """Refuse a trace that is to be the exact run and is not."""
+    if "approximation" in trace.attributes["capture"]:
+        raise RetraceError(f"{trace.path} is not the exact run: it has a method in the loop.")
+
+
 def _output(block: Block, selection: Selection) -> Tensor:
     if selection.output is not None:
         return selection.output[0]

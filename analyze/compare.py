@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from retrace.analyze.approximate import Approximation
+from retrace.analyze.approximate import Approximation, check_exact
 from retrace.analyze.attention import attend
 from retrace.analyze.moments import Moments
 from retrace.analyze.scope import choose_device, choose_layers
@@ -83,8 +83,7 @@ def compare(
     """
     exact = exact if isinstance(exact, Trace) else open_trace(exact)
     others = [run if isinstance(run, Trace) else open_trace(run) for run in runs]
-    if "approximation" in exact.attributes["capture"]:
-        raise RetraceError(f"{exact.path} is not the exact run: it has a method in the loop.")
+    check_exact(exact)
     indices, target = choose_layers(exact, layers), choose_device(device)
     paired = [_paired(exact, other) for other in others]
     paired = [

@@ -42,14 +42,14 @@ def styles_of(methods: Iterable[str]) -> dict[str, Style]:
 
 
 def panel_grid(
-    count: int, *, width: float, height: float, columns: int = 4
+    count: int, *, width: float, height: float, columns: int = 4, share_x: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels that share their axes."""
+    """A figure of `count` panels that share their axes, or the vertical one only."""
     columns = min(columns, count)
     rows = -(-count // columns)
     size = (max(width * columns + 0.6, 5.0), height * rows + 1.0)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(rows, columns, sharex=share_x, sharey=True, squeeze=False)
     panels = list(grid.flat)
     for axes in panels[count:]:
         axes.set_axis_off()

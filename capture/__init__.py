@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Any
 from retrace.capture.settings import CaptureSettings
 
 if TYPE_CHECKING:
+    from retrace.capture.evaluation import Evaluation, evaluate
     from retrace.capture.ranks import Ranks
     from retrace.capture.record import Progress
     from retrace.capture.run import capture
 
 _MODULES = {
+    "Evaluation": "retrace.capture.evaluation",
     "Progress": "retrace.capture.record",
     "Ranks": "retrace.capture.ranks",
     "capture": "retrace.capture.run",
+    "evaluate": "retrace.capture.evaluation",
 }
-__all__ = ["CaptureSettings", "Progress", "Ranks", "capture"]
+__all__ = ["CaptureSettings", "Evaluation", "Progress", "Ranks", "capture", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

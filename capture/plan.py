@@ -13,11 +13,10 @@ import numpy.typing as npt
 from retrace.analyze.approximate import Approximation
 from retrace.capture.models import Checkpoint
 from retrace.capture.output import Output
-from retrace.capture.reading import Reading
+from retrace.capture.reading import Reading, prompts
 from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import (
-    PHASES,
     LayerRules,
     RetraceError,
     TraceWriter,
@@ -45,7 +44,7 @@ class Plan:
     @property
     def generates(self) -> bool:
         """Whether some positions are decoded one by one."""
-        return any(bool((phase == PHASES["generated"]).any()) for phase in self.phases)
+        return prompts(self.phases)[0] is not None
 
     @property
     def approximates(self) -> bool:
@@ -55,9 +54,7 @@ class Plan:
     def prompt(self, sequence: int) -> int | None:
         """Positions of a sequence that are read at once, before any is decoded; None where the
         capture decodes nothing."""
-        if not self.generates:
-            return None
-        return int((self.phases[sequence] != PHASES["generated"]).sum())
+        return prompts(self.phases)[sequence]
 
     def bytes(self) -> int:
         """Bytes of the tensors."""

@@ -1,5 +1,7 @@
 """What the model reads: sequences of tokens from tasks and texts, or those of another trace."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +51,23 @@ def read_text(
     )
 
 
+def like_reference(reference: Trace, settings: CaptureSettings) -> CaptureSettings:
+    """The settings, what they do not say being as it was in the reference."""
+    said = {}
+    model, captured = reference.attributes["model"], reference.attributes["capture"]
+    for name, before in (
+        ("pretrained", model["pretrained"]),
+        ("revision", model["revision"]),
+        ("dtype", reference.attributes["dtype"]),
+        ("batch_size", reference.attributes["batch_size"]),
+        ("layers", captured["layers"]),
+        ("queries", captured["queries"]),
+    ):
+        if getattr(settings, name) == getattr(CaptureSettings, name):
+            said[name] = before
+    return dataclasses.replace(settings, **said)
+
+
 def read_reference(trace: Trace, limit: int | None) -> Reading:
     """The sequences of a trace, or the first `limit` of them."""
     if len(trace.sequences) < trace.planned:
@@ -88,3 +107,12 @@ def longest_sequence(settings: CaptureSettings, checkpoint: Checkpoint) -> int:
 def prompt_length(phase: npt.NDArray[np.int8]) -> int:
     """Positions of a sequence (positions,) before what is scored or generated."""
     return int((phase == PHASES["context"]).sum())
+
+
+def prompts(phases: Sequence[npt.NDArray[np.int8]]) -> list[int | None]:
+    """How many positions of each sequence are read at once, before any is decoded; None for all
+    where nothing is decoded."""
+    generated = [phase == PHASES["generated"] for phase in phases]
+    if not any(bool(one.any()) for one in generated):
+        return [None] * len(phases)
+    return [int((~one).sum()) for one in generated]

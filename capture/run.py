@@ -19,7 +19,12 @@ from retrace.capture.output import Output
 from retrace.capture.plan import Plan, describe, recorded_layers
 from retrace.capture.queries import parse_queries
 from retrace.capture.ranks import Meeting, Ranks
-from retrace.capture.reading import prompt_length, read_reference, read_text
+from retrace.capture.reading import (
+    like_reference,
+    prompt_length,
+    read_reference,
+    read_text,
+)
 from retrace.capture.record import Progress, ShowProgress, record
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import RetraceError, Trace, locate, open_trace
@@ -95,7 +100,7 @@ def capture(
         resume=resume,
     )
     known = None if settings.reference is None else open_trace(settings.reference)
-    settings = settings if known is None else _as_in(known, settings)
+    settings = settings if known is None else like_reference(known, settings)
     spec = None if settings.approximate is None else parse_spec(settings.approximate)
     ranks = Ranks.from_environment()
     settings = dataclasses.replace(settings, device=ranks.device(device))
@@ -107,23 +112,6 @@ def capture(
         else:
             output = Output.joined(settings.output(), settings.output())
         return _capture(settings, known, spec, output, meeting, command, show)
-
-
-def _as_in(reference: Trace, settings: CaptureSettings) -> CaptureSettings:
-    """The settings, what they do not say being as it was in the reference."""
-    said = {}
-    model, captured = reference.attributes["model"], reference.attributes["capture"]
-    for name, before in (
-        ("pretrained", model["pretrained"]),
-        ("revision", model["revision"]),
-        ("dtype", reference.attributes["dtype"]),
-        ("batch_size", reference.attributes["batch_size"]),
-        ("layers", captured["layers"]),
-        ("queries", captured["queries"]),
-    ):
-        if getattr(settings, name) == getattr(CaptureSettings, name):
-            said[name] = before
-    return dataclasses.replace(settings, **said)
 
 
 def _capture(

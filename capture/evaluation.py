@@ -1,0 +1,274 @@
+"""`evaluate`: what methods in the loop cost a model, beside what replay says of them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import torch
+
+from retrace.analyze import Results, analyze, parse_specs
+from retrace.analyze.approximate import check_exact
+from retrace.analyze.compare import interval
+from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.scope import choose_calibration
+from retrace.capture.approximate import Approximator, prepare
+from retrace.capture.check import examine
+from retrace.capture.interface import exact_attention, observed_attention
+from retrace.capture.likelihood import likelihoods
+from retrace.capture.models import input_device, open_checkpoint, quiet_libraries
+from retrace.capture.reading import like_reference, prompts, read_reference
+from retrace.capture.recorder import AttentionLayer
+from retrace.capture.settings import CaptureSettings
+from retrace.traces import Location, RetraceError, Trace, open_trace
+
+FIGURES = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio")
+"""Of replay, each the mean over layers and heads."""
+FILES = ("evaluation.parquet", "evaluation.md", "evaluation.json")
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What methods in the loop come to, point by point."""
+
+    points: pd.DataFrame
+    """One row per (method, topk): perplexity, exact_perplexity, the mean `difference` of the
+    negative log-likelihoods in nats with a bootstrap interval over sequences (`low`, `high`; NaN
+    with one sequence), the mean `kl` of next tokens from the exact model, and replay's figures."""
+    facts: dict[str, Any]
+    """What must be equal for points to stand in one table, and the version that made them."""
+
+    def has(self, method: str, topk: int) -> bool:
+        """Whether there is a point of this method and budget."""
+        points = self.points
+        return bool(((points["method"] == method) & (points["topk"] == topk)).any())
+
+    def markdown(self) -> str:
+        """The table, in Markdown."""
+        lines = [list(self.points.columns), ["---"] * len(self.points.columns)]
+        for row in self.points.itertuples(index=False):
+            lines.append([f"{c:.4g}" if isinstance(c, float) else str(c) for c in row])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+    def save(self, folder: Path) -> None:
+        """Write `evaluation.parquet`, `evaluation.md` and `evaluation.json`, each whole."""
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / ".evaluation.partial"
+        self.points.to_parquet(aside, index=False)
+        aside.replace(folder / FILES[0])
+        for name, text in zip(
+            FILES[1:], (self.markdown(), json.dumps(self.facts, indent=2) + "\n"), strict=True
+        ):
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(folder / name)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a folder back.
+
+        Raises:
+            RetraceError: it holds no evaluation.
+        """
+        try:
+            facts = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
+            return cls(pd.read_parquet(folder / FILES[0]), facts)
+        except (OSError, ValueError) as error:
+            raise RetraceError(f"{folder} holds no evaluation of retrace ({error}).") from error
+
+
+def evaluate(
+    exact: Trace | str | Location,
+    methods: Sequence[str],
+    topk: Sequence[int],
+    *,
+    from_position: int | None = None,
+    dense_layers: Sequence[int] = (),
+    device: str = "auto",
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Run a trace's model with methods in the loop, one point after another, storing no tensors.
+
+    The model reads the trace's tokens with a method in place of exact attention, as `capture` does
+    with `approximate`. Beside what that costs stand the figures that replay gives for the method
+    and budget on the exact trace, over the same queries: all of them, or those from
+    `from_position` on.
+
+    Args:
+        exact: the trace of the exact run.
+        methods: method specs.
+        topk: budgets: keys per query and head.
+        from_position: positions before it attend exactly, and fitted states are built there; where
+            the trace's tokens were decoded one by one, that is where decoding began.
+        dense_layers: layers that attend exactly, and that replay leaves out.
+        device: device of the model and the replay: `auto`, `cpu`, `cuda`, `cuda:N`.
+        out: folder for the table, and for replay's results in `replay`. Points that it holds
+            already are not run again.
+        overwrite: throw away what is in `out`.
+        progress: told how far it is.
+
+    Raises:
+        RetraceError: anything the user can mend.
+    """
+    exact = exact if isinstance(exact, Trace) else open_trace(exact)
+    check_exact(exact)
+    specs, _ = parse_specs(methods)
+    folder = None if out is None else Path(out)
+    show = progress or (lambda *_: None)
+    reading = read_reference(exact, None)
+    first = _first_position(from_position, prompts(reading.phases))
+    learns = any(spec.method.calibrated for spec in specs)
+    held_out = choose_calibration(exact, None) if learns else ()
+    facts = {
+        "trace": [exact.digest(s) for s in exact.sequences],
+        "from_position": first,
+        "dense_layers": sorted(set(dense_layers)),
+        "calibration": list(held_out),
+        "retrace": version("retrace-attention"),
+    }
+    found = _earlier(folder, facts, overwrite)
+    replayed = analyze(
+        exact,
+        methods,
+        topk,
+        out=None if folder is None else folder / "replay",
+        protocol="all" if first is None else f"prefix:{first}",
+        min_context=first or 0,
+        layers=[i for i in exact.layers if i not in dense_layers],
+        calibration_sequences=held_out or None,
+        device=device,
+        overwrite=overwrite,
+        progress=lambda done, total: show("Replaying", done, total),
+    )
+    ran = replayed.methods()  # of `all`, not every method runs on every trace
+    wanted = [
+        (s, k)
+        for s in specs
+        for k in sorted(set(topk))
+        if str(s) in ran and not found.has(str(s), k)
+    ]
+    if not wanted:
+        return found
+    settings = CaptureSettings(
+        reference=str(exact.path),
+        approximate=str(specs[0]),
+        topk=wanted[0][1],
+        from_position=from_position,
+        dense_layers=dense_layers,
+        device=device,
+    )
+    with quiet_libraries():
+        loop = _Loop(exact, like_reference(exact, settings), held_out)
+    total = len(wanted) * len(loop.sequences)
+    for place, (spec, k) in enumerate(wanted):
+        show("Evaluating", place * len(loop.sequences), total)
+        row = {"method": str(spec), "topk": k}
+        sums = []
+        for one in loop.run(spec, k):
+            sums.append(one)
+            show("Evaluating", place * len(loop.sequences) + len(sums), total)
+        row |= _cost(np.array(sums)) | _figures(replayed, str(spec), k)
+        points = [*found.points.to_dict("records"), row]
+        found = Evaluation(pd.DataFrame(points), facts)
+        if folder is not None:
+            found.save(folder)
+    return found
+
+
+def _first_position(said: int | None, read_at_once: Sequence[int | None]) -> int | None:
+    """Where the method begins, if not with the first query."""
+    if said is not None:
+        return said
+    if len(set(read_at_once)) > 1:
+        raise RetraceError(
+            "Decoding began at different positions of the trace's sequences, and replay has one "
+            "for all: name one (--from-position)."
+        )
+    return read_at_once[0]
+
+
+def _earlier(folder: Path | None, facts: dict[str, Any], overwrite: bool) -> Evaluation:
+    """The points that the folder holds; none where there is nothing."""
+    none = Evaluation(pd.DataFrame(columns=["method", "topk"]), facts)
+    if folder is None or overwrite or not folder.exists() or not any(folder.iterdir()):
+        return none
+    if not (folder / FILES[2]).exists() and (folder / "replay").exists():
+        return none  # ended before the first point
+    found = Evaluation.load(folder)
+    different = [
+        name for name in facts if name != "retrace" and found.facts.get(name) != facts[name]
+    ]
+    if different:
+        raise RetraceError(
+            f"{folder} holds points of another {' and '.join(different)}: choose another folder "
+            "with --out, or replace it with --overwrite."
+        )
+    return found
+
+
+class _Loop:
+    """A model that reads a trace's tokens with one method after another."""
+
+    def __init__(self, exact: Trace, settings: CaptureSettings, calibration: Sequence[int]) -> None:
+        self._exact = exact
+        self._settings = settings
+        self.sequences = [s for s in exact.sequences if s not in calibration]
+        reading = read_reference(exact, None)
+        self._tokens = dict(zip(exact.sequences, reading.tokens, strict=True))
+        self._prompts = dict(zip(exact.sequences, prompts(reading.phases), strict=True))
+        self._model = open_checkpoint(settings).load(settings.dtype, settings.device)
+        longest = max(reading.tokens, key=len)
+        self._layers: dict[int, AttentionLayer] = dict(examine(self._model, longest))
+
+    def run(self, spec: MethodSpec, k: int) -> Iterator[tuple[float, float, float, int]]:
+        """For each sequence: the sums over its tokens of the exact and of the approximate negative
+        log-likelihood and of the divergence, and how many tokens those are."""
+        settings = dataclasses.replace(self._settings, approximate=str(spec), topk=k)
+        approximation = prepare(spec, settings, self._layers, self._exact)
+        approximator = Approximator(approximation, self._layers)
+        for sequence in self.sequences:
+            prompt = self._prompts[sequence]
+            tokens = torch.from_numpy(self._tokens[sequence]).long()[None]
+            with (
+                torch.inference_mode(),
+                observed_attention(self._model, lambda call: None, approximator),
+            ):
+                approximator.start([sequence], prompt)
+                nll, kl = likelihoods(
+                    self._model, tokens.to(input_device(self._model)), prompt, exact_attention
+                )
+            assert kl is not None
+            before = self._exact.nll(sequence)[:-1].astype(np.float64)
+            after, apart = (figures[0, :-1].double().numpy() for figures in (nll, kl))
+            yield float(before.sum()), float(after.sum()), float(apart.sum()), len(before)
+
+
+def _cost(sums: np.ndarray[Any, Any]) -> dict[str, float]:
+    """What a method costs, from the sums of each sequence (sequences, 4)."""
+    exact, approximate, divergence, tokens = sums.T
+    low, high = interval(approximate - exact, tokens.astype(np.int64))
+    return {
+        "perplexity": float(np.exp(approximate.sum() / tokens.sum())),
+        "exact_perplexity": float(np.exp(exact.sum() / tokens.sum())),
+        "difference": float((approximate - exact).sum() / tokens.sum()),
+        "low": low,
+        "high": high,
+        "kl": float(divergence.sum() / tokens.sum()),
+    }
+
+
+def _figures(replayed: Results, method: str, k: int) -> dict[str, float]:
+    """Replay's figures of a method at a budget, means over layers and heads."""
+    rows = replayed.metrics
+    rows = rows[(rows["method"] == method) & (rows["topk"] == k)]
+    means = rows.groupby("metric")["mean"].mean()
+    return {name: float(means[name]) for name in FIGURES}

@@ -1,0 +1,61 @@
+"""What methods in the loop cost, over what replay says of them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from retrace.analyze.drawing import label_outer, legend, panel_grid, styles_of, wrapped
+
+if TYPE_CHECKING:
+    from retrace.capture.evaluation import Evaluation
+
+DPI = 130
+AGAINST = {
+    "error_norm": "error norm",
+    "attention_fraction": "attention mass lost",
+    "recall": "keys missed, 1 - recall",
+    "bytes_ratio": "bytes read, of full attention",
+}
+"""Replay's figures, and how the plot names them."""
+LEAST = 1e-4
+"""In nats: differences below are drawn there, since axes are logarithmic."""
+
+
+def draw_evaluation(evaluation: "Evaluation", folder: Path) -> Path:
+    """Draw the plot into a folder; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "loss-by-replay.png"
+    loss_by_replay(evaluation).savefig(file, dpi=DPI)
+    return file
+
+
+def loss_by_replay(evaluation: "Evaluation") -> Figure:
+    """The loss of likelihood over each of replay's figures, a line through a method's budgets."""
+    points = evaluation.points
+    figure, panels = panel_grid(len(AGAINST), width=3.2, height=3.2, share_x=False)
+    figure.suptitle("Loss of likelihood in the loop, nats per token", fontsize="medium")
+    styles = styles_of(points["method"].unique())
+    for axes, (name, label) in zip(panels, AGAINST.items(), strict=True):
+        for method, rows in points.groupby("method", sort=False):
+            across = rows[name] if name in ("error_norm", "bytes_ratio") else 1 - rows[name]
+            style = styles[str(method)]
+            axes.plot(
+                across.clip(lower=LEAST),
+                rows["difference"].clip(lower=LEAST),
+                color=style.colour,
+                linestyle=style.dashes,
+                marker=style.marker,
+                markersize=4,
+                linewidth=1.0,
+                label=wrapped(str(method), 34),
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(label, fontsize="small")
+        axes.grid(alpha=0.25)
+    label_outer(panels, "replay, mean over layers and heads", "loss in the loop")
+    legend(figure, *panels)
+    return figure

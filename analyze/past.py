@@ -100,6 +100,20 @@ class Past:
             for unit in neighbours.units(index)
         )
 
+    def asked(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Some of the queries (group, rows, channels), scaled, and their positions (rows,).
+
+        Raises:
+            RetraceError: the trace holds no query of these positions.
+        """
+        positions = self.query_positions[rows]
+        if not len(positions):
+            raise RetraceError(
+                f"judges keys by queries before position {self.end}, and the trace holds none: "
+                "capture more of them (--queries), or begin later with --protocol prefix:P."
+            )
+        return self.queries[:, rows], positions
+
     def attention(self, rows: slice) -> Tensor:
         """Exact attention probabilities (group, rows, keys) of some of the queries over the keys;
         0 where a query does not see a key. `slice(-32, None)` are the last 32 queries.
@@ -107,14 +121,10 @@ class Past:
         Raises:
             RetraceError: the trace holds no query of these positions.
         """
-        rules, positions = self.group.rules, self.query_positions[rows]
-        if not len(positions):
-            raise RetraceError(
-                f"judges keys by queries before position {self.end}, and the trace holds none: "
-                "capture more of them (--queries), or begin later with --protocol prefix:P."
-            )
+        queries, positions = self.asked(rows)
+        rules = self.group.rules
         keys = torch.arange(self.start, self.end, device=positions.device)
-        scores = softcap(self.queries[:, rows] @ self.keys.T, rules)
+        scores = softcap(queries @ self.keys.T, rules)
         scores = scores.masked_fill(~visible(positions, keys, rules), -torch.inf)
         return torch.exp(scores - log_normalizer(scores, self.unit.sinks)[..., None])
 

@@ -11,7 +11,7 @@ from retrace.analyze.attention import visible
 from retrace.analyze.hashing import signs
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.past import Past
-from retrace.analyze.training import descend
+from retrace.analyze.training import descend, initial_weights, network
 from retrace.analyze.unit import HeadGroup
 
 RATE = 3e-3
@@ -49,9 +49,9 @@ class HashAttention(ScoreMethod):
         device, (heads, _, channels) = pasts[0].keys.device, pasts[0].queries.shape
         sizes = (channels, self.hidden, self.hidden, self.bits)
         weights = {
-            f"{side}.{i}": _initial(heads, sizes[i], sizes[i + 1], random).to(device)
+            f"{side}.{i}": layer.to(device)
             for side in ("query", "key")
-            for i in range(3)
+            for i, layer in enumerate(initial_weights(heads, sizes, random))
         }
         descent = torch.optim.Adam([w.requires_grad_() for w in weights.values()], lr=RATE)
         descend(descent, self.steps, lambda: self._loss(weights, pasts, random))
@@ -101,20 +101,6 @@ class HashAttention(ScoreMethod):
         return keys * group.rules.group * self.bits / 8
 
 
-def _initial(heads: int, inputs: int, outputs: int, random: torch.Generator) -> Tensor:
-    """Weights that keep the variance of their inputs, and a last row of zeros for the input 1."""
-    weights = torch.randn(heads, inputs, outputs, generator=random) * (2 / inputs) ** 0.5
-    return torch.cat([weights, torch.zeros(heads, 1, outputs)], dim=1)
-
-
 def _network(weights: Mapping[str, Tensor], side: str, vectors: Tensor) -> Tensor:
-    """Two hidden layers, with SiLU, and the last (heads, vectors, bits), for vectors
-    (vectors, channels) or (heads, vectors, channels); as many heads as there are of those."""
-    for i in range(3):
-        layer = weights[f"{side}.{i}"]
-        if vectors.dim() == 3:
-            layer = layer[: len(vectors)]
-        vectors = vectors @ layer[:, :-1] + layer[:, -1:]
-        if i < 2:
-            vectors = torch.nn.functional.silu(vectors)
-    return vectors
+    """The network of queries or of keys, with two hidden layers (heads, vectors, bits)."""
+    return network([weights[f"{side}.{i}"] for i in range(3)], vectors)

@@ -36,7 +36,28 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=method_names())
+SMALL = {
+    "dsa-indexer": "heads=2,channels=4,steps=3",
+    "hashattention": "hidden=8,steps=3",
+    "hata": "bits=16,steps=3",
+    "infllm": "block=4,representatives=2,local=9,keep=sink:2+recent:4",
+    "kivi": "size=4,residual=6",
+    "magicpig": "bits=3,tables=12,window=5",
+    "pariskv": "keep=sink:1+recent:2",
+    "retroinfer": "size=3,sink=1,recent=4",
+    "rocketkv": "window=5,kernel=3,prompt=0.5",
+    "saap": "parts=6,hidden=8,steps=3,keep=sink:1+recent:3",
+    "shadowkv": "chunk=2,rank=5,outliers=2,local=1",
+    "squeezed": "clusters=0.3,observed=6",
+    "think": "window=5,recent=4",
+    "vattention": "sink=2,recent=3,base=0.2",
+}
+"""Parameters of methods that keep or learn so much by default that nothing is left to find in the
+few keys of these traces, or that take long."""
+SPECS = [f"{name}:{SMALL[name]}" if name in SMALL else name for name in method_names()]
+
+
+@pytest.fixture(params=SPECS)
 def method(request: pytest.FixtureRequest) -> str:
     """Every installed method whose dependencies are there."""
     extra = type(parse_spec(request.param).method).extra
@@ -243,12 +264,12 @@ def test_blocks_and_single_queries_agree(
 
 def test_spec_round_trip(method: str) -> None:
     spec = parse_spec(method)
-    assert str(spec) == method
     listed = ",".join(
         f"{name}={value}" for name, value in spec.parameters.items() if value is not None
     )
-    again = parse_spec(f"{method}:{listed}")
-    assert again.method == spec.method and str(again) == method
+    again = parse_spec(f"{spec.name}:{listed}")
+    assert again.method == spec.method
+    assert str(again) == str(spec) == str(parse_spec(str(spec)))
 
 
 def test_every_method_says_what_it_is(method: str) -> None:
@@ -277,7 +298,9 @@ def test_shared_parts_can_be_overridden(
     if not isinstance(parse_spec(method).method, ScoreMethod):
         pytest.skip(f"{method} is no score method: what it shares is its own business")
     trace = make_trace([layer_of(rules), layer_of(rules)], [64, 40, 30])
-    spec = f"{method}:{override}"
+    spec = f"{method}{',' if ':' in method else ':'}{override}"
+    if override.partition("=")[0] + "=" in method:
+        pytest.skip(f"{method} sets that already")
     rows = analyze(
         trace, [spec], [6], min_context=20, calibration_sequences=[2], keep_exact=False
     ).metrics
@@ -300,5 +323,5 @@ def test_results_do_not_depend_on_companions(
         ).metrics
         for methods in ([method], ["exact:keep=sink:1", method])
     )
-    beside = beside[beside["method"] == method].reset_index(drop=True)
+    beside = beside[beside["method"] == str(parse_spec(method))].reset_index(drop=True)
     pd.testing.assert_frame_equal(alone, beside)

@@ -114,12 +114,14 @@ def learned(
     folder = calibrations(trace) if keep else None
     file = None if folder is None else folder / calibration_name(trace, spec, sequences, layer)
     kv_heads = trace.layer(layer).rules.kv_heads
-    found = None if file is None else _load(file, kv_heads, device)
+    # What is learned of all together is learned, and kept, once.
+    once = 1 if spec.method.layerwide else kv_heads
+    found = None if file is None else _load(file, once, device)
     if found is not None:
-        return found
+        return found * (kv_heads // once)
     neighbours = [Neighbours.of_trace(trace, sequence, device) for sequence in sequences]
     arrays = []
-    for kv_head in range(kv_heads):
+    for kv_head in range(once):
         units = [n.units(layer)[kv_head] for n in neighbours]
         pasts = [
             Past(replace(unit, neighbours=n), 0, len(unit.keys))
@@ -130,7 +132,7 @@ def learned(
         arrays.append({name: tensor.detach() for name, tensor in given.items()})
     if file is not None:
         _save(file, arrays)
-    return tuple(arrays)
+    return tuple(arrays) * (kv_heads // once)
 
 
 def calibration_name(trace: Trace, spec: MethodSpec, sequences: Sequence[int], layer: int) -> str:

@@ -100,7 +100,7 @@ class Past:
             for unit in neighbours.units(index)
         )
 
-    def asked(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def asked(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Some of the queries (group, rows, channels), scaled, and their positions (rows,).
 
         Raises:
@@ -114,7 +114,7 @@ class Past:
             )
         return self.queries[:, rows], positions
 
-    def attention(self, rows: slice) -> Tensor:
+    def attention(self, rows: slice | Tensor) -> Tensor:
         """Exact attention probabilities (group, rows, keys) of some of the queries over the keys;
         0 where a query does not see a key. `slice(-32, None)` are the last 32 queries.
 

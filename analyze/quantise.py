@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+FP8_LARGEST = 448.0
+
 
 def rounded(vectors: Tensor, bits: int) -> Tensor:
     """Vectors (..., channels) as `bits` bits a channel give them back: each is scaled so that its
@@ -10,6 +12,14 @@ def rounded(vectors: Tensor, bits: int) -> Tensor:
     low, high = vectors.aminmax(dim=-1, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
     levels: Tensor = low + ((vectors - low) / step).round() * step
+    return levels
+
+
+def fp8(vectors: Tensor) -> Tensor:
+    """Vectors (..., channels) as FP8 (E4M3) gives them back, each scaled so that its largest
+    element is the largest number of the format."""
+    scale = vectors.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / FP8_LARGEST
+    levels: Tensor = (vectors / scale).to(torch.float8_e4m3fn).to(vectors.dtype) * scale
     return levels
 
 

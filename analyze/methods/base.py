@@ -51,6 +51,8 @@ class Method:
     """Whether finding reads every key in full, so that the selected ones are there already."""
     across_layers: ClassVar[bool] = False
     """Whether `build` reads layers below its own."""
+    layerwide: ClassVar[bool] = False
+    """Whether `calibrate` learns of all kv heads of a layer at once, given the first."""
     complete: ClassVar[bool] = False
     """Whether a budget of all visible keys attends all of them."""
 

@@ -1,121 +1,122 @@
-"""The lightning indexer of DeepSeek's sparse attention, fitted to a model that has none."""
+"""The lightning indexer of DeepSeek sparse attention, fitted to a layer of any model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm, relu
 
 from retrace.analyze.attention import visible
+from retrace.analyze.hashing import hadamard, padded
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.past import Past
+from retrace.analyze.quantise import fp8
 from retrace.analyze.training import descend
 from retrace.analyze.unit import HeadGroup
 
-RATE = 3e-3
-NAMES = ("query", "key", "weight")
+RATE = 1e-3
+SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class DSAIndexer(ScoreMethod):
-    """Scores keys by sum_j w_j ReLU(q_j.k) over a few small indexer heads j; the index key k is one
-    for all of them, and all heads of the layer attend the same keys.
+    """One ranking for all heads of a layer, by a small network: the sum over indexer heads j of
+    w_j ReLU(q_j.k), where each token has one k of a few `channels`, kept in FP8.
 
-    The indexer's q, w and k are linear in what it sees of a position. In DeepSeek-V3.2 that is the
-    hidden state, and 64 heads of 128 channels are trained with the model; here it is the layer's
-    queries and keys side by side, as attention sees them, and fewer and smaller heads are fitted by
-    the published warm-up loss: the divergence of its softmax from the attention of all heads
-    together. On a model with an indexer of its own this one does not use it.
+    q_j, w_j and k are linear in all the queries and keys of the layer at a token's position, as
+    attention sees them, where DeepSeek's come from hidden states and turn half of the channels with
+    the position. It is fitted by the loss of the dense warm-up, the divergence of softmax(scores)
+    from the attention of all heads together. DeepSeek takes 1000 steps with 64 heads of 128
+    channels, for a layer of 128 heads; the numbers here fit smaller ones.
     """
 
-    source: ClassVar[str] = "deepseek-ai/DeepSeek-V3.2-Exp, section 2.1"
+    source: ClassVar[str] = "DeepSeek-V3.2-Exp report, section 1; deepseek-ai/DeepSeek-V3.2-Exp"
     calibrated: ClassVar[bool] = True
+    layerwide: ClassVar[bool] = True
 
-    heads: int = field(default=8, metadata={"help": "heads of the indexer"})
-    channels: int = field(default=32, metadata={"help": "channels of its keys and queries"})
+    heads: int = field(default=16, metadata={"help": "heads of the indexer"})
+    channels: int = field(default=64, metadata={"help": "channels of a token's key"})
     steps: int = field(default=100, metadata={"help": "steps of training", "least": 0})
     batch: int = field(default=16, metadata={"help": "queries in a step"})
     seed: int = field(default=0, metadata={"help": "of the training", "least": 0})
 
     def calibrate(self, pasts: Sequence[Past]) -> dict[str, Tensor]:
-        """The maps `query` (layer queries, heads x channels), `key` (layer keys, channels) and
-        `weight` (layer queries, heads): the same for every kv head."""
+        """`query` (all query channels, heads * channels), `weight` (the same and one that is always
+        1, heads), `key` (all key channels, channels), and the key's `gain` and `bias`."""
         random = torch.Generator().manual_seed(self.seed)
-        layers = [past.heads for past in pasts]
-        asked = [_queries(layer) for layer in layers]
-        held = [_keys(layer) for layer in layers]
-        wide, narrow = asked[0].shape[1], held[0].shape[1]
-        sizes = ((wide, self.heads * self.channels), (narrow, self.channels), (wide, self.heads))
-        maps = [
-            (torch.randn(*size, generator=random) / size[0] ** 0.5).to(held[0].device)
-            for size in sizes
-        ]
-        descent = torch.optim.Adam([m.requires_grad_() for m in maps], lr=RATE)
+        device, rules = pasts[0].keys.device, pasts[0].group.rules
+        asked, held = rules.heads * rules.key_dim, rules.kv_heads * rules.key_dim
+        weights = {
+            "query": torch.randn(asked, self.heads * self.channels, generator=random) / asked**0.5,
+            "key": torch.randn(held, self.channels, generator=random) / held**0.5,
+            # All heads count alike at first.
+            "weight": torch.cat([torch.zeros(asked, self.heads), torch.ones(1, self.heads)]),
+            "gain": torch.ones(self.channels),
+            "bias": torch.zeros(self.channels),
+        }
+        weights = {name: w.to(device).requires_grad_() for name, w in weights.items()}
+        descent = torch.optim.Adam(weights.values(), lr=RATE)
+        descend(descent, self.steps, lambda: self._loss(weights, pasts, random))
+        return {name: w.detach() for name, w in weights.items()}
 
-        def loss() -> Tensor:
-            """For `batch` queries of a sequence, both drawn."""
-            drawn = int(torch.randint(len(pasts), (), generator=random))
-            past = pasts[drawn]
-            rows = torch.randint(len(past.query_positions), (self.batch,), generator=random)
-            rows = rows.sort().values.to(past.keys.device)
-            positions = past.query_positions[rows]
-            keys = torch.arange(past.end, device=rows.device)
-            seen = visible(positions, keys, past.group.rules)
-            together = [_attention(head, rows, seen) for head in layers[drawn]]
-            target = torch.stack(together).sum(dim=0) / past.group.rules.heads
-            scores = self._scores(
-                dict(zip(NAMES, maps, strict=True)), asked[drawn][rows], held[drawn]
-            )
-            estimate = scores.masked_fill(~seen, -torch.inf).log_softmax(dim=-1)
-            return -(target * estimate.masked_fill(~seen, 0.0)).sum(dim=-1).mean()
-
-        descend(descent, self.steps, loss)
-        return dict(zip(NAMES, (m.detach() for m in maps), strict=True))
+    def _loss(
+        self, weights: Mapping[str, Tensor], pasts: Sequence[Past], random: torch.Generator
+    ) -> Tensor:
+        """KL(attention summed over heads, to a sum of 1 || softmax(scores)), the mean over `batch`
+        queries of a sequence, both drawn."""
+        past = pasts[int(torch.randint(len(pasts), (), generator=random))]
+        rows = torch.randint(len(past.query_positions), (self.batch,), generator=random)
+        rows = rows.to(past.keys.device)
+        attention = torch.stack([head.attention(rows).sum(dim=0) for head in past.heads]).sum(dim=0)
+        attention = attention / attention.sum(dim=-1, keepdim=True)
+        keys = torch.arange(past.end, device=rows.device)
+        seen = visible(past.query_positions[rows], keys, past.group.rules)
+        queries, shares = _asked(weights, past, rows)
+        scores = _index(queries, shares, _held(weights, past)).masked_fill(~seen, -torch.inf)
+        logs = torch.log_softmax(scores, dim=-1).masked_fill(~seen, 0.0)
+        # Less the entropy of the attention, which has no slope.
+        return -(attention * logs).sum(dim=-1).mean()
 
     def build(self, past: Past) -> Any:
-        """All kv heads, and the index keys (keys, channels)."""
-        heads = past.heads
-        return past, heads, _keys(heads) @ past.calibration["key"]
+        """The weights, every token's key (keys, padded channels) as FP8 gives it back, and the
+        past."""
+        return past.calibration, fp8(hadamard(_held(past.calibration, past))), past
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
-        """The indexer's score, the same for every head."""
-        past, heads, index = state
+        """The same for all heads of the layer."""
+        weights, held, past = state
         rows = torch.searchsorted(past.query_positions, positions)
-        asked = _queries(heads)[rows]
-        end = int(positions[-1]) + 1
-        scores = self._mixed(past.calibration, asked, index[:end])
+        asked, shares = _asked(weights, past, rows)
+        scores = _index(fp8(hadamard(asked)), shares, held[: int(positions[-1]) + 1])
         return scores.expand(len(queries), -1, -1)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """Every index key, a share of it for each kv head of the layer."""
-        return keys * self.channels * group.itemsize / group.rules.kv_heads
-
-    def _scores(self, maps: dict[str, Tensor], asked: Tensor, held: Tensor) -> Tensor:
-        return self._mixed(maps, asked, held @ maps["key"])
-
-    def _mixed(self, maps: Any, asked: Tensor, index: Tensor) -> Tensor:
-        """sum_j w_j ReLU(q_j.k) (queries, keys) for queries (queries, layer queries) and index keys
-        (keys, channels)."""
-        queries = (asked @ maps["query"]).view(len(asked), self.heads, self.channels)
-        weights = asked @ maps["weight"] / (self.heads * self.channels) ** 0.5
-        scores = torch.zeros(len(asked), len(index), device=asked.device)
-        for head in range(self.heads):
-            scores = scores + weights[:, head, None] * torch.relu(queries[:, head] @ index.T)
-        return scores
+        """A kv head's share of what the layer reads once: every token's key, a byte a channel, and
+        the scale of it."""
+        return keys * (padded(self.channels) + SCALE_BYTES) / group.rules.kv_heads
 
 
-def _queries(heads: Sequence[Past]) -> Tensor:
-    """The queries of all heads of a layer side by side (queries, layer queries)."""
-    return torch.cat([head.queries.movedim(0, 1).flatten(1) for head in heads], dim=-1)
+def _held(weights: Mapping[str, Tensor], past: Past) -> Tensor:
+    """Every token's key (keys, channels): linear, then normalised, so that none stands out."""
+    keys = torch.cat([head.keys for head in past.heads], dim=-1) @ weights["key"]
+    return layer_norm(keys, keys.shape[-1:], weights["gain"], weights["bias"])
 
 
-def _keys(heads: Sequence[Past]) -> Tensor:
-    """The keys of all kv heads of a layer side by side (keys, layer keys)."""
-    return torch.cat([head.keys for head in heads], dim=-1)
+def _asked(weights: Mapping[str, Tensor], past: Past, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """For some rows of queries, q_j (heads, queries, channels) and w_j (heads, queries)."""
+    given = torch.cat([q for head in past.heads for q in head.queries[:, rows]], dim=-1)
+    given = given / past.group.rules.scale
+    shares = given @ weights["weight"][:-1] + weights["weight"][-1]
+    heads, channels = shares.shape[-1], len(weights["gain"])
+    queries = (given @ weights["query"]).view(-1, heads, channels).transpose(0, 1)
+    return queries, shares.T * (heads * channels) ** -0.5
 
 
-def _attention(past: Past, rows: Tensor, seen: Tensor) -> Tensor:
-    """Attention of queries, summed over a group (rows, keys)."""
-    logits = (past.queries[:, rows] @ past.keys.T).masked_fill(~seen, -torch.inf)
-    return logits.softmax(dim=-1).sum(dim=0)
+def _index(queries: Tensor, shares: Tensor, keys: Tensor) -> Tensor:
+    """sum_j w_j ReLU(q_j.k) (queries, keys), head by head, since all at once are many."""
+    scores = queries.new_zeros(queries.shape[1], len(keys))
+    for query, share in zip(queries, shares, strict=True):
+        scores = scores + share[:, None] * relu(query @ keys.T)
+    return scores

@@ -21,7 +21,7 @@ Array = npt.NDArray[np.float64]
 MakeTrace = Callable[..., Trace]
 MakeRules = Callable[..., LayerRules]
 LENGTH = 60
-SMALL = {"heads": 3, "channels": 5, "steps": 20, "batch": 8}
+SMALL: dict[str, Any] = {"heads": 3, "channels": 5, "steps": 20, "batch": 8}
 
 
 def pasts_of(trace: Trace, sequence: int, learned: dict[str, torch.Tensor]) -> list[Past]:

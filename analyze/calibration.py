@@ -50,8 +50,8 @@ def calibrate(
         progress: told how many layers are done, and of how many.
 
     Returns:
-        The files, one per layer, each an .npz of arrays named `<kv head>.<name>`. Those that are
-        there already are not computed again.
+        The files, one per layer, or one where a method learns of all layers together, each an .npz
+        of arrays named `<kv head>.<name>`. Those that are there already are not computed again.
 
     Raises:
         RetraceError: the method needs no calibration, or the trace has too few sequences.
@@ -68,6 +68,8 @@ def calibrate(
         )
     chosen = choose_calibration(trace, sequences)
     indices, target = choose_layers(trace, layers), choose_device(device)
+    if spec.method.learns == "model":
+        indices = trace.layers[:1]
     files = []
     for done, layer in enumerate(indices, start=1):
         learned(trace, spec, chosen, layer, target)
@@ -93,6 +95,13 @@ def calibration(
     """What a method learns of these layers; nothing where it needs no calibration."""
     if not spec.method.calibrated:
         return {}
+    if spec.method.learns == "model":
+        (everywhere, *_) = learned(trace, spec, sequences, trace.layers[0], device, keep)
+        return {
+            (layer, kv_head): everywhere
+            for layer in layers
+            for kv_head in range(trace.layer(layer).rules.kv_heads)
+        }
     with workers(device) as pool:
         found = pool.map(lambda i: learned(trace, spec, sequences, i, device, keep), layers)
         return {
@@ -115,7 +124,7 @@ def learned(
     file = None if folder is None else folder / calibration_name(trace, spec, sequences, layer)
     kv_heads = trace.layer(layer).rules.kv_heads
     # What is learned of all together is learned, and kept, once.
-    once = 1 if spec.method.layerwide else kv_heads
+    once = kv_heads if spec.method.learns == "kv head" else 1
     found = None if file is None else _load(file, once, device)
     if found is not None:
         return found * (kv_heads // once)

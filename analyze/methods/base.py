@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ from retrace.analyze.past import Past
 from retrace.analyze.pooling import RULES
 from retrace.analyze.unit import HeadGroup
 from retrace.traces import RetraceError
+
+Learns = Literal["kv head", "layer", "model"]
 
 POOL = {"help": "how heads agree on one selection", "choices": RULES}
 KEEP = {"help": "keys always attended, within the budget: sink:4+recent:64"}
@@ -51,8 +53,9 @@ class Method:
     """Whether finding reads every key in full, so that the selected ones are there already."""
     across_layers: ClassVar[bool] = False
     """Whether `build` reads layers below its own."""
-    layerwide: ClassVar[bool] = False
-    """Whether `calibrate` learns of all kv heads of a layer at once, given the first."""
+    learns: ClassVar[Learns] = "kv head"
+    """What `calibrate` is asked for once: each kv head, each layer, given its first kv head, or the
+    model, given the first of its first recorded layer. The others are found through the Past."""
     complete: ClassVar[bool] = False
     """Whether a budget of all visible keys attends all of them."""
 

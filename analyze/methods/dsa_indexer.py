@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm, relu
 
 from retrace.analyze.attention import visible
 from retrace.analyze.hashing import hadamard, padded
-from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.methods.base import Learns, ScoreMethod
 from retrace.analyze.past import Past
 from retrace.analyze.quantise import fp8
 from retrace.analyze.training import descend
@@ -34,7 +34,7 @@ class DSAIndexer(ScoreMethod):
 
     source: ClassVar[str] = "DeepSeek-V3.2-Exp report, section 1; deepseek-ai/DeepSeek-V3.2-Exp"
     calibrated: ClassVar[bool] = True
-    layerwide: ClassVar[bool] = True
+    learns: ClassVar[Learns] = "layer"
 
     heads: int = field(default=16, metadata={"help": "heads of the indexer"})
     channels: int = field(default=64, metadata={"help": "channels of a token's key"})

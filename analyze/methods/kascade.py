@@ -1,77 +1,121 @@
-"""Kascade: anchor layers select, and each head above them reuses the head most like it."""
+"""Kascade: a few anchor layers select, and heads of the layers above each reuse what is most like
+what they attend themselves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import POOL
-from retrace.analyze.methods.tidaldecode import TidalDecode
+from retrace.analyze.methods.base import POOL, Learns, ScoreMethod
+from retrace.analyze.output import visible_logits
 from retrace.analyze.past import Past
 from retrace.analyze.top import top
+from retrace.analyze.unit import HeadGroup
 from retrace.traces import RetraceError
-
-OBSERVED = 64
-"""Queries at the end of each sequence that heads are compared by."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kascade(TidalDecode):
-    """The exact best keys of a kv head of the nearest anchor layer at or below this one: of the
-    head whose keys hold most of this head's attention.
+class Kascade(ScoreMethod):
+    """The exact best keys of the nearest anchor layer at or below this one, by the softmaxes of a
+    group there in sum: of the kv head whose choice serves each kv head here best.
 
-    Heads of a group agree by the sum of their softmax. Which kv head stands for which is learnt:
-    the mass that this head puts on the best `share` of the other's keys over the mass on its own
-    best, on average over queries. Anchors are those published for Llama-3.1-8B; the paper finds
-    them by dynamic programming over the least such ratio, weighted by how much a layer changes the
-    residual stream, which a trace does not hold.
+    A choice serves as well as the share it holds of the attention that the head's own best `keys`
+    would: the least over queries, the mean over sequences. Anchors, the first layer among them, are
+    those by which all layers are served best in sum. The paper weighs layers by how much attention
+    changes the residual stream, which a trace doesn't hold: here all count alike. It finds layers
+    0, 2, 8, 13 and 14 of Llama-3.1-8B, attends all keys in layer 0, and takes a tenth of the
+    keys; results are per layer and budget, so that either policy can be read off. In prefill its
+    kernels share a selection among neighbouring queries; here each has its own, as in decoding.
     """
 
-    source: ClassVar[str] = "arXiv:2512.16391 (Kascade), section 3"
+    source: ClassVar[str] = "arXiv:2512.16391 (Kascade); microsoft/kascade"
+    across_layers: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
+    learns: ClassVar[Learns] = "model"
 
-    select: int = field(default=0, metadata={"help": "the first anchor layer", "least": 0})
-    correct: int = field(default=2, metadata={"help": "the second anchor layer", "least": 0})
-    anchors: str = field(default="8+13+14", metadata={"help": "further ones, joined by +"})
-    share: float = field(default=0.1, metadata={"help": "of the keys, by which heads are compared"})
+    anchors: int = field(default=5, metadata={"help": "layers that select"})
+    keys: int = field(default=64, metadata={"help": "best keys that are compared to choose them"})
+    queries: int = field(default=64, metadata={"help": "queries of a sequence that compare them"})
     pool: str = field(default="sum-softmax", metadata=POOL)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not all(part.isdecimal() for part in self.anchors.split("+")):
-            raise RetraceError(f"anchors={self.anchors!r}: expected layers joined by +, as 8+13.")
-
     def calibrate(self, pasts: Sequence[Past]) -> dict[str, Tensor]:
-        """The kv head of the anchor layer that stands for this one (1,)."""
-        anchor = self._selecting(pasts[0].group.layer)
-        if anchor == pasts[0].group.layer or anchor not in pasts[0].layers:
-            return {"head": torch.tensor([pasts[0].group.kv_head])}
-        likeness = torch.stack([self._likeness(past, past.layer(anchor)) for past in pasts])
-        return {"head": likeness.mean(dim=0).argmax(dim=0, keepdim=True)}
+        """The recorded `layers` (layers,), the `anchor` of each, and which kv head of that each of
+        its own reuses, `heads` (layers, kv heads); all int64."""
+        layers = torch.tensor(pasts[0].layers)
+        served = torch.stack([self._served(past) for past in pasts]).mean(dim=0).cpu()
+        by_layer = served.amax(dim=2).mean(dim=-1)
+        chosen = torch.tensor(best_anchors(by_layer.double().numpy(), self.anchors))
+        row = chosen[torch.searchsorted(chosen, torch.arange(len(layers)), right=True) - 1]
+        # NumPy's argmax leaves ties to the first.
+        heads = served[row, torch.arange(len(layers))].numpy().argmax(axis=1)
+        return {"layers": layers, "anchor": layers[row], "heads": torch.from_numpy(heads)}
 
-    def _head(self, past: Past, heads: Sequence[Past]) -> Past:
-        return heads[int(past.calibration["head"])]
+    def _served(self, past: Past) -> Tensor:
+        """How well a choice serves (anchor, layer, the anchor's kv heads, the layer's)."""
+        count = min(self.queries, len(past.query_positions))
+        places = torch.arange(1, count + 1, device=past.keys.device)
+        rows = places * len(past.query_positions) // max(count, 1) - 1
+        # Of each kv head's group in sum.
+        attention = [
+            torch.stack([head.attention(rows).sum(dim=0) for head in past.layer(layer)])
+            for layer in past.layers
+        ]
+        if len({a.shape for a in attention}) > 1:
+            raise RetraceError("maps the kv heads of layers, and not all have the same number.")
+        mass = torch.stack(attention)
+        best = top(mass, min(self.keys, mass.shape[-1]))[1]
+        own = mass.gather(-1, best).sum(dim=-1).clamp(min=torch.finfo(mass.dtype).tiny)
+        layers, heads = mass.shape[:2]
+        served = mass.new_zeros(layers, layers, heads, heads)
+        for anchor in range(layers):
+            for layer in range(anchor, layers):
+                for head, ids in enumerate(best[anchor]):
+                    held = mass[layer].gather(-1, ids.expand(heads, -1, -1)).sum(dim=-1)
+                    served[anchor, layer, head] = (held / own[layer]).amin(dim=-1)
+        return served
 
-    def _selecting(self, layer: int) -> int:
-        every = (self.select, self.correct, *map(int, self.anchors.split("+")))
-        return max((anchor for anchor in every if anchor <= layer), default=layer)
+    def build(self, past: Past) -> Any:
+        """The kv head of the anchor layer whose choice is reused."""
+        learned, layer = past.calibration, past.group.layer
+        row = int((learned["layers"] == layer).nonzero())
+        anchor = int(learned["anchor"][row])
+        if anchor == layer:
+            return past
+        return past.layer(anchor)[int(learned["heads"][row, past.group.kv_head])]
 
-    def _likeness(self, past: Past, heads: Sequence[Past]) -> Tensor:
-        """Of the mass on its own best keys, how much this head puts on those of each other
-        (heads,)."""
-        own = self._pooled(past)
-        count = max(1, int(self.share * past.end))
-        most = top(own, count)[0].sum(dim=-1)
-        found = []
-        for head in heads:
-            ids = top(self._pooled(head), count)[1]
-            mass = own.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0).sum(dim=-1)
-            found.append((mass / most).mean())
-        return torch.stack(found)
+    def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
+        """The logits in the anchor layer."""
+        theirs = state.queries[:, torch.searchsorted(state.query_positions, positions)]
+        if len(queries) < len(theirs):  # one mean query for the group
+            theirs = theirs.mean(dim=0, keepdim=True)
+        return visible_logits(state, theirs, positions)
 
-    @staticmethod
-    def _pooled(past: Past) -> Any:
-        """Attention of the last queries, summed over the group (queries, keys)."""
-        return past.attention(slice(-OBSERVED, None)).sum(dim=0)
+    def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
+        """All keys in an anchor layer, where the selected ones count again; nothing elsewhere."""
+        return keys * group.key_bytes if state.group.layer == group.layer else 0.0
+
+
+def best_anchors(served: npt.NDArray[np.float64], count: int) -> list[int]:
+    """Which layers select (count or all,), ascending, the first among them, so that the sum of
+    `served` (anchor, layer) over all layers, each by the nearest anchor at or below it, is largest;
+    by dynamic programming, ties to the lower anchors."""
+    layers = len(served)
+    count = min(count, layers)
+    # The best sum from each layer up that so many anchors reach, with that layer the first.
+    total = np.full((count + 1, layers + 1), -np.inf)
+    total[0, layers] = 0.0
+    following = np.zeros((count + 1, layers), int)
+    for more in range(1, count + 1):
+        for anchor in range(layers):
+            until = np.arange(anchor + 1, layers + 1)
+            sums = served[anchor, anchor:].cumsum() + total[more - 1, until]
+            following[more, anchor] = until[sums.argmax()]
+            total[more, anchor] = sums.max()
+    chosen = [0]
+    for more in range(count, 1, -1):
+        chosen.append(int(following[more, chosen[-1]]))
+    return chosen

@@ -1,6 +1,5 @@
 """TidalDecode: one layer selects, the layers above it reuse what it selected."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -39,7 +38,10 @@ class TidalDecode(ScoreMethod):
                 f"needs layer {selecting}, which the trace does not hold: name others with "
                 "select= and correct=, or capture it too."
             )
-        return self._head(past, past.layer(selecting))
+        heads = past.layer(selecting)
+        if len(heads) != past.group.rules.kv_heads:
+            raise RetraceError(f"layers {selecting} and {layer} have other numbers of kv heads.")
+        return heads[past.group.kv_head]
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """q.k of the selecting layer."""
@@ -58,15 +60,6 @@ class TidalDecode(ScoreMethod):
         """A value alone where the layer selects, whose keys have been read."""
         selects = self._selecting(group.layer) == group.layer
         return group.value_bytes if selects else super().attended_bytes(group)
-
-    def _head(self, past: Past, heads: Sequence[Past]) -> Past:
-        """The kv head of the selecting layer that a kv head reuses: its own number's."""
-        if len(heads) != past.group.rules.kv_heads:
-            raise RetraceError(
-                f"layers {heads[0].group.layer} and {past.group.layer} have other numbers of kv "
-                "heads."
-            )
-        return heads[past.group.kv_head]
 
     def _selecting(self, layer: int) -> int:
         below = [chosen for chosen in (self.select, self.correct) if chosen <= layer]

@@ -37,10 +37,11 @@ KINDS = {
 
 
 SMALL = {
-    "dsa-indexer": "heads=2,channels=4,steps=3",
+    "dsa-indexer": "heads=2,channels=5,steps=3",
     "hashattention": "hidden=8,steps=3",
     "hata": "bits=16,steps=3",
     "infllm": "block=4,representatives=2,local=9,keep=sink:2+recent:4",
+    "kascade": "anchors=1,keys=5,queries=8",
     "kivi": "size=4,residual=6",
     "magicpig": "bits=3,tables=12,window=5",
     "pariskv": "keep=sink:1+recent:2",

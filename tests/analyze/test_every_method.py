@@ -46,6 +46,7 @@ SMALL = {
     "linear-completion": "features=4,sink=1,recent=3,steps=3",
     "magicpig": "bits=3,tables=12,window=5",
     "pariskv": "keep=sink:1+recent:2",
+    "retrieval-attention": "sink=2,near=4,links=4,ef_construction=6,ef=8,step=4",
     "retroinfer": "size=3,sink=1,recent=4",
     "rocketkv": "window=5,kernel=3,prompt=0.5",
     "saap": "parts=6,hidden=8,steps=3,keep=sink:1+recent:3",

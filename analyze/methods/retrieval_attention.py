@@ -1,0 +1,121 @@
+"""RetrievalAttention: a graph of keys that is linked by past queries."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrace.analyze.attention import visible
+from retrace.analyze.compiled import graphs
+from retrace.analyze.indexes import rows
+from retrace.analyze.methods.base import SearchMethod
+from retrace.analyze.past import Past
+from retrace.analyze.top import top
+from retrace.analyze.unit import HeadGroup
+
+ROWS = 512
+"""Past queries that are compared with all keys at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalAttention(SearchMethod):
+    """Greedy search by inner product over a graph of the keys, each query head with its own.
+
+    Queries are distributed otherwise than keys, so that links come from past queries: the best key
+    of each is linked with its next best ones, as RoarGraph projects its graph of queries and keys,
+    and every key then with what a search for it finds, so that all can be reached. Of too many
+    links those stay that lie in different directions. The graph was never published; sizes are
+    chosen here, smaller than RoarGraph's (100 near keys, 35 links, a beam of 500) for its millions
+    of vectors, and the public code searches exactly. The first `sink` keys and those since the last
+    `step` are compared exactly; the paper attends 128 first and 512 last keys besides k, here k
+    are attended in all. Later keys are linked by a search for each.
+    """
+
+    source: ClassVar[str] = (
+        "arXiv:2409.10516 (RetrievalAttention), section 3; arXiv:2408.08933 (RoarGraph), section 4"
+    )
+
+    step: int = field(
+        default=512,
+        metadata={"help": "keys that join the index together; those since are searched exactly"},
+    )
+    sink: int = field(default=128, metadata={"help": "first keys, always compared", "least": 0})
+    near: int = field(default=32, metadata={"help": "best keys of a past query that are linked"})
+    links: int = field(default=32, metadata={"help": "links of a key, by queries and by searches"})
+    ef_construction: int = field(default=64, metadata={"help": "beam width when keys are linked"})
+    ef: int = field(default=100, metadata={"help": "beam width of a search"})
+
+    def build(self, past: Past) -> Any:
+        """The sinks, the other keys (keys, channels), the links of each for every head, the key
+        that searches begin at, which is the one nearest to the mean, and what they cost."""
+        keys = rows(past.keys[self.sink :])
+        entry = int(((keys - keys.mean(axis=0)) ** 2).sum(axis=-1).argmin()) if len(keys) else 0
+        nearest = self._nearest(past) if len(keys) else []
+        heads = [self._empty(len(keys)) for _ in range(past.group.rules.group)]
+        for near, links in zip(nearest, heads, strict=False):
+            graphs.project(keys, near, links[:, : self.links])
+            graphs.connect(keys, links, 0, entry, self.ef_construction, links[:, self.links :])
+        sinks = past.keys[: self.sink]
+        return {"sinks": sinks, "keys": keys, "links": heads, "entry": entry, "cost": None}
+
+    def extend(self, state: Any, new: Past) -> Any:
+        """Link the keys to those that a search for each finds, in order."""
+        missing = self.sink - len(state["sinks"])
+        sinks = torch.cat([state["sinks"], new.keys[: max(0, missing)]])
+        added = rows(new.keys[max(0, missing) :])
+        keys, first = np.concatenate([state["keys"], added]), len(state["keys"])
+        heads = [np.concatenate([links, self._empty(len(added))]) for links in state["links"]]
+        for links in heads if len(added) else []:
+            own = links[:, self.links :]
+            graphs.connect(keys, links, first, state["entry"], self.ef_construction, own)
+        return {**state, "sinks": sinks, "keys": keys, "links": heads}
+
+    def search(self, state: Any, queries: Tensor, k: int) -> Tensor:
+        """The best k of the sinks and what a beam search meets."""
+        group, count, _ = queries.shape
+        width = max(self.ef, k) if len(state["keys"]) else 0
+        ids = np.full((group, count, width), -1, np.int32)
+        scores = np.full((group, count, width), -np.inf, np.float32)
+        cost = np.zeros((group, count, 2), np.int32)
+        for head in range(group if width else 0):
+            graphs.search(
+                state["keys"],
+                state["links"][head],
+                state["entry"],
+                rows(queries[head]),
+                ids[head],
+                scores[head],
+                cost[head],
+            )
+        state["cost"] = torch.from_numpy(cost.sum(axis=0)).to(queries.device)
+        met = torch.from_numpy(ids).to(queries.device).long()
+        met = torch.where(met < 0, -1, met + self.sink)
+        first = torch.arange(len(state["sinks"]), device=queries.device).expand(group, count, -1)
+        every = torch.cat([first, met], dim=-1)
+        products = [queries @ state["sinks"].T, torch.from_numpy(scores).to(queries.device)]
+        best = top(torch.cat(products, dim=-1), min(k, every.shape[-1]))[1]
+        return every.gather(-1, best.clamp(min=0)).masked_fill(best < 0, -1)
+
+    def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
+        """The sinks, the keys that each head's search compares and the links that it follows."""
+        compared, expanded = state["cost"].unbind(dim=-1)
+        links = expanded * (2 * self.links * 4)  # of four bytes each
+        read: Tensor = (compared + len(state["sinks"])) * group.key_bytes + links
+        return read
+
+    def _empty(self, keys: int) -> graphs.Ids:
+        return np.full((keys, 2 * self.links), -1, np.int32)
+
+    def _nearest(self, past: Past) -> graphs.Ids:
+        """The best keys of each past query among those that it sees, without sinks
+        (group, queries, near), -1 where there are fewer."""
+        queries, positions = past.asked(slice(None))
+        keys = torch.arange(self.sink, past.end, device=positions.device)
+        found = []
+        for part, own in zip(queries.split(ROWS, dim=1), positions.split(ROWS), strict=True):
+            seen = visible(own, keys, past.group.rules)
+            products = (part @ past.keys[self.sink :].T).masked_fill(~seen, -torch.inf)
+            found.append(top(products, min(self.near, len(keys)))[1])
+        return torch.cat(found, dim=1).cpu().numpy().astype(np.int32)

@@ -28,9 +28,9 @@ class RetrievalAttention(SearchMethod):
     and every key then with what a search for it finds, so that all can be reached. Of too many
     links those stay that lie in different directions. The graph was never published; sizes are
     chosen here, smaller than RoarGraph's (100 near keys, 35 links, a beam of 500) for its millions
-    of vectors, and the public code searches exactly. The first `sink` keys and those since the last
-    `step` are compared exactly; the paper attends 128 first and 512 last keys besides k, here k
-    are attended in all. Later keys are linked by a search for each.
+    of vectors, and the public code searches exactly. The first `sink` keys are always compared, and
+    so are later ones until `step` of them are linked, by a search for each; the paper attends 128
+    first and 512 last keys besides k, where here k are attended in all.
     """
 
     source: ClassVar[str] = (
@@ -52,9 +52,8 @@ class RetrievalAttention(SearchMethod):
         that searches begin at, which is the one nearest to the mean, and what they cost."""
         keys = rows(past.keys[self.sink :])
         entry = int(((keys - keys.mean(axis=0)) ** 2).sum(axis=-1).argmin()) if len(keys) else 0
-        nearest = self._nearest(past) if len(keys) else []
         heads = [self._empty(len(keys)) for _ in range(past.group.rules.group)]
-        for near, links in zip(nearest, heads, strict=False):
+        for near, links in zip(self._nearest(past), heads, strict=True) if len(keys) else ():
             graphs.project(keys, near, links[:, : self.links])
             graphs.connect(keys, links, 0, entry, self.ef_construction, links[:, self.links :])
         sinks = past.keys[: self.sink]
@@ -114,8 +113,10 @@ class RetrievalAttention(SearchMethod):
         queries, positions = past.asked(slice(None))
         keys = torch.arange(self.sink, past.end, device=positions.device)
         found = []
-        for part, own in zip(queries.split(ROWS, dim=1), positions.split(ROWS), strict=True):
-            seen = visible(own, keys, past.group.rules)
-            products = (part @ past.keys[self.sink :].T).masked_fill(~seen, -torch.inf)
+        for start in range(0, len(positions), ROWS):
+            some = slice(start, start + ROWS)
+            seen = visible(positions[some], keys, past.group.rules)
+            products = queries[:, some] @ past.keys[self.sink :].T
+            products = products.masked_fill(~seen, -torch.inf)
             found.append(top(products, min(self.near, len(keys)))[1])
         return torch.cat(found, dim=1).cpu().numpy().astype(np.int32)

@@ -10,15 +10,27 @@ if TYPE_CHECKING:
     from retrace.capture.ranks import Ranks
     from retrace.capture.record import Progress
     from retrace.capture.run import capture
+    from retrace.capture.task_evaluation import TaskEvaluation, evaluate_tasks
 
 _MODULES = {
     "Evaluation": "retrace.capture.evaluation",
     "Progress": "retrace.capture.record",
     "Ranks": "retrace.capture.ranks",
+    "TaskEvaluation": "retrace.capture.task_evaluation",
     "capture": "retrace.capture.run",
     "evaluate": "retrace.capture.evaluation",
+    "evaluate_tasks": "retrace.capture.task_evaluation",
 }
-__all__ = ["CaptureSettings", "Evaluation", "Progress", "Ranks", "capture", "evaluate"]
+__all__ = [
+    "CaptureSettings",
+    "Evaluation",
+    "Progress",
+    "Ranks",
+    "TaskEvaluation",
+    "capture",
+    "evaluate",
+    "evaluate_tasks",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ class Harness:
 
     def __init__(self, settings: CaptureSettings) -> None:
         self._settings = settings
-        with _quiet():
+        with quiet_harness():
             from lm_eval.tasks import TaskManager
 
             folder = settings.include_path
@@ -49,9 +49,9 @@ class Harness:
     def read(self, name: str, cut: WindowCutter) -> list[SequenceSet]:
         """The sequences of a task; of a group, those of each of its tasks."""
         reachable = hub_reachable()
-        with _quiet(), contextlib.nullcontext() if reachable else datasets_offline():
+        with quiet_harness(), contextlib.nullcontext() if reachable else datasets_offline():
             try:
-                tasks = self._manager.load([name])["tasks"]
+                tasks = self._load([name])["tasks"]
                 return [self._read(one, task, cut) for one, task in tasks.items()]
             except RetraceError:
                 raise
@@ -66,13 +66,37 @@ class Harness:
                 message = f"The task {name} cannot be read: {cause}. {cure}."
                 raise RetraceError(message) from error
 
+    def score(self, model: Any) -> dict[str, Any]:
+        """What lm-eval-harness finds of a model of its own kind (`lm_eval.api.model.LM`) in all
+        tasks of the settings: its `results`, with each document's in `samples`."""
+        from lm_eval import evaluator
+
+        reachable = hub_reachable()
+        with quiet_harness(), contextlib.nullcontext() if reachable else datasets_offline():
+            # Anew each time: examples are drawn in order, and every run must see the same.
+            loaded = self._load(self._settings.harness_tasks())
+            for name, task in loaded["tasks"].items():
+                if getattr(task, "UNSAFE_CODE", False):
+                    raise RetraceError(
+                        f"The task {name} runs code that the model writes, which retrace does not."
+                    )
+            found: dict[str, Any] = evaluator.evaluate(
+                lm=model, task_dict=loaded, limit=self._settings.limit, bootstrap_iters=0
+            )
+        return found
+
+    def _load(self, names: list[str]) -> dict[str, Any]:
+        """Tasks by name, and the groups that they are of, with examples as the settings say."""
+        loaded: dict[str, Any] = self._manager.load(names)
+        for task in loaded["tasks"].values():
+            fewshot = task.get_config("num_fewshot")
+            if fewshot is None or (self._settings.num_fewshot is not None and fewshot != 0):
+                # As there: a task that says 0 means it.
+                task.set_config(key="num_fewshot", value=self._settings.num_fewshot or 0)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        return loaded
+
     def _read(self, name: str, task: Any, cut: WindowCutter) -> SequenceSet:
-        fewshot = task.get_config("num_fewshot")
-        if fewshot is None or (self._settings.num_fewshot is not None and fewshot != 0):
-            # As there: a task that says 0 means it.
-            fewshot = self._settings.num_fewshot or 0
-            task.set_config(key="num_fewshot", value=fewshot)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
         task.build_all_requests(limit=self._settings.limit)
         sequences: list[Tokens] = []
         scored: list[int] = []
@@ -84,7 +108,7 @@ class Harness:
             raise RetraceError(f"The task {name} holds no text.")
         config = task.config
         source = "/".join(str(part) for part in (config.dataset_path, config.dataset_name) if part)
-        return SequenceSet(name, source, sequences, scored, fewshot)
+        return SequenceSet(name, source, sequences, scored, task.get_config("num_fewshot"))
 
 
 def _sequences(
@@ -137,7 +161,7 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_harness() -> Iterator[None]:
     """lm-eval-harness shows no progress and no advice meanwhile."""
     logger = logging.getLogger("lm_eval")
     level = logger.level

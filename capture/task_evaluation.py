@@ -1,0 +1,361 @@
+"""`evaluate_tasks`: what methods in the loop cost a model in tasks of lm-eval-harness."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from retrace.analyze import parse_specs
+from retrace.analyze.approximate import check_exact
+from retrace.analyze.compare import interval
+from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.scope import choose_calibration
+from retrace.capture.approximate import Approximator, prepare
+from retrace.capture.check import examine
+from retrace.capture.harness import Harness
+from retrace.capture.models import open_checkpoint, quiet_libraries
+from retrace.capture.reading import like_reference, read_text
+from retrace.capture.recorder import AttentionLayer
+from retrace.capture.settings import DEFAULT_MAX_LENGTH, TASKS, CaptureSettings
+from retrace.traces import Location, RetraceError, Trace, open_trace
+
+FILES = ("scores.parquet", "documents.parquet", "scores.md", "scores.json")
+PARTIAL = ".scores.partial"
+EXACT = "exact attention"
+"""The model as it is, in the column of methods; its budget is 0."""
+POINT = ["method", "topk"]
+PLACE = ["task", "metric"]
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """What a model scores in tasks, exactly and with methods in the loop."""
+
+    scores: pd.DataFrame
+    """One row per (method, topk, task or group, metric): `value`, as lm-eval-harness states it."""
+    documents: pd.DataFrame
+    """The metrics that are a number for each document: one row per (method, topk, task, metric,
+    document): `value`."""
+    facts: dict[str, Any]
+    """What must be equal for scores to stand in one table, and the versions that made them."""
+
+    def has(self, method: str, topk: int) -> bool:
+        """Whether there are scores of this method and budget."""
+        return bool(((self.scores["method"] == method) & (self.scores["topk"] == topk)).any())
+
+    def table(self) -> pd.DataFrame:
+        """One row per (task, metric, method, topk): `exact` attention's score, `score`, their
+        `difference`, its bootstrap interval over `documents` (`low`, `high`) where the score is
+        their mean, else NaN."""
+        is_exact = self.scores["method"] == EXACT
+        exact = self.scores[is_exact].drop(columns=POINT).rename(columns={"value": "exact"})
+        table = self.scores[~is_exact].rename(columns={"value": "score"})
+        table = table.merge(exact, on=PLACE, how="left")
+        table["difference"] = table["score"] - table["exact"]
+        by_point = self.documents.groupby([*POINT, *PLACE], sort=False)
+        values = {point: rows.set_index("document")["value"] for point, rows in by_point}
+        spans = [_span(values, row) for row in table.to_dict("records")]
+        table[["low", "high", "documents"]] = pd.DataFrame(
+            spans, columns=["low", "high", "documents"], index=table.index
+        )
+        columns = [*PLACE, *POINT, "exact", "score", "difference", "low", "high", "documents"]
+        return table[columns].sort_values(PLACE, kind="stable", ignore_index=True)
+
+    def markdown(self) -> str:
+        """The table, in Markdown."""
+        table = self.table()
+        lines = [list(table.columns), ["---"] * len(table.columns)]
+        for row in table.itertuples(index=False):
+            lines.append([f"{c:.4g}" if isinstance(c, float) else str(c) for c in row])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+    def extended(self, method: str, topk: int, found: Mapping[str, Any]) -> Self:
+        """With what lm-eval-harness found of a method."""
+        point = {"method": method, "topk": topk}
+        scores = [
+            {**point, "task": task, "metric": metric, "value": float(value)}
+            for task, metrics in found["results"].items()
+            for metric, value in _scores(metrics)
+        ]
+        documents = [
+            {**point, "task": task, "metric": metric, "document": document, "value": value}
+            for task, samples in found["samples"].items()
+            for document, metric, value in _document_scores(samples)
+        ]
+        # Of a run that ended while it saved there may be documents without scores.
+        said = self.documents[
+            (self.documents["method"] != method) | (self.documents["topk"] != topk)
+        ]
+        return dataclasses.replace(
+            self, scores=_joined(self.scores, scores), documents=_joined(said, documents)
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write `scores.parquet`, `documents.parquet`, `scores.md` and `scores.json`, each whole,
+        the scores last: where they are, everything is."""
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / PARTIAL
+        for name, text in (
+            (FILES[3], json.dumps(self.facts, indent=2) + "\n"),
+            (FILES[2], self.markdown()),
+        ):
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(folder / name)
+        for name, frame in ((FILES[1], self.documents), (FILES[0], self.scores)):
+            frame.to_parquet(aside, index=False)
+            aside.replace(folder / name)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a folder back.
+
+        Raises:
+            RetraceError: it holds no scores.
+        """
+        try:
+            facts = json.loads((folder / FILES[3]).read_text(encoding="utf-8"))
+            scores, documents = (pd.read_parquet(folder / name) for name in FILES[:2])
+        except (OSError, ValueError) as error:
+            raise RetraceError(f"{folder} holds no scores of retrace ({error}).") from error
+        return cls(scores, documents, facts)
+
+
+def _joined(frame: pd.DataFrame, rows: list[dict[str, Any]]) -> pd.DataFrame:
+    more = pd.DataFrame(rows, columns=frame.columns)
+    return more if frame.empty else pd.concat([frame, more], ignore_index=True)
+
+
+def _scores(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The metrics in a task's results, which are named `metric,filter`."""
+    for name, value in metrics.items():
+        metric, _, chosen = name.partition(",")
+        if chosen and not metric.endswith("_stderr") and isinstance(value, int | float):
+            yield _named(metric, chosen), float(value)
+
+
+def _document_scores(samples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, float]]:
+    """(document, metric, value) of those metrics that are a number for each document."""
+    for sample in samples:
+        for metric in sample["metrics"]:
+            value = sample[metric]
+            if isinstance(value, bool | int | float | np.number):
+                yield sample["doc_id"], _named(metric, sample["filter"]), float(value)
+
+
+def _named(metric: str, chosen: str) -> str:
+    """A metric, with the filter of answers that it was taken of unless that is none."""
+    return metric if chosen == "none" else f"{metric} ({chosen})"
+
+
+def _span(
+    values: Mapping[Any, "pd.Series[float]"], row: Mapping[Any, Any]
+) -> tuple[float, float, int]:
+    """Interval of a row's difference, and over how many documents."""
+    place = tuple(row[name] for name in PLACE)
+    score = values.get((row["method"], row["topk"], *place))
+    exact = values.get((EXACT, 0, *place))
+    if score is None or exact is None:
+        return float("nan"), float("nan"), 0
+    if not np.isclose(score.mean(), row["score"], equal_nan=False):
+        return float("nan"), float("nan"), len(score)  # a metric of all documents together
+    differences = (score - exact).to_numpy(np.float64)
+    return *interval(differences, np.ones(len(differences), np.int64)), len(differences)
+
+
+def evaluate_tasks(
+    methods: Sequence[str],
+    topk: Sequence[int],
+    *,
+    tasks: Sequence[str],
+    pretrained: str = "",
+    exact: Trace | str | Location | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    max_length: int | None = None,
+    from_position: int | None = None,
+    dense_layers: Sequence[int] = (),
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> TaskEvaluation:
+    """Score a model in tasks of lm-eval-harness, exactly and with methods in the loop.
+
+    Answers that a task scores are read with their context at once, all attention being the
+    method's, or that from `from_position` on. Answers that the model writes are decoded with the
+    method; the prompt is read exactly.
+
+    Args:
+        methods: method specs.
+        topk: budgets: keys per query and head.
+        tasks: names of tasks or groups of lm-eval-harness.
+        pretrained: the model, as `capture` takes it; by default that of `exact`.
+        exact: a trace of the model's exact run, which methods that learn do so from.
+        include_path: folder of further task files (.yaml).
+        num_fewshot: solved examples before each document; by default what the task says.
+        limit: documents of each task; all of them by default.
+        max_length: positions that the model reads at most, longer texts losing their beginning;
+            by default as many as it was made for.
+        from_position: positions before it attend exactly.
+        dense_layers: layers that attend exactly.
+        dtype: type that the model computes in; auto is the checkpoint's own.
+        device: device of the model: `auto`, `cpu`, `cuda`, `cuda:N`.
+        revision: branch, tag or commit of a model on the Hub.
+        trust_remote_code: run the Python code that a model brings along.
+        out: folder for the scores. Points that it holds already are not run again.
+        overwrite: throw away what is in `out`.
+        progress: told how far it is.
+
+    Raises:
+        RetraceError: anything the user can mend.
+    """
+    if exact is not None:
+        if pretrained:
+            raise RetraceError("The trace says which model it is of: leave pretrained out.")
+        exact = exact if isinstance(exact, Trace) else open_trace(exact)
+        check_exact(exact)
+    specs, _ = parse_specs(methods)
+    budgets = sorted(set(topk))
+    if not budgets:
+        raise RetraceError("How many keys may a method attend? Say so with topk.")
+    own = [name for name in tasks if name in TASKS]
+    if own:
+        raise RetraceError(
+            f"{own[0]} is text without answers: capture a trace of it, and evaluate that."
+        )
+    if not tasks:
+        raise RetraceError("Nothing to score: name a task of lm-eval-harness, such as hellaswag.")
+    learns = [str(spec) for spec in specs if spec.method.calibrated]
+    if learns and exact is None:
+        raise RetraceError(
+            f"{learns[0]} learns from a trace before it can take part: name one of the same model."
+        )
+    settings = CaptureSettings(
+        pretrained=pretrained or _model_of(exact),
+        tasks=tasks,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        max_length=max_length,
+        approximate=str(specs[0]),
+        topk=budgets[0],
+        from_position=from_position,
+        dense_layers=dense_layers,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    settings = settings if exact is None else like_reference(exact, settings)
+    facts = {
+        "model": settings.pretrained,
+        "revision": settings.revision,
+        "dtype": settings.dtype,
+        "tasks": list(tasks),
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "max_length": max_length,
+        "from_position": from_position,
+        "dense_layers": sorted(set(dense_layers)),
+        "calibration": _calibration(exact) if learns and exact is not None else None,
+        "retrace": version("retrace-attention"),
+        "lm_eval": version("lm_eval"),
+    }
+    folder = None if out is None else Path(out)
+    found = _earlier(folder, facts, overwrite)
+    points: list[tuple[MethodSpec | None, int]] = [(None, 0)]
+    points += [(spec, k) for spec in specs for k in budgets]
+    wanted = [(spec, k) for spec, k in points if not found.has(_name(spec), k)]
+    if not wanted:
+        return found
+    with quiet_libraries():
+        scorer = _Scorer(settings, exact)
+        for spec, k in wanted:
+            scored = scorer.score(spec, k, progress or (lambda *_: None))
+            found = found.extended(_name(spec), k, scored)
+            if folder is not None:
+                found.save(folder)
+    return found
+
+
+def _name(spec: MethodSpec | None) -> str:
+    return EXACT if spec is None else str(spec)
+
+
+def _model_of(exact: Trace | None) -> str:
+    return "" if exact is None else str(exact.attributes["model"]["pretrained"])
+
+
+def _calibration(exact: Trace) -> list[str]:
+    """What the sequences that methods learn from hold."""
+    return [exact.digest(s) for s in choose_calibration(exact, None)]
+
+
+def _earlier(folder: Path | None, facts: dict[str, Any], overwrite: bool) -> TaskEvaluation:
+    """The scores that the folder holds; none where there is nothing."""
+    none = TaskEvaluation(
+        pd.DataFrame(columns=[*POINT, *PLACE, "value"]),
+        pd.DataFrame(columns=[*POINT, *PLACE, "document", "value"]),
+        facts,
+    )
+    if folder is None or overwrite or not folder.exists():
+        return none
+    there = {file.name for file in folder.iterdir()}
+    if FILES[0] not in there and there <= {*FILES, PARTIAL}:
+        return none  # empty, or of a run that ended before its first scores
+    found = TaskEvaluation.load(folder)
+    different = [
+        name
+        for name in facts
+        if name not in ("retrace", "lm_eval") and found.facts.get(name) != facts[name]
+    ]
+    if different:
+        raise RetraceError(
+            f"{folder} holds scores of another {' and '.join(different)}: choose another folder "
+            "with --out, or replace it with --overwrite."
+        )
+    return found
+
+
+class _Scorer:
+    """A model that lm-eval-harness scores with one method after another."""
+
+    def __init__(self, settings: CaptureSettings, exact: Trace | None) -> None:
+        from retrace.capture.harness_model import HarnessModel
+
+        self._exact = exact
+        self._harness = Harness(settings)
+        checkpoint = open_checkpoint(settings)
+        most = settings.max_length or checkpoint.max_positions or DEFAULT_MAX_LENGTH
+        self._settings = dataclasses.replace(settings, max_length=most)
+        reading = read_text(self._settings, checkpoint, self._harness)
+        model = checkpoint.load(settings.dtype, settings.device)
+        self._model = HarnessModel(model, checkpoint.tokenizer, most)
+        longest = max(reading.tokens, key=len)
+        # What will be generated is not known yet, but any tokens will do.
+        length = min(len(longest) + self._model.max_gen_toks, most)
+        self._layers: dict[int, AttentionLayer] = dict(examine(model, np.resize(longest, length)))
+
+    def score(self, spec: MethodSpec | None, k: int, show: Progress) -> dict[str, Any]:
+        """What lm-eval-harness finds with a method in the loop, or with none."""
+        label = _name(spec) if spec is None else f"{spec}, {k}"
+        self._model.progress = lambda done, total: show(label, done, total)
+        self._model.approximator = None
+        if spec is not None:
+            settings = dataclasses.replace(self._settings, approximate=str(spec), topk=k)
+            approximation = prepare(spec, settings, self._layers, self._exact)
+            self._model.approximator = Approximator(approximation, self._layers)
+        return self._harness.score(self._model)

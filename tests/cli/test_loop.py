@@ -1,6 +1,8 @@
 """Methods in the loop, from the command line: `capture --approximate`, `compare`, `evaluate`."""
 
+import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,3 +52,46 @@ def test_evaluate(run: Run, exact: str) -> None:
         "evaluate", exact, "--method", "window", "--topk", "4", "--dense-layers", "7",
         "--out", "other", code=2,
     ).stderr  # fmt: skip
+
+
+@pytest.mark.filterwarnings("default")  # of packages that lm-eval-harness brings
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval")
+def test_tasks(run: Run, model: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(place / "cache"))
+    row = {"question": "word1 word2 word3 word4", "choices": ["word5 word6", "word7"], "answer": 1}
+    Path("rows.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    task = {
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(place / "rows.jsonl")}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+    }
+    Path("local.yaml").write_text(json.dumps(task))  # YAML holds JSON
+    asked = ["evaluate", "--pretrained", model, "--method", "window", "--topk", "4"]
+    asked += ["--tasks", "local", "--include-path", place]
+    assert "needs one: this model cannot be scored" in run(*asked, code=2).stderr
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    able = place / "able"
+    shutil.copytree(model, able)
+    (able / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "eos_token": "word0"}))
+    asked[2] = able
+    result = run(*asked)
+    for words in ("Scores with a method in the loop", "local, acc", "window, 4", "Documents"):
+        assert words in result.stdout
+    there = {file.name for file in Path("results/able-tasks").iterdir()}
+    assert there == {"scores.parquet", "documents.parquet", "scores.md", "scores.json"}
+    told = json.loads(
+        run(*asked, "--format", "json").stdout
+    )  # what was there, and is not run again
+    assert [(row["metric"], row["documents"]) for row in told] == [("acc", 3), ("acc_norm", 3)]
+
+
+def test_what_evaluate_cannot_do(run: Run) -> None:
+    asked = ["evaluate", "--method", "window", "--topk", "4"]
+    assert "Name a trace (EXACT), or tasks" in run(*asked, code=2).stderr
+    assert "--limit is for tasks" in run(*asked, "x.zarr", "--limit", "3", code=2).stderr

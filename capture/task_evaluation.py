@@ -167,7 +167,7 @@ def _span(
         return float("nan"), float("nan"), 0
     if not np.isclose(score.mean(), row["score"], equal_nan=False):
         return float("nan"), float("nan"), len(score)  # a metric of all documents together
-    differences = (score - exact).to_numpy(np.float64)
+    differences = np.asarray(score - exact, np.float64)
     return *interval(differences, np.ones(len(differences), np.int64)), len(differences)
 
 

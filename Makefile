@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
+PREDICTION := build/prediction
 
-.PHONY: demo test lint types pytest format clean
+.PHONY: demo prediction test lint types pytest format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +20,14 @@ demo: $(VENV)/installed
 		--limit 2 --max-length 1024 --dtype float32 --out $(DEMO)/smollm2-topics.zarr --overwrite
 	$(BIN)/retrace analyze $(DEMO)/smollm2-topics.zarr --method exact --method window --method quest \
 		--method sparq --topk 10,50 --out $(DEMO)/results --overwrite
+
+## Hold replay against the closed loop; most of an hour. DATA names WikiText-2's text where the Hub is out of reach.
+prediction: $(VENV)/installed
+	mkdir -p $(PREDICTION)
+	$(BIN)/retrace capture --pretrained builtin:smollm2 --tasks wikitext $(if $(DATA),--data $(DATA)) \
+		--limit 5 --max-length 1024 --dtype float32 --out $(PREDICTION)/wikitext.zarr --resume
+	$(BIN)/python benchmarks/prediction.py --trace $(PREDICTION)/wikitext.zarr \
+		--results $(PREDICTION)/points --out docs/does-replay-predict.md
 
 ## Everything that continuous integration runs.
 test: lint types pytest

@@ -10,14 +10,14 @@ independent. Points are kept in `--results`, so that a run that was cut short go
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from retrace.capture import evaluate
+from retrace.capture import Evaluation, evaluate
 from retrace.capture.evaluation_plot import LEAST, loss_by_replay
 from retrace.traces import open_trace
 
@@ -30,8 +30,6 @@ METHODS = (
     "arkvale",
     "sparq",
     "loki",
-    "pqcache",
-    "low-bit:bits=2",
 )
 BUDGETS = (16, 32, 64, 128, 256)
 RESAMPLES = 2000
@@ -59,12 +57,13 @@ def main() -> None:
     print()
     points = evaluation.points
     points = points[points["method"].isin(arguments.methods) & points["topk"].isin(arguments.topk)]
-    page = _page(arguments, points)
+    page = _page(arguments, points, evaluation.facts["calibration"])
     if arguments.out is None:
         print(page)
         return
     arguments.out.write_text(page, encoding="utf-8")
-    loss_by_replay(evaluation).savefig(arguments.out.with_suffix(".png"), dpi=110)
+    shown = Evaluation(points, evaluation.facts)
+    loss_by_replay(shown).savefig(arguments.out.with_suffix(".png"), dpi=110)
 
 
 def _arguments() -> argparse.Namespace:
@@ -126,7 +125,7 @@ def right_choices(points: pd.DataFrame, figure: Figure) -> tuple[float, int]:
     return right / pairs, pairs
 
 
-def _page(arguments: argparse.Namespace, points: pd.DataFrame) -> str:
+def _page(arguments: argparse.Namespace, points: pd.DataFrame, held_out: Sequence[int]) -> str:
     trace = open_trace(arguments.trace)
     lengths = [trace.length(s) for s in trace.sequences]
     exact = float(points["exact_perplexity"].iloc[0])
@@ -140,8 +139,9 @@ def _page(arguments: argparse.Namespace, points: pd.DataFrame) -> str:
         "",
         f"{trace.attributes['model']['pretrained']}, "
         f"{', '.join(task['task'] for task in trace.attributes['task'])}, {len(lengths)} sequences "
-        f"of up to {max(lengths):,} tokens in {trace.attributes['dtype']}; exact perplexity "
-        f"{exact:.2f}. {points['method'].nunique()} methods at budgets of "
+        f"of up to {max(lengths):,} tokens in {trace.attributes['dtype']}, of which methods learn "
+        f"from {len(held_out)} and the others are evaluated; exact perplexity {exact:.2f}. "
+        f"{points['method'].nunique()} methods at budgets of "
         f"{', '.join(map(str, sorted(points['topk'].unique())))} keys: {len(points)} points.",
         "",
         f"![Loss over replay's figures]({arguments.out.with_suffix('.png').name})"
@@ -167,6 +167,7 @@ def _page(arguments: argparse.Namespace, points: pd.DataFrame) -> str:
         share, pairs = right_choices(points, figure)
         cells.append(f"{share:.0%} of {pairs:,}")
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## What it means", "", _meaning(points)]
     lines += ["", "## Every point", "", "Loss in nats per token, and in brackets the error norm."]
     budgets = sorted(points["topk"].unique())
     lines += ["", f"| Method | {' | '.join(f'{k} keys' for k in budgets)} |"]
@@ -178,6 +179,35 @@ def _page(arguments: argparse.Namespace, points: pd.DataFrame) -> str:
         ]
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _meaning(points: pd.DataFrame) -> str:
+    """What a user may take from the correlations, and where replay is farthest off."""
+    best = max(PREDICTORS, key=lambda name: right_choices(points, PREDICTORS[name])[0])
+    share, _ = right_choices(points, PREDICTORS[best])
+    spent = spearman(points, PREDICTORS["bytes not read"])
+    sentences = [
+        f"The figure that chooses best, {best}, is right for {share:.0%} of "
+        "the pairs whose order in the loop is certain. Part of every correlation is the budget's, "
+        f"since whoever reads more loses less: bytes alone come to a rank correlation of "
+        f"{spent:.2f}. What replay adds is in the column *within a budget*, where intervals are "
+        "wide: trust large differences, and run the few candidates that are left in the loop "
+        "(`retrace evaluate`). Replay counts keys and mass where the inputs are exact, so that it "
+        "says nothing of how errors add up over layers. Farthest off, by ranks among all "
+        f"{len(points)} points, the first losing least:"
+    ]
+    for name in ("error norm", "attention mass lost"):
+        ranks = stats.rankdata(PREDICTORS[name](points))
+        losses = stats.rankdata(points["difference"])
+        worst = np.argsort(-np.abs(ranks - losses), kind="stable")[:3]
+        cases = [
+            f"`{points.iloc[i]['method']}` at {points.iloc[i]['topk']} keys ({ranks[i]:.0f} by "
+            f"replay, {losses[i]:.0f} in the loop)"
+            for i in worst
+        ]
+        sentences.append(f"- by {name}: {', '.join(cases)};")
+    sentences[-1] = sentences[-1].removesuffix(";") + "."
+    return "\n\n".join([sentences[0], "\n".join(sentences[1:])])
 
 
 if __name__ == "__main__":

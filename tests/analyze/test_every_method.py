@@ -42,7 +42,7 @@ SMALL = {
     "hata": "bits=16,steps=3",
     "infllm": "block=4,representatives=2,local=9,keep=sink:2+recent:4",
     "kascade": "anchors=1,keys=5,queries=8",
-    "kivi": "size=4,residual=6",
+    "kivi": "size=4,residual=8",
     "linear-completion": "features=4,sink=1,recent=3,steps=3",
     "magicpig": "bits=3,tables=12,window=5",
     "pariskv": "keep=sink:1+recent:2",

@@ -62,9 +62,10 @@ class ExactBlock:
     def _rank_of_keys(self) -> Tensor:
         """The rank of every key (group, queries, keys + 1), so that a list looks its ranks up."""
         ids, end = self.reference.ids, self.block.end
-        ranks = torch.full((*ids.shape[:2], end + 1), self.no_rank, device=ids.device)
+        shape = (*ids.shape[:2], end + 1)
+        ranks = torch.full(shape, self.no_rank, dtype=torch.int32, device=ids.device)
         # The id -1 lands on a last column that stands for no key.
-        order = torch.arange(self.no_rank, device=ids.device).expand(ids.shape)
+        order = torch.arange(self.no_rank, dtype=torch.int32, device=ids.device).expand(ids.shape)
         ranks.scatter_(-1, torch.where(ids < 0, end, ids), order)
         ranks[..., -1] = self.no_rank
         return ranks

@@ -10,6 +10,14 @@ def split(keys: Tensor, size: int) -> Tensor:
     return padded.view(-1, size, keys.shape[1])
 
 
+def extremes(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Least and largest value of each channel in each key's page, up to that key: both like keys
+    (keys, channels)."""
+    paged = split(keys, size)
+    low, high = paged.cummin(dim=1).values, paged.cummax(dim=1).values
+    return low.flatten(0, 1)[: len(keys)], high.flatten(0, 1)[: len(keys)]
+
+
 def last_keys(end: int, size: int, device: torch.device) -> Tensor:
     """The last key of each page (pages,) int64 of the keys before `end`."""
     last = torch.arange(size - 1, end + size - 1, size, device=device)

@@ -100,7 +100,7 @@ class Results:
         for method in self.methods():
             for k in self.topk(method):
                 table = self.table(method, k).drop(columns=["Method", "Top-k"])
-                parts.append(f"### {method}, top-k {k}\n\n{_markdown(table)}\n")
+                parts.append(f"### {method}, top-k {k}\n\n{markdown_table(table)}\n")
         return "\n".join(parts)
 
     def save(self, folder: str | Path) -> None:
@@ -162,7 +162,7 @@ class Results:
         )
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def markdown_table(table: pd.DataFrame) -> str:
     """A pipe table; figures with four significant digits."""
 
     def cell(value: Any) -> str:

@@ -6,6 +6,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from retrace.analyze.past import Past
+
+
+def drawn_queries(pasts: Sequence[Past], count: int, random: torch.Generator) -> tuple[int, Tensor]:
+    """Which of the sequences, and rows (count,) of its queries, each drawn with replacement."""
+    which = int(torch.randint(len(pasts), (), generator=random))
+    past = pasts[which]
+    rows = torch.randint(len(past.query_positions), (count,), generator=random)
+    return which, rows.to(past.keys.device)
+
 
 def descend(descent: torch.optim.Optimizer, steps: int, loss: Callable[[], Tensor]) -> None:
     """Take steps down a loss, which is computed anew for each."""

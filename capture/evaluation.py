@@ -16,13 +16,14 @@ from retrace.analyze import Results, analyze, parse_specs
 from retrace.analyze.approximate import check_exact
 from retrace.analyze.compare import interval
 from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.results import markdown_table
 from retrace.analyze.scope import choose_calibration
 from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
 from retrace.capture.interface import exact_attention, observed_attention
 from retrace.capture.likelihood import likelihoods
 from retrace.capture.models import input_device, open_checkpoint, quiet_libraries
-from retrace.capture.reading import like_reference, prompts, read_reference
+from retrace.capture.reading import Reading, like_reference, prompts, read_reference
 from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import Location, RetraceError, Trace, open_trace
@@ -53,10 +54,7 @@ class Evaluation:
 
     def markdown(self) -> str:
         """The table, in Markdown."""
-        lines = [list(self.points.columns), ["---"] * len(self.points.columns)]
-        for row in self.points.itertuples(index=False):
-            lines.append([f"{c:.4g}" if isinstance(c, float) else str(c) for c in row])
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        return markdown_table(self.points) + "\n"
 
     def save(self, folder: Path) -> None:
         """Write `evaluation.parquet`, `evaluation.md` and `evaluation.json`, each whole."""
@@ -167,7 +165,7 @@ def evaluate(
         device=device,
     )
     with quiet_libraries():
-        loop = _Loop(exact, like_reference(exact, settings), held_out)
+        loop = _Loop(exact, reading, like_reference(exact, settings), held_out)
     total = len(wanted) * len(loop.sequences)
     for place, (spec, k) in enumerate(wanted):
         show("Evaluating", place * len(loop.sequences), total)
@@ -218,11 +216,16 @@ def _earlier(folder: Path | None, facts: dict[str, Any], overwrite: bool) -> Eva
 class _Loop:
     """A model that reads a trace's tokens with one method after another."""
 
-    def __init__(self, exact: Trace, settings: CaptureSettings, calibration: Sequence[int]) -> None:
+    def __init__(
+        self,
+        exact: Trace,
+        reading: Reading,
+        settings: CaptureSettings,
+        calibration: Sequence[int],
+    ) -> None:
         self._exact = exact
         self._settings = settings
         self.sequences = [s for s in exact.sequences if s not in calibration]
-        reading = read_reference(exact, None)
         self._tokens = dict(zip(exact.sequences, reading.tokens, strict=True))
         self._prompts = dict(zip(exact.sequences, prompts(reading.phases), strict=True))
         self._model = open_checkpoint(settings).load(settings.dtype, settings.device)

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Plan:
     @property
     def generates(self) -> bool:
         """Whether some positions are decoded one by one."""
-        return prompts(self.phases)[0] is not None
+        return self._prompts[0] is not None
 
     @property
     def approximates(self) -> bool:
@@ -54,7 +55,11 @@ class Plan:
     def prompt(self, sequence: int) -> int | None:
         """Positions of a sequence that are read at once, before any is decoded; None where the
         capture decodes nothing."""
-        return prompts(self.phases)[sequence]
+        return self._prompts[sequence]
+
+    @cached_property
+    def _prompts(self) -> list[int | None]:
+        return prompts(self.phases)
 
     def bytes(self) -> int:
         """Bytes of the tensors."""

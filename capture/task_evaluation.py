@@ -15,6 +15,7 @@ from retrace.analyze import parse_specs
 from retrace.analyze.approximate import check_exact
 from retrace.analyze.compare import interval
 from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.results import markdown_table
 from retrace.analyze.scope import choose_calibration
 from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
@@ -72,11 +73,7 @@ class TaskEvaluation:
 
     def markdown(self) -> str:
         """The table, in Markdown."""
-        table = self.table()
-        lines = [list(table.columns), ["---"] * len(table.columns)]
-        for row in table.itertuples(index=False):
-            lines.append([f"{c:.4g}" if isinstance(c, float) else str(c) for c in row])
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        return markdown_table(self.table()) + "\n"
 
     def extended(self, method: str, topk: int, found: Mapping[str, Any]) -> Self:
         """With what lm-eval-harness found of a method."""

@@ -13,7 +13,7 @@ from retrace.analyze.hashing import hadamard, padded
 from retrace.analyze.methods.base import Learns, ScoreMethod
 from retrace.analyze.past import Past
 from retrace.analyze.quantise import fp8
-from retrace.analyze.training import descend
+from retrace.analyze.training import descend, drawn_queries
 from retrace.analyze.unit import HeadGroup
 
 RATE = 1e-3
@@ -66,9 +66,8 @@ class DSAIndexer(ScoreMethod):
     ) -> Tensor:
         """KL(attention summed over heads, to a sum of 1 || softmax(scores)), the mean over `batch`
         queries of a sequence, both drawn."""
-        past = pasts[int(torch.randint(len(pasts), (), generator=random))]
-        rows = torch.randint(len(past.query_positions), (self.batch,), generator=random)
-        rows = rows.to(past.keys.device)
+        which, rows = drawn_queries(pasts, self.batch, random)
+        past = pasts[which]
         attention = torch.stack([head.attention(rows).sum(dim=0) for head in past.heads]).sum(dim=0)
         attention = attention / attention.sum(dim=-1, keepdim=True)
         keys = torch.arange(past.end, device=rows.device)

@@ -11,7 +11,7 @@ from retrace.analyze.attention import visible
 from retrace.analyze.hashing import signs
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.past import Past
-from retrace.analyze.training import descend, initial_weights, network
+from retrace.analyze.training import descend, drawn_queries, initial_weights, network
 from retrace.analyze.unit import HeadGroup
 
 RATE = 3e-3
@@ -61,9 +61,8 @@ class HashAttention(ScoreMethod):
         self, weights: Mapping[str, Tensor], pasts: Sequence[Past], random: torch.Generator
     ) -> Tensor:
         """For `batch` queries of a sequence, both drawn, of every head."""
-        past = pasts[int(torch.randint(len(pasts), (), generator=random))]
-        rows = torch.randint(len(past.query_positions), (self.batch,), generator=random)
-        rows = rows.to(past.keys.device)
+        which, rows = drawn_queries(pasts, self.batch, random)
+        past = pasts[which]
         queries, positions = past.queries[:, rows], past.query_positions[rows]
         keys = torch.arange(past.start, past.end, device=rows.device)
         seen = visible(positions, keys, past.group.rules)

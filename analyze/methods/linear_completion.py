@@ -12,7 +12,7 @@ from retrace.analyze.methods.base import AttendMethod
 from retrace.analyze.output import attended_ids, marked, merged, part, visible_logits
 from retrace.analyze.past import Past
 from retrace.analyze.top import top
-from retrace.analyze.training import descend
+from retrace.analyze.training import descend, drawn_queries
 from retrace.analyze.unit import HeadGroup
 
 RATE = 3e-2
@@ -67,9 +67,9 @@ class LinearCompletion(AttendMethod):
     ) -> Tensor:
         """For `batch` queries of a sequence, both drawn: how far the estimates are from the
         attention outside the best keys (KL), and from the log of its sum."""
-        past = pasts[int(torch.randint(len(pasts), (), generator=random))]
-        rows = torch.randint(len(past.query_positions), (self.batch,), generator=random)
-        queries, positions = past.asked(rows.to(past.keys.device))
+        which, rows = drawn_queries(pasts, self.batch, random)
+        past = pasts[which]
+        queries, positions = past.asked(rows)
         keys = torch.arange(past.end, device=positions.device)
         seen = visible(positions, keys, past.group.rules)
         logits = softcap(queries @ past.keys.T, past.group.rules).masked_fill(~seen, -torch.inf)

@@ -42,9 +42,7 @@ class Quest(ScoreMethod):
 
     def build(self, past: Past) -> Any:
         """Least and largest value of each channel in each key's page, up to that key."""
-        split = pages.split(past.keys, self.page)
-        low, high = split.cummin(dim=1).values, split.cummax(dim=1).values
-        return tuple(part.flatten(0, 1)[: len(past.keys)] for part in (low, high))
+        return pages.extremes(past.keys, self.page)
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """sum_c max(q_c * low_c, q_c * high_c) for every page: (group, queries, pages)."""

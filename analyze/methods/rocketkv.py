@@ -121,9 +121,5 @@ class RocketKV(ScoreMethod):
         return queries * mask * covered.clamp(min=1e-12).rsqrt()
 
     def _stored(self, ids: Tensor, keys: Tensor, evicted: int) -> Stored:
-        split = pages.split(keys, self.page)
-        low, high = (
-            part.flatten(0, 1)[: len(keys)]
-            for part in (split.cummin(dim=1).values, split.cummax(dim=1).values)
-        )
+        low, high = pages.extremes(keys, self.page)
         return Stored(ids=ids, keys=keys, low=low, high=high, evicted=evicted)

@@ -12,7 +12,7 @@ from retrace.analyze.clusters import kmeans, nearest
 from retrace.analyze.keep import Keep
 from retrace.analyze.methods.base import KEEP, ScoreMethod
 from retrace.analyze.past import Past
-from retrace.analyze.training import descend, initial_weights, network
+from retrace.analyze.training import descend, drawn_queries, initial_weights, network
 from retrace.analyze.unit import HeadGroup
 
 RATE = 3e-3
@@ -57,10 +57,8 @@ class SAAP(ScoreMethod):
 
         def loss() -> Tensor:
             """For `batch` queries of a sequence, both drawn, of every head."""
-            drawn = int(torch.randint(len(pasts), (), generator=random))
+            drawn, rows = drawn_queries(pasts, self.batch, random)
             past = pasts[drawn]
-            rows = torch.randint(len(past.query_positions), (self.batch,), generator=random)
-            rows = rows.to(keys.device)
             mass = self._mass(past, rows, labels[drawn], len(centroids))
             asked = network(weights, past.queries_before_rotation[:, rows])
             return -(mass * asked.log_softmax(dim=-1)).sum(dim=-1).mean()

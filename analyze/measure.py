@@ -161,9 +161,10 @@ def plain_tally(
 
 
 def _first_given(selection: Selection) -> Tensor:
-    """The first position (queries,) from which keys did not have to be found; nothing if none."""
+    """The first position (budgets or 1, queries) from which keys did not have to be found; nothing
+    if none."""
     if selection.first_given is None:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, 0, dtype=torch.int64)
     return selection.first_given
 
 
@@ -187,8 +188,10 @@ def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measu
     }
     if selection.anything_given:
         best = exact.reference.ids[..., : selection.ks[-1]]
-        wanted = _prefixes(((best >= 0) & ~selection.given(best)).double())[..., ks].movedim(-1, 0)
-        hits = _hits(exact, selection, listed & ~selection.given(ids))
+        ranks = torch.arange(best.shape[-1], device=ids.device)
+        start = torch.searchsorted(ks, ranks, right=True).expand(best.shape)
+        wanted = _at_each(start, selection.given_from(best), best >= 0, len(ks))
+        hits = _hits(exact, selection, listed, selection.given_from(ids))
         # NaN, and so not counted, where nothing had to be found.
         at_all["candidate_recall"] = hits / wanted.masked_fill(wanted == 0, torch.nan)
     attended = torch.minimum(selection.attended[points], listed.sum(dim=-1))
@@ -217,8 +220,11 @@ def _at(prefixes: Tensor, attended: Tensor) -> Tensor:
     return prefixes.gather(-1, attended.expand(*prefixes.shape[:2], -1)).movedim(-1, 0)
 
 
-def _hits(exact: ExactBlock, selection: Selection, counted: Tensor) -> Tensor:
-    """|R_k n T_k| at every budget (budgets, group, queries), over the listed keys that count.
+def _hits(
+    exact: ExactBlock, selection: Selection, counted: Tensor, until: Tensor | None = None
+) -> Tensor:
+    """|R_k n T_k| at every budget (budgets, group, queries), over the listed keys that count, each
+    before some budget.
 
     The j-th listed key of exact rank r is a hit at budget k when it is attended there, is among
     the k best-ranked, and r < k: so from some budget on, and counting them is a cumulative sum.
@@ -227,8 +233,16 @@ def _hits(exact: ExactBlock, selection: Selection, counted: Tensor) -> Tensor:
     reach = torch.minimum(selection.attended, ks[:, None, None] + selection.besides)
     from_rank = torch.searchsorted(ks, exact.ranks(selection.ids), right=True)
     first_budget = torch.maximum(_first_budget(reach, counted.shape[-1]), from_rank)
-    tally = torch.zeros(*counted.shape[:2], len(ks) + 1, device=counted.device)
-    tally.scatter_add_(-1, first_budget, counted.to(tally.dtype))
+    return _at_each(first_budget, until, counted, len(ks))
+
+
+def _at_each(start: Tensor, until: Tensor | None, counted: Tensor, budgets: int) -> Tensor:
+    """How many keys (group, queries, any) count at each budget (budgets, group, queries): from
+    `start` to before `until`."""
+    tally = torch.zeros(*counted.shape[:2], budgets + 1, device=counted.device)
+    tally.scatter_add_(-1, start, counted.to(tally.dtype))
+    if until is not None:
+        tally.scatter_add_(-1, torch.maximum(start, until), -counted.to(tally.dtype))
     return tally[..., :-1].cumsum(dim=-1).movedim(-1, 0)
 
 

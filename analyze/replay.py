@@ -44,7 +44,7 @@ class Replayed:
         """The budgets at which recall and attention fraction are measured: all on the way where
         one ranked list holds them, otherwise those asked for."""
         method = self.spec.method
-        if not isinstance(method, ScoreMethod) or method.keep.recent_share:
+        if not isinstance(method, ScoreMethod) or not method.nested:
             return self.topk
         return curve_budgets(self.topk)
 

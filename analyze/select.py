@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrace.analyze.compiled.joining import in_order_of_joining
 from retrace.analyze.methods.base import AttendMethod, Method, ScoreMethod, SearchMethod
 from retrace.analyze.pooling import MEAN_QUERY, pool
 from retrace.analyze.selection import Selection, check_finite, check_ids, missing_last
@@ -57,14 +58,14 @@ class _Ranked:
 def _select_by_score(
     method: ScoreMethod, served: Served, block: Block, ks: Sequence[int]
 ) -> list[Selection]:
-    """Most methods have one list for all budgets; one per always-kept set where that varies."""
+    """Most methods have one list for all budgets; otherwise there is one per always-kept set."""
     ranked = _rank(method, served, block, max(ks))
-    kept_sets: dict[tuple[int, int], list[int]] = {}
+    sharing: dict[tuple[int, int] | None, list[int]] = {}
     for k in ks:
-        kept_sets.setdefault(method.keep.at(k), []).append(k)
+        sharing.setdefault(None if method.nested else method.keep.at(k), []).append(k)
     log_total = _log_total(ranked, block) if method.output == "mean-fill" else None
     return [
-        _compose(method, ranked, log_total, tuple(shared), block) for shared in kept_sets.values()
+        _compose(method, ranked, log_total, tuple(shared), block) for shared in sharing.values()
     ]
 
 
@@ -157,27 +158,28 @@ def _compose(
     """The always-kept keys in front of the ranked ones, and how many keys each budget attends."""
     ids, size = ranked.ids, ranked.size
     budgets = _allowances(method, ranked.state, ks, block)
-    sink, recent = method.keep.at(ks[0])
-    first_given, besides = None, ids.new_zeros(1)
-    if recent:
-        first_given = block.positions - recent + 1
+    sink = method.keep.sink
+    first_given = _first_given(method, ranked, ks, block)
+    most, besides = method.budget.most(budgets, block.visible_count), ids.new_zeros(1)
     if ranked.first_new is not None:
-        new = block.positions.new_full((len(block.positions),), ranked.first_new)
-        first_given = new if first_given is None else torch.minimum(first_given, new)
         besides = block.visible[:, ranked.first_new :].sum(dim=-1)
-    kept_count = ids.new_zeros((1, 1))
+        most = most + besides
+    kept_count = ids.new_zeros((1, 1, 1))
     if sink or first_given is not None:
-        kept = _kept_ids(sink, first_given, block)
-        kept_count = (kept >= 0).sum(dim=-1)
+        kept = _kept_ids(sink, None if first_given is None else first_given[-1], block)
+        kept_count = _kept_counts(kept, sink, first_given)
+    left = (most - kept_count).clamp(min=0)
+    if first_given is not None and len(first_given) > 1:
+        listed, attended = in_order_of_joining(ids, kept[0], sink, first_given, left, block.end)
+        return _selection(method, ranked, log_total, ks, listed, attended, first_given, besides)
+    if sink or first_given is not None:
         again = ids < sink
         if first_given is not None:
-            again = again | (ids >= first_given[:, None])
+            again = again | (ids >= first_given[0, :, None])
         ids = ids.masked_fill(again, -1)
         listed = missing_last(torch.cat([kept.expand(len(ids), -1, -1), ids], dim=-1))
     else:
         listed = ids if size == 1 else missing_last(ids)
-    most = method.budget.most(budgets, block.visible_count) + besides
-    left = (most - kept_count).clamp(min=0)
     in_pages = None
     if size > 1:
         # Keys in the first u pages, u = 0, 1, ...
@@ -197,12 +199,25 @@ def _compose(
             units = torch.searchsorted(in_pages, left.movedim(0, -1).contiguous())
             left = _keys_in_pages(in_pages, units.movedim(-1, 0))
         attended = kept_count + left
+    return _selection(method, ranked, log_total, ks, listed, attended, first_given, besides)
+
+
+def _selection(
+    method: ScoreMethod,
+    ranked: _Ranked,
+    log_total: Tensor | None,
+    ks: tuple[int, ...],
+    listed: Tensor,
+    attended: Tensor,
+    first_given: Tensor | None,
+    besides: Tensor,
+) -> Selection:
     listed = listed[..., : max(1, int(attended[-1].max()))]
     return Selection(
         ks,
         listed,
         attended,
-        sink=sink,
+        sink=method.keep.sink,
         first_given=first_given,
         besides=besides,
         estimates=None if log_total is None else _probabilities(ranked, log_total, listed),
@@ -210,6 +225,30 @@ def _compose(
         aux_bytes=ranked.aux_bytes,
         attended_bytes=ranked.attended_bytes,
     )
+
+
+def _first_given(
+    method: ScoreMethod, ranked: _Ranked, ks: tuple[int, ...], block: Block
+) -> Tensor | None:
+    """The first of the newest keys that each budget keeps (budgets, queries), one row where all
+    keep the same; None where none keeps any."""
+    recents = [method.keep.at(k)[1] for k in ks]
+    if not recents[-1] and ranked.first_new is None:
+        return None
+    counts = block.positions.new_tensor(recents)
+    first = block.positions - counts[:, None] + 1
+    if ranked.first_new is not None:
+        first = first.clamp(max=ranked.first_new)
+    return first[:1] if recents[0] == recents[-1] else first
+
+
+def _kept_counts(kept: Tensor, sink: int, first_given: Tensor | None) -> Tensor:
+    """How many of the keys that the largest budget keeps (1, queries, any) each one does
+    (budgets or 1, 1, queries)."""
+    if first_given is None or len(first_given) == 1:
+        return (kept >= 0).sum(dim=-1)[None]
+    of_budget = (kept < sink) | (kept >= first_given[..., None])
+    return (of_budget & (kept >= 0)).sum(dim=-1)[:, None]
 
 
 def _keys_in_pages(in_pages: Tensor, pages: Tensor) -> Tensor:
@@ -276,7 +315,7 @@ def _select_by_search(method: SearchMethod, served: Served, block: Block, k: int
         (k,),
         ids,
         (ids >= 0).sum(dim=-1)[None],
-        first_given=block.positions.new_full((len(block.positions),), indexed),
+        first_given=block.positions.new_full((1, len(block.positions)), indexed),
         aux_bytes=_aux_bytes(method, state, block) + unindexed,
         attended_bytes=method.attended_bytes(block.unit.group),
     )

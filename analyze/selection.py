@@ -28,7 +28,8 @@ class Selection:
     sink: int = 0
     """Keys below this position did not have to be found: they are always kept."""
     first_given: Tensor | None = None
-    """Nor did keys from this position of each query (queries,) on: kept, or not yet indexed."""
+    """Nor did keys from this position of each query on: kept, or not yet indexed. (budgets,
+    queries), never rising from one budget to the next, or (1, queries) for all."""
     besides: Tensor | int = 0
     """How many of the attended keys come besides the budget (queries,)."""
     estimates: Tensor | None = None
@@ -42,12 +43,14 @@ class Selection:
     attended_bytes: float | None = None
     """Bytes of one attended key and value, read once for the group; both in full if None."""
 
-    def given(self, ids: Tensor) -> Tensor:
-        """Which key ids (group, queries, any) did not have to be found."""
-        given = ids < self.sink
+    def given_from(self, ids: Tensor) -> Tensor:
+        """The first budget at which each key (group, queries, any) did not have to be found; the
+        number of budgets where all had to."""
+        budgets = torch.full_like(ids, len(self.ks))
         if self.first_given is not None:
-            given = given | (ids >= self.first_given[:, None])
-        return given & (ids >= 0)
+            at = (self.first_given[..., None, :, None] > ids).sum(dim=0)
+            budgets = torch.where(at == len(self.first_given), budgets, at)
+        return budgets.masked_fill(ids < self.sink, 0)
 
     @property
     def anything_given(self) -> bool:

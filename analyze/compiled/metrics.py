@@ -49,7 +49,8 @@ def moments(
             float64.
         attended: keys of the list that each budget reaches (budgets, group or 1, queries or 1).
         besides: how many of them come besides the budget (queries or 1,).
-        given: keys before this position, and from those (queries,) on, did not have to be found.
+        given: keys before this position, and from those (budgets or 1, queries) on, did not have
+            to be found.
         exact: the best keys (group, queries, ranks), attention mass on the first 0, 1, ... of them
             float64, and the output (group, queries, value channels) float32.
         values: (keys, value channels) float32.
@@ -81,7 +82,7 @@ def moments(
         _plain(attended.movedim(0, -1)),
         _plain(besides),
         given[0],
-        _plain(given[1]),
+        _plain(given[1].T),
         _plain(best),
         _plain(masses),
         _plain(output),
@@ -145,10 +146,10 @@ def _moments(
     ranks = np.full(len(values), best.shape[2], np.int32)
     unions = np.empty(len(points))
     sums = np.empty(values.shape[1], np.float32)
+    nothing = np.empty(0, np.int64)
     anything_given = sink > 0 or len(first_given) > 0
     for q in range(queries):
         most, reads = counted_budgets[q], counted_points[q]
-        given_from = first_given[q] if len(first_given) else len(values)
         for h in range(group):
             count = _count(ids[h, q])
             for b in range(most):
@@ -158,16 +159,19 @@ def _moments(
             extra = besides[q % len(besides)]
             _rank(best[h, q], ranks)
             _recalls(
-                ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra, 0, len(ranks), hits
+                ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra, 0, nothing, hits
             )
             for b in range(most):
                 found[RECALL, b] = hits[b] / min(ks[b], visible[q])
             if anything_given:
                 _recalls(
                     ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra,
-                    sink, given_from, hits,
+                    sink, first_given[q] if len(first_given) else nothing, hits,
                 )  # fmt: skip
-                _wanted(best[h, q], ks[:most], sink, given_from, wanted)
+                _wanted(
+                    best[h, q], ks[:most], sink, first_given[q] if len(first_given) else nothing,
+                    wanted,
+                )  # fmt: skip
                 for b in range(most):
                     # Not counted where nothing had to be found.
                     found[CANDIDATE_RECALL, b] = hits[b] / wanted[b] if wanted[b] else np.nan
@@ -256,12 +260,12 @@ def _recalls(
     ks: Ids,
     reached: Ids,
     besides: int,
-    begin: int,
-    end: int,
+    sink: int,
+    first_given: Ids,
     hits: Ids,
 ) -> None:
-    """How many of the listed keys from `begin` to before `end` are among the k best, attended and
-    among the list's k best-ranked, at every budget k."""
+    """How many of the listed keys that had to be found are among the k best, attended and among
+    the list's k best-ranked, at every budget k."""
     budgets, place, total = len(ks), 0, 0
     hits[:budgets] = 0
     for b in range(budgets):
@@ -270,8 +274,11 @@ def _recalls(
         while place < min(reached[b], ks[b] + besides):
             key = ids[place]
             at = max(b, first_budgets[ranks[key]])
-            if at < budgets and begin <= key < end:
+            until = _given_from(key, sink, first_given, budgets)
+            if at < until:
                 hits[at] += 1
+                if until < budgets:
+                    hits[until] -= 1
             place += 1
     for b in range(budgets):
         total += hits[b]
@@ -279,15 +286,37 @@ def _recalls(
 
 
 @compiled
-def _wanted(best: Ids, ks: Ids, begin: int, end: int, wanted: Ids) -> None:
-    """How many of the k best keys are from `begin` to before `end`, at every budget k."""
-    rank, count = 0, 0
-    for b in range(len(ks)):
-        while rank < ks[b] and rank < len(best):
-            if begin <= best[rank] < end:
-                count += 1
+def _wanted(best: Ids, ks: Ids, sink: int, first_given: Ids, wanted: Ids) -> None:
+    """How many of the k best keys had to be found, at every budget k."""
+    budgets, rank, total = len(ks), 0, 0
+    wanted[:budgets] = 0
+    for b in range(budgets):
+        while rank < min(ks[b], len(best)):
+            if best[rank] >= 0:
+                until = _given_from(best[rank], sink, first_given, budgets)
+                if b < until:
+                    wanted[b] += 1
+                    if until < budgets:
+                        wanted[until] -= 1
             rank += 1
-        wanted[b] = count
+    for b in range(budgets):
+        total += wanted[b]
+        wanted[b] = total
+
+
+@compiled
+def _given_from(key: int, sink: int, first_given: Ids, budgets: int) -> int:
+    """The first budget at which a key did not have to be found, of those that there are."""
+    if key < sink:
+        return 0
+    if not len(first_given) or key < first_given[-1]:
+        return budgets
+    if len(first_given) == 1:
+        return 0
+    for b in range(budgets):
+        if key >= first_given[b]:
+            return b
+    return budgets
 
 
 @compiled

@@ -165,6 +165,12 @@ class ScoreMethod(Method):
         """Keys in one unit of selection: 1, or a page's."""
         return 1
 
+    @property
+    def nested(self) -> bool:
+        """Whether what a budget attends a larger one does too, so that one list holds all."""
+        given_alone = type(self).allowance is ScoreMethod.allowance and self.budget.rule == "k"
+        return not self.keep.recent_share or (given_alone and self.unit_size == 1)
+
     def units(self, k: int) -> int:
         """How many units a budget of k keys buys."""
         return max(1, k // self.unit_size)

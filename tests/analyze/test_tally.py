@@ -79,7 +79,8 @@ def test_as_by_plain_operations(changes: dict[str, Any], output: str) -> None:
     assert (found["error_norm"][0].mean > 0).all()
 
 
-def test_what_is_given_and_what_comes_besides() -> None:
+@pytest.mark.parametrize("alike", [True, False], ids=["one window", "a window each"])
+def test_what_is_given_and_what_comes_besides(alike: bool) -> None:
     block, generator = a_block()
     exact = ExactBlock(block, exact_pass(block, 30))
     selection = select_any(block, generator)
@@ -88,14 +89,14 @@ def test_what_is_given_and_what_comes_besides() -> None:
         selection,
         attended=more,
         sink=3,
-        first_given=block.positions - 6,
+        first_given=block.positions - torch.tensor([[6]] if alike else [[2], [2], [4], [9], [20]]),
         besides=torch.randint(0, 4, (21,), generator=generator),
         aux_bytes=torch.rand(21, generator=generator),
         attended_bytes=5.0,
     )
     found = both(exact, selection, [1, 3])
     assert (found["candidate_recall"][0].mean != found["recall"][0].mean).any()
-    everything = replace(selection, first_given=torch.zeros_like(block.positions))
+    everything = replace(selection, first_given=torch.zeros_like(block.positions)[None])
     assert not both(exact, everything, [1, 3])["candidate_recall"][0].count.any()
 
 

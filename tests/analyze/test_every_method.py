@@ -69,12 +69,6 @@ def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, rules: Any) -> LayerRules:
-    """A layer of 4 heads in 2 groups, changed in one thing."""
-    return layer_of(rules, **KINDS[request.param])
-
-
 def layer_of(rules: Any, **changes: Any) -> LayerRules:
     """Rules of a layer whose position encoding can be undone."""
     layer: LayerRules = rules(**{"heads": 4, "kv_heads": 2, "rotation": ROTATION, **changes})
@@ -182,9 +176,11 @@ def test_keys_that_come_later_change_no_selection(
 
 
 @pytest.mark.parametrize("protocol", ["all:16", "prefix:20"])
+@pytest.mark.parametrize("name", ["one kv head", "window", "chunk", "everything"])
 def test_keys_are_visible_ones_and_come_once(
-    make_trace: MakeTrace, method: str, kind: LayerRules, protocol: str
+    make_trace: MakeTrace, rules: Any, method: str, name: str, protocol: str
 ) -> None:
+    kind = layer_of(rules, **KINDS[name])
     trace = make_trace([kind, kind], [64, 40])
     learned = learn(trace, method)
     for unit in load_units(trace.layer(1), 0, torch.device("cpu")):
@@ -199,10 +195,15 @@ def test_keys_are_visible_ones_and_come_once(
                     assert selection.output.isfinite().all()
 
 
-@pytest.mark.parametrize("protocol", ["all:16", "prefix:20"])
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [*((name, "all:16") for name in KINDS), ("grouped", "prefix:20"), ("everything", "prefix:20")],
+)
 def test_figures_on_every_kind_of_layer(
-    make_trace: MakeTrace, method: str, kind: LayerRules, protocol: str
+    make_trace: MakeTrace, rules: Any, method: str, name: str, protocol: str
 ) -> None:
+    """Layers of 4 heads in 2 groups, changed in one thing."""
+    kind = layer_of(rules, **KINDS[name])
     trace = make_trace([kind, kind], [64, 40, 30])
     budgets = [1, 3, 8, 64]
     rows = analyze(

@@ -19,7 +19,7 @@ from retrace.analyze.attention import attend
 from retrace.analyze.moments import Moments
 from retrace.analyze.scope import choose_device, choose_layers
 from retrace.analyze.unit import Unit, load_units
-from retrace.traces import PHASES, Location, RetraceError, Trace, open_trace
+from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
 
 TENSORS = ("query", "key", "value", "output")
 RESAMPLES = 10_000
@@ -127,19 +127,13 @@ class _Run:
         return [s for s in self.trace.sequences if s not in learnt]
 
     @cached_property
-    def decodes(self) -> bool:
-        """Whether some positions were decoded one by one."""
-        return any(bool(_decoded(self.trace, s).any()) for s in self.trace.sequences)
+    def _prompts(self) -> dict[int, int | None]:
+        sequences = self.trace.sequences
+        return dict(zip(sequences, prompts([self.trace.phase(s) for s in sequences]), strict=True))
 
     def first(self, sequence: int) -> int | None:
         """The first approximate position; None where all are and there is no prefix."""
-        prompt = int((~_decoded(self.trace, sequence)).sum()) if self.decodes else None
-        return self.approximation.first_position(prompt)
-
-
-def _decoded(trace: Trace, sequence: int) -> npt.NDArray[np.bool_]:
-    phase: npt.NDArray[np.int8] = trace.phase(sequence)
-    return np.equal(phase, PHASES["generated"])
+        return self.approximation.first_position(self._prompts[sequence])
 
 
 def _paired(exact: Trace, other: Trace) -> _Run:

@@ -61,6 +61,12 @@ class Past:
         them: their products with keys are logits."""
         return self.unit.queries[:, self._rows] * self.group.rules.scale
 
+    def queries_at(self, positions: Tensor, heads: int) -> Tensor:
+        """The queries at these of their positions (heads, positions, channels), or one mean of the
+        group where fewer heads are asked for."""
+        queries = self.queries[:, torch.searchsorted(self.query_positions, positions)]
+        return queries if heads == len(queries) else queries.mean(dim=0, keepdim=True)
+
     @cached_property
     def keys_before_rotation(self) -> Tensor:
         """The keys before position encoding (keys, channels)."""

@@ -23,10 +23,10 @@ from retrace.capture.check import examine
 from retrace.capture.interface import exact_attention, observed_attention
 from retrace.capture.likelihood import likelihoods
 from retrace.capture.models import input_device, open_checkpoint, quiet_libraries
-from retrace.capture.reading import Reading, like_reference, prompts, read_reference
+from retrace.capture.reading import Reading, like_reference, read_reference
 from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import CaptureSettings
-from retrace.traces import Location, RetraceError, Trace, open_trace
+from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
 
 FIGURES = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio")
 """Of replay, each the mean over layers and heads."""

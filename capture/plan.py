@@ -14,7 +14,7 @@ import numpy.typing as npt
 from retrace.analyze.approximate import Approximation
 from retrace.capture.models import Checkpoint
 from retrace.capture.output import Output
-from retrace.capture.reading import Reading, prompts
+from retrace.capture.reading import Reading
 from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import (
@@ -22,6 +22,7 @@ from retrace.traces import (
     RetraceError,
     TraceWriter,
     create_trace,
+    prompts,
     resume_trace,
     tensor_bytes,
 )

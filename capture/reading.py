@@ -1,7 +1,6 @@
 """What the model reads: sequences of tokens from tasks and texts, or those of another trace."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,12 +106,3 @@ def longest_sequence(settings: CaptureSettings, checkpoint: Checkpoint) -> int:
 def prompt_length(phase: npt.NDArray[np.int8]) -> int:
     """Positions of a sequence (positions,) before what is scored or generated."""
     return int((phase == PHASES["context"]).sum())
-
-
-def prompts(phases: Sequence[npt.NDArray[np.int8]]) -> list[int | None]:
-    """How many positions of each sequence are read at once, before any is decoded; None for all
-    where nothing is decoded."""
-    generated = [phase == PHASES["generated"] for phase in phases]
-    if not any(bool(one.any()) for one in generated):
-        return [None] * len(phases)
-    return [int((~one).sum()) for one in generated]

@@ -4,7 +4,7 @@ from retrace.traces.errors import RetraceError
 from retrace.traces.location import Location, RemoteLocation, beside, locate
 from retrace.traces.reader import Layer, Trace, find_traces, half_begun, open_trace
 from retrace.traces.rotation import Rotation
-from retrace.traces.schema import FORMAT_VERSION, PHASES, LayerRules
+from retrace.traces.schema import FORMAT_VERSION, PHASES, LayerRules, prompts
 from retrace.traces.tensors import to_numpy, to_torch
 from retrace.traces.writer import TraceWriter, create_trace, resume_trace, tensor_bytes
 
@@ -25,6 +25,7 @@ __all__ = [
     "half_begun",
     "locate",
     "open_trace",
+    "prompts",
     "resume_trace",
     "tensor_bytes",
     "to_numpy",

@@ -1,11 +1,12 @@
 """What a trace holds: names, axes and the rules of a layer (format version 1)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from retrace.traces.bfloat16 import BFLOAT16
 from retrace.traces.errors import RetraceError
@@ -122,3 +123,12 @@ class LayerRules:
             return cls(**known)
         except TypeError as error:
             raise RetraceError(f"The layer's attributes are incomplete: {error}.") from error
+
+
+def prompts(phases: Sequence[npt.NDArray[np.int8]]) -> list[int | None]:
+    """How many positions of each sequence are read at once, before any is decoded; None for all
+    where nothing is decoded."""
+    generated = [phase == PHASES["generated"] for phase in phases]
+    if not any(bool(one.any()) for one in generated):
+        return [None] * len(phases)
+    return [int((~one).sum()) for one in generated]

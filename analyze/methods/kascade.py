@@ -89,10 +89,7 @@ class Kascade(ScoreMethod):
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """The logits in the anchor layer."""
-        theirs = state.queries[:, torch.searchsorted(state.query_positions, positions)]
-        if len(queries) < len(theirs):  # one mean query for the group
-            theirs = theirs.mean(dim=0, keepdim=True)
-        return visible_logits(state, theirs, positions)
+        return visible_logits(state, state.queries_at(positions, len(queries)), positions)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """All keys in an anchor layer, where the selected ones count again; nothing elsewhere."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import ScoreMethod
@@ -45,10 +44,7 @@ class TidalDecode(ScoreMethod):
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """q.k of the selecting layer."""
-        rows = torch.searchsorted(state.query_positions, positions)
-        theirs = state.queries[:, rows]
-        if len(queries) < len(theirs):  # one mean query for the group
-            theirs = theirs.mean(dim=0, keepdim=True)
+        theirs = state.queries_at(positions, len(queries))
         scores: Tensor = theirs @ state.keys[: int(positions[-1]) + 1].T
         return scores
 

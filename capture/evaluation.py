@@ -20,7 +20,8 @@ from retrace.analyze.results import markdown_table
 from retrace.analyze.scope import choose_calibration
 from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
-from retrace.capture.interface import exact_attention, observed_attention
+from retrace.capture.exact_runs import ExactRuns
+from retrace.capture.interface import observed_attention
 from retrace.capture.likelihood import likelihoods
 from retrace.capture.models import input_device, open_checkpoint, quiet_libraries
 from retrace.capture.reading import Reading, like_reference, read_reference
@@ -229,6 +230,7 @@ class _Loop:
         self._tokens = dict(zip(exact.sequences, reading.tokens, strict=True))
         self._prompts = dict(zip(exact.sequences, prompts(reading.phases), strict=True))
         self._model = open_checkpoint(settings).load(settings.dtype, settings.device)
+        self._exact_runs = ExactRuns(self._model)
         longest = max(reading.tokens, key=len)
         self._layers: dict[int, AttentionLayer] = dict(examine(self._model, longest))
 
@@ -244,10 +246,11 @@ class _Loop:
             with (
                 torch.inference_mode(),
                 observed_attention(self._model, lambda call: None, approximator),
+                self._exact_runs.of(sequence) as exactly,
             ):
                 approximator.start([sequence], prompt)
                 nll, kl = likelihoods(
-                    self._model, tokens.to(input_device(self._model)), prompt, exact_attention
+                    self._model, tokens.to(input_device(self._model)), prompt, exactly
                 )
             assert kl is not None
             before = self._exact.nll(sequence)[:-1].astype(np.float64)

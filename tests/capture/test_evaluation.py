@@ -94,8 +94,12 @@ def test_decoding(folder: str, text_file: Path, tmp_path: Path) -> None:
         dtype="float32",
         out=tmp_path / "decoded.zarr",
     )
-    found = evaluate(decoded, ["h2o"], [5])
+    found = evaluate(decoded, ["h2o"], [5, 8])
     assert found.facts["from_position"] == 30
+    # The exact model's run over a sequence is remembered from one point to the next.
+    both = [point(several, "h2o", 8) for several in (found, evaluate(decoded, ["h2o"], [8]))]
+    for name in ("perplexity", "difference", "kl"):
+        assert both[0][name] == both[1][name] != 0, name
     run = capture(
         folder, reference=decoded.path, approximate="h2o", topk=5, out=tmp_path / "run.zarr"
     )

@@ -3,6 +3,7 @@
 from retrace.analyze.budget import Budget
 from retrace.analyze.calibration import calibrate
 from retrace.analyze.keep import Keep
+from retrace.analyze.merging import merge
 from retrace.analyze.methods.base import (
     AttendMethod,
     EvictionMethod,
@@ -30,6 +31,7 @@ __all__ = [
     "SearchMethod",
     "analyze",
     "calibrate",
+    "merge",
     "method_class",
     "method_names",
     "parse_spec",

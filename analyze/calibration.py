@@ -5,7 +5,9 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from zipfile import BadZipFile
@@ -17,10 +19,11 @@ from torch import Tensor
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.methods.registry import MethodSpec, parse_spec
 from retrace.analyze.past import Past
+from retrace.analyze.schedule import finished
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.states import Calibration
 from retrace.analyze.unit import Neighbours
-from retrace.analyze.workers import workers
+from retrace.analyze.workers import threads
 from retrace.traces import Location, RetraceError, Trace, beside, open_trace, to_numpy
 
 log = logging.getLogger("retrace")
@@ -91,24 +94,28 @@ def calibration(
     layers: tuple[int, ...],
     device: torch.device,
     keep: bool,
+    pool: Executor | None = None,
 ) -> Calibration:
-    """What a method learns of these layers; nothing where it needs no calibration."""
+    """What a method learns of these layers, by the workers of the pool or threads; nothing where it
+    needs no calibration."""
     if not spec.method.calibrated:
         return {}
+    if pool is None:
+        with threads(device) as pool:
+            return calibration(trace, spec, sequences, layers, device, keep, pool)
+    once = trace.layers[:1] if spec.method.learns == "model" else layers
+    calls = {i: partial(learned, trace, spec, sequences, i, device, keep) for i in once}
+    found: dict[int, Learned] = {}
+    for layer, heads in finished(pool, calls):
+        if isinstance(heads, BrokenExecutor):
+            raise heads
+        found[layer] = heads
     if spec.method.learns == "model":
-        (everywhere, *_) = learned(trace, spec, sequences, trace.layers[0], device, keep)
-        return {
-            (layer, kv_head): everywhere
-            for layer in layers
-            for kv_head in range(trace.layer(layer).rules.kv_heads)
-        }
-    with workers(device) as pool:
-        found = pool.map(lambda i: learned(trace, spec, sequences, i, device, keep), layers)
-        return {
-            (layer, kv_head): arrays
-            for layer, heads in zip(layers, found, strict=True)
-            for kv_head, arrays in enumerate(heads)
-        }
+        (everywhere, *_) = found[once[0]]
+        found = {i: (everywhere,) * trace.layer(i).rules.kv_heads for i in layers}
+    return {
+        (layer, kv_head): arrays for layer in layers for kv_head, arrays in enumerate(found[layer])
+    }
 
 
 def learned(

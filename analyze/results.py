@@ -88,6 +88,11 @@ class Results:
         budgets = self.metrics.loc[self.metrics["method"] == method, "topk"].unique()
         return sorted(int(k) for k in budgets)
 
+    def incomplete(self, method: str) -> set[int]:
+        """The budgets of a method whose figures lack some layers of sequences."""
+        lacks = (entry["methods"].get(method, ()) for entry in self.run.get("missing", ()))
+        return {k for budgets in lacks for k in budgets}
+
     def plot(self, folder: str | Path) -> list[Path]:
         """Draw every plot into a folder; returns the files."""
         from retrace.analyze.plots import draw_all
@@ -148,8 +153,22 @@ class Results:
 
         methods = {**self.run["methods"], **newer.run["methods"]}
         run = {**self.run, **newer.run, "methods": methods}
+        run["missing"] = [*self._still_missing(newer), *newer.run["missing"]]
         run["history"] = [*self.run["history"], *newer.run["history"]]
         return Results(join(self.metrics, newer.metrics), join(self.curves, newer.curves), run)
+
+    def _still_missing(self, newer: "Results") -> list[dict[str, Any]]:
+        """What is missing of these results after newer ones were added."""
+        entries = []
+        for entry in self.run.get("missing", ()):
+            methods = {
+                method: left
+                for method, budgets in entry["methods"].items()
+                if (left := [k for k in budgets if k not in newer.topk(method)])
+            }
+            if methods:
+                entries.append({**entry, "methods": methods})
+        return entries
 
     def without(self, methods: set[str]) -> "Results":
         """These results less some methods."""

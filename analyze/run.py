@@ -3,29 +3,30 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from retrace.analyze.causality import check_causality
 from retrace.analyze.methods.registry import MethodSpec, missing_libraries, parse_specs
+from retrace.analyze.parts import PARTS, Job, KeptParts
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
-from retrace.analyze.replay import Plan, Replayed, Tally, replay
+from retrace.analyze.replay import Plan, Replayed
 from retrace.analyze.results import PLOTS, Results
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.settings import Settings
 from retrace.analyze.states import Protocol
 from retrace.analyze.tabulate import tabulate
+from retrace.analyze.tasks import Progress, replay_all
 from retrace.analyze.unit import Unit, load_units
-from retrace.analyze.workers import worker_count, workers
+from retrace.analyze.workers import start_workers, worker_count
 from retrace.traces import Location, RetraceError, Trace, beside, open_trace
 
 log = logging.getLogger("retrace")
-
-Progress = Callable[[int, int], None]
-"""Told how many units of work (one layer of one sequence) are done, and of how many."""
 
 
 def analyze(
@@ -39,6 +40,9 @@ def analyze(
     layers: Sequence[int] | None = None,
     calibration_sequences: Sequence[int] | None = None,
     device: str = "auto",
+    workers: int | None = None,
+    executor: Executor | None = None,
+    part: tuple[int, int] | None = None,
     keep_exact: bool = True,
     overwrite: bool = False,
     profile: bool = False,
@@ -53,7 +57,8 @@ def analyze(
             which warnings name.
         topk: budgets: keys per query and head.
         out: folder for the results. What is there already for this trace and these settings is
-            kept and not computed again. None keeps the results in memory only.
+            kept and not computed again, and each layer of a sequence is kept once it is finished,
+            so that the same call goes on from there. None keeps the results in memory only.
         protocol: `all`, `all:R`, `prefix:P`; see `retrace.analyze.states.Protocol`.
         min_context: the first position that counts; 10 k for budget k if None.
         layers: indices of the layers to replay; all recorded ones if None.
@@ -61,6 +66,14 @@ def analyze(
             run is evaluated on. By default those of the results that `out` holds; if there are
             none, the last quarter of the trace's if a method needs calibration, else none.
         device: `cpu`, `cuda` or `cuda:N`; `auto` is cuda where there is one, else cpu.
+        workers: processes that share the work, or 1 to do it here; figures are the same for any
+            number. By default one per core where there is work for minutes, threads where there is
+            less, and one on a GPU.
+        executor: what does the work instead: any executor of `concurrent.futures` or of its kind,
+            whose workers find trace and files where this process does, such as `get_executor()` of
+            a Dask client gives.
+        part: (i, n) replays only the i-th of n parts of the work, from 1 on, keeps it in `out` for
+            `merge`, and returns the results of it alone.
         keep_exact: keep the exact answers, and what methods learn, beside a trace on a local disk,
             so that they are computed once however often it is analyzed.
         overwrite: throw away what is in `out`.
@@ -77,7 +90,7 @@ def analyze(
     specs, every = parse_specs(methods)
     budgets = _budgets(topk)
     folder = None if out is None else Path(out)
-    before = None if folder is None or overwrite else _earlier(folder)
+    before = None if folder is None or overwrite else earlier(folder)
     settings = Settings(
         trace,
         Protocol.parse(protocol),
@@ -96,18 +109,28 @@ def analyze(
     clock = Clock(target, wait=profile)
     if every:
         _name_missing_libraries()
-    ready = _ready(settings, wanted, every, target, keep_exact, clock)
-    plan = Plan(ready, settings.protocol, min_context)
-    tallies = _replay_all(settings, plan, target, _store(trace, keep_exact), clock, progress)
+    work = settings.scores() * len(wanted)
+    given = nullcontext(executor) if executor is not None else None
+    with given or start_workers(target, workers, work) as pool:
+        ready = _ready(settings, wanted, every, target, keep_exact, clock, pool)
+        job = Job(settings, Plan(ready, settings.protocol, min_context), target)
+        kept = None if folder is None else KeptParts(folder, job)
+        tasks = job.tasks if part is None else _share(job.tasks, *part)
+        store = _store(trace, keep_exact)
+        parts, missing = replay_all(job, tasks, store, clock, pool, kept, progress)
     wall, names = time.perf_counter() - start, [str(method.spec) for method in wanted]
-    spent = clock.facts(wall, worker_count(target), names)
-    results = tabulate(settings, plan, tallies, spent, target)
+    spent = clock.facts(wall, worker_count(target, workers), names)
+    results = tabulate(job, parts, missing, spent)
+    if part is not None:
+        return results
     if before is not None:
         results = before.merged(results)
-    if folder is not None:
-        if overwrite and folder.exists():
+    if folder is not None and kept is not None:
+        if overwrite:
             _clear(folder)
         results.save(folder)
+        if not missing:
+            kept.clear()
     return results
 
 
@@ -136,11 +159,22 @@ def _held_out(
     return choose_calibration(trace, sequences)
 
 
-def _earlier(folder: Path) -> Results | None:
-    """The results that are in the folder; None where there is nothing."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+def earlier(folder: Path) -> Results | None:
+    """The results that are in the folder; None where there are at most parts of some."""
+    if not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= {PARTS}):
         return None
     return Results.load(folder)
+
+
+def _share(tasks: list[tuple[int, int]], index: int, count: int) -> list[tuple[int, int]]:
+    """The tasks of one of so many parts."""
+    if not 1 <= index <= count:
+        raise RetraceError(f"Part {index}/{count}: expected 1/{count} to {count}/{count}.")
+    if index > len(tasks):
+        raise RetraceError(
+            f"Part {index}/{count}: there are only {len(tasks)} layers of sequences."
+        )
+    return tasks[index - 1 :: count]
 
 
 def _still_wanted(
@@ -158,7 +192,7 @@ def _still_wanted(
     before = before.without(outdated)
     wanted = []
     for spec in specs:
-        there = before.topk(str(spec))
+        there = set(before.topk(str(spec))) - before.incomplete(str(spec))
         missing = tuple(k for k in budgets if k not in there)
         if missing:
             wanted.append(Replayed(spec, missing))
@@ -179,6 +213,7 @@ def _ready(
     device: torch.device,
     keep: bool,
     clock: Clock,
+    pool: Executor,
 ) -> tuple[Replayed, ...]:
     """The methods, calibrated and tried on the longest sequence's first unit before any time is
     spent. A method that cannot run here is left out with a warning if it is optional."""
@@ -192,7 +227,7 @@ def _ready(
         try:
             if method.spec.method.calibrated:
                 with clock.charge("calibration", name):
-                    method = settings.calibrated(method, device, keep)
+                    method = settings.calibrated(method, device, keep, pool)
             with torch.inference_mode(), clock.charge("causality check", name):
                 _try(settings, method, unit)
         except RetraceError as error:
@@ -219,6 +254,7 @@ def _store(trace: Trace, keep: bool) -> ReferenceStore:
     folder = exact_answers(trace.path) if keep else None
     if folder is None:
         return ReferenceStore(None)
+    folder = folder.absolute()  # for workers that may stand elsewhere
     try:
         folder.mkdir(exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -229,41 +265,6 @@ def _store(trace: Trace, keep: bool) -> ReferenceStore:
         log.warning("Exact answers are not kept for later runs: %s has little room.", folder)
         return ReferenceStore(None)
     return ReferenceStore(folder)
-
-
-def _replay_all(
-    settings: Settings,
-    plan: Plan,
-    device: torch.device,
-    store: ReferenceStore,
-    clock: Clock,
-    progress: Progress | None,
-) -> dict[int, list[Tally]]:
-    """Every method's tally in every layer; sequences merge in the order of the plan."""
-    trace = settings.trace
-    tasks = [(layer, sequence) for layer in settings.layers for sequence in settings.sequences]
-
-    def run(task: tuple[int, int]) -> tuple[list[Tally], Clock]:
-        spent = clock.another()
-        with torch.inference_mode():
-            return replay(trace, *task, plan, device, store, spent), spent
-
-    tallies: dict[int, list[Tally]] = {}
-    with workers(device) as pool:
-        if progress is not None:
-            progress(0, len(tasks))
-        for done, ((layer, _), (parts, spent)) in enumerate(
-            zip(tasks, pool.map(run, tasks), strict=True), start=1
-        ):
-            clock.add(spent)
-            if layer in tallies:
-                for whole, part in zip(tallies[layer], parts, strict=True):
-                    whole.merge(part)
-            else:
-                tallies[layer] = parts
-            if progress is not None:
-                progress(done, len(tasks))
-    return tallies
 
 
 def _clear(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ class Settings:
             log.warning("%s", line)
         return fit
 
+    def scores(self) -> int:
+        """How many exact scores the queries of all layers and sequences have."""
+        heads = sum(self.trace.layer(i).rules.heads for i in self.layers)
+        trace = self.trace
+        return heads * sum(len(trace.query_positions(s)) * trace.length(s) for s in self.sequences)
+
     def facts(self) -> dict[str, Any]:
         """What must be equal for results to stand in one folder."""
         return {
@@ -103,9 +110,13 @@ class Settings:
                 "folder with --out, or replace it with --overwrite."
             )
 
-    def calibrated(self, method: Replayed, device: torch.device, keep: bool) -> Replayed:
-        """The method with what it learns of every layer."""
-        given = calibration(self.trace, method.spec, self.calibration, self.layers, device, keep)
+    def calibrated(
+        self, method: Replayed, device: torch.device, keep: bool, pool: Executor
+    ) -> Replayed:
+        """The method with what it learns of every layer, by the workers of the pool."""
+        given = calibration(
+            self.trace, method.spec, self.calibration, self.layers, device, keep, pool
+        )
         return replace(method, calibration=given)
 
     def calibration_digest(self, spec: MethodSpec) -> str | None:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -10,23 +11,25 @@ import pandas as pd
 import torch
 
 from retrace.analyze.moments import Moments
-from retrace.analyze.replay import Plan, Tally
+from retrace.analyze.parts import Job
+from retrace.analyze.replay import Tally
 from retrace.analyze.results import COLUMNS, Results
-from retrace.analyze.settings import Settings
 from retrace.analyze.states import Cost
 
 
 def tabulate(
-    settings: Settings,
-    plan: Plan,
-    tallies: dict[int, list[Tally]],
+    job: Job,
+    parts: Mapping[tuple[int, int], list[Tally]],
+    missing: Mapping[tuple[int, int], str],
     spent: dict[str, Any],
-    device: torch.device,
 ) -> Results:
     """Results with a row for every method, layer, head, budget and metric.
 
-    `spent` is what `Clock.facts` says of the run.
+    `parts` are the tallies of each layer and sequence, in the order in which they merge, `missing`
+    says why some are not there, and `spent` is what `Clock.facts` says of the run.
     """
+    settings, plan = job.settings, job.plan
+    tallies = _by_layer(parts)
     points, curves = [], []
     for i, method in enumerate(plan.methods):
         for layer, of_layer in tallies.items():
@@ -65,11 +68,20 @@ def tabulate(
             }
             for i, m in enumerate(plan.methods)
         },
+        "missing": [
+            {
+                "layer": layer,
+                "sequence": sequence,
+                "cause": cause,
+                "methods": {str(m.spec): list(m.topk) for m in plan.methods},
+            }
+            for (layer, sequence), cause in missing.items()
+        ],
         "history": [
             {
                 "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "methods": {str(m.spec): list(m.topk) for m in plan.methods},
-                "device": _device_name(device),
+                "device": _device_name(job.device),
                 "threads": torch.get_num_threads(),
                 "profile": spent,
                 "versions": {
@@ -80,6 +92,16 @@ def tabulate(
         ],
     }
     return Results(join(points), join(curves), run)
+
+
+def _by_layer(parts: Mapping[tuple[int, int], list[Tally]]) -> dict[int, list[Tally]]:
+    """The tallies of all sequences of a layer as one."""
+    layers: dict[int, list[Tally]] = {}
+    for (layer, _), part in parts.items():
+        wholes = layers.setdefault(layer, [Tally(tally.ks, tally.topk) for tally in part])
+        for whole, tally in zip(wholes, part, strict=True):
+            whole.merge(tally)
+    return layers
 
 
 def _frame(

@@ -1,31 +1,57 @@
-"""Threads that share the work on the layers and sequences of a trace."""
+"""Who does the work: threads of this process, or processes."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
+from retrace.analyze.processes import Processes
+from retrace.traces import RetraceError
+
+WORTH_PROCESSES = 2e10
+"""Scores, times methods, from which processes are faster than threads although they start late."""
+
 
 @contextmanager
-def workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+def threads(device: torch.device, count: int | None = None) -> Iterator[Executor]:
     """One thread per core, each with arithmetic of one thread: the threads of one operation wait
     for each other, and on a machine that does other work besides, they wait long. One on a GPU."""
-    threads, count = torch.get_num_threads(), worker_count(device)
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
     pool = ThreadPoolExecutor(
-        count,
+        worker_count(device, count),
         thread_name_prefix="replay",
-        initializer=lambda: torch.set_num_threads(1),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
     )
     try:
         yield pool
     finally:
         # What has not begun is not wanted when one task failed.
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
-def worker_count(device: torch.device) -> int:
-    """How many threads there are for work on a device."""
+@contextmanager
+def start_workers(device: torch.device, count: int | None, work: float) -> Iterator[Executor]:
+    """So many workers for work of so many scores times methods: processes, or a thread if it is
+    one. If no count is given it is one per core, and threads where the work is little."""
+    several = worker_count(device, count)
+    if several == 1 or (count is None and work < WORTH_PROCESSES):
+        with threads(device, count) as pool:
+            yield pool
+        return
+    processes = Processes(several)
+    try:
+        yield processes
+    finally:
+        processes.shutdown(cancel_futures=True)
+
+
+def worker_count(device: torch.device, asked: int | None = None) -> int:
+    """How many workers there are for work on a device."""
+    if asked is not None:
+        if asked < 1:
+            raise RetraceError(f"{asked} workers: expected 1 or more.")
+        return asked
     return 1 if device.type == "cuda" else torch.get_num_threads()

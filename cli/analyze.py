@@ -9,14 +9,14 @@ import click
 
 from retrace.cli.command import Command
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import DEVICE, LAYERS, numbers
+from retrace.cli.parameters import DEVICE, LAYERS, numbers, one_of
 from retrace.cli.screen import note, on_terminal, plural, print_json, print_table, size
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from retrace.analyze import Results
-    from retrace.analyze.run import Progress
+    from retrace.analyze.tasks import Progress
     from retrace.traces import Location
 
 MOST_TABLES = 12
@@ -26,7 +26,7 @@ MOST_TABLES = 12
 @click.command(
     "analyze",
     cls=Command,
-    interrupted="Exact answers that were finished are kept: the same command goes on from there.",
+    interrupted="Layers of sequences that were finished are kept: the same command goes on there.",
     epilog="""\b
 Example:
   retrace analyze traces/pythia-70m-wikitext.zarr --method quest:page=32 --topk 10,50
@@ -81,6 +81,20 @@ Example:
 )
 @DEVICE
 @click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes that share the work; figures are the same for any number. By default one per "
+    "core (on a GPU one), or threads where the work is too little for processes to start.",
+)
+@click.option(
+    "--part",
+    type=one_of,
+    metavar="I/N",
+    help="Do only the I-th of N parts of the work, as jobs of a batch system do, and keep it in "
+    "--out; `retrace merge` puts the parts together.",
+)
+@click.option(
     "--no-cache",
     is_flag=True,
     help="Do not keep the exact answers, nor what methods learn, beside the trace; later runs "
@@ -110,6 +124,7 @@ def command(
     format: str | None,
     profile: bool,
     no_plots: bool,
+    part: tuple[int, int] | None,
     **settings: Any,
 ) -> None:
     """Replay methods against TRACE, without its model, and print how near they come.
@@ -131,8 +146,12 @@ def command(
             keep_exact=not no_cache,
             profile=profile,
             progress=progress,
+            part=part,
             **settings,
         )
+    if part is not None:
+        note(f"Part {part[0]} of {part[1]} is in {out}: `retrace merge {out}` when all are.")
+        return
     there = [name for name in map(str, specs) if name in results.methods()]
     print_results(results, there, sorted(set(topk)), format or _default_format())
     if profile:
@@ -142,6 +161,8 @@ def command(
         plots = results.plot(out / "plots")
         note(f"Plots: {out / 'plots'} ({plural(len(plots), 'picture')})")
     _note_kept_answers(place)
+    if results.run["missing"]:
+        click.get_current_context().exit(1)
 
 
 def newest_trace() -> "Location":
@@ -213,7 +234,7 @@ def print_profile(results: "Results") -> None:
     ]
     title = (
         f"Where the {run['profile']['wall']:.1f} seconds of {run['when']} went "
-        f"({plural(run['profile']['workers'], 'thread')}, {run['device']})"
+        f"({plural(run['profile']['workers'], 'worker')}, {run['device']})"
     )
     print_table(list(table.columns), rows, title=title, left=["Method"], err=True)
 

@@ -5,7 +5,17 @@ from difflib import get_close_matches
 
 import click
 
-COMMANDS = ("capture", "analyze", "compare", "evaluate", "calibrate", "info", "traces", "methods")
+COMMANDS = (
+    "capture",
+    "analyze",
+    "merge",
+    "compare",
+    "evaluate",
+    "calibrate",
+    "info",
+    "traces",
+    "methods",
+)
 """A module of this package each, in the order in which they are needed."""
 
 

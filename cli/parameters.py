@@ -37,6 +37,18 @@ def _range(text: str) -> Iterator[int]:
     yield from range(first, last + 1)
 
 
+def one_of(value: Any) -> tuple[int, int]:
+    """One of so many parts.
+
+    >>> one_of("2/8")
+    (2, 8)
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", str(value).strip())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not of the form 2/8.")
+    return int(match[1]), int(match[2])
+
+
 FORMAT = click.option(
     "--format",
     type=click.Choice(["table", "json"]),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,10 @@ class Layer:
 
 
 class Trace:
-    """A captured trace: what was planned, what is finished, and the recorded layers."""
+    """A captured trace: what was planned, what is finished, and the recorded layers.
+
+    It is pickled as its place: another process opens it there.
+    """
 
     def __init__(self, path: Location, group: zarr.Group) -> None:
         self.path = path
@@ -205,6 +208,10 @@ class Trace:
         assert isinstance(array, zarr.Array)
         return array
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        path = self.path.absolute() if isinstance(self.path, Path) else self.path
+        return _opened_before, (path, self.attributes.get("created"), self.sequences)
+
     def __repr__(self) -> str:
         return (
             f"Trace({str(self.path)!r}, layers={len(self.layers)}, "
@@ -238,6 +245,14 @@ def open_trace(path: str | Location) -> Trace:
     if attributes.get("dtype") not in DTYPES:
         raise RetraceError(f"{path}: unknown dtype {attributes.get('dtype')!r}.")
     return Trace(path, group)
+
+
+@lru_cache(maxsize=8)
+def _opened_before(path: Location, created: str | None, sequences: tuple[int, ...]) -> Trace:
+    """The trace at `path`, once for all that is asked of it; a newer one is another."""
+    trace = open_trace(path)
+    trace.sequences = sequences  # those that were finished then
+    return trace
 
 
 def half_begun(path: Location) -> bool:

@@ -25,13 +25,24 @@ _LOOSE = re.compile(r"(?P<path>.+\.py):(?P<name>\w+)(?::(?P<parameters>.*))?")
 
 
 class MethodSpec:
-    """A method by the name it is known by, with its parameters."""
+    """A method by the name it is known by, with its parameters.
 
-    def __init__(self, name: str, method: Method, source_digest: str | None = None) -> None:
+    It is pickled as text: another process loads the method, and its file, anew.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        source_digest: str | None = None,
+        file: Path | None = None,
+    ) -> None:
         self.name = name
         self.method = method
         self.source_digest = source_digest
         """SHA-256 of the loose file that the method comes from."""
+        self.file = file
+        """That file."""
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -51,6 +62,14 @@ class MethodSpec:
         ]
         return ":".join([self.name, *([",".join(changed)] if changed else [])])
 
+    @property
+    def place(self) -> str:
+        """The spec that gives this method wherever it is read: with the loose file's whole path."""
+        return str(self) if self.file is None else f"{self.file.parent}/{self}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return same_spec, (self.place, self.source_digest)
+
 
 def parse_spec(text: str) -> MethodSpec:
     """The method that a spec names.
@@ -62,6 +81,19 @@ def parse_spec(text: str) -> MethodSpec:
         return _loose_method(Path(loose["path"]), loose["name"], loose["parameters"] or "")
     name, _, parameters = text.partition(":")
     return MethodSpec(name, _make(method_class(name), name, _read_parameters(parameters, name)))
+
+
+@cache
+def same_spec(text: str, source_digest: str | None) -> MethodSpec:
+    """The method that a spec named before.
+
+    Raises:
+        RetraceError: its loose file is gone or is another since.
+    """
+    spec = parse_spec(text)
+    if spec.source_digest != source_digest:
+        raise RetraceError(f"{spec.file} was edited since the run began: run it again.")
+    return spec
 
 
 def parse_specs(texts: Sequence[str]) -> tuple[list[MethodSpec], frozenset[str]]:
@@ -218,4 +250,4 @@ def _loose_method(path: Path, name: str, parameters: str) -> MethodSpec:
     else:
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise RetraceError(f"{path} has no method or function {name!r}.{nearest(name, names)}")
-    return MethodSpec(label, method, digest)
+    return MethodSpec(label, method, digest, path.absolute())

@@ -1,0 +1,197 @@
+"""What is finished of a run, kept in its results folder until all of it is."""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from retrace.analyze.methods.registry import same_spec
+from retrace.analyze.moments import Moments
+from retrace.analyze.profile import Charge, Clock
+from retrace.analyze.replay import Plan, Replayed, Tally
+from retrace.analyze.settings import Settings
+from retrace.analyze.states import Cost, Protocol
+from retrace.traces import RetraceError, open_trace
+
+PARTS = ".parts"
+"""Where parts are, in a results folder."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one layer and sequence came to: a tally per method of the plan, and the time spent."""
+
+    tallies: list[Tally]
+    clock: Clock
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, as all that is part of it must agree on."""
+
+    settings: Settings
+    plan: Plan
+    device: torch.device
+
+    @property
+    def tasks(self) -> list[tuple[int, int]]:
+        """Layer and sequence of every part, in the order in which they merge."""
+        return [(i, s) for i in self.settings.layers for s in self.settings.sequences]
+
+    @cached_property
+    def digest(self) -> str:
+        """Names what figures depend on: 32 hex digits."""
+        facts = {
+            "retrace": version("retrace-attention"),
+            "device": self.device.type,
+            **self.settings.facts(),
+            "methods": [
+                [
+                    str(method.spec),
+                    method.spec.parameters,
+                    method.spec.source_digest or _source_digest(type(method.spec.method)),
+                    self.settings.calibration_digest(method.spec),
+                    method.topk,
+                ]
+                for method in self.plan.methods
+            ],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def to_json(self) -> dict[str, Any]:
+        """All that it takes to be read back where its trace and loose files are."""
+        place = self.settings.trace.path
+        return {
+            "trace": str(place.absolute() if isinstance(place, Path) else place),
+            "protocol": str(self.settings.protocol),
+            "min_context": self.settings.min_context,
+            "layers": self.settings.layers,
+            "calibration": self.settings.calibration,
+            "methods": [[m.spec.place, m.spec.source_digest, m.topk] for m in self.plan.methods],
+            "device": str(self.device),
+        }
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> Self:
+        """The same run, without what its methods learned."""
+        settings = Settings(
+            open_trace(facts["trace"]),
+            Protocol.parse(facts["protocol"]),
+            facts["min_context"],
+            tuple(facts["layers"]),
+            tuple(facts["calibration"]),
+        )
+        methods = tuple(
+            Replayed(same_spec(text, digest), tuple(topk))
+            for text, digest, topk in facts["methods"]
+        )
+        plan = Plan(methods, settings.protocol, settings.min_context)
+        return cls(settings, plan, torch.device(facts["device"]))
+
+
+class KeptParts:
+    """The finished parts of one run in a results folder: a file each, written whole, and
+    `job.json`, which says what run that is."""
+
+    def __init__(self, results: Path, job: Job) -> None:
+        self._results = results
+        self._job = job
+        self._folder = results / PARTS / job.digest
+
+    @classmethod
+    def all_in(cls, results: Path) -> Iterator["KeptParts"]:
+        """Those of every run that has parts in a results folder.
+
+        Raises:
+            RetraceError: the trace or a method is not what it was.
+        """
+        for file in sorted((results / PARTS).glob("*/job.json")):
+            job = Job.from_json(json.loads(file.read_text(encoding="utf-8")))
+            if job.digest != file.parent.name:
+                raise RetraceError(
+                    f"{file.parent} holds parts of a run over another state of "
+                    f"{job.settings.trace.path}, of a method or of retrace: run it again."
+                )
+            yield cls(results, job)
+
+    @property
+    def job(self) -> Job:
+        """The run that they are of."""
+        return self._job
+
+    def load(self, task: tuple[int, int]) -> Part | None:
+        """The part of a layer and sequence; None if it is not there, or damaged."""
+        methods = self._job.plan.methods
+        tallies = [Tally(method.ks, method.topk) for method in methods]
+        clock = Clock(self._job.device)
+        try:
+            # Opened here, since np.load leaves a file open that is no archive.
+            with self._file(task).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                facts = json.loads(arrays["facts"].tobytes())
+                for name in arrays.files:
+                    index, _, rest = name.partition(".")
+                    if rest:
+                        kind, metric = rest.split(".")
+                        getattr(tallies[int(index)], kind)[metric] = Moments(*arrays[name])
+        except (OSError, ValueError, KeyError, EOFError, IndexError, BadZipFile):
+            return None
+        for tally, cost in zip(tallies, facts["costs"], strict=True):
+            tally.cost = Cost(*cost)
+        for step, method, seconds in facts["spent"]:
+            clock.seconds[Charge(step, method)] = seconds
+        return Part(tallies, clock)
+
+    def save(self, task: tuple[int, int], part: Part) -> None:
+        """Keep the part of a layer and sequence."""
+        arrays = {
+            f"{i}.{kind}.{metric}": np.stack([moments.count, moments.mean, moments.squares])
+            for i, tally in enumerate(part.tallies)
+            for kind in ("at_all", "at_points")
+            for metric, moments in getattr(tally, kind).items()
+        }
+        facts = {
+            "costs": [[t.cost.builds, t.cost.seconds, t.cost.state_bytes] for t in part.tallies],
+            "spent": [[*charge, seconds] for charge, seconds in part.clock.seconds.items()],
+        }
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._write_job()
+        file = self._file(task)
+        aside = file.with_suffix(f".{os.getpid()}.partial")
+        with aside.open("wb") as opened:
+            encoded = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+            np.savez(opened, allow_pickle=False, facts=encoded, **arrays)
+        aside.replace(file)
+
+    def clear(self) -> None:
+        """Remove them."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # other runs have parts there, or there are none
+            self._folder.parent.rmdir()
+
+    def _file(self, task: tuple[int, int]) -> Path:
+        layer, sequence = task
+        return self._folder / f"{layer}.{sequence}.npz"
+
+    def _write_job(self) -> None:
+        file = self._folder / "job.json"
+        if not file.exists():
+            aside = self._folder / f"job.{os.getpid()}.partial"
+            aside.write_text(json.dumps(self._job.to_json(), indent=2), encoding="utf-8")
+            aside.replace(file)
+
+
+def _source_digest(method: type) -> str:
+    """SHA-256 of the file that an installed method comes from."""
+    return hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()

@@ -1,0 +1,54 @@
+"""Calls that any executor runs: again where a worker died or a disk was away for a moment."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
+from typing import TypeVar
+
+import torch
+
+from retrace.traces import RetraceError
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+ATTEMPTS = 3
+
+
+def finished(
+    pool: Executor, calls: Mapping[K, Callable[[], T]]
+) -> Iterator[tuple[K, T | BrokenExecutor]]:
+    """What each call gives, as they finish. One that ends its worker time after time gives the
+    last error.
+
+    Raises:
+        Exception: what a call raised: at once if the user can mend it, else at its last attempt.
+    """
+    attempts: Counter[K] = Counter()
+    running = {pool.submit(_alone, call): key for key, call in calls.items()}
+    try:
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                attempts[key] += 1
+                try:
+                    answer: T | BrokenExecutor = future.result()
+                except RetraceError:
+                    raise
+                except Exception as error:
+                    if attempts[key] < ATTEMPTS:
+                        running[pool.submit(_alone, calls[key])] = key
+                        continue
+                    if not isinstance(error, BrokenExecutor):
+                        raise
+                    answer = error
+                yield key, answer
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _alone(call: Callable[[], T]) -> T:
+    """Its sums in one thread, as everywhere: in several they differ in their last bits."""
+    torch.set_num_threads(1)
+    return call()

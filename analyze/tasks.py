@@ -1,0 +1,99 @@
+"""The tasks of a run: one per layer and sequence, replayed wherever there is a worker."""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, Executor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from retrace.analyze.parts import Job, KeptParts, Part
+from retrace.analyze.profile import Clock
+from retrace.analyze.reference import ReferenceStore
+from retrace.analyze.replay import Plan, Tally, replay
+from retrace.analyze.schedule import ATTEMPTS, finished
+from retrace.traces import RetraceError, Trace
+
+log = logging.getLogger("retrace")
+
+Progress = Callable[[int, int], None]
+"""Told how many units of work (one layer of one sequence) are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class Replayer:
+    """All that any worker needs, wherever it is, to replay a layer of a sequence."""
+
+    trace: Trace
+    device: torch.device
+    store: ReferenceStore
+    clock: Clock
+
+    def part(self, layer: int, sequence: int, plan: Plan) -> Part:
+        """What the methods of the plan come to there."""
+        spent = self.clock.another()
+        with torch.inference_mode():
+            tallies = replay(self.trace, layer, sequence, plan, self.device, self.store, spent)
+        return Part(tallies, spent)
+
+
+def replay_all(
+    job: Job,
+    tasks: Sequence[tuple[int, int]],
+    store: ReferenceStore,
+    clock: Clock,
+    pool: Executor,
+    kept: KeptParts | None,
+    progress: Progress | None,
+) -> tuple[dict[tuple[int, int], list[Tally]], dict[tuple[int, int], str]]:
+    """Every method's tally for each of some layers and sequences, in the order of the tasks, and
+    what ended the workers of those that are missing.
+
+    Parts that are kept are not replayed again, and those that are finished are kept at once.
+    """
+    replayer = Replayer(job.settings.trace, job.device, store, clock.another())
+    there = {} if kept is None else {at: part for at in tasks if (part := kept.load(at))}
+    parts = {at: part.tallies for at, part in there.items()}
+    missing: dict[tuple[int, int], str] = {}
+    calls = {
+        (layer, sequence): partial(replayer.part, layer, sequence, _of_layer(job.plan, layer))
+        for layer, sequence in tasks
+        if (layer, sequence) not in parts
+    }
+
+    def show() -> None:
+        if progress is not None:
+            progress(len(parts) + len(missing), len(tasks))
+
+    show()
+    for at, answer in finished(pool, calls):
+        if isinstance(answer, BrokenExecutor):
+            missing[at] = str(answer)
+            log.warning(
+                "Layer %d of sequence %d is missing: %s, %d times. If that is for want of memory, "
+                "fewer --workers take less.",
+                *at,
+                answer,
+                ATTEMPTS,
+            )
+        else:
+            parts[at] = answer.tallies
+            clock.add(answer.clock)
+            if kept is not None:
+                kept.save(at, answer)
+        show()
+    if not parts:
+        raise RetraceError(
+            f"Nothing could be replayed: {', '.join(sorted(set(missing.values())))}."
+        )
+    return {at: parts[at] for at in tasks if at in parts}, missing
+
+
+def _of_layer(plan: Plan, layer: int) -> Plan:
+    """The plan without what methods learned of other layers."""
+    methods = (
+        replace(m, calibration={at: v for at, v in m.calibration.items() if at[0] == layer})
+        for m in plan.methods
+    )
+    return replace(plan, methods=tuple(methods))

@@ -1,0 +1,31 @@
+"""`retrace merge`: put together what `retrace analyze --part` left."""
+
+from pathlib import Path
+
+import click
+
+from retrace.cli.command import Command
+from retrace.cli.screen import note, plural
+
+
+@click.command(
+    "merge",
+    cls=Command,
+    epilog="""\b
+Example:
+  retrace analyze traces/t.zarr --method quest --topk 10 --part 1/2 --out results/t
+  retrace analyze traces/t.zarr --method quest --topk 10 --part 2/2 --out results/t
+  retrace merge results/t""",
+)
+@click.argument("folders", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--no-plots", is_flag=True, help="Draw no plots.")
+def command(folders: tuple[Path, ...], no_plots: bool) -> None:
+    """Put the parts in FOLDERS together to the results of one run, in the first of them."""
+    from retrace.analyze import merge
+
+    results = merge(folders)
+    click.echo(folders[0])
+    note(f"Results: {folders[0]} ({plural(len(results.methods()), 'method')})")
+    if not no_plots:
+        plots = results.plot(folders[0] / "plots")
+        note(f"Plots: {folders[0] / 'plots'} ({plural(len(plots), 'picture')})")

@@ -1,0 +1,342 @@
+"""Any number of workers, killed or not, comes to the same bytes; what is finished is kept."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrace.analyze import Results, analyze, merge
+from retrace.analyze.processes import Processes, WorkerDied
+from retrace.traces import RetraceError, Trace
+
+MakeTrace = Callable[..., Trace]
+TASKS = 6
+"""Three layers of the two sequences that are not for calibration."""
+
+PROBE = """
+import os, signal, time
+from pathlib import Path
+from retrace.traces import RetraceError
+
+FOLDER = Path({folder!r})
+HERE = {here}
+
+@dataclass(frozen=True)
+class Probe(ScoreMethod):
+    slope: float = 1.0
+
+    def build(self, past):
+        at = past.group.layer, past.group.sequence
+        if past.group.kv_head == 0:
+            with (FOLDER / "log").open("a") as log:
+                log.write(f"{{at[0]}}.{{at[1]}} {{os.getpid()}}\\n")
+        if at == (1, 1):
+            {fault}
+        return past.keys.norm(dim=-1) * self.slope
+
+    def scores(self, state, queries, positions):
+        return state.expand(*queries.shape[:2], -1)
+"""
+KILL_ONCE = """if not (FOLDER / "once").exists():
+                (FOLDER / "once").touch()
+                os.kill(os.getpid(), signal.SIGKILL)"""
+KILL = "os.getpid() == HERE or os.kill(os.getpid(), signal.SIGKILL)"
+SLOW = "pass\n        time.sleep(0.3)"
+FAIL_ONCE = """if not (FOLDER / "once").exists():
+                (FOLDER / "once").touch()
+                raise OSError("the disk was away")"""
+
+
+@pytest.fixture
+def trace(make_trace: MakeTrace, rules: Any) -> Trace:
+    """Three layers, three sequences."""
+    return make_trace([rules(heads=4), rules(window=9), rules(sinks=(0.5, -1.0))], [53, 24, 40])
+
+
+@pytest.fixture
+def probe(write_methods: Any, tmp_path: Path) -> Callable[..., str]:
+    """A method that logs what it is built for, and has a fault in layer 1 of sequence 1."""
+
+    def spec(fault: str = "pass", name: str = "mine.py") -> str:
+        text = PROBE.format(folder=str(tmp_path), fault=fault, here=os.getpid())
+        return f"{write_methods(text, name)}:Probe"
+
+    return spec
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Callable[[], list[str]]:
+    """What was built since this was last asked, layer.sequence, without the causality check."""
+
+    def read() -> list[str]:
+        path = tmp_path / "log"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return [line.split()[0] for line in lines]
+
+    return read
+
+
+def run(trace: Trace, spec: str, out: Path | None, **settings: Any) -> Results:
+    """Four methods at two budgets."""
+    methods = ["exact", "quest:page=4", "loki", spec]
+    return analyze(
+        trace, methods, [2, 5], out=out, min_context=10, **{"keep_exact": False, **settings}
+    )
+
+
+def figures(folder: Path) -> dict[str, bytes]:
+    """The bytes of the tables of a results folder that is complete."""
+    assert not (folder / ".parts").exists()
+    return {name: (folder / name).read_bytes() for name in ("metrics.parquet", "curves.parquet")}
+
+
+@pytest.fixture
+def one(trace: Trace, probe: Any, tmp_path: Path, log: Any) -> dict[str, bytes]:
+    """What one worker comes to."""
+    run(trace, probe(), tmp_path / "one", workers=1)
+    log()
+    return figures(tmp_path / "one")
+
+
+def test_processes(trace: Trace, probe: Any, tmp_path: Path, one: Any) -> None:
+    told: list[tuple[int, int]] = []
+    spec = probe()
+    results = run(trace, spec, tmp_path / "r", workers=2, progress=lambda *at: told.append(at))
+    assert figures(tmp_path / "r") == one
+    assert told == [(done, TASKS) for done in range(TASKS + 1)]
+    pids = {line.split()[1] for line in (tmp_path / "log").read_text().splitlines()}
+    assert len(pids) > 1
+    profile = results.run["history"][0]["profile"]
+    assert profile["workers"] == 2
+    assert 0 < results.profile()["Seconds"].sum() <= 2 * profile["wall"] * 1.001
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_any_executor(trace: Trace, probe: Any, tmp_path: Path, one: Any, count: int) -> None:
+    with ThreadPoolExecutor(count) as executor:
+        run(trace, probe(), tmp_path / "r", executor=executor)
+    assert figures(tmp_path / "r") == one
+
+
+def test_workers_that_are_killed(trace: Trace, probe: Any, tmp_path: Path, one: Any) -> None:
+    """Of four workers, one is killed time after time in the middle of its unit."""
+    killed: set[str] = set()
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.wait(0.02) and len(killed) < 4:
+            path = tmp_path / "log"
+            lines = path.read_text().splitlines() if path.exists() else []
+            for at, pid in (line.split() for line in lines if line[-1:].isdigit()):
+                if at not in killed and int(pid) in executor.pids:
+                    os.kill(int(pid), signal.SIGKILL)
+                    killed.add(at)
+                    break
+
+    with Processes(4) as executor:
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            run(trace, probe(SLOW), tmp_path / "r", executor=executor)
+        finally:
+            over.set()
+            killer.join()
+    assert len(killed) > 1
+    assert figures(tmp_path / "r") == one
+
+
+def test_a_death_costs_one_unit(
+    trace: Trace, probe: Any, tmp_path: Path, one: Any, log: Any
+) -> None:
+    run(trace, probe(KILL_ONCE), tmp_path / "r", workers=2)
+    assert figures(tmp_path / "r") == one
+    built = log()
+    assert built.count("1.1") == 2
+    assert {built.count(at) for at in ("1.0", "2.0", "2.1")} == {1}
+
+
+def test_a_unit_that_kills_its_workers(
+    trace: Trace,
+    probe: Any,
+    tmp_path: Path,
+    one: Any,
+    log: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    spec = probe(KILL)
+    results = run(trace, spec, tmp_path / "r", workers=2)
+    assert (
+        "Layer 1 of sequence 1 is missing: a worker was killed by SIGKILL, 3 times" in caplog.text
+    )
+    assert log().count("1.1") == 3
+    [missing] = results.run["missing"]
+    assert (missing["layer"], missing["sequence"]) == (1, 1)
+    assert missing["methods"]["quest:page=4"] == [2, 5]
+    whole, cut = (
+        Results.load(tmp_path / name).metrics.set_index(
+            ["method", "layer", "head", "topk", "metric"]
+        )
+        for name in ("one", "r")
+    )
+    assert (whole.index == cut.index).all()
+    fewer = cut["count"] < whole["count"]
+    assert set(fewer[fewer].index.get_level_values("layer")) == {1}
+    # The same command, once the cause is gone, goes on with what is missing.
+    run(trace, spec, tmp_path / "r", workers=1)
+    assert set(log()) == {"0.0", "1.1"}  # the causality check, and the unit
+    assert figures(tmp_path / "r") == one
+    assert Results.load(tmp_path / "r").run["missing"] == []
+
+
+def test_errors(trace: Trace, probe: Any, tmp_path: Path, one: Any, log: Any) -> None:
+    run(trace, probe(FAIL_ONCE), tmp_path / "r", workers=1)
+    assert figures(tmp_path / "r") == one
+    assert log().count("1.1") == 2
+    with pytest.raises(ZeroDivisionError):
+        run(trace, probe("1 / 0"), tmp_path / "bug", workers=1)
+    assert log().count("1.1") == 3
+    with pytest.raises(RetraceError, match="no such luck"):
+        run(trace, probe('raise RetraceError("no such luck")'), tmp_path / "user", workers=1)
+    assert log().count("1.1") == 1
+
+
+def test_errors_in_a_process(trace: Trace, probe: Any, tmp_path: Path, one: Any) -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        run(trace, probe("1 / 0"), tmp_path / "bug", workers=2)
+    assert "mine.py" in "".join(caught.value.__notes__)  # where it happened
+
+
+SCRIPT = """
+import os, signal, sys
+from retrace.analyze import analyze
+
+def die(done, total):
+    if done == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+analyze(
+    sys.argv[1], ["exact", "quest:page=4", "loki", sys.argv[2]], [2, 5], out=sys.argv[3],
+    min_context=10, keep_exact=False, workers=int(sys.argv[4]), progress=die,
+)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_without_warning(
+    trace: Trace, probe: Any, tmp_path: Path, one: Any, log: Any, workers: int
+) -> None:
+    arguments = [str(trace.path), probe(), str(tmp_path / "r"), str(workers)]
+    killed = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not (tmp_path / "r" / "run.json").exists()
+    log()
+    told: list[tuple[int, int]] = []
+    run(trace, probe(), tmp_path / "r", workers=1, progress=lambda *at: told.append(at))
+    assert told[0] == (3, TASKS)
+    assert len(set(log()) - {"0.0"}) <= TASKS - 3
+    assert figures(tmp_path / "r") == one
+
+
+def interrupt(trace: Trace, spec: str, out: Path, **settings: Any) -> None:
+    """Ctrl-C after two parts."""
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(trace, spec, out, workers=1, progress=stop, **settings)
+
+
+def test_interrupted(trace: Trace, probe: Any, tmp_path: Path, one: Any, log: Any) -> None:
+    interrupt(trace, probe(), tmp_path / "r")
+    log()
+    run(trace, probe(), tmp_path / "r", workers=1)
+    assert set(log()) == {"0.0", "1.0", "1.1", "2.0", "2.1"}  # the causality check takes the first
+    assert figures(tmp_path / "r") == one
+
+
+@pytest.mark.parametrize("change", ["settings", "method", "file"])
+def test_parts_of_another_run_are_not_used(
+    trace: Trace, probe: Any, tmp_path: Path, log: Any, change: str
+) -> None:
+    interrupt(
+        trace, probe(), tmp_path / "r", **({"layers": [0, 1]} if change == "settings" else {})
+    )
+    log()
+    spec = probe("time.sleep(0)") if change == "file" else probe()
+    run(trace, spec + (":slope=2" if change == "method" else ""), tmp_path / "r", workers=1)
+    assert len(set(log())) == TASKS
+
+
+def test_damaged_parts_are_replayed(trace: Trace, probe: Any, tmp_path: Path, one: Any) -> None:
+    interrupt(trace, probe(), tmp_path / "r")
+    kept = sorted((tmp_path / "r" / ".parts").glob("*/*.npz"))
+    assert len(kept) == 2
+    kept[0].write_bytes(kept[0].read_bytes()[:100])
+    kept[1].write_bytes(b"nothing")
+    run(trace, probe(), tmp_path / "r", workers=1)
+    assert figures(tmp_path / "r") == one
+
+
+def test_parts_and_merge(trace: Trace, probe: Any, tmp_path: Path, one: Any) -> None:
+    for i, name in enumerate(("a", "b", "a", "b"), start=1):
+        run(trace, probe(), tmp_path / name, part=(i, 4), workers=1)
+    results = merge([tmp_path / "a", tmp_path / "b"])
+    assert figures(tmp_path / "a") == one
+    assert not (tmp_path / "b" / ".parts").exists()
+    assert results.profile()["Of Wall"].sum() == pytest.approx(1)
+    assert results.run["methods"].keys() == Results.load(tmp_path / "one").run["methods"].keys()
+
+
+def test_merged_parts_add_to_what_is_there(trace: Trace, probe: Any, tmp_path: Path) -> None:
+    settings = {"out": tmp_path / "r", "min_context": 10, "keep_exact": False}
+    analyze(trace, ["exact"], [2], **settings)
+    for i in (1, 2):
+        analyze(trace, ["exact", probe()], [2], part=(i, 2), **settings)
+    assert merge([tmp_path / "r"]).methods() == ["exact", "mine.py:Probe"]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [((0, 2), "expected 1/2 to 2/2"), ((3, 2), "1/2"), ((7, 7), "only 6 layers")],
+)
+def test_parts_that_are_none(
+    trace: Trace, probe: Any, tmp_path: Path, part: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(RetraceError, match=message):
+        run(trace, probe(), tmp_path / "r", part=part)
+
+
+def test_processes_end_with_their_owner() -> None:
+    script = (
+        "from retrace.analyze.processes import Processes; import os, signal\n"
+        "pool = Processes(1); print(pool.submit(os.getpid).result(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    pid = int(done.stdout)
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        threading.Event().wait(0.1)
+    raise AssertionError("it lives on")
+
+
+def test_what_is_not_wanted_is_ended_at_once() -> None:
+    pool = Processes(1)
+    pool.submit(os.getpid).result()
+    future = pool.submit(signal.pause)
+    threading.Event().wait(0.2)
+    pool.shutdown(cancel_futures=True)
+    assert isinstance(future.exception(), WorkerDied)

@@ -67,8 +67,8 @@ def analyze(
             none, the last quarter of the trace's if a method needs calibration, else none.
         device: `cpu`, `cuda` or `cuda:N`; `auto` is cuda where there is one, else cpu.
         workers: processes that share the work, or 1 to do it here; figures are the same for any
-            number. By default one per core where there is work for minutes, threads where there is
-            less, and one on a GPU.
+            number. By default there is one per core, as threads where the cores or the work are
+            few, and one on a GPU.
         executor: what does the work instead: any executor of `concurrent.futures` or of its kind,
             whose workers find trace and files where this process does, such as `get_executor()` of
             a Dask client gives.

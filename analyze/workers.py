@@ -9,8 +9,11 @@ import torch
 from retrace.analyze.processes import Processes
 from retrace.traces import RetraceError
 
-WORTH_PROCESSES = 2e10
-"""Scores, times methods, from which processes are faster than threads although they start late."""
+BUSY_THREADS = 3
+"""Cores that threads keep busy: more of them wait for Python's lock."""
+WORTH_PROCESSES = 3e9
+"""Scores, times methods, from which more processes than that are faster although they start late:
+about a minute of one core."""
 
 
 @contextmanager
@@ -35,9 +38,10 @@ def threads(device: torch.device, count: int | None = None) -> Iterator[Executor
 @contextmanager
 def start_workers(device: torch.device, count: int | None, work: float) -> Iterator[Executor]:
     """So many workers for work of so many scores times methods: processes, or a thread if it is
-    one. If no count is given it is one per core, and threads where the work is little."""
+    one. If no count is given it is one per core, and threads where those are as fast."""
     several = worker_count(device, count)
-    if several == 1 or (count is None and work < WORTH_PROCESSES):
+    as_fast = several <= BUSY_THREADS or work < WORTH_PROCESSES
+    if several == 1 or (count is None and as_fast):
         with threads(device, count) as pool:
             yield pool
         return

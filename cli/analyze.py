@@ -85,7 +85,7 @@ Example:
     type=click.IntRange(min=1),
     metavar="N",
     help="Processes that share the work; figures are the same for any number. By default one per "
-    "core (on a GPU one), or threads where the work is too little for processes to start.",
+    "core, threads instead where cores are fewer than 4 or the work is short, and one on a GPU.",
 )
 @click.option(
     "--part",

@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from retrace.analyze.states import Protocol
 from retrace.analyze.tabulate import tabulate
 from retrace.analyze.tasks import Progress, replay_all
 from retrace.analyze.unit import Unit, load_units
-from retrace.analyze.workers import start_workers, worker_count
+from retrace.analyze.workers import start_workers
 from retrace.traces import Location, RetraceError, Trace, beside, open_trace
 
 log = logging.getLogger("retrace")
@@ -41,7 +40,7 @@ def analyze(
     calibration_sequences: Sequence[int] | None = None,
     device: str = "auto",
     workers: int | None = None,
-    executor: Executor | None = None,
+    executor: Executor | str | None = None,
     part: tuple[int, int] | None = None,
     keep_exact: bool = True,
     overwrite: bool = False,
@@ -70,8 +69,8 @@ def analyze(
             number. By default there is one per core, as threads where the cores or the work are
             few, and one on a GPU.
         executor: what does the work instead: any executor of `concurrent.futures` or of its kind,
-            whose workers find trace and files where this process does, such as `get_executor()` of
-            a Dask client gives.
+            or the address of a Dask scheduler. Its workers find the trace and loose files where
+            this process does, and have this version of retrace.
         part: (i, n) replays only the i-th of n parts of the work, from 1 on, keeps it in `out` for
             `merge`, and returns the results of it alone.
         keep_exact: keep the exact answers, and what methods learn, beside a trace on a local disk,
@@ -110,8 +109,7 @@ def analyze(
     if every:
         _name_missing_libraries()
     work = settings.scores() * len(wanted)
-    given = nullcontext(executor) if executor is not None else None
-    with given or start_workers(target, workers, work) as pool:
+    with start_workers(target, workers, work, executor) as (pool, count):
         ready = _ready(settings, wanted, every, target, keep_exact, clock, pool)
         job = Job(settings, Plan(ready, settings.protocol, min_context), target)
         kept = None if folder is None else KeptParts(folder, job)
@@ -119,7 +117,7 @@ def analyze(
         store = _store(trace, keep_exact)
         parts, missing = replay_all(job, tasks, store, clock, pool, kept, progress)
     wall, names = time.perf_counter() - start, [str(method.spec) for method in wanted]
-    spent = clock.facts(wall, worker_count(target, workers), names)
+    spent = clock.facts(wall, count, names)
     results = tabulate(job, parts, missing, spent)
     if part is not None:
         return results

@@ -1,5 +1,6 @@
 """Calls that any executor runs: again where a worker died or a disk was away for a moment."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
@@ -39,13 +40,19 @@ def finished(
                     if attempts[key] < ATTEMPTS:
                         running[pool.submit(_alone, calls[key])] = key
                         continue
-                    if not isinstance(error, BrokenExecutor):
+                    if not _is_death(error):
                         raise
-                    answer = error
+                    answer = BrokenExecutor(str(error))
                 yield key, answer
     finally:
         for future in running:
             future.cancel()
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether a worker died, or as many as Dask allows."""
+    killed = getattr(sys.modules.get("distributed"), "KilledWorker", BrokenExecutor)
+    return isinstance(error, BrokenExecutor | killed)
 
 
 def _alone(call: Callable[[], T]) -> T:

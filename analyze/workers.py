@@ -36,20 +36,54 @@ def threads(device: torch.device, count: int | None = None) -> Iterator[Executor
 
 
 @contextmanager
-def start_workers(device: torch.device, count: int | None, work: float) -> Iterator[Executor]:
-    """So many workers for work of so many scores times methods: processes, or a thread if it is
-    one. If no count is given it is one per core, and threads where those are as fast."""
+def start_workers(
+    device: torch.device, count: int | None, work: float, executor: Executor | str | None = None
+) -> Iterator[tuple[Executor, int]]:
+    """Workers for work of so many scores times methods, and how many they are: so many processes,
+    or a thread if it is one. If no count is given it is one per core, and threads where those are
+    as fast. An executor, or the Dask cluster of the scheduler at an address, comes in their place.
+    """
     several = worker_count(device, count)
     as_fast = several <= BUSY_THREADS or work < WORTH_PROCESSES
-    if several == 1 or (count is None and as_fast):
+    if isinstance(executor, str):
+        with _cluster(executor) as (pool, cores):
+            yield pool, cores
+    elif executor is not None:
+        yield executor, several
+    elif several == 1 or (count is None and as_fast):
         with threads(device, count) as pool:
-            yield pool
-        return
-    processes = Processes(several)
+            yield pool, several
+    else:
+        processes = Processes(several)
+        try:
+            yield processes, several
+        finally:
+            processes.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[tuple[Executor, int]]:
+    """The workers of the Dask cluster whose scheduler is at an address, and their cores.
+
+    Raises:
+        RetraceError: dask.distributed is not installed, or no scheduler answers there.
+    """
     try:
-        yield processes
-    finally:
-        processes.shutdown(cancel_futures=True)
+        from distributed import Client
+    except ImportError as error:
+        raise RetraceError(
+            "A Dask cluster needs dask.distributed: pip install 'retrace-attention[cluster]'."
+        ) from error
+    try:
+        client = Client(address, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise RetraceError(f"No Dask scheduler answers at {address} ({error}).") from error
+    with client:
+        executor = client.get_executor(pure=False)
+        try:
+            yield executor, sum(client.ncores().values())
+        finally:
+            executor.shutdown(wait=False)  # what is left is not wanted
 
 
 def worker_count(device: torch.device, asked: int | None = None) -> int:

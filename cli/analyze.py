@@ -88,6 +88,13 @@ Example:
     "core, threads instead where cores are fewer than 4 or the work is short, and one on a GPU.",
 )
 @click.option(
+    "--scheduler",
+    "executor",
+    metavar="ADDRESS",
+    help="Dask scheduler whose cluster does the work, such as tcp://10.0.0.1:8786; its workers "
+    "find the trace under the same path or URL.",
+)
+@click.option(
     "--part",
     type=one_of,
     metavar="I/N",

@@ -49,8 +49,8 @@ class Moments:
         with np.errstate(invalid="ignore"):
             return np.sqrt(np.divide(self.squares, self.count))
 
-    def take(self, index: int) -> Self:
-        """One entry of the first axis."""
+    def take(self, index: int | list[int]) -> Self:
+        """One entry of the first axis, or some."""
         return type(self)(self.count[index], self.mean[index], self.squares[index])
 
     def spread(self, places: list[int], size: int) -> Self:

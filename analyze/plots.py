@@ -293,14 +293,17 @@ def _by_layer(
     results: "Results", metric: str, title: str, label: str, most: float | None = None
 ) -> Figure:
     rows = results.metrics[results.metrics["metric"] == metric]
+    known = results.intervals("layer", metrics=[metric]).dropna(subset="low")
     budgets = _chosen(sorted(int(k) for k in rows["topk"].unique()))
     layers = sorted(int(layer) for layer in rows["layer"].unique())
     methods = results.methods()
     styles = styles_of(methods)
     width = float(np.clip(0.09 * len(layers) + 2.2, 3.2, 5.4))
     figure, panels = panel_grid(len(budgets), width=width, height=2.9, columns=3)
+    bars = "; bars: 95 % over sequences" if len(known) else ""
     figure.suptitle(
-        f"{title} by layer: mean and standard deviation across heads\n{_counted_words(results)}",
+        f"{title} by layer: mean and standard deviation across heads{bars}\n"
+        f"{_counted_words(results)}",
         fontsize="medium",
     )
     for axes, k in zip(panels, budgets, strict=True):
@@ -314,6 +317,8 @@ def _by_layer(
             drawn = True
             share = (number + 0.5) / len(methods)
             _draw_layers(axes, mean, std.loc[mean.index], styles[method], method, most, share)
+            bounds = known[(known["method"] == method) & (known["topk"] == k)].set_index("layer")
+            _draw_intervals(axes, mean, bounds, styles[method], share)
         axes.set_title(f"k = {k}", fontsize="small")
         axes.grid(alpha=0.25)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -353,6 +358,17 @@ def _draw_layers(
     low, high = (mean - std).clip(lower=0.0), (mean + std).clip(upper=most)
     axes.fill_between(mean.index, low, high, color=style.colour, alpha=0.1, linewidth=0)
     axes.plot(mean.index, mean, **line)
+
+
+def _draw_intervals(
+    axes: Axes, mean: "pd.Series[float]", bounds: pd.DataFrame, style: Style, share: float
+) -> None:
+    """The interval of each layer's mean over sequences, as a bar through its point."""
+    bounds = bounds.reindex(mean.index).dropna(subset="low")
+    offset = 0.6 * (share - 0.5) if len(mean) == 1 else 0.0
+    axes.vlines(
+        bounds.index + offset, bounds["low"], bounds["high"], color=style.colour, linewidth=2.2
+    )
 
 
 def _layers_by_heads(rows: pd.DataFrame, metric: str) -> pd.DataFrame:

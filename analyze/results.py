@@ -1,18 +1,38 @@
 """Results: tidy tables of every figure, the run's facts, and how they are kept in a folder."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
 
+from retrace.analyze.intervals import OVER, differences, figures, tabulated
 from retrace.analyze.profile import profile_table
 from retrace.traces import RetraceError
 
+FIGURES = ["mean", "low", "high", "sequences"]
 KEYS = ["method", "layer", "module", "head", "topk", "metric"]
 COLUMNS = [*KEYS, "mean", "std", "count", "protocol", "min_context"]
+WITH_INTERVAL = ("recall", "attention_fraction", "error_norm")
+"""Metrics whose interval a summary shows."""
+SUMMARY = "Means over layers and heads"
 
+SEQUENCE_COLUMNS = {
+    "method": "str",
+    "layer": "int32",
+    "module": "str",
+    "sequence": "int32",
+    "head": "int32",
+    "topk": "int32",
+    "metric": "str",
+    "mean": "float32",
+    "count": "int32",
+}
+"""Columns of the table of sequences, and their types: it is the largest."""
+
+TABLES = ("metrics.parquet", "curves.parquet", "sequences.parquet")
 PLOTS = (
     "attention-fraction-*.png",
     "recall-by-layer.png",
@@ -33,6 +53,10 @@ METRICS: dict[str, str] = {
 """What is measured, by name."""
 
 
+def _no_sequences() -> pd.DataFrame:
+    return pd.DataFrame(columns=list(SEQUENCE_COLUMNS)).astype(SEQUENCE_COLUMNS)
+
+
 @dataclass
 class Results:
     """The figures of one trace under one protocol, for any number of methods and budgets."""
@@ -44,6 +68,9 @@ class Results:
     """The same columns at every budget on the way to the largest asked for."""
     run: dict[str, Any]
     """Trace, every method with all its parameters, settings, versions, timings."""
+    sequences: pd.DataFrame = field(default_factory=_no_sequences)
+    """One row per (method, layer, module, sequence, head, topk, metric) that some query counts
+    for, at the budgets asked for: mean and count over queries. Empty in folders of retrace 0.1."""
 
     def table(self, method: str | None = None, topk: int | None = None) -> pd.DataFrame:
         """Per layer: mean and standard deviation (ddof 0) across heads of recall and error norm.
@@ -65,6 +92,77 @@ class Results:
         table = pd.DataFrame(columns).reset_index()
         table = table.rename(columns={"method": "Method", "topk": "Top-k", "module": "Layer"})
         return table[["Method", "Top-k", "Layer", *columns]]
+
+    def intervals(
+        self,
+        over: str = "layer",
+        *,
+        methods: Sequence[str] | None = None,
+        topk: Sequence[int] | None = None,
+        metrics: Sequence[str] = tuple(METRICS),
+    ) -> pd.DataFrame:
+        """Means with 95 % bootstrap intervals over sequences; see `retrace.analyze.intervals`.
+
+        Args:
+            over: `model`, `layer` or `head`: whether the mean is over all layers and heads, over
+                each layer's heads, or of each head by itself.
+            methods: those of these results; all if None.
+            topk: budgets; all if None.
+            metrics: names of metrics.
+
+        Returns:
+            Columns: method, topk, metric, what the mean is of (layer and module; head), mean, low,
+            high, sequences (how many). With one sequence low and high are NaN.
+
+        Raises:
+            RetraceError: `over` is none of the three.
+        """
+        rows = self.sequences
+        rows = rows[rows["metric"].isin(list(metrics))]
+        rows = rows if methods is None else rows[rows["method"].isin(list(methods))]
+        rows = rows if topk is None else rows[rows["topk"].isin(list(topk))]
+        keys = ["method", "topk", "metric"]
+        found = [
+            (dict(zip(keys, labels, strict=True)), figures(group, _known_level(over)))
+            for labels, group in rows.groupby(keys, sort=False)
+        ]
+        return tabulated(found, [*keys, *OVER[_known_level(over)], *FIGURES])
+
+    def difference(
+        self,
+        method: str,
+        other: str,
+        over: str = "model",
+        *,
+        metrics: Sequence[str] = tuple(METRICS),
+    ) -> pd.DataFrame:
+        """Figures of one method less those of another at the same budgets, with 95 % intervals of
+        the differences: both answered the same sequences, which are drawn in pairs.
+
+        Returns:
+            Columns: topk, metric, what the difference is of, mean (of `method` less `other`), low,
+            high, sequences.
+
+        Raises:
+            RetraceError: a method or level that is not there, or no budget that both have.
+        """
+        sides = [self.sequences[self.sequences["method"] == name] for name in (method, other)]
+        for name, rows in zip((method, other), sides, strict=True):
+            if rows.empty:
+                there = ", ".join(self.sequences["method"].unique()) or "none"
+                raise RetraceError(f"{name} has no figures per sequence here; there are: {there}.")
+        theirs = {labels: group for labels, group in sides[1].groupby(["topk", "metric"])}
+        found = [
+            (
+                {"topk": labels[0], "metric": labels[1]},
+                differences(group, theirs[labels], _known_level(over)),
+            )
+            for labels, group in sides[0].groupby(["topk", "metric"], sort=False)
+            if labels in theirs and labels[1] in metrics
+        ]
+        if not found:
+            raise RetraceError(f"{method} and {other} have no budget in common.")
+        return tabulated(found, ["topk", "metric", *OVER[_known_level(over)], *FIGURES])
 
     def profile(self) -> pd.DataFrame:
         """Where the time of the newest run of these results went: see `profile_table`.
@@ -99,23 +197,69 @@ class Results:
 
         return draw_all(self, Path(folder))
 
+    def summary(
+        self, methods: Sequence[str] | None = None, topk: Sequence[int] | None = None
+    ) -> pd.DataFrame:
+        """Means over layers and heads, a line for each method and budget (all if None), in words:
+        figures, of which some have their 95 % interval over sequences in brackets."""
+        rows = self.metrics
+        rows = rows if methods is None else rows[rows["method"].isin(list(methods))]
+        rows = rows if topk is None else rows[rows["topk"].isin(list(topk))]
+        means = rows.pivot_table("mean", ["method", "topk"], "metric")
+        known = self.intervals("model", methods=methods, topk=topk, metrics=WITH_INTERVAL)
+        bounds = known.set_index(["method", "topk", "metric"])[["low", "high"]]
+        names = [*WITH_INTERVAL, "density", "bytes_ratio"]
+        lines = [
+            [f"{method}, {k}"]
+            + [
+                f"{means.loc[(method, k), name]:.4f}" + _bracket(bounds, (method, k, name))
+                for name in names
+            ]
+            for method in methods or self.methods()
+            for k in self.topk(method)
+            if (method, k) in means.index
+        ]
+        titles = [name.replace("_", " ").title() for name in names]
+        return pd.DataFrame(lines, columns=["Method, top-k", *titles])
+
+    def summary_title(self) -> str:
+        """What a summary shows, and what its brackets are."""
+        sequences = self.sequences["sequence"].nunique()
+        if sequences > 1:
+            brackets = f"in brackets 95 % intervals over {sequences} sequences"
+        elif sequences == 1:
+            brackets = "no intervals, which take more than one sequence"
+        else:
+            return SUMMARY
+        return f"{SUMMARY} ({brackets})"
+
     def markdown(self) -> str:
-        """The table of every method and budget, as Markdown."""
-        parts = []
+        """The summary and the table of every method and budget, as Markdown; layers with the 95 %
+        intervals of their means over sequences, where there are several."""
+        parts = [f"### {self.summary_title()}\n\n{markdown_table(self.summary())}\n"]
+        shown = ("recall", "error_norm")
+        known = self.intervals("layer", metrics=shown).dropna(subset="low")
+        bounds = known.set_index(["method", "topk", "metric", "module"])[["low", "high"]]
         for method in self.methods():
             for k in self.topk(method):
                 table = self.table(method, k).drop(columns=["Method", "Top-k"])
+                for metric in shown if len(bounds) else ():
+                    table[f"95 % of Mean {metric.replace('_', ' ').title()}"] = [
+                        _bracket(bounds, (method, k, metric, m)).strip() for m in table["Layer"]
+                    ]
                 parts.append(f"### {method}, top-k {k}\n\n{markdown_table(table)}\n")
         return "\n".join(parts)
 
     def save(self, folder: str | Path) -> None:
-        """Write `metrics.parquet`, `curves.parquet`, `run.json` and `table.md`, each whole."""
+        """Write `metrics.parquet`, `curves.parquet`, `sequences.parquet`, `run.json` and
+        `table.md`, each whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, frame in (("metrics", self.metrics), ("curves", self.curves)):
+        frames = (self.metrics, self.curves, self.sequences)
+        for name, frame in zip(TABLES, frames, strict=True):
             aside = folder / f".{name}.partial"
             frame.to_parquet(aside, index=False)
-            aside.replace(folder / f"{name}.parquet")
+            aside.replace(folder / name)
         # run.json says what the tables hold, so that it comes last.
         for name, text in (
             ("table.md", self.markdown()),
@@ -135,27 +279,35 @@ class Results:
         folder = Path(folder)
         try:
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            metrics = pd.read_parquet(folder / "metrics.parquet")
-            curves = pd.read_parquet(folder / "curves.parquet")
+            frames = [
+                pd.read_parquet(folder / name)
+                for name in TABLES
+                if name != TABLES[2] or (folder / name).exists()  # retrace 0.1 kept none
+            ]
         except (OSError, ValueError) as error:
             raise RetraceError(
                 f"{folder} is not a results folder of retrace ({error}). Choose another with "
                 "--out, or replace it with --overwrite."
             ) from error
-        return cls(metrics, curves, run)
+        return cls(*frames[:2], run, *frames[2:])
 
     def merged(self, newer: "Results") -> "Results":
         """These results with newer ones added; where both have a figure, the newer one counts."""
 
-        def join(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+        def join(old: pd.DataFrame, new: pd.DataFrame, *more: str) -> pd.DataFrame:
             both = pd.concat([old, new], ignore_index=True)
-            return both.drop_duplicates(KEYS, keep="last", ignore_index=True)
+            return both.drop_duplicates([*KEYS, *more], keep="last", ignore_index=True)
 
         methods = {**self.run["methods"], **newer.run["methods"]}
         run = {**self.run, **newer.run, "methods": methods}
         run["missing"] = [*self._still_missing(newer), *newer.run["missing"]]
         run["history"] = [*self.run["history"], *newer.run["history"]]
-        return Results(join(self.metrics, newer.metrics), join(self.curves, newer.curves), run)
+        return Results(
+            join(self.metrics, newer.metrics),
+            join(self.curves, newer.curves),
+            run,
+            join(self.sequences, newer.sequences, "sequence"),
+        )
 
     def _still_missing(self, newer: "Results") -> list[dict[str, Any]]:
         """What is missing of these results after newer ones were added."""
@@ -178,7 +330,22 @@ class Results:
             self.metrics[~self.metrics["method"].isin(methods)],
             self.curves[~self.curves["method"].isin(methods)],
             run,
+            self.sequences[~self.sequences["method"].isin(methods)],
         )
+
+
+def _known_level(over: str) -> str:
+    if over not in OVER:
+        raise RetraceError(f"There are no means over {over!r}: choose {', '.join(OVER)}.")
+    return over
+
+
+def _bracket(bounds: pd.DataFrame, place: tuple[Any, ...]) -> str:
+    """An interval as it stands behind its mean; nothing where there is none."""
+    if place not in bounds.index or bounds.loc[place].isna().any():
+        return ""
+    low, high = bounds.loc[place]
+    return f" [{low:.4f}, {high:.4f}]"
 
 
 def markdown_table(table: pd.DataFrame) -> str:

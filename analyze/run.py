@@ -15,7 +15,7 @@ from retrace.analyze.parts import PARTS, Job, KeptParts
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Plan, Replayed
-from retrace.analyze.results import PLOTS, Results
+from retrace.analyze.results import PLOTS, TABLES, Results
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.settings import Settings
 from retrace.analyze.states import Protocol
@@ -267,7 +267,7 @@ def _store(trace: Trace, keep: bool) -> ReferenceStore:
 
 def _clear(folder: Path) -> None:
     """Remove what a results folder holds, and nothing else that may lie there."""
-    for name in ("metrics.parquet", "curves.parquet", "table.md", "run.json"):
+    for name in (*TABLES, "table.md", "run.json"):
         (folder / name).unlink(missing_ok=True)
     for pattern in PLOTS:
         for plot in (folder / "plots").glob(pattern):

@@ -13,7 +13,7 @@ import torch
 from retrace.analyze.moments import Moments
 from retrace.analyze.parts import Job
 from retrace.analyze.replay import Tally
-from retrace.analyze.results import COLUMNS, Results
+from retrace.analyze.results import COLUMNS, SEQUENCE_COLUMNS, Results
 from retrace.analyze.states import Cost
 
 
@@ -91,7 +91,7 @@ def tabulate(
             }
         ],
     }
-    return Results(join(points), join(curves), run)
+    return Results(join(points), join(curves), run, _by_sequence(job, parts))
 
 
 def _by_layer(parts: Mapping[tuple[int, int], list[Tally]]) -> dict[int, list[Tally]]:
@@ -102,6 +102,27 @@ def _by_layer(parts: Mapping[tuple[int, int], list[Tally]]) -> dict[int, list[Ta
         for whole, tally in zip(wholes, part, strict=True):
             whole.merge(tally)
     return layers
+
+
+def _by_sequence(job: Job, parts: Mapping[tuple[int, int], list[Tally]]) -> pd.DataFrame:
+    """Rows of every sequence at the budgets asked for, less those that no query counts for."""
+    frames = []
+    for i, method in enumerate(job.plan.methods):
+        for (layer, sequence), tallies in parts.items():
+            tally = tallies[i]
+            labels = {
+                "method": str(method.spec),
+                "layer": layer,
+                "module": job.settings.trace.layer(layer).rules.module,
+                "sequence": sequence,
+            }
+            places = [tally.ks.index(k) for k in tally.topk]
+            asked = {m: moments.take(places) for m, moments in tally.at_all.items()}
+            for metric, moments in {**asked, **tally.at_points}.items():
+                frames.append(_frame(labels, metric, tally.topk, moments))
+    rows = pd.concat(frames, ignore_index=True)
+    rows = rows.loc[rows["count"] > 0, list(SEQUENCE_COLUMNS)].reset_index(drop=True)
+    return rows.astype(SEQUENCE_COLUMNS)
 
 
 def _frame(

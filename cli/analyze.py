@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from retrace.traces import Location
 
 MOST_TABLES = 12
-"""Methods and budgets that have a table of their own on stdout; of more the means are printed."""
+"""Methods and budgets that have a table of their own on stdout, before the means of all."""
 
 
 @click.command(
@@ -160,7 +160,7 @@ def command(
         note(f"Part {part[0]} of {part[1]} is in {out}: `retrace merge {out}` when all are.")
         return
     there = [name for name in map(str, specs) if name in results.methods()]
-    print_results(results, there, sorted(set(topk)), format or _default_format())
+    print_results(results, there, sorted(set(topk)), format or default_format())
     if profile:
         print_profile(results)
     note(f"Results: {out}")
@@ -199,30 +199,17 @@ def print_results(
             click.echo(rows.to_csv(index=False), nl=False)
         return
     pairs = [(method, k) for method in methods for k in topk if k in results.topk(method)]
-    if len(pairs) > MOST_TABLES:
-        _print_summary(results, pairs, form)
-        return
-    for method, k in pairs:
+    for method, k in pairs if len(pairs) <= MOST_TABLES else ():
         table = results.table(method, k).drop(columns=["Method", "Top-k"])
-        _print(f"{method}, top-k {k}", table, form)
+        print_figures(f"{method}, top-k {k}", table, form)
+    print_figures(results.summary_title(), results.summary(methods, topk), form)
 
 
-def _print_summary(results: "Results", pairs: Sequence[tuple[str, int]], form: str) -> None:
-    """One line for each method and budget, where a table for each would be too many."""
-    import pandas as pd
-
-    names = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio")
-    means = results.metrics.pivot_table("mean", ["method", "topk"], "metric")
-    table = means.reindex(pd.MultiIndex.from_tuples(pairs))[list(names)]
-    table.columns = [name.replace("_", " ").title() for name in names]
-    table.index = pd.Index([f"{method}, {k}" for method, k in pairs], name="Method, top-k")
-    _print("Means over layers and heads", table.reset_index(), form)
-
-
-def _print(title: str, table: "pd.DataFrame", form: str) -> None:
+def print_figures(title: str, table: "pd.DataFrame", form: str) -> None:
+    """Print a table of figures and words, as a table or in Markdown."""
     lines = [
-        [str(name), *(f"{figure:.4f}" for figure in figures)]
-        for name, *figures in table.itertuples(index=False)
+        [cell if isinstance(cell, str) else f"{cell:.4f}" for cell in line]
+        for line in table.itertuples(index=False)
     ]
     if form == "table":
         print_table(list(table.columns), lines, title=title)
@@ -246,7 +233,8 @@ def print_profile(results: "Results") -> None:
     print_table(list(table.columns), rows, title=title, left=["Method"], err=True)
 
 
-def _default_format() -> str:
+def default_format() -> str:
+    """A table for people, Markdown for files."""
     return "table" if on_terminal() else "markdown"
 
 

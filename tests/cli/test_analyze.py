@@ -29,7 +29,9 @@ def test_tables_on_stdout_and_words_on_stderr(run: Run, trace: Path) -> None:
         "### exact, top-k 10",
         "### quest, top-k 5",
         "### quest, top-k 10",
+        "### Means over layers and heads (in brackets 95 % intervals over 2 sequences)",
     ]
+    assert "| quest, 10 | " in result.stdout
     assert result.stdout.count(HEADER) == 4
     assert result.stdout.count("| model.layers.1.self_attn | ") == 4
     assert "results/tiny" in result.stderr
@@ -40,7 +42,13 @@ def test_tables_on_stdout_and_words_on_stderr(run: Run, trace: Path) -> None:
 def test_the_folder(run: Run, trace: Path) -> None:
     run("analyze", trace, "--topk", "5", "--out", "here", "--no-plots")
     files = {file.name for file in Path("here").iterdir()}
-    assert files == {"metrics.parquet", "curves.parquet", "run.json", "table.md"}
+    assert files == {
+        "metrics.parquet",
+        "curves.parquet",
+        "sequences.parquet",
+        "run.json",
+        "table.md",
+    }
     run("analyze", trace, "--topk", "5", "--out", "here")
     assert {file.name for file in Path("here/plots").iterdir()} == {
         "attention-fraction-curves.png",

@@ -62,7 +62,8 @@ def test_commands_run(run: Run, readme_trace: Path, command: str) -> None:
     assert program == "retrace"
     methods = [after for flag, after in itertools.pairwise(arguments) if flag == "--method"]
     titles = [line for line in run(*arguments, "--no-plots").stdout.splitlines() if "###" in line]
-    assert titles == [f"### {method.removeprefix('./')}, top-k 10" for method in methods]
+    assert titles[:-1] == [f"### {method.removeprefix('./')}, top-k 10" for method in methods]
+    assert titles[-1].startswith("### Means over layers and heads")
 
 
 def test_the_function_is_exact_attention(readme_trace: Path) -> None:

@@ -1,0 +1,219 @@
+"""Figures per sequence, and their intervals: by definition, and how often they hold the truth."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from retrace.analyze import Results, analyze
+from retrace.analyze.results import SEQUENCE_COLUMNS
+from retrace.traces import RetraceError, Trace
+
+MakeTrace = Callable[..., Trace]
+METHODS = ["quest:page=4", "window"]
+LENGTHS = (53, 61, 1, 70, 44, 66)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Results]:
+    return {}
+
+
+@pytest.fixture
+def results(make_trace: MakeTrace, rules: Any, found: dict[str, Results]) -> Results:
+    """Of two layers of unlike heads, and sequences of unlike lengths."""
+    if not found:
+        trace = make_trace([rules(heads=4), rules(window=9)], LENGTHS)
+        found["all"] = analyze(trace, METHODS, [2, 5], keep_exact=False)
+    return found["all"]
+
+
+def rows_of(values: np.ndarray[Any, Any], count: int = 1) -> Results:
+    """Results of one method and head with these figures (sequences,)."""
+    rows = pd.DataFrame(
+        {
+            "method": "mine",
+            "layer": 0,
+            "module": "layer",
+            "sequence": np.arange(len(values)),
+            "head": 0,
+            "topk": 1,
+            "metric": "recall",
+            "mean": values,
+            "count": count,
+        }
+    ).astype(SEQUENCE_COLUMNS)
+    return Results(pd.DataFrame(), pd.DataFrame(), {}, rows)
+
+
+def test_sequences_come_to_the_tables(results: Results) -> None:
+    keys = ["method", "layer", "module", "head", "topk", "metric"]
+    rows = results.sequences.assign(total=lambda r: r["mean"].astype(float) * r["count"])
+    sums = rows.groupby(keys)[["total", "count"]].sum()
+    whole = results.metrics.set_index(keys)
+    assert (whole.loc[sums.index, "count"] == sums["count"]).all()
+    np.testing.assert_allclose(
+        sums["total"] / sums["count"], whole.loc[sums.index, "mean"], rtol=1e-5, atol=1e-6
+    )
+    assert set(results.sequences["sequence"]) == {0, 1, 3, 4, 5}  # of one, no query counts
+
+
+def test_a_sequence_has_the_figures_it_has_alone(make_trace: MakeTrace, rules: Any) -> None:
+    trace = make_trace(rules(), (53, 61))
+    both = analyze(trace, METHODS, [3], keep_exact=False)
+    alone = analyze(trace, METHODS, [3], keep_exact=False, calibration_sequences=[1])
+    ours = both.sequences[both.sequences["sequence"] == 0]
+    keys = ["method", "head", "metric"]
+    pd.testing.assert_series_equal(
+        ours.set_index(keys)["mean"].sort_index(),
+        alone.metrics.set_index(keys)["mean"].sort_index(),
+        check_dtype=False,
+        check_index_type=False,
+        rtol=1e-6,
+    )
+
+
+def resampled(rows: pd.DataFrame, draws: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Mean over layers and heads when these sequences are drawn (resamples, sequences): one head,
+    one resample after another."""
+    figures = []
+    for drawn in draws:
+        heads = []
+        for _, head in rows.groupby(["layer", "head"]):
+            head = head.set_index("sequence")
+            chosen = [s for s in drawn if s in head.index]
+            total = sum(float(head["mean"][s]) * int(head["count"][s]) for s in chosen)
+            heads.append(total / sum(int(head["count"][s]) for s in chosen))
+        figures.append(np.mean(heads))
+    return np.array(figures)
+
+
+@pytest.mark.parametrize("metric", ["error_norm", "attention_fraction"])
+def test_against_a_plain_bootstrap(results: Results, metric: str) -> None:
+    """Percentiles at the level that makes a normal mean's interval as wide as Student's."""
+    rows = results.sequences
+    rows = rows[(rows.method == "quest:page=4") & (rows.topk == 2) & (rows.metric == metric)]
+    sequences = sorted(rows["sequence"].unique())
+    n = len(sequences)
+    draws = np.random.default_rng(1).choice(sequences, (1500, n))
+    tail = stats.norm.cdf(-np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1))
+    plain = resampled(rows, draws)
+    low, high = np.quantile(plain, [tail, 1 - tail])
+    [ours] = results.intervals(
+        "model", methods=["quest:page=4"], topk=[2], metrics=[metric]
+    ).to_dict("records")
+    assert ours["mean"] == pytest.approx(resampled(rows, np.array([sequences]))[0], rel=1e-6)
+    assert ours["sequences"] == n
+    room = 0.3 * (high - low)  # these are far percentiles of few resamples
+    assert ours["low"] == pytest.approx(low, abs=room)
+    assert ours["high"] == pytest.approx(high, abs=room)
+    assert ours["low"] < ours["mean"] < ours["high"]
+
+
+def test_heads_that_count_unlike_queries(results: Results) -> None:
+    """Heads whose counts differ are averaged head by head, not query by query."""
+    rows = results.sequences.copy()
+    rows.loc[rows["head"] == 1, "count"] = 1
+    uneven = Results(results.metrics, results.curves, results.run, rows)
+    chosen = {"methods": ["window"], "topk": [2], "metrics": ["recall"]}
+    [ours] = uneven.intervals("model", **chosen).to_dict("records")
+    rows = rows[(rows.method == "window") & (rows.topk == 2) & (rows.metric == "recall")]
+    everything = np.array([sorted(rows["sequence"].unique())])
+    assert ours["mean"] == pytest.approx(resampled(rows, everything)[0], rel=1e-6)
+
+
+def test_levels_agree_with_the_tables(results: Results) -> None:
+    layers = results.intervals("layer", metrics=["recall"]).set_index(["method", "topk", "module"])
+    for row in results.table().to_dict("records"):
+        ours = layers.loc[row["Method"], row["Top-k"], row["Layer"]]
+        assert ours["mean"] == pytest.approx(row["Mean Recall"], rel=1e-5)
+    heads = results.intervals("head")
+    assert len(heads) == len(results.metrics)
+    model = results.intervals("model", metrics=["recall"]).set_index(["method", "topk"])
+    for at, mean in (
+        heads[heads.metric == "recall"].groupby(["method", "topk"])["mean"].mean().items()
+    ):
+        assert model.loc[at, "mean"] == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize(("sequences", "least", "most"), [(8, 0.91, 0.99), (40, 0.92, 0.98)])
+def test_coverage_of_a_normal_mean(sequences: int, least: float, most: float) -> None:
+    generator = np.random.default_rng(0)
+    held = []
+    for _ in range(300):
+        [row] = rows_of(generator.normal(3.0, 1.0, sequences)).intervals("model").to_dict("records")
+        held.append(row["low"] <= 3.0 <= row["high"])
+    assert least < np.mean(held) < most
+
+
+def test_long_sequences_weigh_more() -> None:
+    results = rows_of(np.array([0.0, 1.0]))
+    results.sequences["count"] = np.array([1, 3], np.int32)
+    [row] = results.intervals("model").to_dict("records")
+    assert row["mean"] == 0.75
+    assert (row["low"], row["high"]) == (0.0, 1.0)
+
+
+def test_one_sequence_has_no_interval(make_trace: MakeTrace, rules: Any) -> None:
+    results = analyze(make_trace(rules(), (53,)), ["window"], [2], keep_exact=False)
+    row = results.intervals("model", metrics=["recall"]).iloc[0]
+    assert np.isfinite(row["mean"]) and np.isnan(row["low"]) and np.isnan(row["high"])
+    assert "more than one sequence" in results.markdown()
+    assert "[" not in results.summary().to_string()
+
+
+def test_differences_are_paired(results: Results) -> None:
+    """What makes a sequence hard for both cancels, so that the interval is narrower."""
+    found = results.difference("quest:page=4", "window", metrics=["error_norm"]).set_index("topk")
+    means = results.intervals("model", metrics=["error_norm"]).set_index(["method", "topk"])
+    for k in (2, 5):
+        apart = means.loc[("quest:page=4", k), "mean"] - means.loc[("window", k), "mean"]
+        assert found.loc[k, "mean"] == pytest.approx(apart, rel=1e-9)
+        assert found.loc[k, "low"] <= found.loc[k, "mean"] <= found.loc[k, "high"]
+    noise = np.random.default_rng(0).normal(size=12)
+    rows = rows_of(noise).sequences
+    other = rows.assign(method="other", mean=rows["mean"] + np.float32(0.5))
+    both = Results(pd.DataFrame(), pd.DataFrame(), {}, pd.concat([rows, other]))
+    [row] = both.difference("other", "mine").to_dict("records")
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx((0.5, 0.5, 0.5), abs=1e-6)
+
+
+def test_the_same_again(results: Results) -> None:
+    pd.testing.assert_frame_equal(results.intervals("head"), results.intervals("head"))
+
+
+def test_what_is_not_there(results: Results) -> None:
+    with pytest.raises(RetraceError, match=r"'heads'.*model, layer, head"):
+        results.intervals("heads")
+    with pytest.raises(RetraceError, match=r"sparq.*quest:page=4, window"):
+        results.difference("sparq", "window")
+
+
+def test_kept_grown_and_left_out(make_trace: MakeTrace, rules: Any, tmp_path: Path) -> None:
+    trace = make_trace(rules(), (53, 61), name="own")
+    grown = tmp_path / "r"
+    analyze(trace, ["window"], [2], out=grown, keep_exact=False)
+    both = analyze(trace, ["window", "random"], [2, 3], out=grown, keep_exact=False)
+    read = Results.load(grown)
+    pd.testing.assert_frame_equal(read.sequences, both.sequences)
+    assert not read.sequences.duplicated(list(SEQUENCE_COLUMNS)[:-2]).any()
+    recall = read.sequences[read.sequences["metric"] == "recall"]
+    counts = recall.groupby(["method", "topk"]).size()
+    assert len(counts) == 4 and counts.nunique() == 1
+    assert set(read.without({"random"}).sequences["method"]) == {"window"}
+
+
+def test_a_folder_that_kept_none(make_trace: MakeTrace, rules: Any, tmp_path: Path) -> None:
+    trace = make_trace(rules(), (53, 61), name="own")
+    analyze(trace, ["window"], [2], out=tmp_path / "r", keep_exact=False)
+    (tmp_path / "r" / "sequences.parquet").unlink()
+    read = Results.load(tmp_path / "r")
+    assert read.sequences.empty and read.intervals("layer").empty
+    assert "[" not in read.markdown()
+    more = analyze(trace, ["random"], [2], out=tmp_path / "r", keep_exact=False)
+    assert set(more.sequences["method"]) == {"random"}
+    assert "window, 2" in more.markdown()

@@ -284,11 +284,13 @@ class Results:
                 for name in TABLES
                 if name != TABLES[2] or (folder / name).exists()  # retrace 0.1 kept none
             ]
+            for table in frames[:2]:
+                if absent := [name for name in COLUMNS if name not in table]:
+                    raise ValueError(f"its tables have no column {', '.join(absent)}")
+            if not isinstance(run, dict):
+                raise ValueError("its run.json is no object")
         except (OSError, ValueError) as error:
-            raise RetraceError(
-                f"{folder} is not a results folder of retrace ({error}). Choose another with "
-                "--out, or replace it with --overwrite."
-            ) from error
+            raise RetraceError(f"{folder} is not a results folder of retrace ({error}).") from error
         return cls(*frames[:2], run, *frames[2:])
 
     def merged(self, newer: "Results") -> "Results":

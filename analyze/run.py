@@ -161,7 +161,12 @@ def earlier(folder: Path) -> Results | None:
     """The results that are in the folder; None where there are at most parts of some."""
     if not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= {PARTS}):
         return None
-    return Results.load(folder)
+    try:
+        return Results.load(folder)
+    except RetraceError as error:
+        raise RetraceError(
+            f"{error} Choose another with --out, or replace it with --overwrite."
+        ) from error
 
 
 def _share(tasks: list[tuple[int, int]], index: int, count: int) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ COMMANDS = (
     "compare",
     "evaluate",
     "calibrate",
+    "report",
     "info",
     "traces",
     "methods",

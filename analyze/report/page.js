@@ -1,0 +1,610 @@
+"use strict";
+// Everything shown is computed from the grids of the page: float32 (layers, heads) for each method,
+// metric and budget. What comes from results enters the document as text, never as HTML.
+
+const at = (id) => document.getElementById(id);
+
+const METRICS = {
+  recall: { title: "Recall", axis: "recall@k", most: 1, better: 1 },
+  candidate_recall: { title: "Candidate recall", axis: "candidate recall@k", most: 1, better: 1 },
+  error_norm: { title: "Error norm", axis: "error norm ||o − o'|| / ||o||", better: -1 },
+  attention_fraction: { title: "Attention fraction", axis: "share of attention mass", most: 1, better: 1 },
+  exact_attention_fraction: { title: "Exact attention fraction", axis: "share of attention mass", most: 1, better: 0 },
+  density: { title: "Density", axis: "keys attended / keys visible", most: 1, better: -1 },
+  bytes_ratio: { title: "Bytes", axis: "bytes read / bytes of full attention", better: -1 },
+};
+const LOST = { title: "Lost attention mass", axis: "1 − attention fraction", better: -1 };
+const AGAINST = { topk: "budget k (keys per query and head)", density: METRICS.density.axis, bytes_ratio: METRICS.bytes_ratio.axis };
+const DASHES = { "-": ["solid", ""], "--": ["dash", "7 4"], ":": ["dot", "2 3"], "-.": ["dashdot", "7 3 2 3"] };
+const MARKERS = { o: ["circle", "●"], s: ["square", "■"], "^": ["triangle-up", "▲"], D: ["diamond", "◆"], v: ["triangle-down", "▼"], P: ["cross", "✚"] };
+// Okabe and Ito's colours, lighter where the page is dark.
+const ON_DARK = { "#0072B2": "#4DA6E0", "#D55E00": "#F0803C", "#009E73": "#2CC29A", "#CC79A7": "#DF9CC1", black: "#F2F2F2" };
+const DIVERGING = ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"].map((c, i) => [i / 6, c]);
+const DRAWN_AT_FIRST = 10;
+
+let index, figures;
+const chosen = { method: 0, other: null, metric: "attention_fraction", topk: 0, layer: null, head: null, against: "topk", drawn: new Set() };
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+// --- reading ----------------------------------------------------------------------------------
+
+async function unpacked(id) {
+  const text = atob(at(id).textContent), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+function joined(planes) {
+  const count = planes.length / 4, bytes = new Uint8Array(planes.length);
+  for (let plane = 0; plane < 4; plane++)
+    for (let i = 0; i < count; i++) bytes[4 * i + plane] = planes[plane * count + i];
+  return new Float32Array(bytes.buffer);
+}
+
+const runOf = (entry) => index.runs[entry.run];
+
+/** The grid of a method's metric at a budget asked for, null where there is none. */
+function grid(entry, metric, topk, column = "mean") {
+  const place = entry.figures[metric]?.[entry.topk.indexOf(topk)];
+  return place ? slice(entry, place[column]) : null;
+}
+
+function slice(entry, place) {
+  const run = runOf(entry);
+  return figures.subarray(place, place + run.layers.length * run.heads);
+}
+
+/** One figure of a grid: NaN where its run has no such layer or head. */
+function cell(entry, values, layer, head) {
+  const run = runOf(entry), row = run.layers.indexOf(layer);
+  return !values || row < 0 || head >= run.heads ? NaN : values[row * run.heads + head];
+}
+
+/** The figures of a grid in some layer and head, or all of them where null; none that are NaN. */
+function within(entry, values, layer = chosen.layer, head = chosen.head) {
+  const run = runOf(entry), found = [];
+  if (!values) return found;
+  for (let row = 0; row < run.layers.length; row++) {
+    if (layer !== null && run.layers[row] !== layer) continue;
+    for (let h = 0; h < run.heads; h++) {
+      const value = values[row * run.heads + h];
+      if ((head === null || h === head) && !Number.isNaN(value)) found.push(value);
+    }
+  }
+  return found;
+}
+
+const mean = (values) => values.reduce((sum, v) => sum + v, 0) / values.length;
+const spread = (values) => Math.sqrt(mean(values.map((v) => (v - mean(values)) ** 2)));
+function quantile(values, share) {
+  const sorted = Float64Array.from(values).sort(), place = share * (sorted.length - 1), low = Math.floor(place);
+  return sorted[low] + (place - low) * (sorted[Math.ceil(place)] - sorted[low]);
+}
+const overall = (entry, metric, topk) => mean(within(entry, grid(entry, metric, topk), null, null));
+
+// --- words ------------------------------------------------------------------------------------
+
+function shown(value, signed = false) {
+  if (value === null || !Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  const text = size >= 1e5 ? size.toExponential(3) : size >= 10 ? size.toPrecision(5) : size.toFixed(4);
+  return (value < 0 && Number(text) ? "−" : signed && Number(text) ? "+" : "") + text;
+}
+const counted = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
+/** Text that Plotly, which reads some HTML, shows as it is; long specs in lines. */
+function plain(text, width = 44) {
+  const lines = [""];
+  for (const part of text.split(/(?<=[,:/ ])/)) {
+    if (lines.at(-1) && (lines.at(-1) + part).length > width) lines.push("");
+    lines[lines.length - 1] += part;
+  }
+  const escaped = (line) => line.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  return lines.map(escaped).join("<br>");
+}
+function scopeWords() {
+  const layer = chosen.layer === null ? "all layers" : `layer ${chosen.layer}`;
+  return chosen.head === null ? `${layer}, mean over heads` : `${layer}, head ${chosen.head}`;
+}
+function moduleOf(entry, layer) {
+  const run = runOf(entry);
+  return run.modules[run.layers.indexOf(layer)] ?? "";
+}
+const countedFrom = ({ min_context }) => (min_context == null ? "position 10 k" : `position ${min_context}`);
+
+function element(tag, content = "", attributes = {}) {
+  const made = document.createElement(tag);
+  for (const part of [content].flat()) made.append(part);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+// --- drawing ----------------------------------------------------------------------------------
+
+const theme = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+function colourOf(entry) {
+  const { colour } = entry.style;
+  return (dark.matches && ON_DARK[colour]) || colour;
+}
+
+function draw(id, traces, layout) {
+  const ink = theme("ink"), line = theme("line"), touch = matchMedia("(pointer: coarse)").matches;
+  const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, fixedrange: touch };
+  Plotly.react(at(id), traces, {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: "system-ui, sans-serif", size: 12, color: ink },
+    margin: { l: 52, r: 12, t: 20, b: 44 }, showlegend: false, hovermode: "closest",
+    dragmode: touch ? false : "zoom",
+    hoverlabel: { bgcolor: theme("wash"), bordercolor: line, font: { color: ink }, align: "left" },
+    ...layout, xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
+  }, {
+    responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover", modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
+  });
+}
+
+function every(names) { // tick labels of at most 16 of them
+  const step = Math.ceil(names.length / 16), places = names.map((_, i) => i).filter((i) => i % step === 0);
+  return { tickvals: places, ticktext: places.map((i) => String(names[i])) };
+}
+
+/** A heat map; `values` by row of the run and head. */
+function drawMap(id, entry, values, words, scale) {
+  const run = runOf(entry), rows = run.layers.map((_, row) => values.slice(row * run.heads, (row + 1) * run.heads));
+  const text = rows.map((row, r) => row.map((value, h) => `layer ${run.layers[r]}, head ${h}<br>${words} ${Number.isNaN(value) ? "no query counts" : shown(value, scale.signed)}`));
+  at(id).style.height = `${Math.min(Math.max(run.layers.length * 11, 130), 900) + 80}px`;
+  draw(id, [{
+    type: "heatmap", z: rows, text, hovertemplate: "%{text}<extra></extra>", hoverongaps: false,
+    xgap: run.heads <= 32 ? 1 : 0, ygap: run.layers.length <= 40 ? 1 : 0,
+    colorscale: scale.colours, zmin: scale.least, zmax: scale.most,
+    colorbar: { thickness: 10, outlinewidth: 0, tickfont: { size: 11 }, title: { text: scale.title, side: "right", font: { size: 11 } } },
+  }], {
+    plot_bgcolor: theme("empty"), shapes: mark(entry),
+    xaxis: { title: { text: "head" }, ...every([...Array(run.heads).keys()]), showgrid: false, zeroline: false, range: [-0.5, run.heads - 0.5] },
+    yaxis: { title: { text: "layer" }, ...every(run.layers), showgrid: false, zeroline: false, range: [run.layers.length - 0.5, -0.5] },
+  });
+}
+
+function mark(entry) {
+  const row = runOf(entry).layers.indexOf(chosen.layer), column = chosen.head;
+  if (row < 0 && column === null) return [];
+  const [x0, x1] = column === null ? [-0.5, runOf(entry).heads - 0.5] : [column - 0.5, column + 0.5];
+  const [y0, y1] = row < 0 ? [-0.5, runOf(entry).layers.length - 0.5] : [row - 0.5, row + 0.5];
+  const box = { type: "rect", x0, x1, y0, y1 };
+  return [{ ...box, line: { color: "#000000", width: 4 } }, { ...box, line: { color: "#ffffff", width: 2 } }];
+}
+
+function drawMaps() {
+  const { metric, topk } = chosen, info = METRICS[metric];
+  const [method, other] = [index.entries[chosen.method], index.entries[chosen.other]];
+  const first = grid(method, metric, topk), second = other && grid(other, metric, topk);
+  const largest = [first, second].flatMap((values) => (values ? [...values].filter(Number.isFinite) : [])).reduce((a, b) => Math.max(a, b), 0);
+  const scale = { colours: "Viridis", least: 0, most: info.most ?? (largest || 1), title: info.axis };
+  at("heads-caption").textContent = `${info.title} (${index.metrics[metric]}) at k = ${topk}, mean over the queries that count. Choose a cell for that head's curves; with the keyboard, arrows move and Enter goes there.`;
+  showMap("method", method, first, scale, method.label);
+  showMap("other", other, second, scale, other?.label);
+  let difference = null;
+  if (first && second) {
+    const run = runOf(method);
+    difference = first.map((value, i) => value - cell(other, second, run.layers[Math.floor(i / run.heads)], i % run.heads));
+  }
+  const most = Math.max(0.01, ...(difference ?? []).filter(Number.isFinite).map(Math.abs));
+  showMap("difference", method, difference, { colours: DIVERGING, least: -most, most, title: "difference", signed: true }, other && `Difference: ${method.label} less ${other.label}`);
+  sayHead();
+}
+
+function showMap(part, entry, values, scale, title) {
+  const id = `map-${part}`;
+  at(id).parentElement.hidden = !entry || (part === "difference" && !values);
+  if (!entry) return;
+  at(`${id}-title`).textContent = values ? title : `${title}: not measured at k = ${chosen.topk}`;
+  at(id).hidden = !values;
+  if (values) drawMap(id, entry, values, part === "difference" ? "difference" : METRICS[chosen.metric].title.toLowerCase(), scale);
+}
+
+function sayHead(layer = chosen.layer, head = chosen.head) {
+  const method = index.entries[chosen.method], other = index.entries[chosen.other], { metric, topk } = chosen;
+  if (layer === null || head === null) return (at("readout").textContent = "No head is chosen.");
+  const say = (entry) => {
+    const value = cell(entry, grid(entry, metric, topk), layer, head);
+    if (Number.isNaN(value)) return `${entry.label} –`;
+    return `${entry.label} ${shown(value)} (std ${shown(cell(entry, grid(entry, metric, topk, "std"), layer, head))} over queries)`;
+  };
+  const queries = cell(method, grid(method, metric, topk, "count"), layer, head);
+  at("readout").textContent = `Layer ${layer}, head ${head} (${moduleOf(method, layer)}), ${METRICS[metric].title.toLowerCase()} at k = ${topk}: `
+    + [method, other].filter(Boolean).map(say).join("; ") + (queries > 0 ? `; ${counted(queries, "query").replace("querys", "queries")}.` : ".");
+}
+
+/** The points of a method's curve within the scope: at the budgets asked for, and between them. */
+function curve(entry, metric, against, values = mean) {
+  const points = new Map(), place = (topk) => (against === "topk" ? topk : mean(within(entry, grid(entry, against, topk))));
+  if (against === "topk")
+    (entry.curves[metric] ?? []).forEach((start, i) => start !== null && points.set(entry.curve_topk[i], { asked: false, values: within(entry, slice(entry, start)) }));
+  for (const topk of entry.topk) points.set(topk, { asked: true, values: within(entry, grid(entry, metric, topk)) });
+  return [...points].map(([topk, point]) => ({ topk, x: place(topk), y: values(point.values), ...point }))
+    .filter(({ x, y, values: some }) => some.length && Number.isFinite(x) && Number.isFinite(y)).sort((a, b) => a.topk - b.topk);
+}
+
+function lineOf(entry, points, axes) {
+  const role = index.entries.indexOf(entry), first = role === chosen.method, second = role === chosen.other;
+  return {
+    type: "scatter", mode: "lines+markers", name: plain(entry.label), x: points.map((p) => p.x), y: points.map((p) => p.y),
+    line: { color: colourOf(entry), dash: DASHES[entry.style.dashes][0], width: first ? 3 : second ? 2.5 : 1.4 },
+    marker: { color: colourOf(entry), symbol: MARKERS[entry.style.marker][0], opacity: 1, line: { width: 0 }, size: points.map((p) => (p.asked ? (first ? 8 : 6) : 0)) },
+    text: points.map((p) => `${plain(entry.label)}<br>k = ${p.topk}<br>${axes} ${shown(p.y)}${p.cost === undefined ? "" : `<br>bytes ${shown(p.cost)}`}`),
+    hovertemplate: "%{text}<extra></extra>", opacity: first || second ? 1 : 0.8,
+  };
+}
+
+/** Methods drawn, the chosen ones last and so on top. */
+function drawn() {
+  const last = [chosen.other, chosen.method].filter((i) => i !== null);
+  return [...[...chosen.drawn].filter((i) => !last.includes(i)).sort((a, b) => a - b), ...last].map((i) => index.entries[i]);
+}
+
+function drawCurves() {
+  const { against } = chosen;
+  at("curves-title").textContent = `Curves: ${scopeWords()}`;
+  const method = index.entries[chosen.method];
+  const spreads = within(method, grid(method, "recall", chosen.topk) ?? grid(method, "attention_fraction", chosen.topk)).length > 1;
+  at("curves-caption").textContent = `Against ${against === "topk" ? "the budget" : against === "density" ? "keys attended over keys visible" : "bytes read over those of full attention"}; markers are the budgets asked for, where the method's choices nest, lines go through the budgets between them. Each k has the queries from ${countedFrom(runOf(method).facts)} on, so that a curve may fall.`
+    + (spreads ? ` The band is 10 to 90 % of the heads under ${method.label}.` : "");
+  for (const metric of ["attention_fraction", "recall", "error_norm"]) {
+    const traces = spreads ? band(method, metric, against) : [];
+    for (const entry of drawn()) {
+      const points = curve(entry, metric, against);
+      if (points.length) traces.push(lineOf(entry, points, METRICS[metric].title.toLowerCase()));
+    }
+    draw(`curve-${metric}`, traces, {
+      xaxis: { title: { text: AGAINST[against] }, ...logarithmic(traces) },
+      yaxis: { title: { text: METRICS[metric].axis }, ...(METRICS[metric].most ? { range: [0, 1.03] } : { rangemode: "tozero" }) },
+      annotations: nothing(traces),
+    });
+  }
+}
+
+function band(entry, metric, against) {
+  const edge = (share) => curve(entry, metric, against, (values) => quantile(values, share));
+  const [low, high] = [edge(0.1), edge(0.9)];
+  if (!low.length) return [];
+  const line = (points, rest) => ({ type: "scatter", mode: "lines", x: points.map((p) => p.x), y: points.map((p) => p.y), line: { width: 0 }, hoverinfo: "skip", ...rest });
+  const { r, g, b } = components(colourOf(entry));
+  return [line(low, {}), line(high, { fill: "tonexty", fillcolor: `rgba(${r},${g},${b},0.14)` })];
+}
+
+function components(colour) {
+  const hex = colour === "black" ? "#000000" : colour, part = (i) => parseInt(hex.slice(i, i + 2), 16);
+  return { r: part(1), g: part(3), b: part(5) };
+}
+
+/** A logarithmic axis with ticks at 1, 2 and 5, whatever its span. */
+function logarithmic(traces) {
+  const values = traces.flatMap((trace) => trace.x).filter((x) => x > 0);
+  if (!values.length) return { type: "log" };
+  const [least, most] = [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
+  const decades = Math.log10(most / least), factors = decades > 2.5 ? [1] : [1, 2, 5], ticks = [];
+  for (let e = Math.floor(Math.log10(least)); e <= Math.ceil(Math.log10(most)); e++)
+    for (const factor of factors) ticks.push(Number(`${factor}e${e}`));
+  const margin = decades ? 0.04 * decades : 0.3;
+  return { type: "log", tickvals: ticks, ticktext: ticks.map(String), range: [Math.log10(least) - margin, Math.log10(most) + margin] };
+}
+
+const nothing = (traces) => traces.length ? [] : [{ text: "not measured here", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5, font: { color: theme("faint") } }];
+
+function drawCosts() {
+  at("cost-title").textContent = `Cost: ${scopeWords()}`;
+  for (const [id, metric, info, of] of [
+    ["cost-error_norm", "error_norm", METRICS.error_norm, (y) => y],
+    ["cost-lost", "attention_fraction", LOST, (y) => 1 - y],
+  ]) {
+    const lines = drawn().filter((entry) => !entry.derived)
+      .map((entry) => [entry, curve(entry, metric, "bytes_ratio").map((p) => ({ ...p, y: of(p.y), cost: p.x }))])
+      .filter(([, points]) => points.length);
+    const front = [];
+    for (const point of lines.flatMap(([, points]) => points).sort((a, b) => a.x - b.x || a.y - b.y))
+      if (!front.length || point.y < front.at(-1).y) front.push(point);
+    const traces = lines.map(([entry, points]) => lineOf(entry, points, info.title.toLowerCase()));
+    if (front.length) traces.unshift({
+      type: "scatter", mode: "lines", name: "Pareto front", x: front.map((p) => p.x), y: front.map((p) => p.y),
+      line: { color: theme("front"), width: 9, shape: "hv" }, hoverinfo: "skip",
+    });
+    draw(id, traces, {
+      xaxis: { title: { text: AGAINST.bytes_ratio }, ...logarithmic(traces) },
+      yaxis: { title: { text: info.axis }, rangemode: "tozero" }, annotations: nothing(traces),
+    });
+  }
+}
+
+function drawLayers() {
+  const { metric, topk } = chosen, info = METRICS[metric], traces = [];
+  const several = index.runs.some((run) => run.layers.length > 1);
+  at("layers-title").textContent = `${info.title} by layer at k = ${topk}`;
+  for (const entry of drawn()) {
+    const run = runOf(entry), values = grid(entry, metric, topk);
+    if (!values) continue;
+    const points = run.layers.map((layer) => ({ layer, heads: within(entry, values, layer, null) })).filter((p) => p.heads.length)
+      .map(({ layer, heads }) => ({ topk, asked: run.layers.length <= 40, x: layer, y: mean(heads), std: spread(heads) }));
+    const line = lineOf(entry, points, info.title.toLowerCase());
+    line.text = line.text.map((text, i) => `${text} (std ${shown(points[i].std)})<br>layer ${points[i].x}`);
+    if (entry === index.entries[chosen.method]) {
+      const { r, g, b } = components(colourOf(entry));
+      const edge = (sign, rest) => ({ type: "scatter", mode: "lines", x: line.x, y: points.map((p) => p.y + sign * p.std), line: { width: 0 }, hoverinfo: "skip", ...rest });
+      traces.push(edge(-1, {}), edge(1, { fill: "tonexty", fillcolor: `rgba(${r},${g},${b},0.14)` }));
+    }
+    traces.push(line);
+  }
+  draw("layers-plot", traces, {
+    xaxis: { title: { text: "layer" }, tickformat: "d", ...(several ? { nticks: 16 } : { dtick: 1 }) },
+    yaxis: { title: { text: info.axis }, ...(info.most ? { range: [0, 1.03] } : { rangemode: "tozero" }) },
+    annotations: nothing(traces),
+  });
+}
+
+// --- tables -----------------------------------------------------------------------------------
+
+const orders = {};
+
+/** A table whose columns sort; a cell is a text, a number, or {text, order}. */
+function tabulate(id, columns, rows, rowClass = () => "") {
+  const order = (orders[id] ??= { column: null, down: false }), body = element("tbody");
+  const heads = columns.map(({ title, words }, i) => {
+    const button = element("button", title, { type: "button" });
+    const head = element("th", button, { scope: "col", ...(words ? { class: "words" } : {}) });
+    button.addEventListener("click", () => {
+      order.down = order.column === i ? !order.down : !words;
+      order.column = i;
+      fill();
+    });
+    return head;
+  });
+  function fill() {
+    const key = (row) => row.cells[order.column]?.order ?? row.cells[order.column];
+    const sorted = order.column === null ? rows : [...rows].sort((a, b) => compared(key(a), key(b), order.down));
+    heads.forEach((head, i) => {
+      if (i === order.column) head.setAttribute("aria-sort", order.down ? "descending" : "ascending");
+      else head.removeAttribute("aria-sort");
+    });
+    body.replaceChildren(...sorted.map((row) => element("tr", row.cells.map((value, i) => {
+      const spread = value?.std === undefined ? [] : [" ", element("span", `± ${shown(value.std)}`, { class: "spread" })];
+      return element("td", [value?.text ?? (typeof value === "number" ? String(value) : value), ...spread], columns[i].words ? { class: "words" } : {});
+    }), { class: rowClass(row) })));
+  }
+  fill();
+  at(id).replaceChildren(element("thead", element("tr", heads)), body);
+}
+
+function compared(a, b, down) {
+  const missing = (value) => typeof value === "number" && Number.isNaN(value);
+  if (missing(a) || missing(b)) return missing(a) - missing(b);
+  return (typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b) * (down ? -1 : 1);
+}
+
+const figure = (value, signed = false) => ({ text: shown(value, signed), order: value });
+
+function tabulateMethods() {
+  const { topk } = chosen, titles = Object.entries(METRICS);
+  at("overview-caption").textContent = `Means over layers and heads at k = ${topk}. Bytes are those read over those of full attention. Compare methods at equal bytes, not only at equal k.`;
+  tabulate("methods-table", [{ title: "Method", words: true }, ...titles.map(([, info]) => info)],
+    index.entries.map((entry, number) => ({ number, cells: [entry.label, ...titles.map(([metric]) => figure(overall(entry, metric, topk)))] })),
+    (row) => (row.number === chosen.method ? "chosen" : ""));
+}
+
+function tabulateComparison() {
+  const method = index.entries[chosen.method], other = index.entries[chosen.other], { topk } = chosen;
+  at("comparison").hidden = !other;
+  if (!other) return;
+  at("comparison-title").textContent = `${method.label} against ${other.label} at k = ${topk}`;
+  at("comparison-caption").textContent = "Differences are head by head, the first less the second; the range is that of 80 % of the heads.";
+  const rows = Object.entries(METRICS).map(([metric, info]) => {
+    const [first, second] = [method, other].map((entry) => grid(entry, metric, topk)), run = runOf(method);
+    const differences = [...(first ?? [])].map((v, i) => v - cell(other, second, run.layers[Math.floor(i / run.heads)], i % run.heads)).filter((v) => !Number.isNaN(v));
+    const better = differences.filter((v) => v * info.better > 0).length, some = differences.length > 0;
+    return { cells: [
+      info.title, figure(overall(method, metric, topk)), figure(overall(other, metric, topk)), figure(some ? mean(differences) : NaN, true),
+      { text: some ? `${shown(quantile(differences, 0.1), true)} to ${shown(quantile(differences, 0.9), true)}` : "–", order: some ? quantile(differences, 0.9) - quantile(differences, 0.1) : NaN },
+      { text: some && info.better ? `${better} of ${differences.length}` : "–", order: some && info.better ? better : NaN },
+    ] };
+  });
+  tabulate("comparison-table", [{ title: "Metric", words: true }, { title: method.label }, { title: other.label }, { title: "Mean difference" }, { title: "10 to 90 % of heads" }, { title: `Heads where ${method.label} is better` }], rows);
+}
+
+function tabulateLayers() {
+  const method = index.entries[chosen.method], other = index.entries[chosen.other], { metric, topk } = chosen, run = runOf(method);
+  at("layers-table-title").textContent = `Layers under ${method.label} at k = ${topk}: mean ± standard deviation across heads`;
+  const metrics = Object.keys(METRICS).filter((name) => grid(method, name, topk));
+  const columns = [{ title: "Layer" }, { title: "Module", words: true }, ...metrics.map((name) => METRICS[name])];
+  if (other) columns.push({ title: `${METRICS[metric].title}, difference to ${other.label}` });
+  tabulate("layers-table", columns, run.layers.map((layer, row) => {
+    const of = (entry, name) => within(entry, grid(entry, name, topk), layer, null);
+    const cells = metrics.map((name) => of(method, name)).map((heads) => ({ ...figure(mean(heads)), ...(heads.length ? { std: spread(heads) } : {}) }));
+    if (other) cells.push(figure(mean(of(method, metric)) - mean(of(other, metric)), true));
+    return { layer, cells: [layer, run.modules[row], ...cells] };
+  }), (row) => (row.layer === chosen.layer ? "chosen" : ""));
+}
+
+// --- the run ----------------------------------------------------------------------------------
+
+function words(value) {
+  if (value === null || value === undefined) return "–";
+  if (Array.isArray(value)) return value.map(words).join(", ");
+  return typeof value === "object" ? Object.entries(value).map(([name, part]) => `${name} ${words(part)}`).join(", ") : String(value);
+}
+
+function list(facts) {
+  return element("dl", Object.entries(facts).flatMap(([name, value]) => [element("dt", name), element("dd", words(value))]));
+}
+
+function describeRuns() {
+  at("runs").replaceChildren(...index.runs.map((run, number) => {
+    const { methods = {}, history = [], ...facts } = run.facts, part = element("div", element("h3", run.name));
+    part.append(list(facts));
+    const id = `specs-${number}`;
+    part.append(element("h3", "Methods, with all parameters"), element("div", element("table", "", { id }), { class: "scroll", tabindex: "0", role: "region", "aria-label": `Specs of ${run.name}` }));
+    const { profile, ...newest } = history.at(-1) ?? {};
+    if (history.length) part.append(element("h3", `Newest of ${counted(history.length, "run")}`), list({ ...newest, ...(profile ? { seconds: profile.wall } : {}) }));
+    part.append(element("details", [element("summary", "run.json, whole"), element("pre", JSON.stringify(run.facts, null, 2), { tabindex: "0" })]));
+    queueMicrotask(() => tabulate(id, ["Method", "Parameters", "Source"].map((title) => ({ title, words: true })).concat([{ title: "Building, s" }, { title: "Largest state, bytes" }]),
+      Object.entries(methods).map(([spec, about]) => ({ cells: [
+        spec, Object.entries(about.parameters ?? {}).map(([name, value]) => `${name}=${words(value)}`).join(", "), words(about.source),
+        figure(about.state?.build_seconds ?? NaN), { text: about.state ? about.state.largest_bytes.toLocaleString("en") : "–", order: about.state?.largest_bytes ?? NaN },
+      ] }))));
+    return part;
+  }));
+}
+
+function describe() {
+  const { facts, layers, heads } = index.runs[0], model = facts.model?.pretrained ?? "", methods = index.entries.filter((entry) => !entry.derived).length;
+  const sequences = facts.sequences?.length;
+  at("subtitle").textContent = [
+    words(model), `${counted(layers.length, "layer")} × ${counted(heads, "head")}`, sequences && counted(sequences, "sequence"), facts.dtype,
+    facts.protocol && `protocol ${facts.protocol}`, `queries from ${countedFrom(facts)} on`, counted(methods, "method"),
+  ].filter(Boolean).join(" · ");
+  const unlike = ["trace", "protocol", "min_context", "layers", "calibration"].filter((name) => new Set(index.runs.map((run) => JSON.stringify(run.facts[name] ?? null))).size > 1);
+  at("unlike").hidden = !unlike.length;
+  at("unlike").textContent = `These results differ in ${unlike.join(", ").replace("min_context", "least position")}: their methods did not answer the same queries, so that differences between them are not the methods' alone.`;
+  at("footer").textContent = `Made by retrace ${index.version}; drawn with plotly.js ${Plotly.version} (MIT licence).`;
+}
+
+// --- choosing ---------------------------------------------------------------------------------
+
+function options(id, pairs, value) {
+  at(id).replaceChildren(...pairs.map(([key, text]) => element("option", text, { value: key === null ? "" : key })));
+  at(id).value = value === null ? "" : String(value);
+}
+
+function offer() {
+  const names = index.entries.map((entry, i) => [i, entry.label]);
+  const budgets = [...new Set(index.entries.flatMap((entry) => entry.topk))].sort((a, b) => a - b);
+  const layers = [...new Set(index.runs.flatMap((run) => run.layers))].sort((a, b) => a - b);
+  const heads = Math.max(...index.runs.map((run) => run.heads));
+  options("method", names, chosen.method);
+  options("other", [[null, "none"], ...names], chosen.other);
+  options("metric", Object.keys(METRICS).map((name) => [name, METRICS[name].title]), chosen.metric);
+  options("topk", budgets.map((k) => [k, k]), chosen.topk);
+  options("layer", [[null, "all"], ...layers.map((layer) => [layer, layer])], chosen.layer);
+  options("head", [[null, "all"], ...[...Array(heads).keys()].map((head) => [head, head])], chosen.head);
+}
+
+function describeDrawn() {
+  at("legend-count").textContent = `Methods drawn: ${chosen.drawn.size} of ${index.entries.length}`;
+  at("legend-entries").replaceChildren(...index.entries.map((entry, i) => {
+    const box = element("input", "", { type: "checkbox", value: i });
+    box.checked = chosen.drawn.has(i);
+    box.disabled = i === chosen.method || i === chosen.other;
+    box.addEventListener("change", () => {
+      chosen.drawn[box.checked ? "add" : "delete"](i);
+      at("legend-count").textContent = `Methods drawn: ${chosen.drawn.size} of ${index.entries.length}`;
+      drawLines();
+    });
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    for (const [name, value] of Object.entries({ width: 34, height: 14, "aria-hidden": "true" })) svg.setAttribute(name, value);
+    for (const [tag, attributes, text] of [
+      ["line", { x1: 0, x2: 34, y1: 7, y2: 7, stroke: colourOf(entry), "stroke-width": 2, "stroke-dasharray": DASHES[entry.style.dashes][1] }, ""],
+      ["text", { x: 17, y: 11.5, "text-anchor": "middle", "font-size": 12, fill: colourOf(entry) }, MARKERS[entry.style.marker][1]],
+    ]) {
+      const part = document.createElementNS("http://www.w3.org/2000/svg", tag);
+      for (const [name, value] of Object.entries(attributes)) part.setAttribute(name, value);
+      part.textContent = text;
+      svg.append(part);
+    }
+    return element("label", [box, svg, element("span", entry.label)], i === chosen.method || i === chosen.other ? { class: "chosen" } : {});
+  }));
+}
+
+function drawLines() {
+  drawCurves();
+  drawCosts();
+  drawLayers();
+}
+
+function show() {
+  for (const i of [chosen.method, chosen.other]) if (i !== null) chosen.drawn.add(i);
+  tabulateMethods();
+  tabulateComparison();
+  describeDrawn();
+  drawMaps();
+  drawLines();
+  tabulateLayers();
+}
+
+function chooseHead(layer, head) {
+  Object.assign(chosen, { layer, head });
+  at("layer").value = layer ?? "";
+  at("head").value = head ?? "";
+  for (const [part, i] of [["method", chosen.method], ["other", chosen.other], ["difference", chosen.method]])
+    if (i !== null && at(`map-${part}`).layout && !at(`map-${part}`).hidden) Plotly.relayout(at(`map-${part}`), { shapes: mark(index.entries[i]) });
+  sayHead();
+}
+
+function showHead(layer, head) {
+  chooseHead(layer, head);
+  drawCurves();
+  drawCosts();
+  tabulateLayers();
+}
+
+function goToCurves() {
+  at("curves-title").focus({ preventScroll: true });
+  at("curves").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+}
+
+let settled;
+function listen() {
+  const number = (text) => (text === "" ? null : Number(text));
+  for (const id of ["method", "other", "topk"]) at(id).addEventListener("change", () => { chosen[id] = number(at(id).value); show(); });
+  at("metric").addEventListener("change", () => { chosen.metric = at("metric").value; show(); });
+  at("against").addEventListener("change", () => { chosen.against = at("against").value; drawCurves(); });
+  for (const id of ["layer", "head"]) at(id).addEventListener("change", () => showHead(number(at("layer").value), number(at("head").value)));
+  at("show-all").addEventListener("click", () => { index.entries.forEach((_, i) => chosen.drawn.add(i)); describeDrawn(); drawLines(); });
+  at("show-none").addEventListener("click", () => { chosen.drawn = new Set([chosen.other, chosen.method].filter((i) => i !== null)); describeDrawn(); drawLines(); });
+  for (const part of ["method", "other", "difference"]) at(`map-${part}`).on?.("plotly_click", (event) => clicked(part, event));
+  at("maps").addEventListener("keydown", (event) => {
+    const run = runOf(index.entries[chosen.method]), row = run.layers.indexOf(chosen.layer), head = chosen.head;
+    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    if (event.key === "Enter" && row >= 0 && head !== null) goToCurves();
+    else if (step) {
+      const to = (value, move, count) => Math.min(Math.max(value + move, 0), count - 1);
+      if (row < 0 || head === null) chooseHead(run.layers[Math.max(row, 0)], head ?? 0);
+      else chooseHead(run.layers[to(row, step[0], run.layers.length)], to(head, step[1], run.heads));
+      clearTimeout(settled); // the curves follow when the keys rest
+      settled = setTimeout(() => showHead(chosen.layer, chosen.head), 120);
+    } else return;
+    event.preventDefault();
+  });
+  dark.addEventListener("change", show);
+}
+
+function clicked(part, event) {
+  const entry = index.entries[part === "other" ? chosen.other : chosen.method], { x, y } = event.points[0];
+  showHead(runOf(entry).layers[y], x);
+  goToCurves();
+}
+
+// --- beginning --------------------------------------------------------------------------------
+
+async function begin() {
+  index = JSON.parse(at("index").textContent);
+  const library = document.createElement("script"); // allowed by its digest in the page's policy
+  library.textContent = new TextDecoder().decode(await unpacked("library"));
+  document.head.append(library);
+  figures = joined(await unpacked("figures"));
+  const exact = index.entries.findIndex((entry) => entry.method === "exact");
+  const others = index.entries.map((_, i) => i).filter((i) => i !== exact);
+  chosen.method = others[0] ?? exact;
+  chosen.other = others.length ? exact : null;
+  const budgets = index.entries[chosen.method].topk;
+  chosen.topk = budgets[Math.floor(budgets.length / 2)];
+  index.entries.slice(0, DRAWN_AT_FIRST).forEach((_, i) => chosen.drawn.add(i));
+  offer();
+  describe();
+  describeRuns();
+  document.querySelector("main").hidden = false;
+  show();
+  listen();
+  at("status").hidden = true;
+  document.body.dataset.ready = "";
+}
+
+begin().catch((error) => {
+  at("status").textContent = `The figures cannot be read: ${error}. The page takes a browser of 2023 or newer.`;
+  throw error;
+});

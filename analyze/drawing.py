@@ -34,7 +34,8 @@ def styles_of(methods: Iterable[str]) -> dict[str, Style]:
         method: Style(
             COLOURS[i % len(COLOURS)],
             DASHES[i // len(COLOURS) % len(DASHES)],
-            MARKERS[i % len(MARKERS)],
+            # Another marker each time that colours and dashes begin again.
+            MARKERS[(i + i // (len(COLOURS) * len(DASHES))) % len(MARKERS)],
         )
         for i, method in enumerate(approximate)
     }

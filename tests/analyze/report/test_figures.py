@@ -105,6 +105,12 @@ def test_a_method_measured_at_other_budgets(made: Make, held: Any) -> None:
     assert read.entry("quest")["topk"] == [10] and read.entry("exact")["topk"] == [5, 10]
 
 
+def test_every_method_looks_different(made: Make, held: Any) -> None:
+    results = made([0], 1, ["exact", *(f"method-{i}" for i in range(60))], [5], [5])
+    looks = [tuple(e["style"].values()) for e in held(page({"r": results})).index["entries"]]
+    assert len(set(looks)) == 61
+
+
 def test_rounding_is_to_the_nearest_and_keeps_what_is_no_number() -> None:
     values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
     for bits in (7, 11, 15):

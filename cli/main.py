@@ -14,6 +14,7 @@ COMMANDS = (
     "calibrate",
     "report",
     "info",
+    "verify",
     "traces",
     "methods",
 )

@@ -1,16 +1,18 @@
 """Traces: the queries, keys and values of a model, in a Zarr store that any client can read."""
 
-from retrace.traces.errors import RetraceError
+from retrace.traces.errors import DamageError, RetraceError
 from retrace.traces.location import Location, RemoteLocation, beside, locate
 from retrace.traces.reader import Layer, Trace, find_traces, half_begun, open_trace
 from retrace.traces.rotation import Rotation
 from retrace.traces.schema import FORMAT_VERSION, PHASES, LayerRules, prompts
 from retrace.traces.tensors import to_numpy, to_torch
+from retrace.traces.verification import Verification, verify_trace
 from retrace.traces.writer import TraceWriter, create_trace, resume_trace, tensor_bytes
 
 __all__ = [
     "FORMAT_VERSION",
     "PHASES",
+    "DamageError",
     "Layer",
     "LayerRules",
     "Location",
@@ -19,6 +21,7 @@ __all__ = [
     "Rotation",
     "Trace",
     "TraceWriter",
+    "Verification",
     "beside",
     "create_trace",
     "find_traces",
@@ -30,4 +33,5 @@ __all__ = [
     "tensor_bytes",
     "to_numpy",
     "to_torch",
+    "verify_trace",
 ]

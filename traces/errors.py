@@ -1,4 +1,4 @@
-"""The error that means: the user can mend this."""
+"""The errors that mean: the user can mend this."""
 
 
 class RetraceError(ValueError):
@@ -6,3 +6,37 @@ class RetraceError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class DamageError(RetraceError):
+    """Something of a trace is not as it was written, or was written by what is no capture."""
+
+    def __init__(self, place: str, array: str, sequence: int | None, cause: str) -> None:
+        super().__init__(place, array, sequence, cause)  # all of them, so that it can be pickled
+        self.place = place
+        self.array = array
+        """Its path in the trace, such as `layers/3/key`; empty for the trace's own metadata."""
+        self.sequence = sequence
+        """The damaged sequence; None where all are concerned."""
+        self.cause = cause
+
+    @property
+    def layer(self) -> int | None:
+        """The layer that the array is of, if of one."""
+        parts = self.array.split("/")
+        return int(parts[1]) if len(parts) > 1 else None
+
+    @property
+    def tensor(self) -> str:
+        """The array's own name; `metadata` for those of a layer or of the trace."""
+        name = self.array.rpartition("/")[2]
+        return "metadata" if not name or name.isdigit() else name
+
+    def __str__(self) -> str:
+        where = [] if self.layer is None else [f"layer {self.layer}"]
+        where += [] if self.sequence is None else [f"sequence {self.sequence}"]
+        what = self.tensor + (f" of {', '.join(where)}" if where else "")
+        return (
+            f"{self.place}: {what} is damaged ({self.cause}). `retrace verify {self.place}` tells "
+            "what else is, and what is whole."
+        )

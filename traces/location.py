@@ -31,20 +31,20 @@ class RemoteLocation:
     def exists(self) -> bool:
         """Whether anything is stored there."""
         with explained(self):
-            return bool(self.system().exists(self._path()))
+            return bool(self.system().exists(self.path()))
 
     def remove(self) -> None:
         """Remove everything that is stored there."""
         with explained(self):
-            if self.system().exists(self._path()):
-                self.system().rm(self._path(), recursive=True)
+            if self.system().exists(self.path()):
+                self.system().rm(self.path(), recursive=True)
 
     def traces(self) -> list["RemoteLocation"]:
         """Everything directly beneath that is named like a trace."""
         with explained(self):
             system = self.system()
             system.invalidate_cache()
-            found = system.glob(f"{self._path()}/*.zarr")
+            found = system.glob(f"{self.path()}/*.zarr")
             return [RemoteLocation(system.unstrip_protocol(path)) for path in sorted(found)]
 
     def system(self) -> Any:
@@ -53,7 +53,7 @@ class RemoteLocation:
 
         return fsspec.url_to_fs(self.url, use_listings_cache=False)[0]
 
-    def _path(self) -> str:
+    def path(self) -> str:
         import fsspec
 
         path: str = fsspec.url_to_fs(self.url)[1]

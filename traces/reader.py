@@ -9,26 +9,39 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
-from retrace.traces.bfloat16 import register
-from retrace.traces.errors import RetraceError
-from retrace.traces.location import Location, RemoteLocation, locate, open_store
+from retrace.traces.arrays import Rows, Stored, Tensors
+from retrace.traces.errors import DamageError, RetraceError
+from retrace.traces.location import Location, RemoteLocation, locate
+from retrace.traces.objects import open_objects
 from retrace.traces.rotation import Rotation
-from retrace.traces.schema import DTYPES, FORMAT_KEY, FORMAT_VERSION, LayerRules
+from retrace.traces.schema import (
+    DTYPES,
+    FORMAT_KEY,
+    FORMAT_VERSION,
+    PHASES,
+    TENSOR_AXES,
+    LayerRules,
+)
 
-register()
+ROWS_AT_ONCE = 512
+"""Rows of the small arrays that are asked for together."""
+Row = npt.NDArray[Any] | DamageError | None
+"""What a small array holds of a sequence, what is wrong with it, or that there is nothing."""
 
 
 class Layer:
-    """One recorded attention layer: its rules, and its tensors sequence by sequence."""
+    """One recorded attention layer: its rules, and its tensors sequence by sequence.
 
-    def __init__(self, index: int, group: zarr.Group, trace: "Trace") -> None:
+    Whatever reads tensors raises `DamageError` where they are not as they were written.
+    """
+
+    def __init__(self, index: int, rules: LayerRules, trace: "Trace") -> None:
         self.index = index
-        self.rules = LayerRules.from_attributes(group.attrs)
-        self._group = group
+        self.rules = rules
         self.trace = trace
         """The trace that it is a layer of."""
+        self._arrays: dict[str, Tensors] = {}  # each costs a read
 
     def query(
         self, sequence: int, heads: slice = slice(None), *, rotated: bool = True
@@ -70,10 +83,24 @@ class Layer:
         return self.rules.rotation
 
     def _read(self, name: str, sequence: int, heads: slice, length: int) -> npt.NDArray[Any]:
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
-        what = f"{name} of layer {self.index}, sequence {sequence}"
-        return self.trace.read(array, (sequence, heads, slice(length)), what)
+        return self.tensors(name).read(sequence, heads, length)
+
+    def tensors(self, name: str) -> Tensors:
+        """The array of all sequences' query, key or value.
+
+        Raises:
+            DamageError: its metadata are not those of a trace's array of this layer's rules.
+        """
+        if name not in self._arrays:
+            rules, trace = self.rules, self.trace
+            shape = {
+                "query": (trace.planned, rules.heads, trace.most_queries, rules.key_dim),
+                "key": (trace.planned, rules.kv_heads, trace.most_positions, rules.key_dim),
+                "value": (trace.planned, rules.kv_heads, trace.most_positions, rules.value_dim),
+            }[name]
+            path = f"layers/{self.index}/{name}"
+            self._arrays[name] = Tensors(trace.stored, path, trace.dtype, shape)
+        return self._arrays[name]
 
 
 class Trace:
@@ -82,10 +109,25 @@ class Trace:
     It is pickled as its place: another process opens it there.
     """
 
-    def __init__(self, path: Location, group: zarr.Group) -> None:
+    def __init__(
+        self,
+        path: Location,
+        stored: Stored,
+        attributes: dict[str, Any],
+        left_out: Mapping[int, str] | None = None,
+    ) -> None:
         self.path = path
-        self.attributes: dict[str, Any] = dict(group.attrs)
-        self._group = group
+        self.stored = stored
+        self.attributes = attributes
+        self.left_out = dict(left_out or {})
+        """Sequences that are passed over as though they were not finished, and why."""
+        # Opened once: each costs a read.
+        self._layers: dict[int, Layer] = {}
+        self._small: dict[str, Rows] = {}
+
+    def without(self, sequences: Mapping[int, str]) -> "Trace":
+        """The same trace less some sequences, by number with the reason."""
+        return Trace(self.path, self.stored, self.attributes, {**self.left_out, **sequences})
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -95,61 +137,104 @@ class Trace:
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """Indices of the recorded layers, ascending."""
-        layers = self._group["layers"]
-        assert isinstance(layers, zarr.Group)
-        return tuple(sorted(int(name) for name in layers.group_keys()))
+        try:
+            names = self.stored.objects.children("layers")
+        except OSError as error:
+            raise self.stored.damage("layers", f"cannot be read: {error.strerror}") from error
+        return tuple(sorted(int(n) for n in names if n.isdecimal() and n == str(int(n))))
 
     def layer(self, index: int) -> Layer:
         """The recorded layer of this index; refuses one that was not recorded."""
         if index not in self.layers:
             raise RetraceError(f"{self.path} has no layer {index}; it has {_ranges(self.layers)}.")
-        group = self._group[f"layers/{index}"]
-        assert isinstance(group, zarr.Group)
-        return Layer(index, group, self)
+        if index not in self._layers:
+            name = f"layers/{index}"
+            attributes = self.stored.attributes(name)
+            if attributes is None:
+                raise self.stored.damage(name, "its zarr.json is missing")
+            try:
+                rules = LayerRules.from_attributes(attributes)
+            except RetraceError as error:
+                raise self.stored.damage(name, str(error).rstrip(".")) from error
+            self._layers[index] = Layer(index, rules, self)
+        return self._layers[index]
 
-    @property
+    @cached_property
     def planned(self) -> int:
         """How many sequences the capture set out to record."""
-        return int(self._lengths.shape[0])
+        return self._rows("length", "int32", (None,)).shape[0]
+
+    @cached_property
+    def most_positions(self) -> int:
+        """Positions of the longest sequence that was planned."""
+        return self._rows("tokens", "int32", (self.planned, None)).shape[1]
+
+    @cached_property
+    def most_queries(self) -> int:
+        """Queries of the sequence with the most that were planned."""
+        return self._rows("query_positions", "int32", (self.planned, None)).shape[1]
 
     @cached_property
     def sequences(self) -> tuple[int, ...]:
         """The sequences that are completely written; only these can be read."""
-        done = self.read(self._small("done"), slice(None), "done")
-        return tuple(int(s) for s in np.flatnonzero(done))
+        planned = range(self.planned)
+        return tuple(s for s in planned if s not in self.left_out and self.finished(s))
+
+    def finished(self, sequence: int) -> bool:
+        """Whether a sequence is completely written."""
+        done = self._done[sequence]
+        if isinstance(done, DamageError):
+            raise done
+        return done is not None and bool(done)
 
     def length(self, sequence: int) -> int:
         """Positions of a sequence, padding excluded."""
-        return int(self._lengths[sequence])
+        length = self._there(self._lengths[sequence], "length", sequence)
+        if not 1 <= int(length) <= self.most_positions:
+            raise self.stored.damage(
+                "length", f"{length} is not from 1 to {self.most_positions}", sequence
+            )
+        return int(length)
 
     def tokens(self, sequence: int) -> npt.NDArray[np.int32]:
         """Token ids (positions,)."""
-        place = (sequence, slice(self.length(sequence)))
-        return self.read(self._small("tokens"), place, f"tokens of sequence {sequence}")
+        tokens = self._row("tokens", "int32", sequence)[: self.length(sequence)]
+        if tokens.min() < 0:
+            raise self.stored.damage("tokens", f"{tokens.min()} is no token's id", sequence)
+        return tokens
 
     def nll(self, sequence: int) -> npt.NDArray[np.float32]:
         """Negative log-likelihood of the next token (positions,); NaN at the last position."""
-        place = (sequence, slice(self.length(sequence)))
-        return self.read(self._small("nll"), place, f"nll of sequence {sequence}")
+        return self._figures("nll", sequence)
 
     def kl(self, sequence: int) -> npt.NDArray[np.float32] | None:
         """Kullback-Leibler divergence (positions,) of the next token's distribution from the exact
         model's, in nats, of a run with a method in the loop; None for other traces."""
-        if "kl" not in self._group:
-            return None
-        place = (sequence, slice(self.length(sequence)))
-        return self.read(self._small("kl"), place, f"kl of sequence {sequence}")
+        return self._figures("kl", sequence) if self.has("kl") else None
 
     def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
         """Positions (queries,) of the queries that were kept, ascending."""
-        stored = self._query_positions[sequence]
-        return np.asarray(stored[stored >= 0])
+        row = self._there(self._query_positions[sequence], "query_positions", sequence)
+        kept = np.asarray(row[row >= 0])
+        ascend = len(kept) > 0 and bool((np.diff(kept) > 0).all())
+        if not ascend or kept[-1] >= self.length(sequence) or (row[len(kept) :] >= 0).any():
+            raise self.stored.damage(
+                "query_positions", "they are not ascending positions of the sequence", sequence
+            )
+        return kept
 
     def phase(self, sequence: int) -> npt.NDArray[np.int8]:
         """What each position is (positions,), as a code in `PHASES`."""
-        if "phase" not in self._group:  # made before there was such an array
+        if not self.has("phase"):  # made before there was such an array
             return np.zeros(self.length(sequence), np.int8)
-        return np.asarray(self._small("phase")[sequence, : self.length(sequence)])
+        phase = self._row("phase", "int8", sequence)[: self.length(sequence)]
+        if not np.isin(phase, list(PHASES.values())).all():
+            raise self.stored.damage("phase", "its codes are not all phases", sequence)
+        return phase
+
+    def has(self, name: str) -> bool:
+        """Whether there is an array that not every trace has: `phase` or `kl`."""
+        return name in self._names
 
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood over all finished sequences."""
@@ -181,14 +266,21 @@ class Trace:
             known.update(phase.tobytes())
         return known.hexdigest()[:32]
 
-    def read(self, array: "zarr.Array[Any]", place: Any, what: str) -> npt.NDArray[Any]:
-        """A part of one of the trace's arrays, named in the error if it is damaged."""
-        try:
-            return np.asarray(array[place])
-        except (ValueError, RuntimeError) as error:  # a checksum that does not match
-            raise RetraceError(
-                f"{self.path}: {what} is damaged ({error}). Capture it again with --overwrite."
-            ) from error
+    def check_arrays(self) -> None:
+        """Refuse a trace of which some array's metadata is not as its rules and plan say."""
+        for index in self.layers:
+            for name in TENSOR_AXES:
+                self.layer(index).tensors(name)
+        self.check_small_arrays()
+
+    def check_small_arrays(self) -> None:
+        """Refuse a trace of which some array of rows is not as the others say."""
+        each = (self.planned, self.most_positions)
+        for name, dtype in (("nll", "float32"), ("kl", "float32"), ("phase", "int8")):
+            if name == "nll" or self.has(name):
+                self._rows(name, dtype, each)
+        self._rows("done", "bool", (self.planned,))
+        self._rows("query_positions", "int32", (self.planned, None))
 
     @cached_property
     def _rules(self) -> tuple[LayerRules, ...]:
@@ -196,17 +288,60 @@ class Trace:
         return tuple(self.layer(index).rules for index in self.layers)
 
     @cached_property
-    def _lengths(self) -> npt.NDArray[np.int32]:
-        return self.read(self._small("length"), slice(None), "length")
+    def _names(self) -> frozenset[str]:
+        return frozenset(name for name in ("phase", "kl") if self.stored.metadata(name) is not None)
 
     @cached_property
-    def _query_positions(self) -> npt.NDArray[np.int32]:
-        return self.read(self._small("query_positions"), slice(None), "query_positions")
+    def _lengths(self) -> list[Row]:
+        return self._all("length", "int32", (None,), throughout=True)
 
-    def _small(self, name: str) -> "zarr.Array[Any]":
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
-        return array
+    @cached_property
+    def _done(self) -> list[Row]:
+        self._lengths  # noqa: B018 - first: it alone has a chunk for every sequence
+        return self._all("done", "bool", (self.planned,))
+
+    @cached_property
+    def _query_positions(self) -> list[Row]:
+        self._lengths  # noqa: B018 - first: it alone has a chunk for every sequence
+        return self._all("query_positions", "int32", (self.planned, None))
+
+    def _rows(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> Rows:
+        if name not in self._small:
+            self._small[name] = Rows(self.stored, name, np.dtype(dtype), shape)
+        return self._small[name]
+
+    def _row(self, name: str, dtype: str, sequence: int) -> npt.NDArray[Any]:
+        rows = self._rows(name, dtype, (self.planned, self.most_positions))
+        return self._there(rows.read([sequence])[0], name, sequence)
+
+    def _figures(self, name: str, sequence: int) -> npt.NDArray[np.float32]:
+        rows = self._rows(name, "float32", (self.planned, self.most_positions))
+        (row,) = rows.read([sequence])
+        length = self.length(sequence)
+        if row is None and length == 1:  # zarr-python does not write what is NaN all over
+            return np.full(1, np.nan, np.float32)
+        return self._there(row, name, sequence)[:length]
+
+    def _there(self, row: Row, name: str, sequence: int) -> npt.NDArray[Any]:
+        if isinstance(row, DamageError):
+            raise row
+        if row is None:
+            raise self.stored.damage(name, "missing: there is no chunk of it", sequence)
+        return row
+
+    def _all(
+        self, name: str, dtype: str, shape: tuple[int | None, ...], throughout: bool = False
+    ) -> list[Row]:
+        """Every sequence's row. There is no end to what metadata may claim: where there must be
+        some `throughout`, it is not believed further than there are any."""
+        rows = self._rows(name, dtype, shape)
+        read: list[Row] = []
+        for start in range(0, rows.shape[0], ROWS_AT_ONCE):
+            some = rows.read(range(start, min(start + ROWS_AT_ONCE, rows.shape[0])))
+            if throughout and all(row is None for row in some):
+                raise rows.damage(f"it has no chunk from sequence {start} on, of {rows.shape[0]}")
+            read += some
+        return read
 
     def __reduce__(self) -> tuple[Any, ...]:
         path = self.path.absolute() if isinstance(self.path, Path) else self.path
@@ -224,27 +359,29 @@ def open_trace(path: str | Location) -> Trace:
 
     Raises:
         RetraceError: there is nothing at `path`, it is no trace, or its format is newer.
+        DamageError: its own metadata cannot be read.
     """
     path = locate(path)
     if not path.exists():
         raise RetraceError(f"There is no trace at {path}. `retrace traces` lists those here.")
-    group = _open_group(path)
-    attributes: Mapping[str, Any] = dict(group.attrs)
+    stored = Stored(str(path), open_objects(path))
+    attributes = _attributes(stored)
     if _half_begun(attributes):
         raise RetraceError(
             f"{path} was being created when its capture ended: give the same capture again."
         )
     version = attributes.get(FORMAT_KEY)
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise RetraceError(f"{path} is a Zarr group but no trace: it has no {FORMAT_KEY!r}.")
     if version > FORMAT_VERSION:
         raise RetraceError(
             f"{path} has trace format {version}, this retrace reads up to {FORMAT_VERSION}: "
             "update it with `pip install -U retrace-attention`."
         )
-    if attributes.get("dtype") not in DTYPES:
-        raise RetraceError(f"{path}: unknown dtype {attributes.get('dtype')!r}.")
-    return Trace(path, group)
+    dtype = attributes.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise RetraceError(f"{path}: unknown dtype {dtype!r}.")
+    return Trace(path, stored, attributes)
 
 
 @lru_cache(maxsize=8)
@@ -260,20 +397,20 @@ def half_begun(path: Location) -> bool:
 
     Only under a URL: on a local disk a trace is created aside and renamed.
     """
-    return path.exists() and _half_begun(dict(_open_group(path).attrs))
+    return path.exists() and _half_begun(_attributes(Stored(str(path), open_objects(path))))
 
 
 def _half_begun(attributes: Mapping[str, Any]) -> bool:
     return FORMAT_KEY in attributes and attributes[FORMAT_KEY] is None
 
 
-def _open_group(path: Location) -> zarr.Group:
-    try:
-        # Not the consolidated metadata: it is written once, when a capture is complete.
-        store = open_store(path, read_only=True)
-        return zarr.open_group(store, mode="r", use_consolidated=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise RetraceError(f"{path} is not a trace: it is no Zarr group.") from error
+def _attributes(stored: Stored) -> dict[str, Any]:
+    """The attributes of the trace itself."""
+    # Not the consolidated metadata: it is written once, when a capture is complete.
+    attributes = stored.attributes("")
+    if attributes is None:
+        raise RetraceError(f"{stored.place} is not a trace: it is no Zarr group.")
+    return attributes
 
 
 def find_traces(folder: str | Location) -> list[Location]:

@@ -1,5 +1,6 @@
 """Rotary position encoding as a layer applied it, and how to undo it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -82,7 +83,24 @@ class Rotation:
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> "Rotation":
         """Read back from what `to_attributes` gave."""
+        frequencies = attributes.get("frequencies")
+        if not isinstance(frequencies, list | tuple) or not all(map(is_number, frequencies)):
+            raise RetraceError("The layer's rotation has no list of frequencies.")
         try:
-            return cls(**{**attributes, "frequencies": tuple(attributes["frequencies"])})
-        except (TypeError, KeyError) as error:
+            rotation = cls(**{**attributes, "frequencies": tuple(frequencies)})
+        except TypeError as error:
             raise RetraceError(f"The layer's rotation is incomplete: {error}.") from error
+        scaled = is_number(rotation.scaling) and rotation.scaling != 0
+        if not scaled or type(rotation.first) is not int or rotation.first < 0:
+            raise RetraceError("The layer's rotation does not fit: see its first and scaling.")
+        return rotation
+
+    @property
+    def end(self) -> int:
+        """The channel after the last rotated one."""
+        return self.first + 2 * len(self.frequencies)
+
+
+def is_number(value: object) -> bool:
+    """Whether JSON gave a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from retrace.traces.bfloat16 import BFLOAT16
 from retrace.traces.errors import RetraceError
-from retrace.traces.rotation import Rotation
+from retrace.traces.rotation import Rotation, is_number
 
 FORMAT_VERSION = 1
 FORMAT_KEY = "retrace_format"
@@ -115,14 +115,39 @@ class LayerRules:
     def from_attributes(cls, attributes: Mapping[str, Any]) -> "LayerRules":
         """Read back from the attributes of the layer's group; unknown ones are left alone."""
         known = {f.name: attributes[f.name] for f in fields(cls) if f.name in attributes}
+        wrong = [name for name, value in known.items() if not _fits(name, value)]
+        if wrong:
+            raise RetraceError(
+                f"The layer's attributes do not fit: {wrong[0]} is {str(known[wrong[0]])[:80]}."
+            )
         if known.get("sinks") is not None:
             known["sinks"] = tuple(known["sinks"])
         if known.get("rotation") is not None:
             known["rotation"] = Rotation.from_attributes(known["rotation"])
         try:
-            return cls(**known)
+            rules = cls(**known)
         except TypeError as error:
             raise RetraceError(f"The layer's attributes are incomplete: {error}.") from error
+        if rules.rotation is not None and rules.rotation.end > rules.key_dim:
+            raise RetraceError("The layer's rotation turns more channels than its keys have.")
+        return rules
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether what anybody may have written as a layer's attribute is of its type."""
+    if name in ("heads", "kv_heads", "key_dim", "value_dim"):
+        return type(value) is int
+    if name in ("window", "chunk", "kv_source"):
+        return value is None or type(value) is int
+    if name == "scale":
+        return is_number(value)
+    if name == "softcap":
+        return value is None or (is_number(value) and value > 0)
+    if name == "sinks":
+        return value is None or (isinstance(value, list) and all(map(is_number, value)))
+    if name == "rotation":
+        return value is None or isinstance(value, dict)
+    return isinstance(value, str)
 
 
 def prompts(phases: Sequence[npt.NDArray[np.int8]]) -> list[int | None]:

@@ -18,9 +18,10 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
+from retrace.traces.arrays import MISSING
+from retrace.traces.objects import inside
+
 Piece = bytes | memoryview
-MISSING = (1 << 64) - 1
-"""Offset and length, in a shard's index, of a chunk that holds fill values only."""
 
 
 def shard_length(array: "zarr.Array[Any]") -> int:
@@ -55,10 +56,21 @@ def write_shard(
     pieces = _encode(part, array.chunks[2], length // array.chunks[2])
     # One shard spans all heads and channels, so that its key differs in two places only.
     key = array.metadata.encode_chunk_key((sequence, 0, start // length, 0))
-    key = f"{array.path}/{key}".lstrip("/")
-    store = array.store
+    _put(array, key, pieces)
+
+
+def write_row(array: "zarr.Array[Any]", sequence: int, row: npt.NDArray[Any]) -> None:
+    """Write one sequence's row of an array (sequence, ...) with a sequence in a chunk, CRC32C and
+    nothing else; also where all of it is the fill value, which zarr-python leaves out."""
+    raw = np.ascontiguousarray(row, array.dtype).reshape(-1).view(np.uint8)
+    key = array.metadata.encode_chunk_key((sequence, *(0 for _ in array.shape[1:])))
+    _put(array, key, [raw.data, _checksum(raw)])
+
+
+def _put(array: "zarr.Array[Any]", key: str, pieces: list[Piece]) -> None:
+    key, store = f"{array.path}/{key}".lstrip("/"), array.store
     if isinstance(store, LocalStore):
-        _write_file(store.root / key, pieces)
+        _write_file(inside(store.root, key), pieces)
     else:
         buffer = default_buffer_prototype().buffer.from_bytes(b"".join(pieces))
         sync(store.set(key, buffer))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
 
+from retrace.traces.bfloat16 import register
 from retrace.traces.errors import RetraceError
 from retrace.traces.location import Location, RemoteLocation, explained, open_store
 from retrace.traces.reader import open_trace
@@ -21,7 +22,9 @@ from retrace.traces.schema import (
     TENSOR_AXES,
     LayerRules,
 )
-from retrace.traces.shards import shard_length, write_shard
+from retrace.traces.shards import shard_length, write_row, write_shard
+
+register()
 
 CHUNK_POSITIONS = 16384
 """Longest run of positions in one inner chunk."""
@@ -41,7 +44,7 @@ class TraceWriter:
     def __init__(self, path: Location) -> None:
         self.path = path
         store = open_store(path, read_only=False)
-        self._group = zarr.open_group(store, mode="r+", use_consolidated=False)
+        self._group = zarr.open_group(store, mode="r+", use_consolidated=False, zarr_format=3)
         self._tensors: dict[str, zarr.Array[Any]] = {}  # opened once: each costs a read
 
     def write_layer(
@@ -88,10 +91,13 @@ class TraceWriter:
     ) -> None:
         """Store the negative log-likelihoods (positions,), and the divergences (positions,) from
         the exact model where there are some, and mark the sequence complete."""
-        self._array("nll")[sequence, : nll.shape[0]] = nll
-        if kl is not None:
-            self._array("kl")[sequence, : kl.shape[0]] = kl
-        self._array("done")[sequence] = True
+        for name, figures in (("nll", nll), ("kl", kl)):
+            if figures is not None:
+                array = self._array(name)
+                row = np.full(array.shape[1:], np.nan, np.float32)
+                row[: len(figures)] = figures
+                write_row(array, sequence, row)
+        write_row(self._array("done"), sequence, np.array(True))
 
     def close(self) -> None:
         """Write the consolidated metadata of a trace that will not grow any more."""
@@ -177,6 +183,7 @@ def resume_trace(
     `attributes` names the ones that must be equal; others in the trace are left alone.
     """
     trace = open_trace(path)
+    trace.check_arrays()
     ours = {"dtype": dtype, **attributes}
     different = [name for name, value in ours.items() if trace.attributes.get(name) != value]
     if trace.planned != len(tokens) or any(

@@ -75,6 +75,7 @@ class Job:
         place = self.settings.trace.path
         return {
             "trace": str(place.absolute() if isinstance(place, Path) else place),
+            "left_out": list(self.settings.trace.left_out.items()),
             "protocol": str(self.settings.protocol),
             "min_context": self.settings.min_context,
             "layers": self.settings.layers,
@@ -87,7 +88,7 @@ class Job:
     def from_json(cls, facts: dict[str, Any]) -> Self:
         """The same run, without what its methods learned."""
         settings = Settings(
-            open_trace(facts["trace"]),
+            open_trace(facts["trace"]).without(dict(facts["left_out"])),
             Protocol.parse(facts["protocol"]),
             facts["min_context"],
             tuple(facts["layers"]),

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from retrace.analyze.causality import check_causality
+from retrace.analyze.damage import without_damaged
 from retrace.analyze.methods.registry import MethodSpec, missing_libraries, parse_specs
 from retrace.analyze.parts import PARTS, Job, KeptParts
 from retrace.analyze.profile import Clock
@@ -45,6 +46,7 @@ def analyze(
     keep_exact: bool = True,
     overwrite: bool = False,
     profile: bool = False,
+    skip_damaged: bool = False,
     progress: Progress | None = None,
 ) -> Results:
     """Replay methods against a trace, without its model.
@@ -78,6 +80,9 @@ def analyze(
         overwrite: throw away what is in `out`.
         profile: wait for a GPU after every step, so that `Results.profile` tells what each takes;
             without a GPU it does so anyway.
+        skip_damaged: read all first, and leave out the sequences of which something is damaged in
+            these layers; warnings name them, and the results' facts do. Otherwise damage ends the
+            run.
         progress: told how far it is.
 
     Raises:
@@ -86,6 +91,8 @@ def analyze(
     """
     start = time.perf_counter()
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    if skip_damaged:
+        trace = without_damaged(trace, choose_layers(trace, layers))
     specs, every = parse_specs(methods)
     budgets = _budgets(topk)
     folder = None if out is None else Path(out)

@@ -68,6 +68,10 @@ def tabulate(
             }
             for i, m in enumerate(plan.methods)
         },
+        "damaged_sequences": [
+            {"sequence": sequence, "cause": cause}
+            for sequence, cause in settings.trace.left_out.items()
+        ],
         "missing": [
             {
                 "layer": layer,

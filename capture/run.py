@@ -14,6 +14,7 @@ from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
 from retrace.capture.decode import continue_sequences
 from retrace.capture.harness import Harness
+from retrace.capture.lock import locked
 from retrace.capture.models import find_device, open_checkpoint, quiet_libraries
 from retrace.capture.output import Output
 from retrace.capture.plan import Plan, describe, recorded_layers
@@ -106,7 +107,9 @@ def capture(
     settings = dataclasses.replace(settings, device=ranks.device(device))
     find_device(settings.device)  # refuses one that is not there
     show = progress or (lambda progress: None)
-    with quiet_libraries(), ranks.connected() as meeting:
+    # The processes of one capture share its trace, and the first holds it for all.
+    held = locked(settings.output()) if ranks.first else contextlib.nullcontext()
+    with quiet_libraries(), ranks.connected() as meeting, held:
         if ranks.first:
             output = Output(settings.output(), overwrite=overwrite, resume=resume)
         else:

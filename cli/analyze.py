@@ -120,6 +120,11 @@ Example:
     help="Say on stderr where the time went: reading, exact attention, and each method's building, "
     "search and metrics.",
 )
+@click.option(
+    "--skip-damaged",
+    is_flag=True,
+    help="Read all of the trace first, and leave out the sequences of which something is damaged.",
+)
 @click.option("--no-plots", is_flag=True, help="Draw no plots.")
 @CONFIG
 def command(

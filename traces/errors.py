@@ -32,11 +32,15 @@ class DamageError(RetraceError):
         name = self.array.rpartition("/")[2]
         return "metadata" if not name or name.isdigit() else name
 
-    def __str__(self) -> str:
+    @property
+    def what(self) -> str:
+        """The damaged array in words."""
         where = [] if self.layer is None else [f"layer {self.layer}"]
         where += [] if self.sequence is None else [f"sequence {self.sequence}"]
-        what = self.tensor + (f" of {', '.join(where)}" if where else "")
+        return self.tensor + (f" of {', '.join(where)}" if where else "")
+
+    def __str__(self) -> str:
         return (
-            f"{self.place}: {what} is damaged ({self.cause}). `retrace verify {self.place}` tells "
-            "what else is, and what is whole."
+            f"{self.place}: {self.what} is damaged ({self.cause}). "
+            f"`retrace verify {self.place}` tells what else is, and what is whole."
         )

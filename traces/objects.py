@@ -59,7 +59,7 @@ class _Folder:
         except (FileNotFoundError, NotADirectoryError):
             return None
         if not stat.S_ISREG(known.st_mode):  # a pipe would be waited for, a device never ends
-            raise IsADirectoryError(f"{self._root / key} is no regular file")
+            raise OSError(errno.EINVAL, "it is no regular file")
         return known.st_size
 
     def first_bytes(self, keys: Sequence[str], most: int) -> list[bytes | None]:

@@ -345,7 +345,8 @@ class Trace:
 
     def __reduce__(self) -> tuple[Any, ...]:
         path = self.path.absolute() if isinstance(self.path, Path) else self.path
-        return _opened_before, (path, self.attributes.get("created"), self.sequences)
+        left_out = tuple(self.left_out.items())
+        return _opened_before, (path, self.attributes.get("created"), self.sequences, left_out)
 
     def __repr__(self) -> str:
         return (
@@ -385,9 +386,14 @@ def open_trace(path: str | Location) -> Trace:
 
 
 @lru_cache(maxsize=8)
-def _opened_before(path: Location, created: str | None, sequences: tuple[int, ...]) -> Trace:
+def _opened_before(
+    path: Location,
+    created: str | None,
+    sequences: tuple[int, ...],
+    left_out: tuple[tuple[int, str], ...],
+) -> Trace:
     """The trace at `path`, once for all that is asked of it; a newer one is another."""
-    trace = open_trace(path)
+    trace = open_trace(path).without(dict(left_out))
     trace.sequences = sequences  # those that were finished then
     return trace
 

@@ -57,6 +57,17 @@ class Verification:
         lost = {damage.layer for damage in self.damages}
         return tuple(layer for layer in self.layers if layer not in lost)
 
+    def causes(self) -> dict[int, str]:
+        """Why each finished sequence that is not whole is not."""
+        whole = set(self.whole_sequences)
+        return {
+            sequence: "; ".join(
+                f"{d.what}: {d.cause}" for d in self.damages if d.sequence in (None, sequence)
+            )
+            for sequence in self.finished
+            if sequence not in whole
+        }
+
     def facts(self) -> dict[str, Any]:
         """The same as JSON has it."""
         return {

@@ -38,7 +38,7 @@ def shard(path: Path, name: str, sequence: int) -> Path:
 
 def flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
-    data[5] ^= 4
+    data[1] ^= 4
     file.write_bytes(bytes(data))
 
 

@@ -123,7 +123,8 @@ def _bootstrap(statistic: Callable[[Array], Array], sequences: int) -> Figures:
         method="percentile",
         rng=np.random.default_rng(0),
     )
-    return Figures(mean, found.confidence_interval.low, found.confidence_interval.high)
+    low, high = (np.asarray(bound, np.float64) for bound in found.confidence_interval)
+    return Figures(mean, low, high)
 
 
 def _times_drawn(indices: npt.NDArray[np.int64], sequences: int) -> Array:

@@ -70,7 +70,7 @@ class Results:
     """Trace, every method with all its parameters, settings, versions, timings."""
     sequences: pd.DataFrame = field(default_factory=_no_sequences)
     """One row per (method, layer, module, sequence, head, topk, metric) that some query counts
-    for, at the budgets asked for: mean and count over queries. Empty in folders of retrace 0.1."""
+    for, at the budgets asked for: mean and count over queries."""
 
     def table(self, method: str | None = None, topk: int | None = None) -> pd.DataFrame:
         """Per layer: mean and standard deviation (ddof 0) across heads of recall and error norm.
@@ -212,7 +212,7 @@ class Results:
         lines = [
             [f"{method}, {k}"]
             + [
-                f"{means.loc[(method, k), name]:.4f}" + _bracket(bounds, (method, k, name))
+                f"{means[name][(method, k)]:.4f}" + _bracket(bounds, (method, k, name))
                 for name in names
             ]
             for method in methods or self.methods()
@@ -279,19 +279,15 @@ class Results:
         folder = Path(folder)
         try:
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            frames = [
-                pd.read_parquet(folder / name)
-                for name in TABLES
-                if name != TABLES[2] or (folder / name).exists()  # retrace 0.1 kept none
-            ]
-            for table in frames[:2]:
+            metrics, curves, sequences = (pd.read_parquet(folder / name) for name in TABLES)
+            for table in (metrics, curves):
                 if absent := [name for name in COLUMNS if name not in table]:
                     raise ValueError(f"its tables have no column {', '.join(absent)}")
             if not isinstance(run, dict):
                 raise ValueError("its run.json is no object")
         except (OSError, ValueError) as error:
             raise RetraceError(f"{folder} is not a results folder of retrace ({error}).") from error
-        return cls(*frames[:2], run, *frames[2:])
+        return cls(metrics, curves, run, sequences)
 
     def merged(self, newer: "Results") -> "Results":
         """These results with newer ones added; where both have a figure, the newer one counts."""

@@ -1,8 +1,10 @@
 """Who does the work: threads of this process, or processes."""
 
+import importlib
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -69,13 +71,13 @@ def _cluster(address: str) -> Iterator[tuple[Executor, int]]:
         RetraceError: dask.distributed is not installed, or no scheduler answers there.
     """
     try:
-        from distributed import Client
+        distributed: Any = importlib.import_module("distributed")
     except ImportError as error:
         raise RetraceError(
             "A Dask cluster needs dask.distributed: pip install 'retrace-attention[cluster]'."
         ) from error
     try:
-        client = Client(address, set_as_default=False)
+        client = distributed.Client(address, set_as_default=False)
     except (OSError, ValueError) as error:
         raise RetraceError(f"No Dask scheduler answers at {address} ({error}).") from error
     with client:

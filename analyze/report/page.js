@@ -81,6 +81,8 @@ function quantile(values, share) {
   const sorted = Float64Array.from(values).sort(), place = share * (sorted.length - 1), low = Math.floor(place);
   return sorted[low] + (place - low) * (sorted[Math.ceil(place)] - sorted[low]);
 }
+/** Where a scale of colours ends, so that a few heads far off do not take it all. */
+const end = (values) => quantile(values, 0.98) || 0;
 const overall = (entry, metric, topk) => mean(within(entry, grid(entry, metric, topk), null, null));
 
 // --- words ------------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ function every(names) { // tick labels of at most 16 of them
 /** A heat map; `values` by row of the run and head. */
 function drawMap(id, entry, values, words, scale) {
   const run = runOf(entry), rows = run.layers.map((_, row) => values.slice(row * run.heads, (row + 1) * run.heads));
-  const text = rows.map((row, r) => row.map((value, h) => `layer ${run.layers[r]}, head ${h}<br>${words} ${Number.isNaN(value) ? "no query counts" : shown(value, scale.signed)}`));
+  const text = rows.map((row, r) => Array.from(row, (value, h) => `layer ${run.layers[r]}, head ${h}<br>${words} ${Number.isNaN(value) ? "no query counts" : shown(value, scale.signed)}`));
   at(id).style.height = `${Math.min(Math.max(run.layers.length * 11, 130), 900) + 80}px`;
   draw(id, [{
     type: "heatmap", z: rows, text, hovertemplate: "%{text}<extra></extra>", hoverongaps: false,
@@ -177,9 +179,10 @@ function drawMaps() {
   const { metric, topk } = chosen, info = METRICS[metric];
   const [method, other] = [index.entries[chosen.method], index.entries[chosen.other]];
   const first = grid(method, metric, topk), second = other && grid(other, metric, topk);
-  const largest = [first, second].flatMap((values) => (values ? [...values].filter(Number.isFinite) : [])).reduce((a, b) => Math.max(a, b), 0);
-  const scale = { colours: "Viridis", least: 0, most: info.most ?? (largest || 1), title: info.axis };
-  at("heads-caption").textContent = `${info.title} (${index.metrics[metric]}) at k = ${topk}, mean over the queries that count. Choose a cell for that head's curves; with the keyboard, arrows move and Enter goes there.`;
+  const both = [first, second].flatMap((values) => (values ? [...values].filter(Number.isFinite) : []));
+  const scale = { colours: "Viridis", least: 0, most: info.most ?? (end(both) || 1), title: info.axis };
+  at("heads-caption").textContent = `${info.title} (${index.metrics[metric]}) at k = ${topk}, mean over the queries that count. Choose a cell for that head's curves; with the keyboard, arrows move and Enter goes there.`
+    + (info.most ? "" : " Colours end where 2 % of the heads lie beyond.");
   showMap("method", method, first, scale, method.label);
   showMap("other", other, second, scale, other?.label);
   let difference = null;
@@ -187,7 +190,8 @@ function drawMaps() {
     const run = runOf(method);
     difference = first.map((value, i) => value - cell(other, second, run.layers[Math.floor(i / run.heads)], i % run.heads));
   }
-  const most = Math.max(0.01, ...(difference ?? []).filter(Number.isFinite).map(Math.abs));
+  const sizes = [...(difference ?? [])].filter(Number.isFinite).map(Math.abs);
+  const most = Math.max(0.01, info.most ? quantile(sizes, 1) || 0 : end(sizes));
   showMap("difference", method, difference, { colours: DIVERGING, least: -most, most, title: "difference", signed: true }, other && `Difference: ${method.label} less ${other.label}`);
   sayHead();
 }

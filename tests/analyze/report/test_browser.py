@@ -165,6 +165,23 @@ def test_another_method_and_metric_change_the_heat_map(open_page: Open, results:
     assert row[5] == f"{(difference < 0).sum()} of {difference.size}"
 
 
+def test_a_cell_tells_its_figure(open_page: Open, results: Results) -> None:
+    shown = open_page({"r": results})
+    for metric, title in (
+        ("attention_fraction", "Attention fraction"),
+        ("error_norm", "Error norm"),
+    ):
+        shown.select_option("#metric", label=title)
+        shown.select_option("#topk", "10")
+        shown.mouse.move(*cell_of(shown, "method", 3, 2))
+        rows = of(results.metrics, metric=metric, topk=10, layer=3, head=2)
+        [figure] = of(rows, method="quest")["mean"]
+        label = shown.locator("#map-method .hovertext", has_text=f"{title.lower()} {figure:.4f}")
+        label.wait_for()
+        assert "layer 3, head 2" in (label.text_content() or "")
+        shown.mouse.move(0, 0)
+
+
 def test_a_cell_leads_to_the_curves_of_its_head(open_page: Open, results: Results) -> None:
     shown = open_page({"r": results})
     shown.select_option("#topk", "10")

@@ -13,6 +13,7 @@ from retrace.analyze.methods.base import (
 )
 from retrace.analyze.methods.registry import method_class, method_names, parse_spec, parse_specs
 from retrace.analyze.past import Past
+from retrace.analyze.recommendation import Recommendation, recommend
 from retrace.analyze.results import METRICS, Results
 from retrace.analyze.run import analyze
 from retrace.analyze.unit import HeadGroup
@@ -26,6 +27,7 @@ __all__ = [
     "Keep",
     "Method",
     "Past",
+    "Recommendation",
     "Results",
     "ScoreMethod",
     "SearchMethod",
@@ -36,4 +38,5 @@ __all__ = [
     "method_names",
     "parse_spec",
     "parse_specs",
+    "recommend",
 ]

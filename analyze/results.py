@@ -279,9 +279,15 @@ class Results:
         folder = Path(folder)
         try:
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            metrics, curves, sequences = (pd.read_parquet(folder / name) for name in TABLES)
-            for table in (metrics, curves):
-                if absent := [name for name in COLUMNS if name not in table]:
+            metrics, curves = (pd.read_parquet(folder / name) for name in TABLES[:2])
+            kept = (folder / TABLES[2]).exists()  # not by earlier versions
+            sequences = pd.read_parquet(folder / TABLES[2]) if kept else _no_sequences()
+            for table, columns in (
+                (metrics, COLUMNS),
+                (curves, COLUMNS),
+                (sequences, SEQUENCE_COLUMNS),
+            ):
+                if absent := [name for name in columns if name not in table]:
                     raise ValueError(f"its tables have no column {', '.join(absent)}")
             if not isinstance(run, dict):
                 raise ValueError("its run.json is no object")
@@ -342,7 +348,7 @@ def _bracket(bounds: pd.DataFrame, place: tuple[Any, ...]) -> str:
     """An interval as it stands behind its mean; nothing where there is none."""
     if place not in bounds.index or bounds.loc[place].isna().any():
         return ""
-    low, high = bounds.loc[place]
+    low, high = (float(end) for end in bounds.loc[place])
     return f" [{low:.4f}, {high:.4f}]"
 
 

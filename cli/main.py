@@ -9,6 +9,7 @@ COMMANDS = (
     "capture",
     "analyze",
     "merge",
+    "recommend",
     "compare",
     "evaluate",
     "calibrate",

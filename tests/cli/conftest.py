@@ -16,8 +16,10 @@ LAYERS, HEADS, KV_HEADS, CHANNELS = 3, 4, 2, 8
 SEQUENCES, POSITIONS = 2, 130
 
 
-def write_trace(path: Path, finished: int = SEQUENCES, seed: int = 0) -> None:
-    """A trace of which so many sequences are finished."""
+def write_trace(
+    path: Path, finished: int | None = None, seed: int = 0, sequences: int = SEQUENCES
+) -> None:
+    """A trace of which so many sequences are finished, all if not said."""
     generator = np.random.default_rng(seed)
     rules = {
         layer: LayerRules(
@@ -34,16 +36,16 @@ def write_trace(path: Path, finished: int = SEQUENCES, seed: int = 0) -> None:
     writer = create_trace(
         path,
         rules=rules,
-        tokens=[np.arange(POSITIONS, dtype=np.int32) + s for s in range(SEQUENCES)],
-        query_positions=[np.arange(POSITIONS, dtype=np.int32)] * SEQUENCES,
+        tokens=[np.arange(POSITIONS, dtype=np.int32) + s for s in range(sequences)],
+        query_positions=[np.arange(POSITIONS, dtype=np.int32)] * sequences,
         dtype="float32",
         attributes={
             "model": {"pretrained": "tiny", "parameters": 1234},
-            "task": [{"task": "text", "source": "tiny.txt", "sequences": SEQUENCES}],
+            "task": [{"task": "text", "source": "tiny.txt", "sequences": sequences}],
             "unrecorded_layers": [3],
         },
     )
-    for sequence in range(finished):
+    for sequence in range(sequences if finished is None else finished):
         for layer in rules:
             query, key, value = (
                 generator.standard_normal((heads, POSITIONS, CHANNELS), np.float32)
@@ -78,7 +80,7 @@ def trace(place: Path, written_trace: Path) -> Path:
 
 @pytest.fixture
 def new_trace(place: Path) -> Callable[..., None]:
-    """Writes a trace: path, how many sequences are finished, seed."""
+    """Writes a trace: path, how many sequences are finished, seed, and how many there are."""
     return write_trace
 
 

@@ -53,6 +53,7 @@ SMALL = {
     "shadowkv": "chunk=2,rank=5,outliers=2,local=1",
     "squeezed": "clusters=0.3,observed=6",
     "think": "window=5,recent=4",
+    "sparse-attention-hub": "maskers=SinkMasker:sink_size=2+LocalMasker:window_size=3+OracleTopK",
     "vattention": "sink=2,recent=3,base=0.2",
 }
 """Parameters of methods that keep or learn so much by default that nothing is left to find in the

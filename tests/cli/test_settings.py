@@ -1,6 +1,7 @@
 """The same settings from flags, the environment and a file, in that order of strength."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ Run = Callable[..., Result]
 
 def printed(result: Result) -> list[str]:
     """The methods and budgets of the printed tables."""
-    return [line[4:] for line in result.stdout.splitlines() if line.startswith("### ")]
+    return re.findall(r"^### (.*, top-k .*)$", result.stdout, re.MULTILINE)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
-"""Pages stay small enough to mail, and are made in seconds."""
+"""Pages stay small enough to mail."""
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -22,7 +21,5 @@ Make = Callable[..., Results]
 def test_size(made: Make, layers: int, heads: int, methods: int, megabytes: float) -> None:
     names = ["exact", *(f"a-method:of={i},with=many,parameters=all" for i in range(methods - 1))]
     results = made(range(layers), heads, names, [10, 50, 100], [1, 2, 4, 8, 16, 32, 64, 100])
-    before = time.process_time()
     text = page({"r": results})
-    assert time.process_time() - before < 30  # of processor time, whatever else the machine does
     assert len(text) < megabytes * 1e6

@@ -11,7 +11,7 @@ are drawn with replacement, as many as there are. Of few sequences that interval
 that its percentiles are moved out to where they would be right for a mean of normal figures: the
 expanded percentile interval of Hesterberg, What Teachers Should Know About the Bootstrap
 (arXiv:1411.5279). It never leaves the range of the sequences' own figures. Of fewer
-than six sequences that range itself holds the true mean less often than in 95 of 100 cases.
+than `ENOUGH` sequences that range itself holds the truth less often than in 95 of 100 cases.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,8 @@ Array = npt.NDArray[np.float64]
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+ENOUGH = 6
+"""Sequences of which the range holds a median in 95 of 100 cases: 1 - 2 / 2^6 = 0.97."""
 OVER = {"model": [], "layer": ["layer", "module"], "head": ["layer", "module", "head"]}
 """Columns that say what a mean is of, by what it is over: all layers and heads, a layer's heads, or
 the queries of one head only."""

@@ -9,6 +9,7 @@ Where nothing meets the target, the head keeps full attention.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -19,13 +20,15 @@ from typing import Any, Self
 import pandas as pd
 
 from retrace.analyze.head_classes import BUDGET, CLASSES, PROBE, SHARE, SINKS, head_classes
-from retrace.analyze.intervals import CONFIDENCE
+from retrace.analyze.intervals import CONFIDENCE, ENOUGH
 from retrace.analyze.methods.registry import parse_specs
 from retrace.analyze.results import Results
 from retrace.analyze.run import analyze
 from retrace.analyze.scope import choose_calibration
 from retrace.analyze.tasks import Progress
 from retrace.traces import Location, RetraceError, Trace, open_trace
+
+log = logging.getLogger("retrace")
 
 FORMAT = 1
 """Of the JSON file; it goes up when a reader of the earlier one would misread it."""
@@ -251,6 +254,13 @@ def recommend(
     learns = calibration_sequences is not None or any(s.method.calibrated for s in specs)
     held_out = choose_calibration(trace, calibration_sequences) if learns else ()
     choose, verify = _halves(trace, held_out)
+    if len(choose) < ENOUGH:
+        log.warning(
+            "Only %d sequences choose: intervals over fewer than %d hold the mean less often than "
+            "they say, so that more heads than expected miss the target. Capture more.",
+            len(choose),
+            ENOUGH,
+        )
     shortest = min(trace.length(s) for s in (*choose, *verify))
     results = analyze(
         trace,
@@ -354,7 +364,7 @@ def _heads(
 def _met(heads: pd.DataFrame, target: Target) -> dict[str, Any]:
     """In how many heads each half meets the target, and where it is missed most, or met least."""
     verify = heads[f"verify_{target.metric}"]
-    worst = heads.loc[verify.idxmax() if target.at_most else verify.idxmin()]
+    worst = heads.iloc[verify.argmax() if target.at_most else verify.argmin()]
     return {
         "heads": len(heads),
         "heads_met": {
@@ -414,8 +424,9 @@ def _chosen(candidates: pd.DataFrame, target: Target) -> pd.DataFrame:
         others = candidates.drop_duplicates(GROUP).set_index(GROUP)
         others = others.assign(method="dense", topk=0, bytes_ratio=1.0)
     others = others[~others.index.isin(best.index)]
-    choice = pd.concat([best.assign(chosen=True), others.assign(chosen=False)]).sort_index()
-    return choice[[*SETTING, "chosen", "bytes_ratio"]].astype({"topk": int, "bytes_ratio": float})
+    both = pd.concat([best.assign(chosen=True), others.assign(chosen=False)]).sort_index()
+    choice: pd.DataFrame = both[[*SETTING, "chosen", "bytes_ratio"]]
+    return choice.astype({"topk": int, "bytes_ratio": float})
 
 
 def _as_one(half: Results, choice: pd.DataFrame) -> pd.DataFrame:
@@ -428,17 +439,16 @@ def _as_one(half: Results, choice: pd.DataFrame) -> pd.DataFrame:
     kept = choice.index[choice["topk"] == 0]
     full = full[pd.MultiIndex.from_frame(full[GROUP]).isin(kept)]
     full = full.assign(mean=full["metric"].map(DENSE).fillna(1.0).astype("float32"))
-    return pd.concat([chosen, full], ignore_index=True).assign(method=_MIXED, topk=0)
+    both: pd.DataFrame = pd.concat([chosen, full], ignore_index=True)
+    return both.assign(method=_MIXED, topk=0)
 
 
 def _model(part: Results) -> dict[str, dict[str, float | None]]:
     """Means over layers and heads by metric, with intervals; None where there is none."""
-    found = part.intervals("model", metrics=FIGURES).set_index("metric")
+    found: Any = part.intervals("model", metrics=FIGURES).set_index("metric")
+    parts = ("mean", "low", "high")
     return {
-        name: {
-            part: None if pd.isna(found.loc[name, part]) else float(found.loc[name, part])
-            for part in ("mean", "low", "high")
-        }
+        name: {p: None if pd.isna(x := found.loc[name, p]) else float(x) for p in parts}
         for name in FIGURES
     }
 

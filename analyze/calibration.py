@@ -175,7 +175,7 @@ def _load(file: Path, kv_heads: int, device: torch.device) -> Learned | None:
             for name in arrays.files:
                 kv_head, _, own = name.partition(".")
                 found[int(kv_head)][own] = torch.from_numpy(arrays[name]).to(device)
-    except (OSError, ValueError, KeyError, EOFError, IndexError, BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, IndexError, MemoryError, BadZipFile):
         return None  # not there, or damaged: computed anew
     return found
 

@@ -146,7 +146,7 @@ class KeptParts:
                     if rest:
                         kind, metric = rest.split(".")
                         getattr(tallies[int(index)], kind)[metric] = Moments(*arrays[name])
-        except (OSError, ValueError, KeyError, EOFError, IndexError, BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, IndexError, MemoryError, BadZipFile):
             return None
         for tally, cost in zip(tallies, facts["costs"], strict=True):
             tally.cost = Cost(*cost)

@@ -82,9 +82,12 @@ class ReferenceStore:
             return None
         try:
             # Opened here, since np.load leaves a file open that is no archive.
-            with self._path(digest, layer).open("rb") as file, np.load(file) as arrays:
+            with (
+                self._path(digest, layer).open("rb") as file,
+                np.load(file, allow_pickle=False) as arrays,
+            ):
                 kept = KeptReferences(arrays["ids"], arrays["log_normalizer"], arrays["output"])
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, BadZipFile):
             return None  # not there, or damaged: computed anew
         return kept if kept.ids.shape[-1] >= min(ranks, positions) else None
 

@@ -21,22 +21,26 @@ def locked(path: Location) -> Iterator[None]:
     sequence is written whole, by whoever writes it.
 
     Raises:
-        RetraceError: another capture has it.
+        RetraceError: another capture has it, or nothing can be written there.
     """
     if not isinstance(path, Path):
         yield
         return
     folder = path.absolute().parent
     begun = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f".{path.name}.lock"
     lock = FileLock(file, timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise RetraceError(
             f"Another capture is writing {path}: wait for it, or name another place with --out."
         ) from None
+    except OSError as error:
+        raise RetraceError(
+            f"{folder} cannot be written ({error.strerror}): name another place with --out."
+        ) from error
     except NotImplementedError:
         log.warning("%s has no locks: see to it that nothing else captures there.", folder)
     try:

@@ -90,13 +90,28 @@ class Output:
         shutil.rmtree(self._retired, ignore_errors=True)
 
     def explain(self, error: OSError) -> RetraceError | None:
-        """What a full disk in the middle of a capture means, and how to go on."""
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        """What a disk that takes no more in the middle of a capture means, and how to go on; None
+        for what is no matter of the trace's place."""
+        cause = _CAUSES.get(error.errno or 0)
+        if isinstance(self.path, RemoteLocation) or cause is None:
+            return None
+        there = str(error.filename or "").startswith(str(self.path.parent))
+        if error.errno in _PERMISSION and not there:
             return None
         return RetraceError(
-            f"The disk is full; what was finished of {self.path} is kept. Make room and give the "
-            "same command with --resume (without --overwrite)."
+            f"{cause}; what was finished of {self.path} is kept. Make room or leave to write, and "
+            "give the same command with --resume (without --overwrite)."
         )
+
+
+_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+_CAUSES = {
+    errno.ENOSPC: "The disk is full",
+    errno.EDQUOT: "The disk is full",
+    errno.EFBIG: "The disk takes no file of this size",
+    errno.EIO: "The disk fails",
+    **dict.fromkeys(_PERMISSION, "The trace cannot be written"),
+}
 
 
 def _exists(path: Location) -> RetraceError:

@@ -13,8 +13,12 @@ def _read(ctx: click.Context, param: click.Parameter, path: Path | None) -> None
     import yaml
 
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        # Aliases of aliases are a few lines that stand for more than any memory holds.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise yaml.YAMLError("it has aliases (*name), which settings need none of")
+        settings = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         cause = " ".join(str(error).split())
         raise click.BadParameter(f"{path} cannot be read as YAML: {cause}.", ctx, param) from error
     if not isinstance(settings, dict | None):

@@ -6,6 +6,9 @@ from typing import Any
 
 import click
 
+MOST_NUMBERS = 1_000_000
+"""Of one range: more are a slip of the finger, or a file that was made to fill the memory."""
+
 
 def names(value: Any) -> tuple[str, ...]:
     """Names separated by commas.
@@ -28,12 +31,14 @@ def numbers(value: Any) -> tuple[int, ...]:
 
 
 def _range(text: str) -> Iterator[int]:
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", text)
     if match is None:
-        raise click.BadParameter(f"{text!r} is neither a number nor a range, such as 0,2,5-8.")
+        raise click.BadParameter(f"{text[:80]!r} is neither a number nor a range, such as 0,2,5-8.")
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
         raise click.BadParameter(f"The range {text!r} ends before it begins.")
+    if last - first >= MOST_NUMBERS:
+        raise click.BadParameter(f"The range {text!r} has more than {MOST_NUMBERS:,} numbers.")
     yield from range(first, last + 1)
 
 

@@ -26,12 +26,17 @@ Example:
 @FORMAT
 def command(folder: str, format: str) -> None:
     """List the traces in FOLDER and FOLDER/traces, the newest last; FOLDER is here by default."""
-    from retrace.traces import RetraceError, find_traces, locate
+    from retrace.traces import DamageError, RetraceError, find_traces, locate
 
     place = locate(folder)
     if isinstance(place, Path) and not place.is_dir():
         raise RetraceError(f"There is no folder {folder}.")
-    found = [_facts(path) for path in find_traces(place)]
+    found = []
+    for path in find_traces(place):
+        try:
+            found.append(_facts(path))
+        except DamageError as error:  # the others are there all the same
+            note(f"Warning: {error}")
     if format == "json":
         print_json(found)
         return

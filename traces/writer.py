@@ -81,7 +81,8 @@ class TraceWriter:
         array = self._tensor(layer, name)
         if part.dtype != array.dtype:
             raise TypeError(f"{name} is {part.dtype}, the trace stores {array.dtype}.")
-        write_shard(array, sequence, start, part)
+        with explained(self.path):
+            write_shard(array, sequence, start, part)
 
     def finish_sequence(
         self,
@@ -91,13 +92,14 @@ class TraceWriter:
     ) -> None:
         """Store the negative log-likelihoods (positions,), and the divergences (positions,) from
         the exact model where there are some, and mark the sequence complete."""
-        for name, figures in (("nll", nll), ("kl", kl)):
-            if figures is not None:
-                array = self._array(name)
-                row = np.full(array.shape[1:], np.nan, np.float32)
-                row[: len(figures)] = figures
-                write_row(array, sequence, row)
-        write_row(self._array("done"), sequence, np.array(True))
+        with explained(self.path):
+            for name, figures in (("nll", nll), ("kl", kl)):
+                if figures is not None:
+                    array = self._array(name)
+                    row = np.full(array.shape[1:], np.nan, np.float32)
+                    row[: len(figures)] = figures
+                    write_row(array, sequence, row)
+            write_row(self._array("done"), sequence, np.array(True))
 
     def close(self) -> None:
         """Write the consolidated metadata of a trace that will not grow any more."""

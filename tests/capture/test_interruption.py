@@ -194,6 +194,31 @@ def test_a_disk_that_fills_up(
     assert run(resume=True).sequences == (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EROFS, "cannot be written"), (errno.EFBIG, "no file of this size")],
+)
+def test_a_place_that_takes_no_more(
+    run: Callable[..., Trace],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    said: str,
+) -> None:
+    write_shard = TraceWriter.write_shard
+
+    def refused(self: TraceWriter, sequence: int, *shard: Any) -> None:
+        if sequence == 3:
+            raise OSError(number, os.strerror(number), str(tmp_path / "t" / "layers"))
+        write_shard(self, sequence, *shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TraceWriter, "write_shard", refused)
+        with pytest.raises(RetraceError, match=rf"{said}.*--resume"):
+            run()
+    assert run(resume=True).sequences == (0, 1, 2, 3)
+
+
 def test_progress_counts_what_the_trace_holds(run: Callable[..., Trace]) -> None:
     seen: list[Progress] = []
     started = time.monotonic()

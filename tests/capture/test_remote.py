@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retrace.capture import Progress, capture
-from retrace.traces import RemoteLocation, RetraceError, find_traces, open_trace
+from retrace.traces import RemoteLocation, RetraceError, find_traces, open_trace, verify_trace
 
 pytest.importorskip("s3fs", reason="s3fs, of the extra `remote`, is not installed")
 server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
@@ -87,6 +87,49 @@ def test_what_was_killed_while_it_was_created(
     with pytest.raises(RetraceError, match="was being created"):
         open_trace(url)
     assert capture(model, **options).sequences == (0,)
+
+
+def test_a_store_that_fails_in_the_middle(
+    bucket: str, model_folder: Any, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import retrace.traces.shards as shards
+
+    put, url = shards._put, f"{bucket}/failing.zarr"
+    options: dict[str, Any] = {"text": [text_file], "limit": 3, "max_length": 40, "out": url}
+    model = str(model_folder("mistral"))
+
+    def failing(array: Any, key: str, pieces: Any) -> None:
+        if "/2/" in key and array.path.startswith("layers"):
+            raise TimeoutError("Read timeout on endpoint URL")
+        put(array, key, pieces)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_put", failing)
+        with pytest.raises(RetraceError, match=r"cannot be reached \(Read timeout"):
+            capture(model, **options)
+    found = verify_trace(url)
+    assert found.whole and set(found.finished) <= {0, 1}
+    assert capture(model, **options, resume=True).sequences == (0, 1, 2)
+    assert verify_trace(url).whole
+
+
+def test_damage_is_named(bucket: str, model_folder: Any, text_file: Path) -> None:
+    import s3fs
+
+    url, files = f"{bucket}/damaged.zarr", s3fs.S3FileSystem()
+    model = str(model_folder("mistral"))
+    capture(model, text=[text_file], limit=2, max_length=40, out=url)
+    data = bytearray(files.cat_file(f"{url}/layers/1/key/c/0/0/0/0"))
+    data[9] ^= 1
+    files.pipe_file(f"{url}/layers/1/key/c/0/0/0/0", bytes(data))
+    files.rm_file(f"{url}/layers/0/value/c/1/0/0/0")
+    files.pipe_file(f"{url}/nll/c/1/0", b"abc")
+    damages = verify_trace(url).damages
+    assert [(d.layer, d.tensor, d.sequence, d.cause.split(":")[0]) for d in damages] == [
+        (None, "nll", 1, "truncated"),
+        (0, "value", 1, "missing"),
+        (1, "key", 0, "checksum does not match"),
+    ]
 
 
 def test_what_is_no_trace(bucket: str) -> None:

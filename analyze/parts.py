@@ -132,6 +132,19 @@ class KeptParts:
         """The run that they are of."""
         return self._job
 
+    def begin(self, anew: set[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Begin the run, or go on with it: the tasks whose exact answers are computed in it, which
+        are those given if it has not begun yet."""
+        file = self._folder / "job.json"
+        if not file.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            facts = {**self._job.to_json(), "anew": sorted(anew)}
+            aside = self._folder / f"job.{os.getpid()}.partial"
+            aside.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+            aside.replace(file)
+        begun = json.loads(file.read_text(encoding="utf-8"))["anew"]
+        return {(layer, sequence) for layer, sequence in begun}
+
     def load(self, task: tuple[int, int]) -> Part | None:
         """The part of a layer and sequence; None if it is not there, or damaged."""
         methods = self._job.plan.methods
@@ -166,8 +179,6 @@ class KeptParts:
             "costs": [[t.cost.builds, t.cost.seconds, t.cost.state_bytes] for t in part.tallies],
             "spent": [[*charge, seconds] for charge, seconds in part.clock.seconds.items()],
         }
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._write_job()
         file = self._file(task)
         aside = file.with_suffix(f".{os.getpid()}.partial")
         with aside.open("wb") as opened:
@@ -184,13 +195,6 @@ class KeptParts:
     def _file(self, task: tuple[int, int]) -> Path:
         layer, sequence = task
         return self._folder / f"{layer}.{sequence}.npz"
-
-    def _write_job(self) -> None:
-        file = self._folder / "job.json"
-        if not file.exists():
-            aside = self._folder / f"job.{os.getpid()}.partial"
-            aside.write_text(json.dumps(self._job.to_json(), indent=2), encoding="utf-8")
-            aside.replace(file)
 
 
 def _source_digest(method: type) -> str:

@@ -67,8 +67,18 @@ class ReferenceStore:
     sequence's digest, so that it can't be taken for another capture's.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, anew: bool = False) -> None:
+        """With `anew` what is there is computed, and kept, once more."""
         self._folder = folder
+        self._anew = anew
+
+    def anew(self) -> "ReferenceStore":
+        """The same, for answers that are to be computed whether they are there or not."""
+        return ReferenceStore(self._folder, anew=True)
+
+    def holds(self, digest: str, layer: int) -> bool:
+        """Whether there are answers for a layer of a sequence."""
+        return self._folder is not None and self._path(digest, layer).exists()
 
     @property
     def active(self) -> bool:
@@ -78,7 +88,7 @@ class ReferenceStore:
     def load(self, digest: str, layer: int, ranks: int, positions: int) -> "KeptReferences | None":
         """The answers for a layer of a sequence of so many positions, if there are any with at
         least `ranks` ranks, or as many as there are keys."""
-        if self._folder is None:
+        if self._folder is None or self._anew:
             return None
         try:
             # Opened here, since np.load leaves a file open that is no archive.

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from retrace.analyze import Results, analyze, merge
@@ -262,6 +263,27 @@ def test_interrupted(trace: Trace, probe: Any, tmp_path: Path, one: Any, log: An
     run(trace, probe(), tmp_path / "r", workers=1)
     assert set(log()) == {"0.0", "1.0", "1.1", "2.0", "2.1"}  # the causality check takes the first
     assert figures(tmp_path / "r") == one
+
+
+def test_exact_answers_kept_meanwhile_change_nothing(
+    make_trace: MakeTrace, rules: Any, probe: Any, tmp_path: Path
+) -> None:
+    # Not on a grid, where products are exact in whatever order they are summed.
+    draw = np.random.default_rng(0).normal
+    tensors = {
+        (layer, s): tuple(draw(size=(2, length, 8)) for _ in range(3))
+        for layer in (0, 1)
+        for s, length in enumerate((153, 124, 140))
+    }
+    traces = [
+        make_trace([rules(), rules()], (153, 124, 140), tensors=tensors, name=name)
+        for name in ("a", "b")
+    ]
+    run(traces[0], probe(), tmp_path / "a", keep_exact=True)
+    interrupt(traces[1], probe(), tmp_path / "b", keep_exact=True)
+    analyze(traces[1], ["exact", "window"], [5])  # keeps them all
+    run(traces[1], probe(), tmp_path / "b", keep_exact=True)
+    assert figures(tmp_path / "b") == figures(tmp_path / "a")
 
 
 @pytest.mark.parametrize("change", ["settings", "method", "file"])

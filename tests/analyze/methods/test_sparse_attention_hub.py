@@ -265,7 +265,7 @@ def test_a_sample_repeats_in_any_order(trace: Trace) -> None:
         ("OracleTopK:size=3", r"OracleTopK has no 'size': it has heavy_size"),
         ("SinkMasker", r"SinkMasker: .*sink_size"),
         ("SinkMasker:sink_size=-1", r"sink_size must be > 0"),
-        ("PQCache:pq_sub_dim=2:pq_bits=4", r"PQCache masks nothing"),
+        ("PQCache:pq_sub_dim=2:pq_bits=4", r"PQCache of sparse-attention-hub masks nothing"),
         (
             "MagicPig:lsh_l=2:lsh_k=2+RandomSamplingMasker:sampling_rate=0.2",
             "Only one sampling masker",

@@ -1,5 +1,9 @@
 """What methods share that are indexes of a vector library."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,3 +23,18 @@ def answers(found: npt.NDArray[Any], queries: Tensor) -> Tensor:
     (group, queries, k) int64 on their device."""
     ids = torch.from_numpy(np.asarray(found, dtype=np.int64))
     return ids.view(*queries.shape[:2], -1).to(queries.device)
+
+
+@contextmanager
+def silenced(stream: int) -> Iterator[None]:
+    """What a library's own code prints to standard output (1) or error (2) goes nowhere, so that it
+    does not stand among results or messages."""
+    (sys.stdout if stream == 1 else sys.stderr).flush()
+    kept = os.dup(stream)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream)
+        yield
+    finally:
+        os.dup2(kept, stream)
+        os.close(kept)

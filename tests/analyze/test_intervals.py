@@ -144,7 +144,7 @@ def test_levels_agree_with_the_tables(results: Results) -> None:
 
 @pytest.mark.parametrize("sequences", [8, 40])
 def test_coverage_of_a_normal_mean(sequences: int) -> None:
-    """In 95 of 100 cases; a percentile interval that is not expanded comes to 0.90 of 8."""
+    """A percentile interval that is not expanded comes to 0.88 for 8 sequences."""
     samples = np.random.default_rng(0).normal(3.0, 1.0, (1000, sequences)).astype(np.float32)
     one = rows_of(samples[0]).sequences
     trials = pd.concat([one.assign(head=h, mean=sample) for h, sample in enumerate(samples)])
@@ -184,6 +184,20 @@ def test_differences_are_paired(results: Results) -> None:
     both = Results(pd.DataFrame(), pd.DataFrame(), {}, pd.concat([rows, other]))
     [row] = both.difference("other", "mine").to_dict("records")
     assert (row["mean"], row["low"], row["high"]) == pytest.approx((0.5, 0.5, 0.5), abs=1e-6)
+
+
+def test_bars_in_the_plots(results: Results) -> None:
+    from matplotlib.collections import LineCollection
+
+    from retrace.analyze.plots import error_norm_by_layer
+
+    panel = error_norm_by_layer(results).axes[0]  # of the smaller budget
+    drawn = [c for c in panel.collections if isinstance(c, LineCollection)]
+    known = results.intervals("layer", topk=[2], metrics=["error_norm"])
+    for method, bars in zip(METHODS, drawn, strict=True):
+        ends = np.array([segment[:, 1] for segment in bars.get_segments()])
+        rows = known[known["method"] == method]
+        np.testing.assert_allclose(ends, rows[["low", "high"]])
 
 
 def test_the_same_again(results: Results) -> None:

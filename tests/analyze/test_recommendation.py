@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def bytes_read(method: str, union: int, visible: int) -> float:
     return (visible + union) / (2 * visible) if method == "exact" else union / visible
 
 
+@cache
 def tried(queries_of: Any, trace: Trace) -> dict[Any, dict[str, Any]]:
     """For every (layer, kv head, method, budget): each figure's means of every head and sequence,
     one query after another."""

@@ -6,6 +6,9 @@ from typing import Any
 
 import click
 
+DEEPEST = 8
+"""Lists and mappings within each other; settings need two."""
+
 
 def _read(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
     if path is None:
@@ -14,11 +17,9 @@ def _read(ctx: click.Context, param: click.Parameter, path: Path | None) -> None
 
     try:
         text = path.read_text(encoding="utf-8")
-        # Aliases of aliases are a few lines that stand for more than any memory holds.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise yaml.YAMLError("it has aliases (*name), which settings need none of")
+        _check(text)
         settings = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         cause = " ".join(str(error).split())
         raise click.BadParameter(f"{path} cannot be read as YAML: {cause}.", ctx, param) from error
     if not isinstance(settings, dict | None):
@@ -39,6 +40,21 @@ def _read(ctx: click.Context, param: click.Parameter, path: Path | None) -> None
         if value is not None:
             chosen[option.name] = _as_given(option, value)
     ctx.default_map = {**(ctx.default_map or {}), **chosen}
+
+
+def _check(text: str) -> None:
+    """Refuse what a few lines of YAML can stand for that no memory, and no patience, holds:
+    aliases of aliases, and lists within lists without end."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name), which settings need none of")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"it has lists or mappings more than {DEEPEST} deep")
 
 
 def _as_given(option: click.Parameter, value: Any) -> Any:

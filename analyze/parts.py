@@ -76,6 +76,7 @@ class Job:
         return {
             "trace": str(place.absolute() if isinstance(place, Path) else place),
             "left_out": list(self.settings.trace.left_out.items()),
+            "sequences": self.settings.trace.sequences,
             "protocol": str(self.settings.protocol),
             "min_context": self.settings.min_context,
             "layers": self.settings.layers,
@@ -87,8 +88,10 @@ class Job:
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> Self:
         """The same run, without what its methods learned."""
+        trace = open_trace(facts["trace"]).without(dict(facts["left_out"]))
+        trace.sequences = tuple(facts["sequences"])  # not those that were captured since
         settings = Settings(
-            open_trace(facts["trace"]).without(dict(facts["left_out"])),
+            trace,
             Protocol.parse(facts["protocol"]),
             facts["min_context"],
             tuple(facts["layers"]),

@@ -319,6 +319,20 @@ def test_parts_and_merge(trace: Trace, probe: Any, tmp_path: Path, one: Any) -> 
     assert results.run["methods"].keys() == Results.load(tmp_path / "one").run["methods"].keys()
 
 
+def test_sequences_that_were_left_out_stay_so(trace: Trace, probe: Any, tmp_path: Path) -> None:
+    whole = run(trace.without({0: "damaged"}), probe(), tmp_path / "whole", workers=1)
+    for i in (1, 2):
+        run(trace.without({0: "damaged"}), probe(), tmp_path / "r", part=(i, 2), workers=1)
+        # One that had not been captured when the run began.
+        fewer = trace.without({})
+        fewer.sequences = (1, 2)
+        run(fewer, probe(), tmp_path / "fewer", part=(i, 2), workers=1)
+    results = merge([tmp_path / "r"])
+    assert figures(tmp_path / "r") == figures(tmp_path / "whole")
+    assert merge([tmp_path / "fewer"]).run["sequences"] == [1]
+    assert results.run["sequences"] == whole.run["sequences"] == [1]
+
+
 def test_merged_parts_add_to_what_is_there(trace: Trace, probe: Any, tmp_path: Path) -> None:
     settings = {"out": tmp_path / "r", "min_context": 10, "keep_exact": False}
     analyze(trace, ["exact"], [2], **settings)

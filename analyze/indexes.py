@@ -26,15 +26,15 @@ def answers(found: npt.NDArray[Any], queries: Tensor) -> Tensor:
 
 
 @contextmanager
-def silenced(stream: int) -> Iterator[None]:
-    """What a library's own code prints to standard output (1) or error (2) goes nowhere, so that it
-    does not stand among results or messages."""
-    (sys.stdout if stream == 1 else sys.stderr).flush()
-    kept = os.dup(stream)
+def silenced() -> Iterator[None]:
+    """What a library's own code prints to standard output goes nowhere, so that it does not stand
+    among results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
     try:
         with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), stream)
+            os.dup2(nowhere.fileno(), 1)
         yield
     finally:
-        os.dup2(kept, stream)
+        os.dup2(kept, 1)
         os.close(kept)

@@ -41,7 +41,7 @@ class DiskANN(SearchMethod):
         room = LEAST_ROOM
         while room < past.end:
             room *= 2
-        with silenced(1):
+        with silenced():
             index = self.library().DynamicMemoryIndex(
                 distance_metric="mips",
                 vector_dtype=np.float32,

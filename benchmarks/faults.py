@@ -1,0 +1,299 @@
+"""What is lost of a capture that ends at any moment, and what is noticed of damage.
+
+    python benchmarks/faults.py --out benchmarks/results/faults.md
+
+A tiny random model is captured over and over, each time in a process of its own that is ended by
+SIGKILL at a moment drawn at random, or whose disk fills up. After each the trace is verified, what
+the capture had reported as finished must be there, and the same capture with `resume` must come to
+the bytes of one that was never interrupted. Then chunks of a whole trace are spoilt, one at a time,
+and `verify_trace` must name the very array and sequence.
+
+Nothing but time depends on the machine; where in a capture a moment falls, does.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from architectures import TEXT, save_tiny_model
+
+SEQUENCES = 12
+LENGTH = 200
+
+
+def capture_here(folder: str, trace: str, log: str, resume: bool, fault: dict[str, Any]) -> None:
+    """One capture, in a process of its own; notes in `log` what it reports as finished."""
+    from retrace.capture import capture
+    from retrace.traces import RetraceError
+
+    if "file_bytes" in fault:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["file_bytes"], fault["file_bytes"]))
+    notes = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def note(**facts: Any) -> None:
+        os.write(notes, (json.dumps({**facts, "at": time.time()}) + "\n").encode())
+
+    def show(progress: Any) -> None:
+        note(stage=progress.stage, sequences=progress.sequences)
+        if progress.sequences >= fault.get("fills_after", SEQUENCES + 1):
+            fill(Path(trace).parent / "filler")
+
+    try:
+        capture(
+            f"{folder}/model",
+            text=[f"{folder}/text.txt"],
+            limit=SEQUENCES,
+            max_length=LENGTH,
+            out=trace,
+            resume=resume,
+            progress=show,
+        )
+        note(stage="complete", sequences=SEQUENCES)
+    except RetraceError as error:
+        note(stage="refused", line=str(error))
+
+
+def fill(file: Path) -> None:
+    """Leave no room on a disk."""
+    with contextlib.suppress(OSError), file.open("ab", buffering=0) as filler:
+        for size in (1 << 20, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    filler.write(b"\0" * size)
+
+
+class Captures:
+    """Captures of one model, each in a process that has everything imported already."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        save_tiny_model("mistral", folder / "model")
+        (folder / "text.txt").write_text(TEXT * 3)
+        # The server finds modules by the environment alone.
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+        self._processes = multiprocessing.get_context("forkserver")
+        self._processes.set_forkserver_preload(["architectures", "retrace.capture.run"])
+
+    def run(
+        self, trace: Path, *, resume: bool = False, kill_after: float | None = None, **fault: Any
+    ) -> list[dict[str, Any]]:
+        """What a capture noted until it ended, or was ended after so many seconds."""
+        log = self.folder / "log"
+        log.unlink(missing_ok=True)
+        arguments = (str(self.folder), str(trace), str(log), resume, fault)
+        process = self._processes.Process(target=capture_here, args=arguments)
+        process.start()
+        process.join(kill_after)
+        process.kill()
+        process.join()
+        noted = log.read_text().splitlines() if log.exists() else []
+        return [json.loads(line) for line in noted]
+
+
+def digest(trace: Path) -> str:
+    """Of every file but the trace's own attributes, which hold the time."""
+    known = hashlib.sha256()
+    for file in sorted(trace.rglob("*")):
+        if file.is_file() and file.parent != trace:
+            known.update(f"{file.relative_to(trace)} ".encode() + file.read_bytes())
+    return known.hexdigest()
+
+
+def check_after(
+    captures: Captures, trace: Path, noted: list[dict[str, Any]], whole: str
+) -> dict[str, Any]:
+    """What an interrupted capture left, and whether it goes on to the same bytes."""
+    from retrace.traces import verify_trace
+
+    reported = max((line.get("sequences", 0) for line in noted), default=0)
+    found = verify_trace(trace) if trace.exists() else None
+    finished = 0 if found is None else len(found.finished)
+    partial = sum(1 for _ in trace.rglob("*.partial"))
+    resumed = captures.run(trace, resume=True)
+    return {
+        "stage": noted[-1]["stage"] if noted else "starting",
+        "finished": finished,
+        "lost": max(0, reported - finished),
+        "damaged": 0 if found is None else len(found.damages),
+        "partial": partial,
+        "resumed": bool(resumed) and resumed[-1]["stage"] == "complete" and digest(trace) == whole,
+        "line": next((line["line"] for line in noted if "line" in line), None),
+    }
+
+
+def kills(captures: Captures, whole: str, seconds: float, count: int) -> list[dict[str, Any]]:
+    """Captures that were killed, each at its own moment of a run's `seconds`."""
+    rng, outcomes = random.Random(0), []
+    for index in range(count):
+        trace = captures.folder / f"killed-{index}"
+        # One in each equal part of the time, so that no stage is missed.
+        moment = seconds * (index + rng.random()) / count
+        noted = captures.run(trace, kill_after=moment)
+        outcomes.append(check_after(captures, trace, noted, whole))
+        shutil.rmtree(trace, ignore_errors=True)
+    return outcomes
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path | None]:
+    """A file system of `size` bytes; None where none can be mounted."""
+    place = folder / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    mounted = shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        yield place if mounted else None
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(place)], check=True)
+
+
+def full_disks(captures: Captures, whole: str, size: int) -> list[dict[str, Any]]:
+    """Captures whose disk was filled by another program after some sequences."""
+    outcomes = []
+    with small_disk(captures.folder, 4 * size) as disk:
+        for after in range(0, SEQUENCES, 2) if disk else ():
+            assert disk is not None
+            noted = captures.run(disk / "t", fills_after=after)
+            (disk / "filler").unlink(missing_ok=True)
+            outcomes.append(check_after(captures, disk / "t", noted, whole))
+            shutil.rmtree(disk / "t", ignore_errors=True)
+    return outcomes
+
+
+def small_files(captures: Captures, whole: str) -> list[dict[str, Any]]:
+    """Captures that may write no file larger than some size (RLIMIT_FSIZE)."""
+    outcomes = []
+    for size in (4_000, 8_000, 15_000, 20_000):
+        trace = captures.folder / f"small-{size}"
+        noted = captures.run(trace, file_bytes=size)
+        outcomes.append(check_after(captures, trace, noted, whole))
+        shutil.rmtree(trace, ignore_errors=True)
+    return outcomes
+
+
+def spoils(trace: Path, count: int) -> Counter[str]:
+    """How often `verify_trace` named the very chunk that was spoilt, and no other, by kind."""
+    from retrace.traces import verify_trace
+
+    rng, named = random.Random(1), Counter[str]()
+    chunks = sorted(f for f in trace.rglob("*") if f.is_file() and f.name != "zarr.json")
+    # A mark that is gone means that its sequence was never finished.
+    chunks = [file for file in chunks if "done" not in file.parts]
+    for index in range(count):
+        file, kind = rng.choice(chunks), ("flipped bit", "cut short", "deleted")[index % 3]
+        before = file.read_bytes()
+        if kind == "deleted":
+            file.unlink()
+        elif kind == "cut short":
+            file.write_bytes(before[: rng.randrange(len(before))])
+        else:
+            spoilt = bytearray(before)
+            spoilt[rng.randrange(len(before))] ^= 1 << rng.randrange(8)
+            file.write_bytes(spoilt)
+        parts = file.relative_to(trace).parts
+        array, sequence = "/".join(parts[: parts.index("c")]), int(parts[parts.index("c") + 1])
+        found = verify_trace(trace).damages
+        # What reads the length of a sequence cannot do so without it.
+        right = {d.sequence for d in found} == {sequence} and array in {d.array for d in found}
+        if array != "length" and len(found) != 1:
+            right = False
+        named[f"{kind}: {'named' if right else 'missed'}"] += 1
+        file.write_bytes(before)
+    assert verify_trace(trace).whole
+    return named
+
+
+def main() -> None:
+    """Run all of it, print a table, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--spoils", type=int, default=90)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        captures = Captures(Path(temporary))
+        captures.run(captures.folder / "first")  # what only the first run waits for
+        trace, begun = captures.folder / "whole", time.time()
+        noted = captures.run(trace)
+        assert noted[-1]["stage"] == "complete", noted
+        seconds, whole = noted[-1]["at"] - begun, digest(trace)
+        size = sum(f.stat().st_size for f in trace.rglob("*") if f.is_file())
+        rows = {
+            "kill -9": kills(captures, whole, seconds, arguments.kills),
+            "full disk (tmpfs)": full_disks(captures, whole, size),
+            "no larger file (RLIMIT_FSIZE)": small_files(captures, whole),
+        }
+        text = report(rows, spoils(trace, arguments.spoils), seconds, size)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n", encoding="utf-8")
+
+
+def report(
+    rows: dict[str, list[dict[str, Any]]], named: Counter[str], seconds: float, size: int
+) -> str:
+    """The figures in Markdown."""
+    lines = [
+        "# Faults",
+        "",
+        f"`python benchmarks/faults.py` on {platform.machine()}, {platform.system()}, Python "
+        f"{platform.python_version()}: a random model of 2 layers over {SEQUENCES} sequences of "
+        f"{LENGTH} tokens, {size / 1e6:.1f} MB, {seconds:.1f} s a capture when it is left alone.",
+        "",
+        "| fault | captures | ended while | finished sequences left | of those reported, lost | "
+        "damaged arrays | unfinished files left | resumed to the same bytes |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for fault, outcomes in rows.items():
+        if not outcomes:
+            lines.append(f"| {fault} | 0 | (not to be had on this machine) | | | | | |")
+            continue
+        stages = Counter(outcome["stage"] for outcome in outcomes)
+        finished = [outcome["finished"] for outcome in outcomes]
+        cells = [
+            fault,
+            str(len(outcomes)),
+            ", ".join(f"{stage} {count}" for stage, count in stages.most_common()),
+            f"{min(finished)} to {max(finished)}",
+            str(sum(outcome["lost"] for outcome in outcomes)),
+            str(sum(outcome["damaged"] for outcome in outcomes)),
+            str(sum(outcome["partial"] for outcome in outcomes)),
+            str(sum(outcome["resumed"] for outcome in outcomes)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| one chunk spoilt | times | named, and nothing else |", "|---|---:|---:|"]
+    for kind in ("flipped bit", "cut short", "deleted"):
+        right, wrong = named[f"{kind}: named"], named[f"{kind}: missed"]
+        lines.append(f"| {kind} | {right + wrong} | {right} |")
+    said = Counter(o["line"] for outcomes in rows.values() for o in outcomes if o["line"])
+    lines += ["", "What the captures said that could still say something:", ""]
+    for line, count in said.most_common():
+        lines.append(f"- {count} times: {_placeless(line)}")
+    return "\n".join(lines)
+
+
+def _placeless(line: str) -> str:
+    """A line with names of temporary folders left out."""
+    return " ".join(
+        "TRACE" if word.startswith(tempfile.gettempdir()) else word for word in line.split()
+    )
+
+
+if __name__ == "__main__":
+    main()

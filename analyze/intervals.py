@@ -14,6 +14,7 @@ expanded percentile interval of Hesterberg, What Teachers Should Know About the 
 than `ENOUGH` sequences that range itself holds the truth less often than in 95 of 100 cases.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,16 +116,19 @@ def _bootstrap(statistic: Callable[[Array], Array], sequences: int) -> Figures:
     def drawn(indices: npt.NDArray[np.int64], axis: int) -> Array:
         return statistic(_times_drawn(indices, sequences))
 
-    found = stats.bootstrap(
-        (np.arange(sequences),),
-        drawn,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=1_000,
-        confidence_level=_expanded(sequences),
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
+    with warnings.catch_warnings():
+        # Where a layer lacks a sequence, some draws have none at all: no interval, as NaN says.
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = stats.bootstrap(
+            (np.arange(sequences),),
+            drawn,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            batch=1_000,
+            confidence_level=_expanded(sequences),
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
     low, high = (np.asarray(bound, np.float64) for bound in found.confidence_interval)
     return Figures(mean, low, high)
 

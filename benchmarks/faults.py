@@ -281,10 +281,12 @@ def report(
     for kind in ("flipped bit", "cut short", "deleted"):
         right, wrong = named[f"{kind}: named"], named[f"{kind}: missed"]
         lines.append(f"| {kind} | {right + wrong} | {right} |")
-    said = Counter(o["line"] for outcomes in rows.values() for o in outcomes if o["line"])
+    said = Counter(
+        _placeless(o["line"]) for outcomes in rows.values() for o in outcomes if o["line"]
+    )
     lines += ["", "What the captures said that could still say something:", ""]
     for line, count in said.most_common():
-        lines.append(f"- {count} times: {_placeless(line)}")
+        lines.append(f"- {count} times: {line}")
     return "\n".join(lines)
 
 

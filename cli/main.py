@@ -14,6 +14,7 @@ COMMANDS = (
     "evaluate",
     "calibrate",
     "report",
+    "export",
     "info",
     "verify",
     "traces",

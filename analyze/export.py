@@ -1,0 +1,251 @@
+"""Queries and keys of a trace as the files that vector indexes are benchmarked with."""
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from retrace.analyze.reference import exact_pass
+from retrace.analyze.scope import choose_device, choose_layers
+from retrace.analyze.tasks import Progress
+from retrace.analyze.unit import HeadGroup, Unit, load_units
+from retrace.traces import Location, RetraceError, Trace, open_trace
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class VectorSet:
+    """The keys of one kv head of a layer and sequence, the queries of its group, and the exact
+    answers by inner product."""
+
+    group: HeadGroup
+    train: Floats
+    """Keys (keys, channels)."""
+    test: Floats
+    """Queries (queries, channels): all of the first head, then all of the next. Not scaled; the
+    layer's scale turns an inner product into a logit."""
+    position: Ids
+    """Position of each query in the sequence (queries,)."""
+    seen: Ids
+    """How many keys, from the first on, each query may find (queries,)."""
+    neighbors: Ids
+    """The best of those (queries, neighbours), ties to the lower key, -1 where there are fewer."""
+    distances: Floats
+    """Inner products with them, negative so that the least is the nearest; inf where none is."""
+
+    @property
+    def name(self) -> str:
+        """What its file is called, after the trace."""
+        group = self.group
+        return (
+            f"layer{group.layer}-head{group.kv_head}-sequence{group.sequence}-"
+            f"{self.train.shape[1]}-dot"
+        )
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """All of them, by name."""
+        names = ("train", "test", "neighbors", "distances", "position", "seen")
+        return {name: getattr(self, name) for name in names}
+
+
+def export(
+    trace: Trace | str | Location,
+    out: str | Path,
+    form: str = "ann-benchmarks",
+    *,
+    layers: Sequence[int] | None = None,
+    kv_heads: Sequence[int] | None = None,
+    sequences: Sequence[int] | None = None,
+    from_position: int | None = None,
+    causal: bool = False,
+    neighbors: int = 100,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write a set of vectors for every kv head of some layers and sequences.
+
+    The keys are those before `from_position` and the queries those from there on, which see all of
+    them: an index built of a prompt and asked by what is decoded. With `causal` the keys are all of
+    the sequence's, and each query may find those up to its own position only (`seen`).
+
+    Args:
+        trace: a trace or where it is: a path or a URL.
+        out: folder for the files; those of the same names are replaced.
+        form: `ann-benchmarks`: an HDF5 file for each set, with the datasets train, test, neighbors
+            and distances, and the attribute distance = `dot`; `fvecs`: a folder for each, of
+            base.fvecs, query.fvecs, groundtruth.ivecs as TEXMEX defines them (Jegou, Douze and
+            Schmid 2011), and the rest as .npy; `numpy`: a folder for each, of .npy files.
+        layers: indices of layers; all recorded ones if None.
+        kv_heads: of each layer; all if None.
+        sequences: all finished ones if None.
+        from_position: half of each sequence if None.
+        causal: whether keys since then are there as well.
+        neighbors: exact answers to each query.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        progress: told how many layers of sequences are done, and of how many.
+
+    Returns:
+        The files or folders, in order.
+
+    Raises:
+        RetraceError: a layer, head or sequence that is not there, a position that leaves no keys or
+            no queries, or a missing library.
+    """
+    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    if form not in WRITERS:
+        raise RetraceError(f"There is no format {form!r}: choose {', '.join(WRITERS)}.")
+    if neighbors < 1:
+        raise RetraceError(f"{neighbors} neighbours: expected 1 or more.")
+    chosen = trace.sequences if sequences is None else tuple(sorted(set(sequences)))
+    if missing := [s for s in chosen if s not in trace.sequences]:
+        there = ", ".join(map(str, trace.sequences))
+        raise RetraceError(f"There is no sequence {missing[0]}; there are {there}.")
+    target, write, folder = choose_device(device), WRITERS[form], Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [(i, s) for i in choose_layers(trace, layers) for s in chosen]
+    written = []
+    for done, (layer, sequence) in enumerate(tasks):
+        if progress is not None:
+            progress(done, len(tasks))
+        for unit in _units(trace, layer, sequence, kv_heads, target):
+            vectors = vector_set(unit, from_position, causal, neighbors)
+            written.append(write(vectors, folder / f"{trace.path.stem}-{vectors.name}"))
+    if progress is not None:
+        progress(len(tasks), len(tasks))
+    return written
+
+
+def _units(
+    trace: Trace, layer: int, sequence: int, kv_heads: Sequence[int] | None, device: torch.device
+) -> Iterator[Unit]:
+    there = trace.layer(layer).rules.kv_heads
+    if kv_heads is not None and (absent := [h for h in kv_heads if not 0 <= h < there]):
+        raise RetraceError(f"Layer {layer} has {there} kv heads, and none is {absent[0]}.")
+    for unit in load_units(trace.layer(layer), sequence, device):
+        if kv_heads is None or unit.group.kv_head in kv_heads:
+            yield unit
+
+
+def vector_set(unit: Unit, from_position: int | None, causal: bool, neighbors: int) -> VectorSet:
+    """The set of one kv head; see `export`."""
+    length = len(unit.keys)
+    first = length // 2 if from_position is None else from_position
+    row = int(torch.searchsorted(unit.positions, first))
+    if not 0 < first < length or row == len(unit.positions):
+        raise RetraceError(
+            f"Position {first} of sequence {unit.group.sequence}, which has {length}, leaves no "
+            "keys or no queries: choose another with from_position."
+        )
+    positions = unit.positions[row:]
+    # What is found is a matter of vectors alone: no window, no cap, no sinks. Where the keys are
+    # those before all queries, every query is as the first after them.
+    rules = replace(unit.group.rules, window=None, chunk=None, softcap=None, sinks=None)
+    alone = replace(
+        unit,
+        group=replace(unit.group, rules=rules),
+        queries=unit.queries[:, row:],
+        positions=positions if causal else torch.full_like(positions, first - 1),
+        keys=unit.keys if causal else unit.keys[:first],
+        values=unit.values if causal else unit.values[:first],
+        sinks=None,
+        neighbours=None,
+    )
+    with torch.inference_mode():
+        best = torch.cat([exact_pass(b, neighbors).ids for b in alone.blocks(0)], dim=1).cpu()
+    keys, queries = alone.keys.cpu(), alone.queries.cpu()
+    products = torch.stack(
+        [
+            (keys[ids.clamp(min=0)] @ query[..., None]).squeeze(-1)
+            for ids, query in zip(best, queries, strict=True)
+        ]
+    )
+    distances = torch.where(best < 0, torch.inf, -products)
+    heads = len(queries)
+    return VectorSet(
+        unit.group,
+        keys.numpy(),
+        queries.flatten(0, 1).numpy(),
+        positions.cpu().repeat(heads).numpy().astype(np.int32),
+        (alone.positions.cpu() + 1).repeat(heads).numpy().astype(np.int32),
+        best.flatten(0, 1).numpy().astype(np.int32),
+        distances.flatten(0, 1).numpy(),
+    )
+
+
+def _facts(vectors: VectorSet) -> dict[str, Any]:
+    group = vectors.group
+    return {
+        "distance": "dot",
+        "point_type": "float",
+        "layer": group.layer,
+        "kv_head": group.kv_head,
+        "heads": group.rules.group,
+        "sequence": group.sequence,
+        "scale": group.rules.scale,
+    }
+
+
+def _write_hdf5(vectors: VectorSet, place: Path) -> Path:
+    try:
+        h5py: Any = importlib.import_module("h5py")
+    except ImportError as error:
+        raise RetraceError(
+            "HDF5 files need h5py: pip install 'retrace-attention[export]'."
+        ) from error
+    aside = place.with_name(f".{place.name}.partial")
+    with h5py.File(aside, "w") as file:
+        file.attrs.update(_facts(vectors))
+        for name, array in vectors.arrays().items():
+            file.create_dataset(name, data=array)
+    return aside.replace(place.with_name(f"{place.name}.hdf5"))
+
+
+def _write_fvecs(vectors: VectorSet, place: Path) -> Path:
+    named = {"train": "base.fvecs", "test": "query.fvecs", "neighbors": "groundtruth.ivecs"}
+
+    def write(folder: Path) -> None:
+        for name, array in vectors.arrays().items():
+            if name in named:
+                width = np.full((len(array), 1), array.shape[1], np.int32)
+                np.hstack([width, array.view(np.int32)]).tofile(folder / named[name])
+            else:
+                np.save(folder / f"{name}.npy", array)
+
+    return _folder(vectors, place, write)
+
+
+def _write_numpy(vectors: VectorSet, place: Path) -> Path:
+    def write(folder: Path) -> None:
+        for name, array in vectors.arrays().items():
+            np.save(folder / f"{name}.npy", array)
+
+    return _folder(vectors, place, write)
+
+
+def _folder(vectors: VectorSet, place: Path, write: Callable[[Path], None]) -> Path:
+    """A folder that is there whole or not at all."""
+    aside = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    write(aside)
+    (aside / "facts.json").write_text(json.dumps(_facts(vectors), indent=2) + "\n")
+    if place.is_dir():
+        shutil.rmtree(place)
+    return aside.replace(place)
+
+
+WRITERS: dict[str, Callable[[VectorSet, Path], Path]] = {
+    "ann-benchmarks": _write_hdf5,
+    "fvecs": _write_fvecs,
+    "numpy": _write_numpy,
+}
+"""How a set is written, by format."""

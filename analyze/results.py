@@ -197,6 +197,22 @@ class Results:
 
         return draw_all(self, Path(folder))
 
+    def to_xarray(self) -> Any:
+        """An xarray Dataset with dimensions spec, layer, head, topk and k, and each layer's
+        module as a coordinate.
+
+        Variables are named after the metrics: `recall` (spec, layer, head, topk) is the mean,
+        with `recall_std` and `recall_count`; `recall_curve` (spec, layer, head, k) and its like
+        are at every budget on the way. NaN where nothing was measured. Attributes are the run's
+        facts, as text.
+
+        Raises:
+            RetraceError: xarray is not installed.
+        """
+        from retrace.analyze.labelled import to_xarray
+
+        return to_xarray(self)
+
     def summary(
         self, methods: Sequence[str] | None = None, topk: Sequence[int] | None = None
     ) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from retrace.traces import RetraceError
 ENTRY_POINTS = "retrace.methods"
 ALL = "all"
 """In place of a spec: every installed method."""
+_BRACES = re.compile(r"\{([^{}]*)\}")
 _LOOSE = re.compile(r"(?P<path>.+\.py):(?P<name>\w+)(?::(?P<parameters>.*))?")
 
 
@@ -99,12 +101,13 @@ def same_spec(text: str, source_digest: str | None) -> MethodSpec:
 def parse_specs(texts: Sequence[str]) -> tuple[list[MethodSpec], frozenset[str]]:
     """The methods that specs name, each once, and which of them `all` stands for alone.
 
+    `quest:page={8,16}` stands for one method with each value, several braces for each combination.
     `all` is every installed method with its defaults, less those whose library is missing.
 
     Raises:
         RetraceError: no method at all, or two different files with a method of one name.
     """
-    named = [parse_spec(text) for text in texts if text != ALL]
+    named = [parse_spec(one) for text in texts if text != ALL for one in _expanded(text)]
     every = _every_method() if ALL in texts else []
     if not named and not every:
         raise RetraceError("No method is named; `retrace methods` lists them.")
@@ -113,6 +116,18 @@ def parse_specs(texts: Sequence[str]) -> tuple[list[MethodSpec], frozenset[str]]
         if unique.setdefault(str(spec), spec).source_digest != spec.source_digest:
             raise RetraceError(f"Two different files have a method {spec}: rename one of them.")
     return list(unique.values()), frozenset(map(str, every)) - frozenset(map(str, named))
+
+
+def _expanded(text: str) -> list[str]:
+    """A spec for each combination of the values in braces."""
+    fixed = _BRACES.split(text)
+    if any(mark in part for part in fixed[::2] for mark in "{}"):
+        raise RetraceError(f"{text!r}: expected values in braces such as quest:page={{8,16,32}}.")
+    values = [[value.strip() for value in listed.split(",")] for listed in fixed[1::2]]
+    return [
+        fixed[0] + "".join(map("".join, zip(chosen, fixed[2::2], strict=True)))
+        for chosen in itertools.product(*values)
+    ]
 
 
 def _every_method() -> list[MethodSpec]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from retrace.analyze import method_names, parse_spec
+from retrace.analyze import method_names, parse_spec, parse_specs
 from retrace.traces import RetraceError
 
 
@@ -76,3 +76,25 @@ def test_mistakes_say_what_is_meant(text: str, message: str) -> None:
 def test_a_parameter_twice_is_refused(text: str) -> None:
     with pytest.raises(RetraceError, match="page"):
         parse_spec(text)
+
+
+def test_braces_stand_for_each_value() -> None:
+    def named(*texts: str) -> list[str]:
+        return [str(spec) for spec in parse_specs(texts)[0]]
+
+    assert named("quest:page={8,16, 32}", "exact") == [
+        "quest:page=8", "quest", "quest:page=32", "exact"
+    ]  # fmt: skip
+    assert named("sparq:rank={8,16},keep={none,sink:4+recent:0.25k}") == [
+        "sparq:keep=none,rank=8",
+        "sparq:keep=sink:4+recent:0.25k,rank=8",
+        "sparq:keep=none,rank=16",
+        "sparq:keep=sink:4+recent:0.25k,rank=16",
+    ]
+    assert named("{exact,window}") == ["exact", "window"]
+
+
+@pytest.mark.parametrize("text", ["quest:page={8,16", "quest:page=8}", "quest:page={{8,16}}"])
+def test_braces_that_do_not_match(text: str) -> None:
+    with pytest.raises(RetraceError, match="expected values in braces"):
+        parse_specs([text])

@@ -14,13 +14,24 @@ from retrace.traces import RetraceError
 PRESSES = (
     "KnormPress",
     "KeyDiffPress",
+    "LagKVPress",
+    "CURPress",
+    "LeverageScorePress",
+    "NonCausalAttnPress",
+    "CompactorPress",
     "SnapKVPress",
     "TOVAPress",
     "ObservedAttentionPress",
+    "ExpectedAttentionPress",
+    "CapPress",
     "StreamingLLMPress",
     "RandomPress",
 )
 """Those whose score follows from keys, values, queries and attention, as a trace holds them."""
+TURN_QUERIES = ("ExpectedAttentionPress", "CapPress")
+"""Presses that take queries before position encoding and turn them themselves."""
+PROJECT_KEYS = ("LeverageScorePress", "CompactorPress")
+"""Presses that take keys before position encoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +40,7 @@ class KVPress(EvictionMethod):
 
     `arguments` are those of the press: `kvpress:press=SnapKVPress,arguments=window_size=32`,
     several joined by `+`. How many keys are kept is the budget's to say, not `compression_ratio`'s.
-    Presses that read weights or hidden states are refused.
+    Presses that read weights or hidden states are refused. Random numbers begin anew at each state.
     """
 
     source: ClassVar[str] = "NVIDIA/kvpress 0.5"
@@ -46,21 +57,28 @@ class KVPress(EvictionMethod):
             torch.stack([getattr(head, name) for head in heads])[None]
             for name in ("keys", "values")
         )
-        # A press projects hidden states to queries and turns them by their position: here they are
-        # queries that have been turned, on the scale by which it divides their products.
-        queries = torch.cat([head.queries for head in heads]) * keys.shape[-1] ** 0.5
         self._check_queries(past)
+        # A press projects hidden states to queries and turns them by their position: here they are
+        # queries that have been turned, on the scale by which it divides their products. Where it
+        # turns them by other positions, they are queries that have not been.
+        name = "queries_before_rotation" if self.press in TURN_QUERIES else "queries"
+        queries = torch.cat([getattr(head, name) for head in heads]) * keys.shape[-1] ** 0.5
+        hidden = [queries]
+        if self.press in PROJECT_KEYS:
+            hidden.append(torch.stack([head.keys_before_rotation for head in heads]))
         module = _Attention(past, len(queries), queries.shape[-1])
-        hidden = queries.transpose(0, 1).reshape(1, queries.shape[1], -1)
         still = torch.ones_like(queries[:1]), torch.zeros_like(queries[:1])
         attentions = None
         if self.press == "ObservedAttentionPress":
             attentions = torch.cat([head.attention(slice(None)) for head in heads])[None]
+        given = {"position_embeddings": still}
         try:
-            scores = self._press().score(
-                module, hidden, keys, values, attentions, {"position_embeddings": still}
-            )
-        except AssertionError as error:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                scores = self._press().score(
+                    module, _side_by_side(hidden), keys, values, attentions, given
+                )
+        except (AssertionError, ValueError) as error:
             raise RetraceError(f"{self.press}: {error}.") from error
         found: Tensor = scores[0, past.group.kv_head]
         return found
@@ -96,8 +114,35 @@ class _Attention:
         )
         self.head_dim = channels
         self.layer_idx = past.group.layer
+        self.rotation = past.group.rules.rotation
+        self.queries = heads * channels
 
-    @staticmethod
-    def q_proj(hidden: Tensor) -> Tensor:
-        """The hidden states, which are queries already."""
-        return hidden
+    def q_proj(self, hidden: Tensor) -> Tensor:
+        """The part of the hidden states that is queries already."""
+        return hidden[..., : self.queries]
+
+    def k_proj(self, hidden: Tensor) -> Tensor:
+        """The part that is keys before position encoding."""
+        return hidden[..., self.queries :]
+
+    def rotary_emb(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of positions (1, positions), each (1, positions, channels).
+
+        Raises:
+            RetraceError: channels are not turned in halves, as presses take for granted.
+        """
+        rotation = self.rotation
+        if (
+            rotation is None
+            or rotation.pairing != "half"
+            or 2 * len(rotation.frequencies) != (self.head_dim)
+        ):
+            raise RetraceError("takes channel i to be turned with channel i + half of all.")
+        angles = positions[..., None] * torch.tensor(rotation.frequencies, device=like.device)
+        turned = torch.cat([angles, angles], dim=-1)
+        return turned.cos() * rotation.scaling, turned.sin() * rotation.scaling
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """Hidden states (1, positions, any) of vectors (heads, positions, channels)."""
+    return torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=-1)[None]

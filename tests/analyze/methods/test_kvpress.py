@@ -16,7 +16,7 @@ from retrace.capture import capture
 from retrace.capture.likelihood import cache_arguments
 from retrace.capture.models import open_checkpoint
 from retrace.capture.settings import CaptureSettings
-from retrace.traces import RetraceError, Trace
+from retrace.traces import RetraceError, Rotation, Trace
 
 INSTALL = "pip install --no-deps kvpress==0.5.5 cachetools fire termcolor"
 kvpress = pytest.importorskip("kvpress", reason=f"kvpress is not installed: {INSTALL}")
@@ -29,6 +29,9 @@ PRESSES = {
     "SnapKVPress": {"window_size": 16},
     "StreamingLLMPress": {},
 }
+
+
+ROTATION = Rotation((1.0, 0.3, 0.1, 0.03))
 
 
 def kept_by_model(model: Any, tokens: torch.Tensor, press: Any, trace: Trace) -> list[set[int]]:
@@ -112,7 +115,7 @@ def test_the_same_keys_as_in_the_model(press: str, smollm2: tuple[Trace, Any]) -
 def test_the_same_keys_as_our_own(
     make_trace: Callable[..., Trace], rules: Any, press: str, own: str
 ) -> None:
-    trace = make_trace(rules(heads=4, kv_heads=2), [120])
+    trace = make_trace(rules(heads=4, kv_heads=2, rotation=ROTATION, scale=8**-0.5), [120])
     specs = [f"kvpress:{press}", own]
     rows = analyze(trace, specs, [40], protocol="prefix:100", min_context=100, keep_exact=False)
     table = rows.metrics.pivot_table("mean", ["metric", "head"], "method")
@@ -120,8 +123,16 @@ def test_the_same_keys_as_our_own(
 
 
 def test_mistakes(make_trace: Callable[..., Trace], rules: Any) -> None:
-    with pytest.raises(RetraceError, match=r"ExpectedAttentionPress.*expected one of KnormPress"):
-        parse_spec("kvpress:press=ExpectedAttentionPress")
+    with pytest.raises(RetraceError, match=r"KVzapPress.*expected one of KnormPress"):
+        parse_spec("kvpress:press=KVzapPress")
+    with pytest.raises(RetraceError, match=r"how layer 0 .* encodes positions is not known"):
+        spec = "kvpress:press=LeverageScorePress"
+        trace = make_trace(rules(heads=4, kv_heads=2), [120])
+        analyze(trace, [spec], [4], protocol="prefix:100", min_context=100)
+    with pytest.raises(RetraceError, match="turned with channel i"):
+        narrow = rules(heads=4, kv_heads=2, rotation=Rotation((1.0, 0.3)))
+        spec = "kvpress:press=CapPress"
+        analyze(make_trace(narrow, [120]), [spec], [4], protocol="prefix:100", min_context=100)
     some = make_trace(rules(heads=4, kv_heads=2), [120], queries=[range(0, 120, 3)])
     with pytest.raises(RetraceError, match="the trace holds only some"):
         analyze(some, ["kvpress:press=TOVAPress"], [4], protocol="prefix:100", min_context=100)
@@ -129,3 +140,31 @@ def test_mistakes(make_trace: Callable[..., Trace], rules: Any) -> None:
     with pytest.raises(RetraceError, match="window_siz"):
         spec = "kvpress:press=SnapKVPress,arguments=window_siz=4"
         analyze(trace, [spec], [4], protocol="prefix:100", min_context=100)
+
+
+def test_leverage_is_that_of_the_keys_before_rotation(make_trace: Any, rules: Any) -> None:
+    """A sketch as wide as the keys has their leverage, but for what is added to make it soluble.
+    Compactor keeps sinks and the last keys besides."""
+    trace = make_trace(rules(heads=4, kv_heads=2, rotation=ROTATION), [120])
+    spec = "kvpress:press=LeverageScorePress,arguments=sketch_dimension=8"
+    blend = "kvpress:press=CompactorPress,arguments=blending=1.0+chunk_size=32"
+    for unit in load_units(trace.layer(0), 0, torch.device("cpu")):
+        past = Past(unit, 0, 100)
+        keys = past.keys_before_rotation.double().numpy()
+        centred = keys - keys.mean(axis=0)
+        exact = (np.linalg.svd(centred, full_matrices=False)[0] ** 2).sum(axis=1)
+        found = parse_spec(spec).method.importance(past).numpy()
+        assert np.corrcoef(found.argsort().argsort(), exact.argsort().argsort())[0, 1] > 0.95
+        blended = parse_spec(blend).method.importance(past)
+        always = [*range(8), *range(96, 100)]
+        assert (blended[always] == blended.max()).all()
+
+
+def test_expected_attention_scores_as_our_own(make_trace: Any, rules: Any) -> None:
+    trace = make_trace(rules(heads=4, kv_heads=2, rotation=ROTATION, scale=8**-0.5), [120])
+    for unit in load_units(trace.layer(0), 0, torch.device("cpu")):
+        theirs, ours = (
+            parse_spec(spec).method.importance(Past(unit, 0, 100)).view(-1, 100).mean(dim=0)[4:]
+            for spec in ("kvpress:press=ExpectedAttentionPress", "expected-attention")
+        )
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-5)

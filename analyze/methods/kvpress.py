@@ -1,5 +1,6 @@
 """Presses of kvpress, replayed."""
 
+import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -32,6 +33,8 @@ TURN_QUERIES = ("ExpectedAttentionPress", "CapPress")
 """Presses that take queries before position encoding and turn them themselves."""
 PROJECT_KEYS = ("LeverageScorePress", "CompactorPress")
 """Presses that take keys before position encoding."""
+_RANDOM = threading.Lock()
+"""Presses draw from PyTorch's one generator, which all threads share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class KVPress(EvictionMethod):
             attentions = torch.cat([head.attention(slice(None)) for head in heads])[None]
         given = {"position_embeddings": still}
         try:
-            with torch.random.fork_rng():
+            with _RANDOM, torch.random.fork_rng():
                 torch.manual_seed(0)
                 scores = self._press().score(
                     module, _side_by_side(hidden), keys, values, attentions, given

@@ -1,6 +1,5 @@
 """Queries and keys of a trace as the files that vector indexes are benchmarked with."""
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from retrace.analyze.libraries import optional
 from retrace.analyze.reference import exact_pass
 from retrace.analyze.scope import choose_device, choose_layers
 from retrace.analyze.tasks import Progress
@@ -195,12 +195,7 @@ def _facts(vectors: VectorSet) -> dict[str, Any]:
 
 
 def _write_hdf5(vectors: VectorSet, place: Path) -> Path:
-    try:
-        h5py: Any = importlib.import_module("h5py")
-    except ImportError as error:
-        raise RetraceError(
-            "HDF5 files need h5py: pip install 'retrace-attention[export]'."
-        ) from error
+    h5py = optional("h5py", "pip install 'retrace-attention[export]'", "An HDF5 file")
     aside = place.with_name(f".{place.name}.partial")
     with h5py.File(aside, "w") as file:
         file.attrs.update(_facts(vectors))

@@ -1,12 +1,11 @@
 """Results as labelled arrays."""
 
-import importlib
 import json
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from retrace.traces import RetraceError
+from retrace.analyze.libraries import optional
 
 if TYPE_CHECKING:
     from retrace.analyze.results import Results
@@ -17,10 +16,7 @@ SUFFIX = {"mean": "", "std": "_std", "count": "_count"}
 
 def to_xarray(results: "Results") -> Any:
     """An xarray Dataset; see `Results.to_xarray`."""
-    try:
-        xarray: Any = importlib.import_module("xarray")
-    except ImportError as error:
-        raise RetraceError("Labelled arrays need xarray: pip install xarray.") from error
+    xarray = optional("xarray", "pip install xarray", "A dataset")
     dataset = xarray.merge(
         [_dataset(results.metrics, "topk", ""), _dataset(results.curves, "k", "_curve")]
     ).reindex(spec=results.methods())

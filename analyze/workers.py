@@ -1,13 +1,12 @@
 """Who does the work: threads of this process, or processes."""
 
-import importlib
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
+from retrace.analyze.libraries import optional
 from retrace.analyze.processes import Processes
 from retrace.traces import RetraceError
 
@@ -70,12 +69,9 @@ def _cluster(address: str) -> Iterator[tuple[Executor, int]]:
     Raises:
         RetraceError: dask.distributed is not installed, or no scheduler answers there.
     """
-    try:
-        distributed: Any = importlib.import_module("distributed")
-    except ImportError as error:
-        raise RetraceError(
-            "A Dask cluster needs dask.distributed: pip install 'retrace-attention[cluster]'."
-        ) from error
+    distributed = optional(
+        "distributed", "pip install 'retrace-attention[cluster]'", "A Dask cluster"
+    )
     try:
         client = distributed.Client(address, set_as_default=False)
     except (OSError, ValueError) as error:

@@ -12,7 +12,6 @@ returns is handed back to every later call as `state`. All queries that a method
 the layer scales them, so that their products with keys are logits (before a softcap).
 """
 
-import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from retrace.analyze.budget import Budget
 from retrace.analyze.keep import Keep
+from retrace.analyze.libraries import optional
 from retrace.analyze.past import Past
 from retrace.analyze.pooling import RULES
 from retrace.analyze.unit import HeadGroup
@@ -97,11 +97,7 @@ class Method:
             RetraceError: it is not installed.
         """
         assert cls.extra is not None
-        try:
-            return importlib.import_module(module or cls.extra)
-        except ImportError as error:
-            command = cls.install_command()
-            raise RetraceError(f"needs {cls.extra}, which is not installed: {command}.") from error
+        return optional(module or cls.extra, cls.install_command() or "")
 
     def calibrate(self, pasts: Sequence[Past]) -> dict[str, Tensor]:
         """What the method learns of one layer and kv head from whole sequences, which no method of

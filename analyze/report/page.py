@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from retrace.analyze.libraries import optional
 from retrace.analyze.report.figures import figures_of
 from retrace.analyze.report.packed import Packed, compressed
 from retrace.analyze.results import Results
@@ -65,14 +66,8 @@ def page(results: Mapping[str, Results]) -> str:
 
 
 def _plotting_library() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise RetraceError(
-            "A report takes plotly, which is not installed: "
-            "`pip install 'retrace-attention[report]'` brings it."
-        ) from error
-    text: str = get_plotlyjs()
+    command = "pip install 'retrace-attention[report]'"
+    text: str = optional("plotly.offline", command, "A report").get_plotlyjs()
     return text
 
 

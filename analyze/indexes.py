@@ -1,9 +1,5 @@
 """What methods share that are indexes of a vector library."""
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,18 +19,3 @@ def answers(found: npt.NDArray[Any], queries: Tensor) -> Tensor:
     (group, queries, k) int64 on their device."""
     ids = torch.from_numpy(np.asarray(found, dtype=np.int64))
     return ids.view(*queries.shape[:2], -1).to(queries.device)
-
-
-@contextmanager
-def silenced() -> Iterator[None]:
-    """What a library's own code prints to standard output goes nowhere, so that it does not stand
-    among results."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)

@@ -65,7 +65,6 @@ def figures(unit: Unit, spec: str, k: int = 10) -> tuple[float, float]:
         "usearch:ef=300",
         "hnswlib:ef=300",
         "hnsw:ef=300",
-        "diskann:complexity=300",
     ],
 )
 def test_a_search_of_everything_is_exact(unit: Unit, spec: str) -> None:
@@ -83,7 +82,6 @@ def test_a_search_of_everything_is_exact(unit: Unit, spec: str) -> None:
         ("usearch:m=2,ef=1,ef_construction=2", "usearch:m=8,ef=100"),
         ("hnsw:m=2,ef=1,ef_construction=2", "hnsw:m=8,ef=100"),
         ("hnswlib:m=2,ef=1,ef_construction=2", "hnswlib:m=8,ef=100"),
-        ("diskann:degree=2,complexity=10,build_complexity=2", "diskann:degree=16"),
     ],
 )
 def test_what_is_searched_is_found_and_paid_for(unit: Unit, less: str, more: str) -> None:
@@ -109,17 +107,3 @@ def test_inverted_lists_read_what_they_search(unit: Unit) -> None:
     indexed, heads = LENGTH - 40, len(unit.queries)
     since = np.mean(np.arange(1, 41))  # keys that have not joined are read besides
     assert read == (4 + heads * indexed + since) * group.key_bytes
-
-
-def test_a_graph_that_is_full_is_built_anew(unit: Unit, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs("diskann")
-    spec = "diskann:complexity=300"
-    roomy = figures(unit, spec)
-    monkeypatch.setattr("retrace.analyze.methods.diskann.LEAST_ROOM", 2)
-    assert figures(unit, spec) == roomy
-
-
-def test_a_library_prints_nothing_among_results(unit: Unit, capfd: Any) -> None:
-    needs("diskann")
-    figures(unit, "diskann")
-    assert capfd.readouterr().out == ""

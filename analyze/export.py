@@ -80,8 +80,9 @@ def export(
     Args:
         trace: a trace or where it is: a path or a URL.
         out: folder for the files; those of the same names are replaced.
-        form: `ann-benchmarks`: an HDF5 file for each set, with the datasets train, test, neighbors
-            and distances, and the attribute distance = `dot`; `fvecs`: a folder for each, of
+        form: `ann-benchmarks`: an HDF5 file for each set, laid out as that project's are, with the
+            datasets train, test, neighbors and distances, and the attribute distance = `dot`, which
+            is none of the metrics that its own runner knows; `fvecs`: a folder for each, of
             base.fvecs, query.fvecs, groundtruth.ivecs as TEXMEX defines them (Jegou, Douze and
             Schmid 2011), and the rest as .npy; `numpy`: a folder for each, of .npy files.
         layers: indices of layers; all recorded ones if None.

@@ -8,22 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor
 
 from retrace.analyze.approximate import Approximation, check_exact
 from retrace.analyze.attention import attend
+from retrace.analyze.intervals import interval_of_mean
 from retrace.analyze.moments import Moments
 from retrace.analyze.scope import choose_device, choose_layers
 from retrace.analyze.unit import Unit, load_units
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
 
 TENSORS = ("query", "key", "value", "output")
-RESAMPLES = 10_000
-CONFIDENCE = 0.95
 Answer = Callable[[Unit], Tensor]
 """Attention output (group, queries, value channels) of a unit."""
 
@@ -183,7 +180,7 @@ def _likelihoods(name: str, exact: Trace, run: _Run) -> pd.DataFrame:
 
 def _summary(name: str, approximation: Approximation, likelihoods: pd.DataFrame) -> dict[str, Any]:
     by_sequence = likelihoods.groupby("sequence")["difference"].agg(["sum", "count"])
-    low, high = interval(by_sequence["sum"].to_numpy(), by_sequence["count"].to_numpy())
+    low, high = interval_of_mean(by_sequence["sum"].to_numpy(), by_sequence["count"].to_numpy())
     return {
         "run": name,
         "method": str(approximation.spec),
@@ -195,24 +192,6 @@ def _summary(name: str, approximation: Approximation, likelihoods: pd.DataFrame)
         "high": high,
         "kl": float(likelihoods["kl"].mean()),
     }
-
-
-def interval(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> tuple[float, float]:
-    """The bootstrap interval of a mean over tokens, whole sequences being drawn: tokens of one
-    sequence are not independent. `sums` and `counts` (sequences,) are those of each sequence."""
-    if len(sums) < 2:
-        return float("nan"), float("nan")
-    found = stats.bootstrap(
-        (sums, counts),
-        lambda s, n, axis: s.sum(axis) / n.sum(axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def _layer_drift(

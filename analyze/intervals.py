@@ -15,8 +15,7 @@ than `ENOUGH` sequences that range itself holds the truth less often than in 95 
 """
 
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -33,85 +32,137 @@ OVER = {"model": [], "layer": ["layer", "module"], "head": ["layer", "module", "
 """Columns that say what a mean is of, by what it is over: all layers and heads, a layer's heads, or
 the queries of one head only."""
 HEAD = OVER["head"]
+FIGURES = ["mean", "low", "high", "sequences"]
+AT_ONCE = 2_000
+"""Heads whose figures are resampled in one piece: 160 MB of figures."""
 
 
-class Figures(NamedTuple):
-    """Some figures (figures,), and the interval of each; NaN where there is one sequence."""
+def intervals(rows: pd.DataFrame, by: list[str], over: str) -> pd.DataFrame:
+    """Figures with their intervals.
 
-    mean: Array
-    low: Array
-    high: Array
+    Args:
+        rows: those of `Results.sequences`.
+        by: columns of which each group of rows has figures of its own.
+        over: a key of `OVER`.
 
-
-class Samples:
-    """What one method comes to by one metric at one budget, sequence by sequence.
-
-    `rows` are those of `Results.sequences`; `over` is a key of `OVER`.
+    Returns:
+        `by`, the columns that `OVER` names, and `FIGURES`: `sequences` says how many those are
+        over, and of one sequence `low` and `high` are NaN.
     """
+    pieces = []
+    for piece in _pieces(rows, by):
+        samples = _Samples(piece, by, over)
+        pieces.append(_tabulated(samples, samples.means))
+    return _joined(pieces, by, over)
 
-    def __init__(self, rows: pd.DataFrame, over: str) -> None:
-        table = rows.pivot(index="sequence", columns=HEAD, values=["mean", "count"])
-        self.sequences: list[int] = [int(s) for s in table.index]
-        self.heads = table["count"].columns.to_frame(index=False)
-        self._place = np.zeros(len(self.heads), np.int64)
-        self.names = pd.DataFrame(index=[0])
-        if OVER[over]:
-            labelled = self.heads.groupby(OVER[over], sort=False)
-            self._place = labelled.ngroup().to_numpy(np.int64)
-            self.names = self.heads[OVER[over]].drop_duplicates(ignore_index=True)
-        count = table["count"].fillna(0).to_numpy(np.float64)
-        total = table["mean"].fillna(0).to_numpy(np.float64) * count
-        self._totals, self._counts = self._joined(total, count)
 
-    def _joined(self, totals: Array, counts: Array) -> tuple[Array, Array]:
+def differences(rows: pd.DataFrame, other: pd.DataFrame, by: list[str], over: str) -> pd.DataFrame:
+    """The same of the figures of `rows` less those of `other`, over the sequences and heads that
+    both have. Both are drawn together, so that what makes a sequence hard for both cancels."""
+    keys = [*by, "sequence", *HEAD]
+    both = rows.merge(other[[*keys, "mean", "count"]], on=keys, suffixes=("", "_other"))
+    pieces = []
+    for piece in _pieces(both, by):
+        ours = _Samples(piece, by, over)
+        theirs = _Samples(
+            piece.assign(mean=piece["mean_other"], count=piece["count_other"]), by, over
+        )
+
+        def less(weights: Array, ours: _Samples = ours, theirs: _Samples = theirs) -> Array:
+            return ours.means(weights) - theirs.means(weights)
+
+        pieces.append(_tabulated(ours, less))
+    return _joined(pieces, by, over)
+
+
+def interval_of_mean(totals: Array, counts: Array) -> tuple[float, float]:
+    """The interval of a mean of which each sequence has a total and a count (sequences,)."""
+    low, high = _bootstrap(lambda w: (w @ totals / (w @ counts))[None], len(totals))
+    return float(low[0]), float(high[0])
+
+
+def _pieces(rows: pd.DataFrame, by: list[str]) -> Iterator[pd.DataFrame]:
+    """Rows of groups that are over the same sequences, so that one draw serves them all: few
+    enough at once. Their column `group` says where a group was."""
+    rows = rows.assign(group=rows.groupby(by, sort=False).ngroup())
+    present = rows[["group", "sequence"]].drop_duplicates().sort_values(["group", "sequence"])
+    sequences = present.groupby("group")["sequence"].agg(tuple)
+    heads = rows[["group", *HEAD]].drop_duplicates().groupby("group").size()
+    for _, alike in heads.groupby(sequences, sort=False):
+        for _, groups in alike.groupby(alike.cumsum() // AT_ONCE):
+            yield rows[rows["group"].isin(groups.index)]
+
+
+class _Samples:
+    """What several groups come to, sequence by sequence. Each of `names` has a figure."""
+
+    def __init__(self, rows: pd.DataFrame, by: list[str], over: str) -> None:
+        figure = ["group", *by, *OVER[over]]
+        heads = rows[["group", *by, *HEAD]].drop_duplicates()
+        place = heads.groupby(figure, sort=False).ngroup().to_numpy(np.int64)
+        self.names = heads[figure].drop_duplicates(ignore_index=True)
+        sequences, row = np.unique(rows["sequence"], return_inverse=True)
+        column = rows.groupby(["group", *HEAD], sort=False).ngroup()
+        self.sequences = len(sequences)
+        counts = np.zeros((self.sequences, len(heads)))
+        means = np.zeros_like(counts)
+        counts[row, column] = rows["count"]
+        means[row, column] = rows["mean"]
+        # Heads of one figure side by side.
+        order = np.argsort(place, kind="stable")
+        self._first = np.unique(place[order], return_index=True)[1]
+        self._counts = counts[:, order]
+        self._totals = (means * counts)[:, order]
+        self._join_heads()
+
+    def _join_heads(self) -> None:
         """Heads that count the same queries, and whose mean is asked for, as one: the mean of
         their ratios is the ratio of their means."""
-        first = np.unique(self._place, return_index=True)[1]
-        if not np.array_equal(counts, counts[:, first][:, self._place]):
-            return totals, counts
-        share = np.eye(len(first))[self._place]
-        share /= share.sum(axis=0)
-        self._place = np.arange(len(first))
-        return totals @ share, counts[:, first]
+        heads = np.diff(self._first, append=self._counts.shape[1])
+        counts = self._counts[:, self._first]
+        if np.array_equal(self._counts, np.repeat(counts, heads, axis=1)):
+            self._totals = np.add.reduceat(self._totals, self._first, axis=1) / heads
+            self._counts = counts
+            self._first = np.arange(len(heads))
 
     def means(self, weights: Array) -> Array:
         """The figures (figures, ...) when sequences have these weights (..., sequences)."""
         counts = weights @ self._counts
-        ratios = np.divide(
-            weights @ self._totals, counts, out=np.zeros_like(counts), where=counts > 0
+        drawn = counts > 0
+        ratios = np.divide(weights @ self._totals, counts, out=np.zeros_like(counts), where=drawn)
+        sums, heads = (
+            np.add.reduceat(of, self._first, axis=-1) for of in (ratios, drawn.astype(np.float64))
         )
-        share = np.eye(self._place.max() + 1)[self._place]
         with np.errstate(invalid="ignore"):
-            return np.moveaxis((ratios @ share) / ((counts > 0) @ share), -1, 0)
+            return np.moveaxis(sums / heads, -1, 0)
 
 
-def figures(rows: pd.DataFrame, over: str) -> tuple[pd.DataFrame, Figures, int]:
-    """The figures of one method, metric and budget, from rows of `Results.sequences`.
-
-    Returns what each is of (the columns that `OVER` names), the figures, and how many sequences
-    they are over.
-    """
-    samples = Samples(rows, over)
-    return samples.names, _bootstrap(samples.means, n := len(samples.sequences)), n
-
-
-def differences(
-    rows: pd.DataFrame, other: pd.DataFrame, over: str
-) -> tuple[pd.DataFrame, Figures, int]:
-    """The same of the figures of `rows` less those of `other`, over the sequences and heads that
-    both have. Both are drawn together, so that what makes a sequence hard for both cancels."""
-    keys = ["sequence", *HEAD]
-    shared = rows[keys].merge(other[keys])
-    ours, theirs = (Samples(side.merge(shared), over) for side in (rows, other))
-    n = len(ours.sequences)
-    return ours.names, _bootstrap(lambda w: ours.means(w) - theirs.means(w), n), n
+def _tabulated(samples: _Samples, statistic: Callable[[Array], Array]) -> pd.DataFrame:
+    """A statistic of weights, by name, with its intervals."""
+    low, high = _bootstrap(statistic, samples.sequences)
+    return samples.names.assign(
+        mean=statistic(np.ones(samples.sequences)),
+        low=low,
+        high=high,
+        sequences=samples.sequences,
+    )
 
 
-def _bootstrap(statistic: Callable[[Array], Array], sequences: int) -> Figures:
-    """A statistic of the weights of sequences (..., sequences), with its interval."""
-    mean = statistic(np.ones(sequences))
+def _joined(pieces: list[pd.DataFrame], by: list[str], over: str) -> pd.DataFrame:
+    """One table, groups in the order in which they came."""
+    columns = [*by, *OVER[over], *FIGURES]
+    if not pieces:
+        return pd.DataFrame(columns=columns)
+    table = pd.concat(pieces, ignore_index=True)
+    return table.sort_values("group", kind="stable", ignore_index=True)[columns]
+
+
+def _bootstrap(statistic: Callable[[Array], Array], sequences: int) -> tuple[Array, Array]:
+    """The ends of the interval of a statistic (figures, ...) of the weights of sequences
+    (..., sequences)."""
     if sequences < 2:
-        return Figures(mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan))
+        none = np.full(len(statistic(np.ones(sequences))), np.nan)
+        return none, none
 
     def drawn(indices: npt.NDArray[np.int64], axis: int) -> Array:
         return statistic(_times_drawn(indices, sequences))
@@ -130,7 +181,7 @@ def _bootstrap(statistic: Callable[[Array], Array], sequences: int) -> Figures:
             rng=np.random.default_rng(0),
         )
     low, high = (np.asarray(bound, np.float64) for bound in found.confidence_interval)
-    return Figures(mean, low, high)
+    return low, high
 
 
 def _times_drawn(indices: npt.NDArray[np.int64], sequences: int) -> Array:
@@ -147,16 +198,3 @@ def _expanded(sequences: int) -> float:
     n = sequences
     reach = np.sqrt(n / (n - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
     return float(min(1 - 2 * stats.norm.cdf(-reach), 1 - 1e-9))
-
-
-def tabulated(
-    groups: list[tuple[dict[str, Any], tuple[pd.DataFrame, Figures, int]]], columns: list[str]
-) -> pd.DataFrame:
-    """One table of several figures, each with labels of its own."""
-    frames = [
-        names.assign(**labels, **found._asdict(), sequences=count)
-        for labels, (names, found, count) in groups
-    ]
-    if not frames:
-        return pd.DataFrame(columns=columns)
-    return pd.concat(frames, ignore_index=True)[columns]

@@ -8,11 +8,10 @@ from typing import Any, Self
 
 import pandas as pd
 
-from retrace.analyze.intervals import OVER, differences, figures, tabulated
+from retrace.analyze.intervals import OVER, differences, intervals
 from retrace.analyze.profile import profile_table
 from retrace.traces import RetraceError
 
-FIGURES = ["mean", "low", "high", "sequences"]
 KEYS = ["method", "layer", "module", "head", "topk", "metric"]
 COLUMNS = [*KEYS, "mean", "std", "count", "protocol", "min_context"]
 WITH_INTERVAL = ("recall", "attention_fraction", "error_norm")
@@ -121,12 +120,7 @@ class Results:
         rows = rows[rows["metric"].isin(list(metrics))]
         rows = rows if methods is None else rows[rows["method"].isin(list(methods))]
         rows = rows if topk is None else rows[rows["topk"].isin(list(topk))]
-        keys = ["method", "topk", "metric"]
-        found = [
-            (dict(zip(keys, labels, strict=True)), figures(group, _known_level(over)))
-            for labels, group in rows.groupby(keys, sort=False)
-        ]
-        return tabulated(found, [*keys, *OVER[_known_level(over)], *FIGURES])
+        return intervals(rows, ["method", "topk", "metric"], _known_level(over))
 
     def difference(
         self,
@@ -151,18 +145,11 @@ class Results:
             if rows.empty:
                 there = ", ".join(self.sequences["method"].unique()) or "none"
                 raise RetraceError(f"{name} has no figures per sequence here; there are: {there}.")
-        theirs = {labels: group for labels, group in sides[1].groupby(["topk", "metric"])}
-        found = [
-            (
-                {"topk": labels[0], "metric": labels[1]},
-                differences(group, theirs[labels], _known_level(over)),
-            )
-            for labels, group in sides[0].groupby(["topk", "metric"], sort=False)
-            if labels in theirs and labels[1] in metrics
-        ]
-        if not found:
+        ours, theirs = (side[side["metric"].isin(list(metrics))] for side in sides)
+        found = differences(ours, theirs, ["topk", "metric"], _known_level(over))
+        if found.empty:
             raise RetraceError(f"{method} and {other} have no budget in common.")
-        return tabulated(found, ["topk", "metric", *OVER[_known_level(over)], *FIGURES])
+        return found
 
     def profile(self) -> pd.DataFrame:
         """Where the time of the newest run of these results went: see `profile_table`.
@@ -223,12 +210,12 @@ class Results:
         rows = rows if topk is None else rows[rows["topk"].isin(list(topk))]
         means = rows.pivot_table("mean", ["method", "topk"], "metric")
         known = self.intervals("model", methods=methods, topk=topk, metrics=WITH_INTERVAL)
-        bounds = known.set_index(["method", "topk", "metric"])[["low", "high"]]
+        ends = _brackets(known, ["method", "topk", "metric"])
         names = [*WITH_INTERVAL, "density", "bytes_ratio"]
         lines = [
             [f"{method}, {k}"]
             + [
-                f"{means[name][(method, k)]:.4f}" + _bracket(bounds, (method, k, name))
+                f"{means[name][(method, k)]:.4f} {ends.get((method, k, name), '')}".strip()
                 for name in names
             ]
             for method in methods or self.methods()
@@ -254,14 +241,15 @@ class Results:
         intervals of their means over sequences, where there are several."""
         parts = [f"### {self.summary_title()}\n\n{markdown_table(self.summary())}\n"]
         shown = ("recall", "error_norm")
-        known = self.intervals("layer", metrics=shown).dropna(subset="low")
-        bounds = known.set_index(["method", "topk", "metric", "module"])[["low", "high"]]
+        known = self.intervals("layer", metrics=shown)
+        ends = _brackets(known, ["method", "topk", "metric", "module"])
+        tables = dict(iter(self.table().groupby(["Method", "Top-k"], sort=False)))
         for method in self.methods():
             for k in self.topk(method):
-                table = self.table(method, k).drop(columns=["Method", "Top-k"])
-                for metric in shown if len(bounds) else ():
+                table = tables[method, k].drop(columns=["Method", "Top-k"])
+                for metric in shown if ends else ():
                     table[f"95 % of Mean {metric.replace('_', ' ').title()}"] = [
-                        _bracket(bounds, (method, k, metric, m)).strip() for m in table["Layer"]
+                        ends.get((method, k, metric, module), "") for module in table["Layer"]
                     ]
                 parts.append(f"### {method}, top-k {k}\n\n{markdown_table(table)}\n")
         return "\n".join(parts)
@@ -360,12 +348,14 @@ def _known_level(over: str) -> str:
     return over
 
 
-def _bracket(bounds: pd.DataFrame, place: tuple[Any, ...]) -> str:
-    """An interval as it stands behind its mean; nothing where there is none."""
-    if place not in bounds.index or bounds.loc[place].isna().any():
-        return ""
-    low, high = (float(end) for end in bounds.loc[place])
-    return f" [{low:.4f}, {high:.4f}]"
+def _brackets(known: pd.DataFrame, keys: list[str]) -> dict[tuple[Any, ...], str]:
+    """The intervals that there are as they stand in a table, by the columns that name them."""
+    found = known.dropna(subset=["low", "high"])
+    places = zip(*(found[key] for key in keys), strict=True)
+    return {
+        place: f"[{low:.4f}, {high:.4f}]"
+        for place, low, high in zip(places, found["low"], found["high"], strict=True)
+    }
 
 
 def markdown_table(table: pd.DataFrame) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from retrace.analyze import Results, analyze, parse_specs
 from retrace.analyze.approximate import check_exact
-from retrace.analyze.compare import interval
+from retrace.analyze.intervals import interval_of_mean
 from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.results import markdown_table
 from retrace.analyze.scope import choose_calibration
@@ -261,7 +261,7 @@ class _Loop:
 def _cost(sums: np.ndarray[Any, Any]) -> dict[str, float]:
     """What a method costs, from the sums of each sequence (sequences, 4)."""
     exact, approximate, divergence, tokens = sums.T
-    low, high = interval(approximate - exact, tokens.astype(np.int64))
+    low, high = interval_of_mean(approximate - exact, tokens)
     return {
         "perplexity": float(np.exp(approximate.sum() / tokens.sum())),
         "exact_perplexity": float(np.exp(exact.sum() / tokens.sum())),

@@ -13,7 +13,7 @@ import pandas as pd
 
 from retrace.analyze import parse_specs
 from retrace.analyze.approximate import check_exact
-from retrace.analyze.compare import interval
+from retrace.analyze.intervals import interval_of_mean
 from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.results import markdown_table
 from retrace.analyze.scope import choose_calibration
@@ -165,7 +165,7 @@ def _span(
     if not np.isclose(score.mean(), row["score"], equal_nan=False):
         return float("nan"), float("nan"), len(score)  # a metric of all documents together
     differences = np.asarray(score - exact, np.float64)
-    return *interval(differences, np.ones(len(differences), np.int64)), len(differences)
+    return *interval_of_mean(differences, np.ones(len(differences))), len(differences)
 
 
 def evaluate_tasks(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retrace.analyze.compare import compare, interval
+from retrace.analyze.compare import compare
 from retrace.analyze.drift_plots import draw_drift
 from retrace.traces import RetraceError, Trace
 
@@ -111,10 +111,6 @@ def test_likelihoods_are_paired(pair: tuple[Trace, Trace, dict[Any, Any]], tmp_p
         "runs.csv",
     }
     assert all(file.stat().st_size > 10_000 for file in draw_drift(drift, tmp_path / "plots"))
-
-
-def test_one_sequence_has_no_interval() -> None:
-    assert np.isnan(interval(np.array([3.0]), np.array([4]))).all()
 
 
 def test_what_is_no_pair_is_refused(

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from retrace.analyze import Results, analyze
+from retrace.analyze.intervals import interval_of_mean
 from retrace.analyze.results import SEQUENCE_COLUMNS
 from retrace.traces import RetraceError, Trace
 
@@ -128,6 +129,27 @@ def test_heads_that_count_unlike_queries(results: Results) -> None:
     assert ours["mean"] == pytest.approx(resampled(rows, everything)[0], rel=1e-6)
 
 
+def test_groups_over_unlike_sequences(results: Results) -> None:
+    """A method that lacks a sequence is drawn from those it has; order is that of the rows."""
+    rows = results.sequences
+    lacking = rows[~((rows["method"] == "quest:page=4") & (rows["sequence"] == 3))]
+    some = Results(results.metrics, results.curves, results.run, lacking)
+    found = some.intervals("layer", topk=[2])
+    apart = [some.intervals("layer", methods=[m], topk=[2]) for m in METHODS]
+    pd.testing.assert_frame_equal(found, pd.concat(apart, ignore_index=True))
+    assert list(found.groupby("method", sort=False)["sequences"].first()) == [4, 5]
+    shared = some.difference("quest:page=4", "window", metrics=["error_norm"])
+    assert set(shared["sequences"]) == {4}
+
+
+def test_many_heads_are_resampled_in_pieces(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = results.intervals("head")
+    monkeypatch.setattr("retrace.analyze.intervals.AT_ONCE", 1)
+    pd.testing.assert_frame_equal(results.intervals("head"), whole)
+
+
 def test_levels_agree_with_the_tables(results: Results) -> None:
     layers = results.intervals("layer", metrics=["recall"]).set_index(["method", "topk", "module"])
     for row in results.table().to_dict("records"):
@@ -160,6 +182,18 @@ def test_long_sequences_weigh_more() -> None:
     [row] = results.intervals("model").to_dict("records")
     assert row["mean"] == 0.75
     assert (row["low"], row["high"]) == (0.0, 1.0)
+
+
+def test_the_interval_of_one_mean_is_that_of_the_tables(results: Results) -> None:
+    rows = results.sequences
+    rows = rows[(rows.method == "window") & (rows.topk == 2) & (rows.metric == "recall")]
+    rows = rows[(rows["layer"] == 0) & (rows["head"] == 1)]
+    one = Results(pd.DataFrame(), pd.DataFrame(), {}, rows)
+    [row] = one.intervals("model").to_dict("records")
+    counts = rows["count"].to_numpy(np.float64)
+    ends = interval_of_mean(rows["mean"].to_numpy(np.float64) * counts, counts)
+    assert ends == (row["low"], row["high"])
+    assert np.isnan(interval_of_mean(np.array([3.0]), np.array([4.0]))).all()
 
 
 def test_one_sequence_has_no_interval(make_trace: MakeTrace, rules: Any) -> None:

@@ -3,19 +3,20 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from retrace.analyze.libraries import optional
-from retrace.analyze.reference import exact_pass
 from retrace.analyze.scope import choose_device, choose_layers
 from retrace.analyze.tasks import Progress
-from retrace.analyze.unit import HeadGroup, Unit, load_units
+from retrace.analyze.top import top
+from retrace.analyze.unit import BLOCK_ELEMENTS, HeadGroup, Unit, load_units
 from retrace.traces import Location, RetraceError, Trace, open_trace
 
 Floats = npt.NDArray[np.float32]
@@ -80,11 +81,10 @@ def export(
     Args:
         trace: a trace or where it is: a path or a URL.
         out: folder for the files; those of the same names are replaced.
-        form: `ann-benchmarks`: an HDF5 file for each set, laid out as that project's are, with the
-            datasets train, test, neighbors and distances, and the attribute distance = `dot`, which
-            is none of the metrics that its own runner knows; `fvecs`: a folder for each, of
-            base.fvecs, query.fvecs, groundtruth.ivecs as TEXMEX defines them (Jegou, Douze and
-            Schmid 2011), and the rest as .npy; `numpy`: a folder for each, of .npy files.
+        form: `ann-benchmarks`: an HDF5 file for each set that its runner reads, with the arrays of
+            `equal_norms`; `fvecs`: a folder for each, of base.fvecs, query.fvecs,
+            groundtruth.ivecs as TEXMEX defines them (Jegou, Douze and Schmid 2011), and the rest as
+            .npy; `numpy`: a folder for each, of .npy files.
         layers: indices of layers; all recorded ones if None.
         kv_heads: of each layer; all if None.
         sequences: all finished ones if None.
@@ -146,47 +146,63 @@ def vector_set(unit: Unit, from_position: int | None, causal: bool, neighbors: i
             f"Position {first} of sequence {unit.group.sequence}, which has {length}, leaves no "
             "keys or no queries: choose another with from_position."
         )
-    positions = unit.positions[row:]
-    # What is found is a matter of vectors alone: no window, no cap, no sinks. Where the keys are
-    # those before all queries, every query is as the first after them.
-    rules = replace(unit.group.rules, window=None, chunk=None, softcap=None, sinks=None)
-    alone = replace(
-        unit,
-        group=replace(unit.group, rules=rules),
-        queries=unit.queries[:, row:],
-        positions=positions if causal else torch.full_like(positions, first - 1),
-        keys=unit.keys if causal else unit.keys[:first],
-        values=unit.values if causal else unit.values[:first],
-        sinks=None,
-        neighbours=None,
-    )
-    with torch.inference_mode():
-        best = torch.cat([exact_pass(b, neighbors).ids for b in alone.blocks(0)], dim=1).cpu()
-    keys, queries = alone.keys.cpu(), alone.queries.cpu()
-    products = torch.stack(
-        [
-            (keys[ids.clamp(min=0)] @ query[..., None]).squeeze(-1)
-            for ids, query in zip(best, queries, strict=True)
-        ]
-    )
-    distances = torch.where(best < 0, torch.inf, -products)
+    positions, queries = unit.positions[row:], unit.queries[:, row:]
+    keys = unit.keys if causal else unit.keys[:first]
+    seen = positions + 1 if causal else torch.full_like(positions, first)
     heads = len(queries)
+    products, ids = _nearest(queries.flatten(0, 1), keys, seen.repeat(heads), neighbors)
     return VectorSet(
         unit.group,
-        keys.numpy(),
-        queries.flatten(0, 1).numpy(),
-        positions.cpu().repeat(heads).numpy().astype(np.int32),
-        (alone.positions.cpu() + 1).repeat(heads).numpy().astype(np.int32),
-        best.flatten(0, 1).numpy().astype(np.int32),
-        distances.flatten(0, 1).numpy(),
+        keys.cpu().numpy(),
+        queries.flatten(0, 1).cpu().numpy(),
+        positions.repeat(heads).cpu().numpy().astype(np.int32),
+        seen.repeat(heads).cpu().numpy().astype(np.int32),
+        ids.cpu().numpy().astype(np.int32),
+        -products.cpu().numpy().astype(np.float32),
     )
+
+
+def _nearest(queries: Tensor, keys: Tensor, seen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Inner products (queries, count) float64 with the best of the first `seen` (queries,) keys,
+    and which keys these are; -inf and -1 where there are fewer.
+
+    In float64, so that rounding to float32 orders no two keys.
+    """
+    wide, places = keys.double(), torch.arange(len(keys), device=keys.device)
+    rows = max(1, BLOCK_ELEMENTS[keys.device.type] // len(keys))
+    blocks = zip(torch.split(queries, rows), torch.split(seen, rows), strict=True)
+    found = [
+        top((block.double() @ wide.T).masked_fill_(places >= limit[:, None], -torch.inf), count)
+        for block, limit in blocks
+    ]
+    return torch.cat([products for products, _ in found]), torch.cat([ids for _, ids in found])
+
+
+def equal_norms(vectors: VectorSet) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a set, so changed that the nearest keys by angle are those of largest inner
+    product.
+
+    One further channel gives all keys the norm of the largest, and is 0 in queries: as
+    ann-benchmarks makes lastfm-64-dot, after Bachrach et al., Speeding Up the Xbox Recommender
+    System Using a Euclidean Transformation for Inner-Product Spaces (2014). Distances are
+    1 - cosine. The channel is rounded to float32, which moves a cosine by less than one part in
+    2^23.
+    """
+    norms = np.linalg.norm(vectors.train.astype(np.float64), axis=1)
+    queries = np.linalg.norm(vectors.test.astype(np.float64), axis=1)
+    rest = np.sqrt(norms.max() ** 2 - norms**2).astype(np.float32)
+    both = np.maximum(norms.max() * queries, np.finfo(np.float32).tiny)[:, None]
+    return vectors.arrays() | {
+        "train": np.column_stack([vectors.train, rest]),
+        "test": np.pad(vectors.test, ((0, 0), (0, 1))),
+        "distances": (1 + vectors.distances / both).astype(np.float32),
+    }
 
 
 def _facts(vectors: VectorSet) -> dict[str, Any]:
     group = vectors.group
     return {
         "distance": "dot",
-        "point_type": "float",
         "layer": group.layer,
         "kv_head": group.kv_head,
         "heads": group.rules.group,
@@ -198,9 +214,11 @@ def _facts(vectors: VectorSet) -> dict[str, Any]:
 def _write_hdf5(vectors: VectorSet, place: Path) -> Path:
     h5py = optional("h5py", "pip install 'retrace-attention[export]'", "An HDF5 file")
     aside = place.with_name(f".{place.name}.partial")
+    arrays = equal_norms(vectors)
+    layout = {"type": "dense", "point_type": "float", "dimension": arrays["train"].shape[1]}
     with h5py.File(aside, "w") as file:
-        file.attrs.update(_facts(vectors))
-        for name, array in vectors.arrays().items():
+        file.attrs.update(_facts(vectors) | layout | {"distance": "angular"})
+        for name, array in arrays.items():
             file.create_dataset(name, data=array)
     return aside.replace(place.with_name(f"{place.name}.hdf5"))
 

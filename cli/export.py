@@ -35,8 +35,8 @@ Example:
     type=click.Choice(["ann-benchmarks", "fvecs", "numpy"]),
     default="ann-benchmarks",
     show_default=True,
-    help="HDF5 files of train, test, neighbors and distances; or folders of .fvecs and .ivecs, or "
-    "of .npy files.",
+    help="HDF5 files that ann-benchmarks runs, keys padded to one norm; or folders of .fvecs and "
+    ".ivecs, or of .npy files.",
 )
 @LAYERS
 @click.option(

@@ -73,12 +73,13 @@ def calibrate(
     indices, target = choose_layers(trace, layers), choose_device(device)
     if spec.method.learns == "model":
         indices = trace.layers[:1]
+    show = progress or (lambda *_: None)
+    show(0, len(indices))
     files = []
     for done, layer in enumerate(indices, start=1):
         learned(trace, spec, chosen, layer, target)
         files.append(folder / calibration_name(trace, spec, chosen, layer))
-        if progress is not None:
-            progress(done, len(indices))
+        show(done, len(indices))
     return files
 
 

@@ -165,8 +165,10 @@ def evaluate(
         dense_layers=dense_layers,
         device=device,
     )
+    show("Loading the model", 0, 1)
     with quiet_libraries():
         loop = _Loop(exact, reading, like_reference(exact, settings), held_out)
+    show("Loading the model", 1, 1)
     total = len(wanted) * len(loop.sequences)
     for place, (spec, k) in enumerate(wanted):
         show("Evaluating", place * len(loop.sequences), total)

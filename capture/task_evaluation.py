@@ -278,10 +278,13 @@ def evaluate_tasks(
     wanted = [(spec, k) for spec, k in points if not found.has(_name(spec), k)]
     if not wanted:
         return found
+    show = progress or (lambda *_: None)
     with quiet_libraries():
+        show("Loading model and tasks", 0, 1)
         scorer = _Scorer(settings, exact)
+        show("Loading model and tasks", 1, 1)
         for spec, k in wanted:
-            scored = scorer.score(spec, k, progress or (lambda *_: None))
+            scored = scorer.score(spec, k, show)
             found = found.extended(_name(spec), k, scored)
             if folder is not None:
                 found.save(folder)

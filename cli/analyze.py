@@ -1,7 +1,6 @@
 """`retrace analyze`: replay methods against a trace and print what they come to."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +9,13 @@ import click
 from retrace.cli.command import Command
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import DEVICE, LAYERS, numbers, one_of
+from retrace.cli.progress import busy, progress_bar
 from retrace.cli.screen import note, on_terminal, plural, print_json, print_table, size
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from retrace.analyze import Results
-    from retrace.analyze.tasks import Progress
     from retrace.traces import Location
 
 MOST_TABLES = 12
@@ -170,7 +169,8 @@ def command(
         print_profile(results)
     note(f"Results: {out}")
     if not no_plots:
-        plots = results.plot(out / "plots")
+        with busy("Drawing"):
+            plots = results.plot(out / "plots")
         note(f"Plots: {out / 'plots'} ({plural(len(plots), 'picture')})")
     _note_kept_answers(place)
     if results.run["missing"]:
@@ -250,26 +250,3 @@ def _note_kept_answers(trace: "Location") -> None:
     held = 0 if folder is None else sum(f.stat().st_size for f in folder.rglob("*.npz"))
     if held:
         note(f"Exact answers, kept for later runs: {folder} ({size(held)}; may be deleted)")
-
-
-@contextmanager
-def progress_bar(verb: str = "Replaying") -> Iterator["Progress"]:
-    """Shows how many layers of sequences are done, on stderr; nothing where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    bar = Bar(
-        TextColumn(verb),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("layers of sequences"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        row = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(row, completed=done, total=total)

@@ -6,6 +6,7 @@ import click
 
 from retrace.cli.command import Command
 from retrace.cli.parameters import DEVICE, LAYERS, numbers
+from retrace.cli.progress import progress_bar
 from retrace.cli.screen import note, plural
 
 
@@ -35,6 +36,7 @@ def command(trace: str, method: str, **settings: Any) -> None:
     from retrace.analyze import calibrate
     from retrace.traces import locate
 
-    files = calibrate(locate(trace), method, **settings)
+    with progress_bar("Learning", "layers") as progress:
+        files = calibrate(locate(trace), method, progress=progress, **settings)
     click.echo(files[0].parent)
     note(f"Calibrated {plural(len(files), 'layer')}.")

@@ -14,6 +14,7 @@ import click
 from retrace.cli.command import TYPED, Command
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import names, numbers
+from retrace.cli.progress import bars
 from retrace.cli.screen import note, plural, print_facts, size
 
 if TYPE_CHECKING:
@@ -128,23 +129,9 @@ def _next_command(trace: "Trace") -> str:
 @contextmanager
 def progress_bar() -> Iterator["ShowProgress"]:
     """Shows how far a capture is, on stderr; nothing where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
     from retrace.capture import Ranks
 
-    console = Console(stderr=True)
-    bar = Bar(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[facts]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not (console.is_terminal and Ranks.from_environment().first),
-    )
-    with bar:
+    with bars("{task.fields[facts]}", shown=Ranks.from_environment().first) as bar:
         row = bar.add_task("", total=None, facts="")
         begun = False
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from retrace.cli.analyze import progress_bar
 from retrace.cli.command import Command
 from retrace.cli.parameters import DEVICE, FORMAT, LAYERS
+from retrace.cli.progress import busy, progress_bar
 from retrace.cli.screen import note, plural, print_json, print_table
 
 
@@ -70,7 +70,8 @@ def command(
     if not no_plots:
         from retrace.analyze.drift_plots import draw_drift
 
-        plots = draw_drift(drift, out / "plots")
+        with busy("Drawing"):
+            plots = draw_drift(drift, out / "plots")
         note(f"Plots: {out / 'plots'} ({plural(len(plots), 'picture')})")
 
 

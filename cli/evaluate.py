@@ -1,10 +1,8 @@
 """`retrace evaluate`: what methods in the loop cost a model, in likelihood or in tasks."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -12,10 +10,8 @@ from retrace.cli.capture import setting
 from retrace.cli.command import Command
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import DEVICE, FORMAT, names, numbers
+from retrace.cli.progress import progress_bars
 from retrace.cli.screen import note, print_json, print_table
-
-if TYPE_CHECKING:
-    from retrace.capture.evaluation import Progress
 
 TASK_OPTIONS = (
     "pretrained", "include_path", "num_fewshot", "limit", "max_length", "dtype", "revision",
@@ -134,7 +130,7 @@ def _evaluate_trace(
 
     place = locate(exact)
     out = Path("results", f"{place.stem}-evaluation") if out is None else out
-    with _progress_bar() as progress:
+    with progress_bars() as progress:
         evaluation = evaluate(place, method, topk, out=out, progress=progress, **settings)
     rows = evaluation.points.to_dict("records")
     if format == "json":
@@ -163,7 +159,7 @@ def _evaluate_tasks(
     model = settings.get("pretrained", "") if exact is None else locate(exact).stem
     name = Path(model.removeprefix("builtin:")).name.removesuffix(".gguf")
     out = Path("results", f"{name}-tasks") if out is None else out
-    with _progress_bar() as progress:
+    with progress_bars() as progress:
         evaluation = evaluate_tasks(
             method, topk, tasks=tasks, exact=exact, out=out, progress=progress, **settings
         )
@@ -207,31 +203,3 @@ def _print(rows: list[dict[Any, Any]]) -> None:
     columns += ["Error norm", "Attention fraction", "Recall", "Bytes ratio"]
     title = f"In the loop, and by replay (exact perplexity {rows[0]['exact_perplexity']:.2f})"
     print_table(columns, lines, title=title)
-
-
-@contextmanager
-def _progress_bar() -> Iterator["Progress"]:
-    """Shows how far it is, on stderr; nothing where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    bar = Bar(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        rows: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in rows:
-                rows[what] = bar.add_task(what)
-            bar.update(rows[what], completed=done, total=total)
-
-        yield show

@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
-from retrace.cli.analyze import newest_trace, progress_bar
+from retrace.cli.analyze import newest_trace
 from retrace.cli.command import Command
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import DEVICE, LAYERS, numbers
+from retrace.cli.progress import progress_bar
 from retrace.cli.screen import note, plural
 
 

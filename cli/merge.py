@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from retrace.cli.command import Command
+from retrace.cli.progress import busy
 from retrace.cli.screen import note, plural
 
 
@@ -23,9 +24,11 @@ def command(folders: tuple[Path, ...], no_plots: bool) -> None:
     """Put the parts in FOLDERS together to the results of one run, in the first of them."""
     from retrace.analyze import merge
 
-    results = merge(folders)
+    with busy("Merging"):
+        results = merge(folders)
     click.echo(folders[0])
     note(f"Results: {folders[0]} ({plural(len(results.methods()), 'method')})")
     if not no_plots:
-        plots = results.plot(folders[0] / "plots")
+        with busy("Drawing"):
+            plots = results.plot(folders[0] / "plots")
         note(f"Plots: {folders[0] / 'plots'} ({plural(len(plots), 'picture')})")

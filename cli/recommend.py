@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrace.cli.analyze import default_format, newest_trace, print_figures, progress_bar
+from retrace.cli.analyze import default_format, newest_trace, print_figures
 from retrace.cli.command import Command
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import DEVICE, LAYERS, numbers
+from retrace.cli.progress import progress_bar
 from retrace.cli.screen import note, print_facts, print_json, ranges
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ Example:
     "--target",
     required=True,
     metavar="METRIC=VALUE",
-    help="What every head must meet at the fewest bytes: error_norm=0.1, attention_fraction=0.95 "
+    help="What all heads must meet at the fewest bytes: error_norm=0.1, attention_fraction=0.95 "
     "or recall=0.9; or bytes_ratio=0.2, for the least error within so many bytes.",
 )
 @click.option(
@@ -103,9 +104,9 @@ def command(
 ) -> None:
     """Choose the cheapest method and budget for every kv head of TRACE that meets a target.
 
-    One half of the sequences choose, by the far end of a 95 % interval; the other half verify.
-    Heads where nothing meets the target keep full attention. Without TRACE, the newest one here or
-    in ./traces.
+    One half of the sequences choose, so that with 95 % probability all heads meet the target on the
+    other half, which verifies. Heads where nothing meets it keep full attention. Without TRACE, the
+    newest one here or in ./traces.
     """
     from retrace.analyze import recommend
     from retrace.traces import locate

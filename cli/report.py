@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from retrace.cli.command import Command
+from retrace.cli.progress import busy
 from retrace.cli.screen import note, size
 
 
@@ -32,5 +33,6 @@ def command(results: tuple[Path, ...], out: Path) -> None:
     """
     from retrace.analyze.report import report
 
-    file = report(results, out)
+    with busy("Writing the page"):
+        file = report(results, out)
     note(f"Report: {file} ({size(file.stat().st_size)})")

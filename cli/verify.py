@@ -6,6 +6,7 @@ import click
 
 from retrace.cli.command import Command
 from retrace.cli.parameters import FORMAT
+from retrace.cli.progress import progress_bar
 from retrace.cli.screen import plural, print_facts, print_json, print_table, ranges, size
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ def command(ctx: click.Context, trace: str, format: str) -> None:
 
     The exit code is 0 if all is whole, 1 if something is damaged.
     """
-    from retrace.cli.analyze import progress_bar
     from retrace.traces import verify_trace
 
     with progress_bar("Reading") as progress:

@@ -2,6 +2,7 @@
 
 from retrace.analyze.budget import Budget
 from retrace.analyze.calibration import calibrate
+from retrace.analyze.choosing import recommend
 from retrace.analyze.keep import Keep
 from retrace.analyze.merging import merge
 from retrace.analyze.methods.base import (
@@ -13,7 +14,7 @@ from retrace.analyze.methods.base import (
 )
 from retrace.analyze.methods.registry import method_class, method_names, parse_spec, parse_specs
 from retrace.analyze.past import Past
-from retrace.analyze.recommendation import Recommendation, recommend
+from retrace.analyze.recommendation import Recommendation
 from retrace.analyze.results import METRICS, Results
 from retrace.analyze.run import analyze
 from retrace.analyze.unit import HeadGroup

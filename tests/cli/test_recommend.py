@@ -21,8 +21,8 @@ def four(new_trace: Callable[..., None]) -> Path:
 
 
 def test_tables_on_stdout_and_words_on_stderr(run: Run, four: Path) -> None:
-    result = run("recommend", four, "--target", "error_norm=0.4", *ASKED, "--out", "r.json")
-    found = recommend(four, "error_norm=0.4", ["window", "exact"], [8, 32])
+    result = run("recommend", four, "--target", "error_norm=0.5", *ASKED, "--out", "r.json")
+    found = recommend(four, "error_norm=0.5", ["window", "exact"], [8, 32])
     rows = [line for line in result.stdout.splitlines() if line.startswith("| model.layers.")]
     assert len(rows) == len(found.kv_heads) == 6
     for line, row in zip(rows, found.table().to_dict("records"), strict=True):

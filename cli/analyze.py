@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retrace.cli.command import Command
+from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import DEVICE, LAYERS, numbers, one_of
 from retrace.cli.progress import busy, progress_bar
@@ -36,6 +37,7 @@ Example:
     "--method",
     multiple=True,
     default=("exact",),
+    shell_complete=method_specs,
     metavar="SPEC",
     help="Method to replay, such as quest, quest:page=32 or ./mine.py:Mine; may be repeated; "
     "exact by default. `retrace methods` lists them; `all` is every one of them.",

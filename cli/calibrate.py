@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from retrace.cli.command import Command
+from retrace.cli.completion import method_specs
 from retrace.cli.parameters import DEVICE, LAYERS, numbers
 from retrace.cli.progress import progress_bar
 from retrace.cli.screen import note, plural
@@ -19,7 +20,7 @@ Example:
   retrace calibrate traces/pythia-70m-wikitext.zarr loki""",
 )
 @click.argument("trace", type=click.Path())
-@click.argument("method")
+@click.argument("method", shell_complete=method_specs)
 @click.option(
     "--sequences",
     type=numbers,

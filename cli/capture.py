@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from retrace.cli.command import TYPED, Command
+from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import names, numbers
 from retrace.cli.progress import bars
@@ -77,7 +78,7 @@ Example:
 @setting("--device", metavar="NAME")
 @setting("--layers", type=numbers, metavar="0,2,5-8")
 @setting("--queries", metavar="WHICH")
-@setting("--approximate", metavar="SPEC")
+@setting("--approximate", shell_complete=method_specs, metavar="SPEC")
 @setting("--topk", type=int, metavar="K")
 @setting("--from-position", type=int, metavar="P")
 @setting("--dense-layers", type=numbers, metavar="0,1")

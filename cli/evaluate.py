@@ -8,6 +8,7 @@ import click
 
 from retrace.cli.capture import setting
 from retrace.cli.command import Command
+from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import DEVICE, FORMAT, names, numbers
 from retrace.cli.progress import progress_bars
@@ -34,6 +35,7 @@ Example:
     "--method",
     multiple=True,
     required=True,
+    shell_complete=method_specs,
     metavar="SPEC",
     help="Method to put in the loop, such as quest:page=32; may be repeated.",
 )

@@ -4,6 +4,11 @@ import importlib
 from difflib import get_close_matches
 
 import click
+from click.shell_completion import add_completion_class
+
+from retrace.cli.completion import Bash
+
+add_completion_class(Bash)
 
 COMMANDS = (
     "capture",

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from retrace.cli.command import Command
+from retrace.cli.completion import method_names
 from retrace.cli.screen import print_facts, print_json, print_table
 
 
@@ -16,7 +17,7 @@ Example:
   retrace methods
   retrace methods quest""",
 )
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=method_names)
 @click.option(
     "--format",
     type=click.Choice(["table", "json", "markdown"]),

@@ -7,6 +7,7 @@ import click
 
 from retrace.cli.analyze import default_format, newest_trace, print_figures
 from retrace.cli.command import Command
+from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import DEVICE, LAYERS, numbers
 from retrace.cli.progress import progress_bar
@@ -39,6 +40,7 @@ Example:
     multiple=True,
     default=("window", "quest", "sparq"),
     show_default=True,
+    shell_complete=method_specs,
     metavar="SPEC",
     help="Method to choose from, as in `retrace analyze`; may be repeated.",
 )

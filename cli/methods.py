@@ -6,7 +6,7 @@ import click
 
 from retrace.cli.command import Command
 from retrace.cli.completion import method_names
-from retrace.cli.screen import print_facts, print_json, print_table
+from retrace.cli.screen import print_facts, print_json, print_table, print_words
 
 
 @click.command(
@@ -70,9 +70,7 @@ def _print(facts: dict[str, Any]) -> None:
     if facts["extra"] is not None:
         missing = f"{facts['install']} (missing)"
         lines.append(("Needs", facts["extra"] if facts["installed"] else missing))
-    click.echo(facts["summary"])
-    if facts["details"]:
-        click.echo(f"\n{facts['details']}")
+    print_words("\n\n".join(filter(None, (facts["summary"], facts["details"]))))
     click.echo()
     print_facts(lines)
     if facts["parameters"]:

@@ -36,7 +36,7 @@ def progress_bars(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in rows:
-                rows[what] = progress.add_task(what)
+                rows[what] = progress.add_task(what, total=total)
             progress.update(rows[what], completed=done, total=total)
 
         yield show

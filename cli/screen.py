@@ -4,13 +4,17 @@ import json
 import math
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+LEAST_NAME = 10
+"""How narrow the first column of a table may be, where the others are as narrow as they can."""
 
 
 def size(count: int) -> str:
@@ -92,28 +96,65 @@ def print_table(
     from rich.text import Text
 
     console, rows = _console(err), [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    narrow = sum(widths) + 3 * len(widths) > console.width
+    cells = list(zip(columns, *rows, strict=True))
+    widths = [max(map(len, column)) for column in cells]
+    edges, gap = 2, 3
+    if narrow := edges + sum(widths) + gap * (len(widths) - 1) > console.width:
+        gap = 2
+        widths = _narrowed(cells, console.width - edges - gap * (len(widths) - 1))
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0) if narrow else (0, 1),
+        pad_edge=False,
     )
-    for i, column in enumerate(columns):
-        if i == 0 or column in left:
-            table.add_column(Text(column), overflow="fold")
-        else:  # figures need less room than their names: break these before anything else
-            name = column.replace(" ", "\n") if narrow else column
-            table.add_column(Text(name), justify="right", no_wrap=True)
+    for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        justify: Literal["left", "right"] = "left" if i == 0 or column in left else "right"
+        table.add_column(Text(column), justify=justify, width=width, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
+    # Where figures would have to break, the terminal breaks the lines.
+    console.width = max(console.width, edges + sum(widths) + gap * (len(widths) - 1))
     console.print(table)
 
 
+def _narrowed(cells: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Widths of columns that come to `room`: what is over the longest word of each is shared out;
+    only the first, which names the row, is ever narrower than that."""
+    widest = [max(map(len, column)) for column in cells]
+    least = [max(len(word) for cell in column for word in cell.split() or [""]) for column in cells]
+    least[0] = max(min(least[0], LEAST_NAME), least[0] - max(0, sum(least) - room))
+    over = [most - few for most, few in zip(widest, least, strict=True)]
+    spare = max(0, room - sum(least))
+    return [few + spare * more // max(1, sum(over)) for few, more in zip(least, over, strict=True)]
+
+
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """Print names and their values on stdout, one a line."""
+    """Print names and their values on stdout, one a line, or more where a terminal is narrow."""
     facts = list(facts)
-    width = max(len(name) for name, _ in facts)
+    indent = max(len(name) for name, _ in facts) + 2
     for name, value in facts:
-        click.echo(f"{name:<{width}}  {value}")
+        lines = _wrapped(value, indent)
+        click.echo(f"{name:<{indent}}" + f"\n{'':{indent}}".join(lines))
+
+
+def print_words(text: str) -> None:
+    """Print paragraphs on stdout, as wide as a terminal is, or as they are."""
+    paragraphs = text.split("\n\n")
+    if on_terminal():
+        paragraphs = ["\n".join(_wrapped(" ".join(one.split()))) for one in paragraphs]
+    click.echo("\n\n".join(paragraphs))
+
+
+def _wrapped(text: str, indent: int = 0) -> list[str]:
+    """The lines of a text beside an indent; what goes to a file is one."""
+    if not on_terminal():
+        return [text]
+    room = max(20, shutil.get_terminal_size().columns - indent)
+    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+    return lines or [""]
 
 
 def _console(err: bool) -> "Console":

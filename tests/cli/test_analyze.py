@@ -14,7 +14,6 @@ import pytest
 from click.testing import Result
 
 from retrace.analyze import Results, analyze
-from retrace.cli import screen
 from retrace.traces import RetraceError
 
 Run = Callable[..., Result]
@@ -92,16 +91,6 @@ def test_csv(run: Run, trace: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     assert {row["method"] for row in rows} == {"exact"}
     assert len({(row["layer"], row["head"]) for row in rows}) == 3 * 4
-
-
-def test_a_table_fits_the_terminal(run: Run, trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "on_terminal", lambda: True)
-    monkeypatch.setenv("COLUMNS", "50")
-    arguments = ("--topk", "5", "--no-plots", "--format", "table")
-    result = run("analyze", trace, *arguments)
-    assert "exact, top-k 5" in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= 50
-    assert "1.0000" in result.stdout
 
 
 def test_another_method_adds_to_the_folder(run: Run, trace: Path) -> None:

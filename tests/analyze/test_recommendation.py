@@ -221,6 +221,17 @@ def test_too_few_sequences(make_trace: MakeTrace, rules: Any) -> None:
         recommend(make_trace(rules(), [30] * 3), "recall=0.1", ["loki"], keep_exact=False)
 
 
+def test_sequences_without_queries_that_count(
+    make_trace: MakeTrace, rules: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace = make_trace(rules(), [40, 20, 40, 40, 40, 10, 40, 40, 40, 40])
+    found = recommend(trace, "recall=0.1", ["exact"], [8], min_context=25, keep_exact=False)
+    assert (found.facts["choose"], found.facts["verify"]) == ([0, 3, 6, 8], [2, 4, 7, 9])
+    assert not caplog.messages
+    with pytest.raises(RetraceError, match="has 0 with queries from position 50 on"):
+        recommend(trace, "recall=0.1", ["exact"], [8], min_context=50, keep_exact=False)
+
+
 @pytest.mark.parametrize(
     ("target", "words"),
     [

@@ -210,7 +210,7 @@ def test_points_that_are_there_are_not_run_again(
     seen: list[str] = []
     first = evaluate_tasks(["window"], [3], **options)
     evaluate_tasks(["window"], [3, 5], **options, progress=lambda what, *_: seen.append(what))
-    assert set(seen) == {"window, 5"}
+    assert set(seen) == {"Loading model and tasks", "window, 5"}
     monkeypatch.setattr("retrace.capture.task_evaluation.open_checkpoint", None)
     again = evaluate_tasks(["window"], [5, 3], **options)
     assert row(again, "acc", "window", 3) == row(first, "acc", "window", 3)

@@ -46,16 +46,22 @@ class ExactBlock:
         )
 
     @cached_property
+    def best_probabilities(self) -> Tensor:
+        """Exact probability of each of the best keys (group, queries, ranks) float64."""
+        return self.probabilities(self.reference.ids)
+
+    @cached_property
     def fractions(self) -> Tensor:
         """Attention mass on the exact top 0, 1, ... keys (group, queries, ranks + 1) float64."""
-        return _prefixes(self.probabilities(self.reference.ids))
+        return _prefixes(self.best_probabilities)
 
     def part(self, rows: slice) -> "ExactBlock":
         """Some of the block's queries."""
         if rows == slice(0, len(self.block.positions)):
             return self
         part = ExactBlock(self.block.part(rows), self.reference.part(rows))
-        part.__dict__["fractions"] = self.fractions[:, rows]
+        for name in ("best_probabilities", "fractions"):
+            part.__dict__[name] = getattr(self, name)[:, rows]
         return part
 
     @cached_property
@@ -120,11 +126,15 @@ def tally(
         points=torch.tensor(points),
         counted=(counted.sum(dim=-1), counted[:, points].sum(dim=-1)),
         visible=block.visible_count,
-        lists=(selection.ids, exact.probabilities(selection.ids)),
+        ids=selection.ids,
         attended=attended,
         besides=torch.as_tensor(selection.besides).reshape(-1),
         given=(selection.sink, _first_given(selection)),
-        exact=(reference.ids, exact.fractions, reference.output),
+        exact=(reference.ids, exact.best_probabilities, exact.fractions),
+        output=reference.output,
+        scored=(block.queries, unit.keys, reference.log_normalizer),
+        scores=block.known_scores,
+        scoring=(unit.group.rules.scale, unit.group.rules.softcap or 0.0),
         values=unit.values,
         mass=(not selection.true_denominator, besides),
         filled=filled,

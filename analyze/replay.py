@@ -67,14 +67,8 @@ class Plan:
 
     def first_counted(self, k: int, length: int) -> int:
         """The first position of a sequence of this length that counts for budget k."""
-        return int(self.first_of_each((k,), length))
-
-    def first_of_each(self, ks: Sequence[int], length: int) -> torch.Tensor:
-        """The same for each of several budgets (budgets,)."""
-        context = torch.tensor(ks) * 10
-        if self.min_context is not None:
-            context.fill_(self.min_context)
-        return context.clamp(min=self.protocol.first_query(length))
+        context = 10 * k if self.min_context is None else self.min_context
+        return max(context, self.protocol.first_query(length))
 
 
 @dataclass
@@ -98,12 +92,14 @@ class Tally:
     ) -> None:
         """Add a block's queries: moments (budgets, heads) at budgets `ks`, and (points, heads) at
         those of them that `points` name."""
-        for known, new, places, budgets in (
-            (self.at_all, at_all, [self.ks.index(k) for k in ks], self.ks),
-            (self.at_points, at_points, [self.topk.index(ks[i]) for i in points], self.topk),
+        asked = tuple(ks[i] for i in points)
+        for known, new, given, budgets in (
+            (self.at_all, at_all, ks, self.ks),
+            (self.at_points, at_points, asked, self.topk),
         ):
+            places = None if given == budgets else [budgets.index(k) for k in given]
             for metric, moments in new.items():
-                if len(places) < len(budgets):
+                if places is not None:
                     moments = moments.spread(places, len(budgets))
                 known[metric] = known[metric].merge(moments) if metric in known else moments
 
@@ -254,7 +250,7 @@ def _replay_method(
             with clock.charge("metrics", name):
                 for selection in selections:
                     points = [i for i, k in enumerate(selection.ks) if k in method.topk]
-                    first = plan.first_of_each(selection.ks, length)
+                    first = torch.tensor([plan.first_counted(k, length) for k in selection.ks])
                     found.add(selection.ks, points, *tally(part, selection, points, first))
 
 

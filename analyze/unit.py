@@ -213,9 +213,14 @@ class Block:
                 scores[..., strip].masked_fill_(hidden, -torch.inf)
         return scores
 
+    @property
+    def known_scores(self) -> Tensor | None:
+        """`scores` if they were asked for before."""
+        return self.__dict__.get("scores")
+
     def scores_at(self, ids: Tensor) -> Tensor:
         """Exact scores (group, queries, any) of key ids of that shape; -inf for the id -1."""
-        if "scores" not in self.__dict__ and ids.shape[-1] * GATHER_COST < self.end:
+        if self.known_scores is None and ids.shape[-1] * GATHER_COST < self.end:
             chosen = self.unit.keys[ids.clamp(min=0)]
             dots = torch.matmul(chosen, self.queries[..., None]).squeeze(-1)
             rules = self.unit.group.rules

@@ -26,11 +26,15 @@ def moments(
     points: Tensor,
     counted: tuple[Tensor, Tensor],
     visible: Tensor,
-    lists: tuple[Tensor, Tensor],
+    ids: Tensor,
     attended: Tensor,
     besides: Tensor,
     given: tuple[int, Tensor],
     exact: tuple[Tensor, Tensor, Tensor],
+    output: Tensor,
+    scored: tuple[Tensor, Tensor, Tensor],
+    scoring: tuple[float, float],
+    scores: Tensor | None,
     values: Tensor,
     mass: tuple[bool, Tensor],
     filled: tuple[Tensor, Tensor] | None,
@@ -45,14 +49,18 @@ def moments(
         points: which of them have an error norm and a cost (points,).
         counted: how many budgets, and how many points, each query (queries,) counts for: the first.
         visible: keys that each query sees (queries,).
-        lists: keys (group, queries, listed), -1 only at the end, and the exact probability of each,
-            float64.
+        ids: keys listed (group, queries, listed), -1 only at the end.
         attended: keys of the list that each budget reaches (budgets, group or 1, queries or 1).
         besides: how many of them come besides the budget (queries or 1,).
         given: keys before this position, and from those (budgets or 1, queries) on, did not have
             to be found.
-        exact: the best keys (group, queries, ranks), attention mass on the first 0, 1, ... of them
-            float64, and the output (group, queries, value channels) float32.
+        exact: the best keys (group, queries, ranks), the probability of each and the attention mass
+            on the first 0, 1, ... of them, both float64.
+        output: of exact attention (group, queries, value channels) float32.
+        scored: queries (group, queries, channels), keys (keys, channels), and the log of each
+            softmax's denominator (group, queries), float32.
+        scoring: factor of their inner products, and the bound of scores (0 for none).
+        scores: what these come to (group, queries, keys), where it is known.
         values: (keys, value channels) float32.
         mass: whether outputs are divided by what is attended, and the mass in the denominator
             besides (group, queries) float64.
@@ -62,9 +70,12 @@ def moments(
         read: bytes of an attended key and value, of one that is read in full, and bytes read to
             find them (queries,).
     """
-    ids, probabilities = lists
-    best, masses, output = exact
+    best, best_probabilities, masses = exact
     group, queries, _ = ids.shape
+    if scores is None:
+        scores = torch.empty(0, 0, 0)
+    # All that they are a part of: parts come in two layouts, and a loop is compiled for one.
+    known = scores.as_strided((scores.untyped_storage().nbytes() // 4,), (1,), 0)
     # The first budget that a key of each rank counts for.
     first_budgets = torch.searchsorted(ks, torch.arange(best.shape[2] + 1), right=True)
     at_all = np.zeros((group, len(AT_ALL), 3, len(ks)))
@@ -77,15 +88,19 @@ def moments(
         _plain(counted[1]),
         _plain(visible),
         _plain(ids),
-        _plain(probabilities),
         _plain(first_budgets),
         _plain(attended.movedim(0, -1)),
         _plain(besides),
         given[0],
         _plain(given[1].T),
         _plain(best),
+        _plain(best_probabilities),
         _plain(masses),
         _plain(output),
+        *(_plain(tensor) for tensor in scored),
+        *scoring,
+        _plain(known),
+        (scores.storage_offset(), scores.stride(0), scores.stride(1)),
         _plain(values),
         mass[0],
         _plain(mass[1]),
@@ -114,15 +129,22 @@ def _moments(
     counted_points: Ids,
     visible: Ids,
     ids: Ids,
-    probabilities: Doubles,
     first_budgets: Ids,
     attended: Ids,
     besides: Ids,
     sink: int,
     first_given: Ids,
     best: Ids,
+    best_probabilities: Doubles,
     masses: Doubles,
     output: Floats,
+    queries: Floats,
+    keys: Floats,
+    log_normalizer: Floats,
+    scale: float,
+    bound: float,
+    scores: Floats,
+    place_of_scores: tuple[int, int, int],
     values: Floats,
     renormalised: bool,
     mass_besides: Doubles,
@@ -136,28 +158,43 @@ def _moments(
     at_points: Doubles,
 ) -> None:
     """`moments`, with every argument an array of its own."""
-    group, queries = ids.shape[:2]
+    group, rows, listed = ids.shape
     at_heads, at_queries, budgets = attended.shape
     reached = np.empty((group, budgets), np.int64)
     hits, wanted = np.empty(budgets, np.int64), np.empty(budgets, np.int64)
     found = np.empty((4, budgets))
     seen = np.empty((3, len(points)))
-    ahead = np.full(len(values), len(points), np.int32)
-    ranks = np.full(len(values), best.shape[2], np.int32)
+    one_in = np.empty(budgets)
+    one_in_points = np.empty(len(points))
+    union_of = np.full(len(values), -1, np.int64)
     unions = np.empty(len(points))
+    places = np.full(len(values), -1, np.int64)
+    ranks = np.empty(listed, np.int64)
+    probabilities = np.empty(listed)
     sums = np.empty(values.shape[1], np.float32)
     nothing = np.empty(0, np.int64)
     anything_given = sink > 0 or len(first_given) > 0
-    for q in range(queries):
+    for q in range(rows):
         most, reads = counted_budgets[q], counted_points[q]
+        given = first_given[q] if len(first_given) else nothing
+        extra = besides[q % len(besides)]
         for h in range(group):
             count = _count(ids[h, q])
+            reach = attended[h % at_heads, q % at_queries]
             for b in range(most):
-                reached[h, b] = min(attended[h % at_heads, q % at_queries, b], count)
-        _union(ids[:, q], reached, points[:reads], ahead, unions)
+                reached[h, b] = min(reach[b], count)
+        _union(ids[:, q], reached, points[:reads], q, union_of, unions)
+        # Queries count for ever more budgets, so that heads and metrics have one count.
+        _count_one(at_all[0, RECALL, COUNT], one_in[:most])
+        _count_one(at_points[0, DENSITY, COUNT], one_in_points[:reads])
         for h in range(group):
-            extra = besides[q % len(besides)]
-            _rank(best[h, q], ranks)
+            walked = reached[h, most - 1] if most else 0
+            _rank(best[h, q], (q * group + h) * best.shape[2], places, ids[h, q, :walked], ranks)
+            start = place_of_scores[0] + place_of_scores[1] * h + place_of_scores[2] * q
+            _probabilities(
+                ids[h, q, :walked], ranks, best_probabilities[h, q], scores[start:], queries[h, q],
+                keys, log_normalizer[h, q], scale, bound, probabilities,
+            )  # fmt: skip
             _recalls(
                 ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra, 0, nothing, hits
             )
@@ -165,30 +202,25 @@ def _moments(
                 found[RECALL, b] = hits[b] / min(ks[b], visible[q])
             if anything_given:
                 _recalls(
-                    ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra,
-                    sink, first_given[q] if len(first_given) else nothing, hits,
-                )  # fmt: skip
-                _wanted(
-                    best[h, q], ks[:most], sink, first_given[q] if len(first_given) else nothing,
-                    wanted,
-                )  # fmt: skip
+                    ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra, sink, given, hits
+                )
+                _wanted(best[h, q], ks[:most], sink, given, wanted)
                 for b in range(most):
                     # Not counted where nothing had to be found.
                     found[CANDIDATE_RECALL, b] = hits[b] / wanted[b] if wanted[b] else np.nan
                 _add_numbers(at_all[h, CANDIDATE_RECALL], found[CANDIDATE_RECALL, :most])
-            _unrank(best[h, q], ranks)
-            _masses(probabilities[h, q], reached[h], found[FRACTION, :most])
+            _masses(probabilities, reached[h], found[FRACTION, :most])
             for b in range(most):
                 found[EXACT_FRACTION, b] = masses[h, q, ks[b]]
             for metric in (RECALL, FRACTION, EXACT_FRACTION):
-                _add(at_all[h, metric], found[metric, :most])
+                _add(at_all[h, metric], found[metric, :most], one_in)
             if len(errors):
                 for p in range(reads):
                     seen[ERROR_NORM, p] = errors[p, h, q]
             else:
                 _error_norms(
-                    ids[h, q], probabilities[h, q], values, output[h, q], reached[h],
-                    points[:reads], renormalised, mass_besides[h, q],
+                    ids[h, q], probabilities, values, output[h, q], reached[h], points[:reads],
+                    renormalised, mass_besides[h, q],
                     share[:, h % share.shape[1], q % share.shape[2]],
                     fill[q if len(fill) else 0 :], sums, seen[ERROR_NORM],
                 )  # fmt: skip
@@ -196,8 +228,13 @@ def _moments(
             for p in range(reads):
                 seen[DENSITY, p] = reached[h, points[p]] / visible[q]
                 seen[BYTES_RATIO, p] = (unions[p] * bytes_each + bytes_aux[q]) / whole
-            for metric in range(3):
-                _add(at_points[h, metric], seen[metric, :reads])
+            for metric in (ERROR_NORM, DENSITY, BYTES_RATIO):
+                _add(at_points[h, metric], seen[metric, :reads], one_in_points)
+    for h in range(group):
+        for metric in (RECALL, FRACTION, EXACT_FRACTION):
+            at_all[h, metric, COUNT] = at_all[0, RECALL, COUNT]
+        for metric in (ERROR_NORM, DENSITY, BYTES_RATIO):
+            at_points[h, metric, COUNT] = at_points[0, DENSITY, COUNT]
 
 
 @compiled
@@ -214,48 +251,70 @@ def _count(ids: Ids) -> int:
 
 
 @compiled
-def _union(ids: Ids, reached: Ids, points: Ids, ahead: Ints, unions: Doubles) -> None:
-    """Distinct keys that any head attends at each point. `ahead` (keys,) holds the number of points
-    that there are at most, before and after."""
-    none = len(unions)
-    unions[:] = 0.0
-    for h in range(len(ids)):
-        place = 0
-        for p in range(len(points)):
-            while place < reached[h, points[p]]:
-                ahead[ids[h, place]] = min(ahead[ids[h, place]], p)
-                place += 1
-    for h in range(len(ids)):
-        for place in range(reached[h, points[-1]] if len(points) else 0):
-            # A key that several heads attend is counted at the first point of any of them.
-            key = ids[h, place]
-            if ahead[key] < none:
-                unions[ahead[key]] += 1.0
-                ahead[key] = none
-    for p in range(1, len(points)):
-        unions[p] += unions[p - 1]
+def _union(ids: Ids, reached: Ids, points: Ids, query: int, union_of: Ids, unions: Doubles) -> None:
+    """Distinct keys that any head attends at each point. `union_of` (keys,) holds the last query
+    that had each key in its union."""
+    distinct = 0
+    for p in range(len(points)):
+        before, until = points[p - 1] if p else -1, points[p]
+        for h in range(len(ids)):
+            for place in range(reached[h, before] if p else 0, reached[h, until]):
+                key = ids[h, place]
+                if union_of[key] != query:
+                    union_of[key] = query
+                    distinct += 1
+        unions[p] = distinct
 
 
 @compiled
-def _rank(best: Ids, ranks: Ints) -> None:
-    """Write the exact rank of every key that has one."""
-    for rank in range(len(best)):
+def _rank(best: Ids, base: int, places: Ids, ids: Ids, ranks: Ids) -> None:
+    """The exact rank of each listed key, the number of ranks where it has none. `places` (keys,)
+    holds nothing from `base` on before, and rank `base + r` for each of the best keys after."""
+    count = len(best)
+    for rank in range(count):
         if best[rank] >= 0:
-            ranks[best[rank]] = rank
+            places[best[rank]] = base + rank
+    for i in range(len(ids)):
+        rank = places[ids[i]] - base
+        ranks[i] = rank if rank >= 0 else count
 
 
-@compiled
-def _unrank(best: Ids, ranks: Ints) -> None:
-    """Take back what `_rank` wrote."""
-    for rank in range(len(best)):
-        if best[rank] >= 0:
-            ranks[best[rank]] = len(best)
+@compiled_sums
+def _probabilities(
+    ids: Ids,
+    ranks: Ids,
+    best: Doubles,
+    scores: Floats,
+    query: Floats,
+    keys: Floats,
+    log_normalizer: np.float32,
+    scale: float,
+    bound: float,
+    probabilities: Doubles,
+) -> None:
+    """The exact probability of each listed key: of those without a rank from their score, which is
+    computed where none are known."""
+    for i in range(len(ids)):
+        if ranks[i] < len(best):
+            probabilities[i] = best[ranks[i]]
+            continue
+        key = ids[i]
+        if len(scores):
+            score = scores[key]
+        else:
+            dot = np.float32(0.0)
+            for c in range(len(query)):
+                dot += query[c] * keys[key, c]
+            score = dot * np.float32(scale)
+            if bound > 0.0:
+                score = np.tanh(score / np.float32(bound)) * np.float32(bound)
+        probabilities[i] = np.exp(np.float64(score) - np.float64(log_normalizer))
 
 
 @compiled
 def _recalls(
     ids: Ids,
-    ranks: Ints,
+    ranks: Ids,
     first_budgets: Ids,
     ks: Ids,
     reached: Ids,
@@ -273,7 +332,7 @@ def _recalls(
         # exact rank is within the budget.
         while place < min(reached[b], ks[b] + besides):
             key = ids[place]
-            at = max(b, first_budgets[ranks[key]])
+            at = max(b, first_budgets[ranks[place]])
             until = _given_from(key, sink, first_given, budgets)
             if at < until:
                 hits[at] += 1
@@ -357,8 +416,10 @@ def _error_norms(
     place, total, largest = 0, 0.0, 1e-300
     for p in range(len(points)):
         stop = reached[points[p]]
-        while place < stop:
-            # Four at once, so that the sums are read and written less often.
+        reading = True
+        while reading:
+            # Four keys at once, and the last of a point together with its error, so that sums are
+            # read and written less often.
             count = min(4, stop - place)
             peak = largest
             for j in range(place, place + count):
@@ -369,50 +430,74 @@ def _error_norms(
                 for c in range(channels):
                     sums[c] *= smaller
                 largest = peak
-            if count == 4:
+            # Fewer than four are filled up with the first, at no weight.
+            k0 = k1 = k2 = k3 = ids[place] if count > 0 else 0
+            w0 = w1 = w2 = w3 = np.float32(0.0)
+            if count > 0:
                 w0 = np.float32(probabilities[place] / largest)
-                w1 = np.float32(probabilities[place + 1] / largest)
-                w2 = np.float32(probabilities[place + 2] / largest)
-                w3 = np.float32(probabilities[place + 3] / largest)
-                k0, k1, k2, k3 = ids[place], ids[place + 1], ids[place + 2], ids[place + 3]
+            if count > 1:
+                k1, w1 = ids[place + 1], np.float32(probabilities[place + 1] / largest)
+            if count > 2:
+                k2, w2 = ids[place + 2], np.float32(probabilities[place + 2] / largest)
+            if count > 3:
+                k3, w3 = ids[place + 3], np.float32(probabilities[place + 3] / largest)
+            place += count
+            reading = place < stop
+            if reading:
                 for c in range(channels):
                     sums[c] += (w0 * values[k0, c] + w1 * values[k1, c]) + (
                         w2 * values[k2, c] + w3 * values[k3, c]
                     )
-            else:
-                for j in range(place, place + count):
-                    weight, key = np.float32(probabilities[j] / largest), ids[j]
-                    for c in range(channels):
-                        sums[c] += weight * values[key, c]
-            place += count
-        factor = largest
-        if renormalised:
-            factor = largest / (total + besides) if total + besides > 0.0 else 1.0
-        error = np.float32(0.0)
-        if len(share):
-            part, rest = np.float32(share[p] * factor), np.float32(1.0 - share[p])
-            for c in range(channels):
-                error += (output[c] - part * sums[c] - rest * fill[0, c]) ** 2
-        else:
-            part = np.float32(factor)
-            for c in range(channels):
-                error += (output[c] - part * sums[c]) ** 2
-        errors[p] = np.sqrt(error / norm) if error != 0.0 else 0.0
+                continue
+            factor = largest
+            if renormalised:
+                factor = largest / (total + besides) if total + besides > 0.0 else 1.0
+            error = np.float32(0.0)
+            part = np.float32(share[p] * factor if len(share) else factor)
+            if count > 0:
+                for c in range(channels):
+                    sums[c] += (w0 * values[k0, c] + w1 * values[k1, c]) + (
+                        w2 * values[k2, c] + w3 * values[k3, c]
+                    )
+                    rest = output[c] - part * sums[c]
+                    error += rest * rest
+            elif not len(share):
+                for c in range(channels):
+                    rest = output[c] - part * sums[c]
+                    error += rest * rest
+            if len(share):
+                error, other = np.float32(0.0), np.float32(1.0 - share[p])
+                for c in range(channels):
+                    rest = output[c] - part * sums[c] - other * fill[0, c]
+                    error += rest * rest
+            errors[p] = np.sqrt(error / norm) if error != 0.0 else 0.0
 
 
 @compiled
-def _add(moments: Doubles, samples: Doubles) -> None:
-    """Add a sample each to the first streams (3, streams), as Welford (1962) does."""
+def _count_one(counts: Doubles, one_in: Doubles) -> None:
+    """Count a sample more in the first streams, and give one over each of their counts."""
+    for i in range(len(one_in)):
+        counts[i] += 1.0
+        one_in[i] = 1.0 / counts[i]
+
+
+@compiled
+def _add(moments: Doubles, samples: Doubles, one_in: Doubles) -> None:
+    """Add a sample each to the first streams (3, streams), as Welford (1962) does, where it is
+    counted already."""
+    mean, squares = moments[MEAN], moments[SQUARES]
     for i in range(len(samples)):
-        moments[COUNT, i] += 1.0
-        apart = samples[i] - moments[MEAN, i]
-        moments[MEAN, i] += apart / moments[COUNT, i]
-        moments[SQUARES, i] += apart * (samples[i] - moments[MEAN, i])
+        apart = samples[i] - mean[i]
+        mean[i] += apart * one_in[i]
+        squares[i] += apart * (samples[i] - mean[i])
 
 
 @compiled
 def _add_numbers(moments: Doubles, samples: Doubles) -> None:
-    """Add a sample each, where it is not NaN."""
+    """Count and add a sample each, where it is not NaN."""
     for i in range(len(samples)):
         if not np.isnan(samples[i]):
-            _add(moments[:, i : i + 1], samples[i : i + 1])
+            moments[COUNT, i] += 1.0
+            apart = samples[i] - moments[MEAN, i]
+            moments[MEAN, i] += apart / moments[COUNT, i]
+            moments[SQUARES, i] += apart * (samples[i] - moments[MEAN, i])

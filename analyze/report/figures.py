@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from retrace.analyze.drawing import DASHES, EXACT_STYLE, Style, styles_of
+from retrace.analyze.report.intervals import intervals_of
 from retrace.analyze.report.packed import Packed
 from retrace.analyze.results import METRICS, Results
 
@@ -48,12 +49,16 @@ def figures_of(results: Mapping[str, Results], packed: Packed) -> dict[str, Any]
     styles = _styles(entries, labels)
     points = _curve_points(entries, runs)
     grids = [_Grids.of(run, points, packed) for run in runs]
+    intervals, differences = zip(*map(intervals_of, runs), strict=True)
     return {
         "metrics": METRICS,
         "runs": [
             {"name": name, "facts": run.run, "layers": part.layers, "modules": part.modules,
-             "heads": part.heads}
-            for (name, run), part in zip(results.items(), grids, strict=True)
+             "heads": part.heads, "sequences": int(run.sequences["sequence"].nunique()),
+             "intervals": own, "differences": less}
+            for (name, run), part, own, less in zip(
+                results.items(), grids, intervals, differences, strict=True
+            )
         ],
         "entries": [
             {"run": entry.run, "method": entry.method, "label": label, "derived": entry.derived,

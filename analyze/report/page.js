@@ -85,6 +85,16 @@ function quantile(values, share) {
 const end = (values) => quantile(values, 0.98) || 0;
 const overall = (entry, metric, topk) => mean(within(entry, grid(entry, metric, topk), null, null));
 
+/** The interval over sequences of a method's mean over layers and heads; undefined where unknown. */
+const interval = (entry, metric, topk) => entry.derived ? undefined : runOf(entry).intervals[entry.method]?.[metric]?.[topk];
+/** That of a method's mean less another's: both must have answered the same sequences of one run. */
+function intervalOfDifference(entry, other, metric, topk) {
+  if (entry.run !== other.run || entry.derived || other.derived) return undefined;
+  const pairs = runOf(entry).differences, straight = pairs[entry.method]?.[other.method]?.[metric]?.[topk];
+  const turned = pairs[other.method]?.[entry.method]?.[metric]?.[topk];
+  return straight ?? (turned && [-turned[1], -turned[0]]);
+}
+
 // --- words ------------------------------------------------------------------------------------
 
 function shown(value, signed = false) {
@@ -93,6 +103,7 @@ function shown(value, signed = false) {
   const text = size >= 1e5 ? size.toExponential(3) : size >= 10 ? size.toPrecision(5) : size.toFixed(4);
   return (value < 0 && Number(text) ? "−" : signed && Number(text) ? "+" : "") + text;
 }
+const shownEnds = (ends, signed = false) => ends ? `[${shown(ends[0], signed)}, ${shown(ends[1], signed)}]` : "–";
 const counted = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 /** Text that Plotly, which reads some HTML, shows as it is; long specs in lines. */
 function plain(text, width = 44) {
@@ -369,7 +380,8 @@ function tabulate(id, columns, rows, rowClass = () => "") {
       else head.removeAttribute("aria-sort");
     });
     body.replaceChildren(...sorted.map((row) => element("tr", row.cells.map((value, i) => {
-      const spread = value?.std === undefined ? [] : [" ", element("span", `± ${shown(value.std)}`, { class: "spread" })];
+      const beside = value?.ends ? shownEnds(value.ends) : value?.std === undefined ? "" : `± ${shown(value.std)}`;
+      const spread = beside ? [" ", element("span", beside, { class: "spread" })] : [];
       return element("td", [value?.text ?? (typeof value === "number" ? String(value) : value), ...spread], columns[i].words ? { class: "words" } : {});
     }), { class: rowClass(row) })));
   }
@@ -385,11 +397,17 @@ function compared(a, b, down) {
 
 const figure = (value, signed = false) => ({ text: shown(value, signed), order: value });
 
+function sequencesWords() {
+  const counts = [...new Set(index.runs.map((run) => run.sequences))];
+  return `${counts.join(" or ")} sequences${Math.min(...counts) < 6 ? ", too few for them to hold as often as they say" : ""}`;
+}
+
 function tabulateMethods() {
   const { topk } = chosen, titles = Object.entries(METRICS);
-  at("overview-caption").textContent = `Means over layers and heads at k = ${topk}. Bytes are those read over those of full attention. Compare methods at equal bytes, not only at equal k.`;
+  const some = index.runs.some((run) => Object.keys(run.intervals).length);
+  at("overview-caption").textContent = `Means over layers and heads at k = ${topk}${some ? `, in brackets their 95 % bootstrap intervals over ${sequencesWords()}` : ", without intervals, which take more than one sequence"}. Bytes are those read over those of full attention. Compare methods at equal bytes, not only at equal k.`;
   tabulate("methods-table", [{ title: "Method", words: true }, ...titles.map(([, info]) => info)],
-    index.entries.map((entry, number) => ({ number, cells: [entry.label, ...titles.map(([metric]) => figure(overall(entry, metric, topk)))] })),
+    index.entries.map((entry, number) => ({ number, cells: [entry.label, ...titles.map(([metric]) => ({ ...figure(overall(entry, metric, topk)), ends: interval(entry, metric, topk) }))] })),
     (row) => (row.number === chosen.method ? "chosen" : ""));
 }
 
@@ -398,18 +416,21 @@ function tabulateComparison() {
   at("comparison").hidden = !other;
   if (!other) return;
   at("comparison-title").textContent = `${method.label} against ${other.label} at k = ${topk}`;
-  at("comparison-caption").textContent = `Differences are head by head, ${method.label} less ${other.label}; bytes are those read over those of full attention.`;
+  at("comparison-caption").textContent = `Differences are head by head, ${method.label} less ${other.label}; bytes are those read over those of full attention. The interval is of the mean difference over pairs of the same sequences: where it leaves out zero, chance in which sequences were read is no explanation.`
+    + (method.run === other.run ? "" : " Methods of different results have none.");
   const rows = Object.entries(METRICS).map(([metric, info]) => {
     const [first, second] = [method, other].map((entry) => grid(entry, metric, topk)), run = runOf(method);
     const differences = [...(first ?? [])].map((v, i) => v - cell(other, second, run.layers[Math.floor(i / run.heads)], i % run.heads)).filter((v) => !Number.isNaN(v));
+    const ends = intervalOfDifference(method, other, metric, topk);
     const better = differences.filter((v) => v * info.better > 0).length, some = differences.length > 0;
     return { cells: [
       info.title, figure(overall(method, metric, topk)), figure(overall(other, metric, topk)), figure(some ? mean(differences) : NaN, true),
+      { text: shownEnds(ends, true), order: ends ? ends[0] : NaN },
       { text: some ? `${shown(quantile(differences, 0.1), true)} to ${shown(quantile(differences, 0.9), true)}` : "–", order: some ? quantile(differences, 0.9) - quantile(differences, 0.1) : NaN },
       { text: some && info.better ? `${better} of ${differences.length}` : "–", order: some && info.better ? better : NaN },
     ] };
   });
-  tabulate("comparison-table", [{ title: "Metric", words: true }, { title: method.label }, { title: other.label }, { title: "Mean difference" }, { title: "10 to 90 % of heads" }, { title: `Heads where ${method.label} is better` }], rows);
+  tabulate("comparison-table", [{ title: "Metric", words: true }, { title: method.label }, { title: other.label }, { title: "Mean difference" }, { title: "95 % interval of it" }, { title: "10 to 90 % of heads" }, { title: `Heads where ${method.label} is better` }], rows);
 }
 
 function tabulateLayers() {

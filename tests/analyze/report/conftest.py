@@ -12,7 +12,10 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import METRICS, Results
+from retrace.analyze.results import WITH_INTERVAL
 
+SEQUENCE_COUNTS = [1000, 2000, 4792]
+"""Queries that count, by sequence."""
 CURVED = ["recall", "attention_fraction", "exact_attention_fraction", "candidate_recall"]
 
 
@@ -26,8 +29,10 @@ def random_results(
     empty: Sequence[int] = (),
     seed: int = 0,
     task: str = "text",
+    sequences: bool = False,
 ) -> Results:
-    """Random figures of every metric; none where no query counts, at the budgets in `empty`."""
+    """Random figures of every metric; none where no query counts, at the budgets in `empty`.
+    Those of single sequences are others, where there are any."""
     generator = np.random.default_rng(seed)
 
     def table(metrics: Sequence[str], budgets: Sequence[int]) -> pd.DataFrame:
@@ -59,7 +64,16 @@ def random_results(
         },
         "history": [{"when": "2026-11-25T00:55:42Z", "device": "cpu", "threads": 2}],
     }  # fmt: skip
-    return Results(table(list(METRICS), topk), table(CURVED, curve), run)
+    metrics, curves = table(list(METRICS), topk), table(CURVED, curve)
+    if not sequences:
+        return Results(metrics, curves, run)
+    kept = metrics[metrics["metric"].isin(WITH_INTERVAL) & (metrics["count"] > 0)]
+    keys = ["method", "layer", "module", "head", "topk", "metric"]
+    parts = [
+        kept[keys].assign(sequence=s, count=n, mean=generator.random(len(kept)))
+        for s, n in enumerate(SEQUENCE_COUNTS)
+    ]
+    return Results(metrics, curves, run, pd.concat(parts, ignore_index=True))
 
 
 class Parts(HTMLParser):

@@ -11,6 +11,7 @@ import pytest
 
 from retrace.analyze import Results
 from retrace.analyze.report import page
+from retrace.analyze.results import WITH_INTERVAL
 
 pytest.importorskip("plotly", reason="needs the report extra")
 pytest.importorskip("playwright", reason="needs the dev extra")
@@ -38,7 +39,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def results(made: Make) -> Results:
-    return made(LAYERS, HEADS, ["exact", "quest", "loki:basis=own"], TOPK, range(1, 51), empty=[50])
+    methods = ["exact", "quest", "loki:basis=own"]
+    return made(LAYERS, HEADS, methods, TOPK, range(1, 51), empty=[50], sequences=True)
 
 
 @pytest.fixture
@@ -80,8 +82,14 @@ def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
 
 
 def number(text: str) -> float:
-    """A figure as the page shows it."""
-    return float("nan") if text == "\u2013" else float(text.replace("\u2212", "-").split(" ± ")[0])
+    """A figure as the page shows it, without what stands beside it."""
+    bare = text.replace("\u2212", "-").split(" ± ")[0].split(" [")[0]
+    return float("nan") if bare == "\u2013" else float(bare)
+
+
+def ends(text: str) -> list[float]:
+    """An interval as the page shows it."""
+    return [number(end) for end in text[text.index("[") + 1 : -1].split(", ")]
 
 
 def rows_of(shown: Page, table: str) -> list[list[str]]:
@@ -162,7 +170,31 @@ def test_another_method_and_metric_change_the_heat_map(open_page: Open, results:
     [row] = [row for row in rows_of(shown, "comparison-table") if row[0] == "Error norm"]
     difference = wanted["method"] - wanted["other"]
     assert number(row[3]) == pytest.approx(difference.mean(), abs=1e-4)
-    assert row[5] == f"{(difference < 0).sum()} of {difference.size}"
+    assert row[6] == f"{(difference < 0).sum()} of {difference.size}"
+
+
+def test_intervals_over_sequences(open_page: Open, results: Results) -> None:
+    shown = open_page({"r": results})
+    shown.select_option("#topk", "10")
+    metrics = {3: "error_norm", 4: "attention_fraction"}
+    for row in rows_of(shown, "methods-table"):
+        for column, metric in metrics.items():
+            [wanted] = results.intervals("model", methods=row[:1], topk=[10], metrics=[metric])[
+                ["low", "high"]
+            ].to_numpy()
+            np.testing.assert_allclose(ends(row[column]), wanted, atol=1e-4)
+    # Either way round, a difference is that of the pairs of sequences.
+    for method, other in (("loki:basis=own", "quest"), ("quest", "loki:basis=own")):
+        shown.select_option("#method", label=method)
+        shown.select_option("#other", label=other)
+        less = results.difference(method, other).set_index(["topk", "metric"])
+        for row in rows_of(shown, "comparison-table"):
+            metric = row[0].lower().replace(" ", "_")
+            if metric in WITH_INTERVAL:
+                wanted = less.loc[(10, metric), ["low", "high"]]
+                np.testing.assert_allclose(ends(row[4]), wanted.astype(float), atol=1e-4)
+            else:
+                assert row[4] == "\u2013"
 
 
 def test_a_cell_tells_its_figure(open_page: Open, results: Results) -> None:

@@ -399,7 +399,7 @@ const figure = (value, signed = false) => ({ text: shown(value, signed), order: 
 
 function sequencesWords() {
   const counts = [...new Set(index.runs.map((run) => run.sequences))];
-  return `${counts.join(" or ")} sequences${Math.min(...counts) < 6 ? ", too few for them to hold as often as they say" : ""}`;
+  return `${counts.join(" or ")} sequences${Math.min(...counts) < 6 ? ", too few for an interval to hold as often as it says" : ""}`;
 }
 
 function tabulateMethods() {
@@ -416,8 +416,9 @@ function tabulateComparison() {
   at("comparison").hidden = !other;
   if (!other) return;
   at("comparison-title").textContent = `${method.label} against ${other.label} at k = ${topk}`;
-  at("comparison-caption").textContent = `Differences are head by head, ${method.label} less ${other.label}; bytes are those read over those of full attention. The interval is of the mean difference over pairs of the same sequences: where it leaves out zero, chance in which sequences were read is no explanation.`
-    + (method.run === other.run ? "" : " Methods of different results have none.");
+  at("comparison-caption").textContent = `Differences are head by head, ${method.label} less ${other.label}; bytes are those read over those of full attention.`
+    + (method.run !== other.run ? " Methods of different results have no interval."
+      : Object.keys(runOf(method).differences).length ? ` The interval is that of the mean difference over pairs of the same ${sequencesWords()}: where it leaves out zero, the difference is more than the choice of sequences explains.` : "");
   const rows = Object.entries(METRICS).map(([metric, info]) => {
     const [first, second] = [method, other].map((entry) => grid(entry, metric, topk)), run = runOf(method);
     const differences = [...(first ?? [])].map((v, i) => v - cell(other, second, run.layers[Math.floor(i / run.heads)], i % run.heads)).filter((v) => !Number.isNaN(v));

@@ -3,19 +3,17 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from retrace.analyze.archives import read_arrays, write_arrays
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.methods.registry import MethodSpec, parse_spec
 from retrace.analyze.past import Past
@@ -169,15 +167,15 @@ def calibration_name(trace: Trace, spec: MethodSpec, sequences: Sequence[int], l
 
 
 def _load(file: Path, kv_heads: int, device: torch.device) -> Learned | None:
-    try:
-        # Opened here, since np.load leaves a file open that is no archive.
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            found: Learned = tuple({} for _ in range(kv_heads))
-            for name in arrays.files:
-                kv_head, _, own = name.partition(".")
-                found[int(kv_head)][own] = torch.from_numpy(arrays[name]).to(device)
-    except (OSError, ValueError, KeyError, EOFError, IndexError, MemoryError, BadZipFile):
+    arrays = read_arrays(file)
+    if arrays is None:
         return None  # not there, or damaged: computed anew
+    found: Learned = tuple({} for _ in range(kv_heads))
+    for name, array in arrays.items():
+        kv_head, _, own = name.partition(".")
+        if not kv_head.isdecimal() or int(kv_head) >= kv_heads:
+            return None
+        found[int(kv_head)][own] = torch.from_numpy(array).to(device)
     return found
 
 
@@ -187,11 +185,7 @@ def _save(file: Path, learned: Sequence[dict[str, Tensor]]) -> None:
         for kv_head, own in enumerate(learned)
         for name, tensor in own.items()
     }
-    aside = file.with_suffix(f".{os.getpid()}.partial")
     try:
-        file.parent.mkdir(exist_ok=True)
-        with aside.open("wb") as opened:
-            np.savez(opened, allow_pickle=False, **arrays)
-        aside.replace(file)
+        write_arrays(file, arrays)
     except OSError as error:
         log.warning("The calibration is not kept for later runs: %s.", error)

@@ -12,18 +12,20 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
+from retrace.analyze.archives import Arrays, read_arrays, write_arrays
 from retrace.analyze.methods.registry import same_spec
 from retrace.analyze.moments import Moments
 from retrace.analyze.profile import Charge, Clock
 from retrace.analyze.replay import Plan, Replayed, Tally
+from retrace.analyze.results import METRICS
 from retrace.analyze.settings import Settings
 from retrace.analyze.states import Cost, Protocol
 from retrace.traces import RetraceError, open_trace
+from retrace.traces.durable import make_folder, written_whole
 
 PARTS = ".parts"
 """Where parts are, in a results folder."""
@@ -140,34 +142,42 @@ class KeptParts:
         are those given if it has not begun yet."""
         file = self._folder / "job.json"
         if not file.exists():
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             facts = {**self._job.to_json(), "anew": sorted(anew)}
-            aside = self._folder / f"job.{os.getpid()}.partial"
-            aside.write_text(json.dumps(facts, indent=2), encoding="utf-8")
-            aside.replace(file)
+            with written_whole(file, writer=str(os.getpid())) as opened:
+                opened.write(json.dumps(facts, indent=2).encode())
         begun = json.loads(file.read_text(encoding="utf-8"))["anew"]
         return {(layer, sequence) for layer, sequence in begun}
 
     def load(self, task: tuple[int, int]) -> Part | None:
         """The part of a layer and sequence; None if it is not there, or damaged."""
-        methods = self._job.plan.methods
-        tallies = [Tally(method.ks, method.topk) for method in methods]
-        clock = Clock(self._job.device)
-        try:
-            # Opened here, since np.load leaves a file open that is no archive.
-            with self._file(task).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                facts = json.loads(arrays["facts"].tobytes())
-                for name in arrays.files:
-                    index, _, rest = name.partition(".")
-                    if rest:
-                        kind, metric = rest.split(".")
-                        getattr(tallies[int(index)], kind)[metric] = Moments(*arrays[name])
-        except (OSError, ValueError, KeyError, EOFError, IndexError, MemoryError, BadZipFile):
+        arrays = read_arrays(self._file(task))
+        if arrays is None:
             return None
-        for tally, cost in zip(tallies, facts["costs"], strict=True):
-            tally.cost = Cost(*cost)
+        try:
+            return self._part(arrays, self._job.settings.trace.layer(task[0]).rules.heads)
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return None
+
+    def _part(self, arrays: Arrays, heads: int) -> Part:
+        """The part that these arrays hold."""
+        tallies = [Tally(method.ks, method.topk) for method in self._job.plan.methods]
+        clock = Clock(self._job.device)
+        facts = json.loads(arrays.pop("facts").tobytes())
+        for name, array in arrays.items():
+            index, kind, metric = name.split(".")
+            tally = tallies[int(index)]
+            known, budgets = {
+                "at_all": (tally.at_all, tally.ks),
+                "at_points": (tally.at_points, tally.topk),
+            }[kind]
+            if metric not in METRICS or array.dtype != np.float64:
+                raise ValueError(f"{name} is no metric's.")
+            known[metric] = Moments(*array.reshape(3, len(budgets), heads))
+        for tally, (builds, seconds, state_bytes) in zip(tallies, facts["costs"], strict=True):
+            tally.cost = Cost(int(builds), float(seconds), int(state_bytes))
         for step, method, seconds in facts["spent"]:
-            clock.seconds[Charge(step, method)] = seconds
+            clock.seconds[Charge(str(step), method)] = float(seconds)
         return Part(tallies, clock)
 
     def save(self, task: tuple[int, int], part: Part) -> None:
@@ -182,12 +192,8 @@ class KeptParts:
             "costs": [[t.cost.builds, t.cost.seconds, t.cost.state_bytes] for t in part.tallies],
             "spent": [[*charge, seconds] for charge, seconds in part.clock.seconds.items()],
         }
-        file = self._file(task)
-        aside = file.with_suffix(f".{os.getpid()}.partial")
-        with aside.open("wb") as opened:
-            encoded = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-            np.savez(opened, allow_pickle=False, facts=encoded, **arrays)
-        aside.replace(file)
+        encoded = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+        write_arrays(self._file(task), {"facts": encoded, **arrays})
 
     def clear(self) -> None:
         """Remove them."""

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze import kernels
+from retrace.analyze.archives import read_arrays, write_arrays
 from retrace.analyze.top import top
 from retrace.analyze.unit import Block, Unit
 
@@ -85,37 +85,21 @@ class ReferenceStore:
         """Whether answers are kept at all."""
         return self._folder is not None
 
-    def load(self, digest: str, layer: int, ranks: int, positions: int) -> "KeptReferences | None":
-        """The answers for a layer of a sequence of so many positions, if there are any with at
-        least `ranks` ranks, or as many as there are keys."""
+    def load(self, digest: str, layer: int, unit: Unit, ranks: int) -> "KeptReferences | None":
+        """The answers for the layer and sequence that `unit` is of, if there are any with at least
+        `ranks` ranks, or as many as there are keys."""
         if self._folder is None or self._anew:
             return None
-        try:
-            # Opened here, since np.load leaves a file open that is no archive.
-            with (
-                self._path(digest, layer).open("rb") as file,
-                np.load(file, allow_pickle=False) as arrays,
-            ):
-                kept = KeptReferences(arrays["ids"], arrays["log_normalizer"], arrays["output"])
-        except (OSError, ValueError, KeyError, EOFError, MemoryError, BadZipFile):
+        arrays = read_arrays(self._path(digest, layer))
+        if arrays is None or arrays.keys() != {"ids", "log_normalizer", "output"}:
             return None  # not there, or damaged: computed anew
-        return kept if kept.ids.shape[-1] >= min(ranks, positions) else None
+        kept = KeptReferences(**arrays)
+        return kept if kept.answers(unit, ranks) else None
 
     def save(self, digest: str, layer: int, references: "KeptReferences") -> None:
         """Keep the answers for a layer of a sequence."""
-        if self._folder is None:
-            return
-        path = self._path(digest, layer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".partial")
-        with aside.open("wb") as file:
-            np.savez(
-                file,
-                ids=references.ids,
-                log_normalizer=references.log_normalizer,
-                output=references.output,
-            )
-        aside.replace(path)
+        if self._folder is not None:
+            write_arrays(self._path(digest, layer), vars(references))
 
     def _path(self, digest: str, layer: int) -> Path:
         assert self._folder is not None
@@ -142,6 +126,22 @@ class KeptReferences:
             np.empty((rules.heads, queries, min(ranks, keys)), kind),
             np.empty((rules.heads, queries), np.float32),
             np.empty((rules.heads, queries, rules.value_dim), np.float32),
+        )
+
+    def answers(self, unit: Unit, ranks: int) -> bool:
+        """Whether these are answers of the layer and sequence that `unit` is of, with at least so
+        many ranks, or as many as there are keys."""
+        rules, keys = unit.group.rules, len(unit.keys)
+        each = (rules.heads, len(unit.positions))
+        kind = np.uint16 if keys < 1 << 16 else np.int32
+        return (
+            self.ids.dtype == kind
+            and self.log_normalizer.dtype == self.output.dtype == np.float32
+            and self.ids.ndim == 3
+            and self.ids.shape[:2] == self.log_normalizer.shape == each
+            and self.output.shape == (*each, rules.value_dim)
+            and self.ids.shape[-1] >= min(ranks, keys)
+            and all(_are_keys(ids, keys) for ids in self.ids)
         )
 
     def put(self, block: Block, reference: Reference) -> None:
@@ -171,3 +171,9 @@ class KeptReferences:
     def _heads(block: Block) -> slice:
         group = block.unit.group
         return slice(group.kv_head * group.rules.group, (group.kv_head + 1) * group.rules.group)
+
+
+def _are_keys(ids: npt.NDArray[np.uint16 | np.int32], keys: int) -> bool:
+    """Whether all of them are keys, or none."""
+    none = np.iinfo(ids.dtype).max
+    return bool((((ids >= 0) & (ids < keys)) | (ids == none)).all())

@@ -136,14 +136,10 @@ def replay(
     Returns one tally per method, in the plan's order. Units and tasks are independent: merged in
     the plan's order they give the same figures wherever they ran.
     """
-    length = trace.length(sequence)
     with clock.charge("read"):
         units = load_units(trace.layer(layer), sequence, device)
-    kept, digest = None, ""
-    if store.active:
-        with clock.charge("exact answers read"):
-            digest = trace.digest(sequence)
-            kept = store.load(digest, layer, plan.ranks, length)
+    digest = trace.digest(sequence) if store.active else ""
+    kept: KeptReferences | None = None
     fresh: KeptReferences | None = None
     heads: list[list[Tally]] = []
     while True:
@@ -151,7 +147,10 @@ def replay(
             unit = next(units, None)
         if unit is None:
             break
-        if kept is None and fresh is None and store.active:
+        if store.active and not heads:
+            with clock.charge("exact answers read"):
+                kept = store.load(digest, layer, unit, plan.ranks)
+        if store.active and kept is None and fresh is None:
             fresh = KeptReferences.allocate(unit, max(plan.ranks, KEPT_RANKS))
         heads.append(_replay_unit(unit, plan, kept, fresh, clock))
     if fresh is not None:

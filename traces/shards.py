@@ -6,7 +6,6 @@ on one thread and copies them several times over; here each chunk goes to the fi
 that it is in, on any number of threads.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from retrace.traces.arrays import MISSING
+from retrace.traces.durable import make_folder, written_whole
 from retrace.traces.objects import inside
 
 Piece = bytes | memoryview
@@ -103,15 +103,7 @@ def _checksum(data: bytes | npt.NDArray[np.uint8]) -> bytes:
 
 def _write_file(path: Path, pieces: list[Piece]) -> None:
     """Write a file that is there whole and on the disk, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # A shard has one writer: what a killed one left is overwritten by who writes the shard again.
-    aside = path.with_name(f"{path.name}.partial")
-    try:
-        with aside.open("wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with written_whole(path) as file:
+        file.writelines(pieces)

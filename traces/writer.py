@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from retrace.traces.bfloat16 import register
+from retrace.traces.durable import sync_all, sync_path
 from retrace.traces.errors import RetraceError
 from retrace.traces.location import Location, RemoteLocation, explained, open_store
 from retrace.traces.reader import open_trace
@@ -107,6 +109,9 @@ class TraceWriter:
             # Consolidated metadata is an extension of Zarr v3; readers without it lose nothing.
             warnings.simplefilter("ignore")
             zarr.consolidate_metadata(self._group.store)
+        if isinstance(self.path, Path):
+            sync_path(self.path / "zarr.json")
+            sync_path(self.path)
 
     def _tensor(self, layer: int, name: str) -> "zarr.Array[Any]":
         key = f"layers/{layer}/{name}"
@@ -163,7 +168,9 @@ def create_trace(
             aside, mode="w", attributes={FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes}
         )
         _create_arrays(group, rules, tokens, query_positions, phases, dtype, diverges)
+        sync_all(aside)
         aside.rename(path)
+        sync_path(path.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

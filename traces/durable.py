@@ -1,0 +1,55 @@
+"""Files that are there whole and for good, or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def written_whole(path: Path, writer: str = "") -> Iterator[BinaryIO]:
+    """A file to write, which takes its place when the block ends without an error. What was there
+    before stays until then; the new one, once there, outlives a power cut.
+
+    Args:
+        path: the file's place, in a folder that is there.
+        writer: tells apart those who may write it at a time. What a killed one left beside it is
+            overwritten by the next of the same name.
+    """
+    aside = path.with_name(f"{path.name}{writer and '.'}{writer}.partial")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_path(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """A folder, and those above it, there for good."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_path(path.parent)
+
+
+def sync_path(path: Path) -> None:
+    """Flush a file to the disk, or the names that a folder holds."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sync_all(path: Path) -> None:
+    """Flush everything in a folder to the disk, whoever wrote it."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            sync_path(Path(folder, name))
+        sync_path(Path(folder))

@@ -1,6 +1,9 @@
 """Results: tidy tables of every figure, the run's facts, and how they are kept in a folder."""
 
+import hashlib
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +14,7 @@ import pandas as pd
 from retrace.analyze.intervals import OVER, differences, intervals
 from retrace.analyze.profile import profile_table
 from retrace.traces import RetraceError
+from retrace.traces.durable import make_folder, sync_all, sync_path
 
 KEYS = ["method", "layer", "module", "head", "topk", "metric"]
 COLUMNS = [*KEYS, "mean", "std", "count", "protocol", "min_context"]
@@ -31,6 +35,11 @@ SEQUENCE_COLUMNS = {
 }
 """Columns of the table of sequences, and their types: it is the largest."""
 
+SAVING, SAVED = ".saving", ".saved"
+"""Folders, in one of results, of what is being written and of what is whole: the second is moved
+into its place file by file, and counts before what is there."""
+DIGESTS = "tables"
+"""Where run.json has the SHA-256 of each table."""
 TABLES = ("metrics.parquet", "curves.parquet", "sequences.parquet")
 PLOTS = (
     "attention-fraction-*.png",
@@ -256,47 +265,50 @@ class Results:
 
     def save(self, folder: str | Path) -> None:
         """Write `metrics.parquet`, `curves.parquet`, `sequences.parquet`, `run.json` and
-        `table.md`, each whole."""
+        `table.md`, all of them or none: a process that is killed meanwhile leaves the results that
+        were there before, or these."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        frames = (self.metrics, self.curves, self.sequences)
-        for name, frame in zip(TABLES, frames, strict=True):
-            aside = folder / f".{name}.partial"
-            frame.to_parquet(aside, index=False)
-            aside.replace(folder / name)
-        # run.json says what the tables hold, so that it comes last.
-        for name, text in (
-            ("table.md", self.markdown()),
-            ("run.json", json.dumps(self.run, indent=2) + "\n"),
-        ):
-            aside = folder / f".{name}.partial"
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(folder / name)
+        make_folder(folder)
+        settle(folder)
+        aside = folder / SAVING
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for name, frame in zip(TABLES, (self.metrics, self.curves, self.sequences), strict=True):
+            frame.to_parquet(aside / name, index=False)
+        (aside / "table.md").write_text(self.markdown(), encoding="utf-8")
+        run = {**self.run, DIGESTS: {name: _digest(aside / name) for name in TABLES}}
+        (aside / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        sync_all(aside)
+        aside.rename(folder / SAVED)
+        sync_path(folder)
+        settle(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Read a results folder back.
 
         Raises:
-            RetraceError: it is none, or its files do not belong together.
+            RetraceError: it is none, its files do not belong together, or one was changed.
         """
         folder = Path(folder)
         try:
-            run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            metrics, curves = (pd.read_parquet(folder / name) for name in TABLES[:2])
-            kept = (folder / TABLES[2]).exists()  # not by earlier versions
-            sequences = pd.read_parquet(folder / TABLES[2]) if kept else _no_sequences()
-            for table, columns in (
-                (metrics, COLUMNS),
-                (curves, COLUMNS),
-                (sequences, SEQUENCE_COLUMNS),
-            ):
-                if absent := [name for name in columns if name not in table]:
+            run = _checked(json.loads(_file(folder, "run.json").read_text(encoding="utf-8")))
+            digests = run.pop(DIGESTS, {})  # of earlier versions there are none
+            tables = []
+            for name, columns in zip(TABLES, (COLUMNS, COLUMNS, SEQUENCE_COLUMNS), strict=True):
+                file = _file(folder, name)
+                if name == TABLES[2] and name not in digests and not file.exists():
+                    tables.append(_no_sequences())
+                    continue
+                if name in digests and _digest(file) != digests[name]:
+                    raise ValueError(f"{name} is not what was written")
+                tables.append(pd.read_parquet(file))
+                if absent := [column for column in columns if column not in tables[-1]]:
                     raise ValueError(f"its tables have no column {', '.join(absent)}")
-            if not isinstance(run, dict):
-                raise ValueError("its run.json is no object")
-        except (OSError, ValueError) as error:
-            raise RetraceError(f"{folder} is not a results folder of retrace ({error}).") from error
+            metrics, curves, sequences = tables
+        except (OSError, ValueError, RecursionError) as error:
+            words = " ".join(str(error).split())
+            raise RetraceError(f"{folder} is not a results folder of retrace ({words}).") from error
         return cls(metrics, curves, run, sequences)
 
     def merged(self, newer: "Results") -> "Results":
@@ -340,6 +352,50 @@ class Results:
             run,
             self.sequences[~self.sequences["method"].isin(methods)],
         )
+
+
+def settle(folder: Path) -> None:
+    """Put what was saved last into its place, where a killed process did not come to that."""
+    if (folder / SAVED).is_dir():
+        for file in (folder / SAVED).iterdir():
+            file.replace(folder / file.name)
+        sync_path(folder)
+        (folder / SAVED).rmdir()
+
+
+def _file(folder: Path, name: str) -> Path:
+    """Where a file of results is: they may not have been put into their place yet.
+
+    Raises:
+        ValueError: it is no file of that folder.
+    """
+    saved = folder / SAVED / name
+    file = saved if saved.exists() else folder / name
+    if not os.path.realpath(file).startswith(os.path.join(os.path.realpath(folder), "")):
+        raise ValueError(f"its {name} leads out of it")
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"its {name} is no file")
+    return file
+
+
+def _checked(run: Any) -> dict[str, Any]:
+    """A run's facts, if they have the form that others rely on."""
+    if not isinstance(run, dict):
+        raise ValueError("its run.json is no object")
+    for name, kind in (("methods", dict), ("history", list), ("missing", list), (DIGESTS, dict)):
+        held = run.get(name, kind())
+        entries = held.values() if isinstance(held, dict) else held
+        whole = isinstance(held, kind) and (
+            name == DIGESTS or all(isinstance(entry, dict) for entry in entries)
+        )
+        if not whole or (name not in run and name in ("methods", "history")):
+            raise ValueError(f"its run.json has no {name} as retrace writes them")
+    return run
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _known_level(over: str) -> str:

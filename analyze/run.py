@@ -16,7 +16,7 @@ from retrace.analyze.parts import PARTS, Job, KeptParts
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Plan, Replayed
-from retrace.analyze.results import PLOTS, TABLES, Results
+from retrace.analyze.results import PLOTS, SAVING, Results, settle
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.settings import Settings
 from retrace.analyze.states import Protocol
@@ -110,7 +110,11 @@ def analyze(
         settings.check_same(before, folder)
     wanted, before = _still_wanted(specs, budgets, before)
     if not wanted:
-        assert before is not None
+        assert before is not None and folder is not None
+        if part is None:  # what a run that was killed at its very end did not come to remove
+            whole = tuple(Replayed(spec, budgets) for spec in specs)
+            job = Job(settings, Plan(whole, settings.protocol, min_context), target)
+            KeptParts(folder, job).clear()
         return before
     clock = Clock(target, wait=profile)
     if every:
@@ -132,7 +136,7 @@ def analyze(
         results = before.merged(results)
     if folder is not None and kept is not None:
         if overwrite:
-            _clear(folder)
+            _clear_plots(folder)
         results.save(folder)
         if not missing:
             kept.clear()
@@ -166,9 +170,11 @@ def _held_out(
 
 def earlier(folder: Path) -> Results | None:
     """The results that are in the folder; None where there are at most parts of some."""
-    if not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= {PARTS}):
+    begun = {PARTS, SAVING}
+    if not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= begun):
         return None
     try:
+        settle(folder)
         return Results.load(folder)
     except RetraceError as error:
         raise RetraceError(
@@ -277,10 +283,8 @@ def _store(trace: Trace, keep: bool) -> ReferenceStore:
     return ReferenceStore(folder)
 
 
-def _clear(folder: Path) -> None:
-    """Remove what a results folder holds, and nothing else that may lie there."""
-    for name in (*TABLES, "table.md", "run.json"):
-        (folder / name).unlink(missing_ok=True)
+def _clear_plots(folder: Path) -> None:
+    """Remove the pictures of earlier results, and nothing else that may lie there."""
     for pattern in PLOTS:
         for plot in (folder / "plots").glob(pattern):
             plot.unlink()

@@ -82,6 +82,8 @@ def test_what_was_never_counted_is_null_in_json(run: Run, trace: Path) -> None:
     metrics = pd.read_parquet(path)
     metrics.loc[0, "mean"] = float("nan")
     metrics.to_parquet(path)
+    facts = path.with_name("run.json")
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "tables": {}}))
     result = run("analyze", trace, "--topk", "2", "--no-plots", "--format", "json")
     assert json.loads(result.stdout)[0]["mean"] is None
 

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from retrace.analyze.schedule import finished
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.states import Calibration
 from retrace.analyze.unit import Neighbours
-from retrace.analyze.workers import threads
+from retrace.analyze.workers import start_workers, threads
 from retrace.traces import Location, RetraceError, Trace, beside, open_trace, to_numpy
 
 log = logging.getLogger("retrace")
@@ -37,6 +38,8 @@ def calibrate(
     *,
     layers: Sequence[int] | None = None,
     device: str = "auto",
+    workers: int | None = None,
+    executor: Executor | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Calibrate a method, and keep what it learns beside the trace for `analyze` to find.
@@ -48,6 +51,8 @@ def calibrate(
             holds them out.
         layers: indices of the layers; all recorded ones if None.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        workers: processes that share the layers, as in `analyze`.
+        executor: as in `analyze`.
         progress: told how many layers are done, and of how many.
 
     Returns:
@@ -73,12 +78,13 @@ def calibrate(
         indices = trace.layers[:1]
     show = progress or (lambda *_: None)
     show(0, len(indices))
-    files = []
-    for done, layer in enumerate(indices, start=1):
-        learned(trace, spec, chosen, layer, target)
-        files.append(folder / calibration_name(trace, spec, chosen, layer))
-        show(done, len(indices))
-    return files
+    calls = {i: partial(_keep_learned, trace, spec, chosen, i, target) for i in indices}
+    with start_workers(target, workers, 0.0, executor) as (pool, _):
+        for done, (_, death) in enumerate(finished(pool, calls), start=1):
+            if death is not None:
+                raise death
+            show(done, len(indices))
+    return [folder / calibration_name(trace, spec, chosen, i) for i in indices]
 
 
 def calibrations(trace: Trace) -> Path | None:
@@ -148,6 +154,11 @@ def learned(
     if file is not None:
         _save(file, arrays)
     return tuple(arrays) * (kv_heads // once)
+
+
+def _keep_learned(*given: Any) -> None:
+    """`learned` for its file: workers need not send back what they have written."""
+    learned(*given)
 
 
 def calibration_name(trace: Trace, spec: MethodSpec, sequences: Sequence[int], layer: int) -> str:

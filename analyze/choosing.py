@@ -14,6 +14,7 @@ two independent halves may cross with some probability is crossed so with far le
 
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -54,6 +55,7 @@ def recommend(
     calibration_sequences: Sequence[int] | None = None,
     device: str = "auto",
     workers: int | None = None,
+    executor: Executor | str | None = None,
     keep_exact: bool = True,
     progress: Progress | None = None,
 ) -> Recommendation:
@@ -79,6 +81,7 @@ def recommend(
             the last quarter if a method needs them.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         workers: as in `analyze`.
+        executor: as in `analyze`.
         keep_exact: as in `analyze`.
         progress: told how far it is.
 
@@ -118,6 +121,7 @@ def recommend(
         calibration_sequences=held_out or None,
         device=device,
         workers=workers,
+        executor=executor,
         keep_exact=keep_exact,
         progress=progress,
     )

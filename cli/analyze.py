@@ -9,7 +9,7 @@ import click
 from retrace.cli.command import Command
 from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import DEVICE, LAYERS, numbers, one_of
+from retrace.cli.parameters import DEVICE, LAYERS, SCHEDULER, WORKERS, numbers, one_of
 from retrace.cli.progress import busy, progress_bar
 from retrace.cli.screen import note, on_terminal, plural, print_json, print_table, size
 
@@ -81,20 +81,8 @@ Example:
     "default, if a method needs calibration.",
 )
 @DEVICE
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Processes that share the work; figures are the same for any number. By default one per "
-    "core, threads instead where cores are fewer than 4 or the work is short, and one on a GPU.",
-)
-@click.option(
-    "--scheduler",
-    "executor",
-    metavar="ADDRESS",
-    help="Dask scheduler whose cluster does the work, such as tcp://10.0.0.1:8786; its workers "
-    "find the trace under the same path or URL.",
-)
+@WORKERS
+@SCHEDULER
 @click.option(
     "--part",
     type=one_of,

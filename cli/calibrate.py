@@ -6,7 +6,7 @@ import click
 
 from retrace.cli.command import Command
 from retrace.cli.completion import method_specs
-from retrace.cli.parameters import DEVICE, LAYERS, numbers
+from retrace.cli.parameters import DEVICE, LAYERS, SCHEDULER, WORKERS, numbers
 from retrace.cli.progress import progress_bar
 from retrace.cli.screen import note, plural
 
@@ -29,6 +29,8 @@ Example:
 )
 @LAYERS
 @DEVICE
+@WORKERS
+@SCHEDULER
 def command(trace: str, method: str, **settings: Any) -> None:
     """Let METHOD learn from some sequences of TRACE, and keep that beside it.
 

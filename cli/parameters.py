@@ -80,3 +80,22 @@ LAYERS = click.option(
     help="Layers of the trace; all recorded ones by default.",
 )
 """Likewise."""
+
+
+WORKERS = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes that share the work; figures are the same for any number. By default one per "
+    "core, threads instead where cores are fewer than 4 or the work is short, and one on a GPU.",
+)
+"""Of the commands whose work is shared out."""
+
+SCHEDULER = click.option(
+    "--scheduler",
+    "executor",
+    metavar="ADDRESS",
+    help="Dask scheduler whose cluster does the work, such as tcp://10.0.0.1:8786; its workers "
+    "find the trace under the same path or URL.",
+)
+"""Likewise."""

@@ -9,7 +9,7 @@ from retrace.cli.analyze import default_format, newest_trace, print_figures
 from retrace.cli.command import Command
 from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import DEVICE, LAYERS, numbers
+from retrace.cli.parameters import DEVICE, LAYERS, SCHEDULER, WORKERS, numbers
 from retrace.cli.progress import progress_bar
 from retrace.cli.screen import note, print_facts, print_json, ranges
 
@@ -79,12 +79,8 @@ Example:
     "quarter by default, if a method needs calibration.",
 )
 @DEVICE
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Processes that share the work; as in `retrace analyze`.",
-)
+@WORKERS
+@SCHEDULER
 @click.option(
     "--no-cache",
     is_flag=True,

@@ -1,6 +1,7 @@
 """Calibration: learnt from sequences that no method is evaluated on, and kept."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,17 @@ def test_what_states_cost_is_in_the_run(trace: Trace) -> None:
     assert states["loki:basis=own"]["builds"] > 8
     assert states["exact"]["largest_bytes"] == 0  # it is the keys themselves
     assert states["loki"]["largest_bytes"] == (60 * 2 + 8 * 2) * 4
+
+
+def test_any_executor_learns_the_same(trace: Trace) -> None:
+    """Layer by layer, in the order of the layers and to the same bytes."""
+    told: list[tuple[int, int]] = []
+    one = calibrate(trace, "loki", workers=1)
+    learnt = [file.read_bytes() for file in one]
+    for file in one:
+        file.unlink()
+    with ThreadPoolExecutor(2) as executor:
+        several = calibrate(trace, "loki", executor=executor, progress=lambda *at: told.append(at))
+    assert several == one
+    assert [file.read_bytes() for file in several] == learnt
+    assert told == [(1, 2), (2, 2)]

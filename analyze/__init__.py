@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from retrace.analyze.budget import Budget
     from retrace.analyze.calibration import calibrate
     from retrace.analyze.choosing import recommend
+    from retrace.analyze.estimation import Estimate, estimate
     from retrace.analyze.keep import Keep
     from retrace.analyze.merging import merge
     from retrace.analyze.methods.base import (
@@ -27,6 +28,7 @@ _MODULES = {
     "METRICS": "retrace.analyze.results",
     "AttendMethod": "retrace.analyze.methods.base",
     "Budget": "retrace.analyze.budget",
+    "Estimate": "retrace.analyze.estimation",
     "EvictionMethod": "retrace.analyze.methods.base",
     "HeadGroup": "retrace.analyze.unit",
     "Keep": "retrace.analyze.keep",
@@ -38,6 +40,7 @@ _MODULES = {
     "SearchMethod": "retrace.analyze.methods.base",
     "analyze": "retrace.analyze.run",
     "calibrate": "retrace.analyze.calibration",
+    "estimate": "retrace.analyze.estimation",
     "merge": "retrace.analyze.merging",
     "method_class": "retrace.analyze.methods.registry",
     "method_names": "retrace.analyze.methods.registry",
@@ -49,6 +52,7 @@ __all__ = [
     "METRICS",
     "AttendMethod",
     "Budget",
+    "Estimate",
     "EvictionMethod",
     "HeadGroup",
     "Keep",
@@ -60,6 +64,7 @@ __all__ = [
     "SearchMethod",
     "analyze",
     "calibrate",
+    "estimate",
     "merge",
     "method_class",
     "method_names",

@@ -152,14 +152,14 @@ def replay(
                 kept = store.load(digest, layer, unit, plan.ranks)
         if store.active and kept is None and fresh is None:
             fresh = KeptReferences.allocate(unit, max(plan.ranks, KEPT_RANKS))
-        heads.append(_replay_unit(unit, plan, kept, fresh, clock))
+        heads.append(replay_unit(unit, plan, kept, fresh, clock))
     if fresh is not None:
         with clock.charge("exact answers kept"):
             store.save(digest, layer, fresh)
     return [_whole_layer(tallies) for tallies in zip(*heads, strict=True)]
 
 
-def _replay_unit(
+def replay_unit(
     unit: Unit,
     plan: Plan,
     kept: KeptReferences | None,

@@ -94,21 +94,12 @@ def analyze(
     if skip_damaged:
         trace = without_damaged(trace, choose_layers(trace, layers))
     specs, every = parse_specs(methods)
-    budgets = _budgets(topk)
     folder = None if out is None else Path(out)
     before = None if folder is None or overwrite else earlier(folder)
-    settings = Settings(
-        trace,
-        Protocol.parse(protocol),
-        min_context,
-        choose_layers(trace, layers),
-        _held_out(trace, specs, calibration_sequences, before),
-    )
-    budgets = settings.countable(budgets)
     target = choose_device(device)
-    if folder is not None and before is not None:
-        settings.check_same(before, folder)
-    wanted, before = _still_wanted(specs, budgets, before)
+    settings, wanted, before = settle(
+        trace, specs, topk, folder, before, protocol, min_context, layers, calibration_sequences
+    )
     if not wanted:
         assert before is not None and folder is not None
         if part is None:  # what a run that was killed at its very end did not come to remove
@@ -124,8 +115,8 @@ def analyze(
         ready = _ready(settings, wanted, every, target, keep_exact, clock, pool)
         job = Job(settings, Plan(ready, settings.protocol, min_context), target)
         kept = None if folder is None else KeptParts(folder, job)
-        tasks = job.tasks if part is None else _share(job.tasks, *part)
-        store = _store(trace, keep_exact)
+        tasks = job.tasks if part is None else share(job.tasks, *part)
+        store = reference_store(trace, keep_exact)
         parts, missing = replay_all(job, tasks, store, clock, pool, kept, progress)
     wall, names = time.perf_counter() - start, [str(method.spec) for method in wanted]
     spent = clock.facts(wall, count, names)
@@ -141,6 +132,32 @@ def analyze(
         if not missing:
             kept.clear()
     return results
+
+
+def settle(
+    trace: Trace,
+    specs: list[MethodSpec],
+    topk: Sequence[int],
+    folder: Path | None,
+    before: Results | None,
+    protocol: str,
+    min_context: int | None,
+    layers: Sequence[int] | None,
+    calibration_sequences: Sequence[int] | None,
+) -> tuple[Settings, list[Replayed], Results | None]:
+    """What a run into a folder with some results `before` comes to: what all its methods share,
+    the methods and budgets that are not there yet, and what is there less what is outdated."""
+    settings = Settings(
+        trace,
+        Protocol.parse(protocol),
+        min_context,
+        choose_layers(trace, layers),
+        _held_out(trace, specs, calibration_sequences, before),
+    )
+    budgets = settings.countable(_budgets(topk))
+    if folder is not None and before is not None:
+        settings.check_same(before, folder)
+    return settings, *_still_wanted(specs, budgets, before)
 
 
 def exact_answers(trace: Location) -> Path | None:
@@ -182,7 +199,7 @@ def earlier(folder: Path) -> Results | None:
         ) from error
 
 
-def _share(tasks: list[tuple[int, int]], index: int, count: int) -> list[tuple[int, int]]:
+def share(tasks: list[tuple[int, int]], index: int, count: int) -> list[tuple[int, int]]:
     """The tasks of one of so many parts."""
     if not 1 <= index <= count:
         raise RetraceError(f"Part {index}/{count}: expected 1/{count} to {count}/{count}.")
@@ -265,15 +282,17 @@ def _try(settings: Settings, method: Replayed, unit: Unit) -> None:
         check_causality(method.spec.method, unit, plan.protocol, least, first, method.calibration)
 
 
-def _store(trace: Trace, keep: bool) -> ReferenceStore:
-    """Where exact answers are kept: beside the trace, if there is room and leave to write."""
+def reference_store(trace: Trace, keep: bool, create: bool = True) -> ReferenceStore:
+    """Where exact answers are kept: beside the trace, if there is room and leave to write. With
+    `create` the folder is there afterwards."""
     folder = exact_answers(trace.path) if keep else None
     if folder is None:
         return ReferenceStore(None)
     folder = folder.absolute()  # for workers that may stand elsewhere
     try:
-        folder.mkdir(exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        if create:
+            folder.mkdir(exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
     except OSError as error:
         log.warning("Exact answers are not kept for later runs: %s.", error)
         return ReferenceStore(None)

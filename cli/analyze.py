@@ -11,12 +11,12 @@ from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import DEVICE, LAYERS, SCHEDULER, WORKERS, numbers, one_of
 from retrace.cli.progress import busy, progress_bar
-from retrace.cli.screen import note, on_terminal, plural, print_json, print_table, size
+from retrace.cli.screen import note, on_terminal, plural, print_facts, print_json, print_table, size
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from retrace.analyze import Results
+    from retrace.analyze import Estimate, Results
     from retrace.traces import Location
 
 MOST_TABLES = 12
@@ -115,6 +115,12 @@ Example:
     help="Read all of the trace first, and leave out the sequences of which something is damaged.",
 )
 @click.option("--no-plots", is_flag=True, help="Draw no plots.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what is left to do, what of the trace it reads, how many operations the exact pass "
+    "takes and how long all of it, by a slice that is replayed; and do nothing.",
+)
 @CONFIG
 def command(
     trace: str | None,
@@ -126,18 +132,26 @@ def command(
     profile: bool,
     no_plots: bool,
     part: tuple[int, int] | None,
+    dry_run: bool,
     **settings: Any,
 ) -> None:
     """Replay methods against TRACE, without its model, and print how near they come.
 
     Without TRACE, the newest one here or in ./traces.
     """
-    from retrace.analyze import analyze, parse_specs
+    from retrace.analyze import analyze, estimate, parse_specs
     from retrace.traces import locate
 
     specs, _ = parse_specs(method)
     place = newest_trace() if trace is None else locate(trace)
     out = Path("results", place.stem) if out is None else out
+    if dry_run:
+        of_the_run = {n: v for n, v in settings.items() if n not in ("executor", "skip_damaged")}
+        cost = estimate(
+            place, method, topk, out=out, keep_exact=not no_cache, part=part, **of_the_run
+        )
+        print_estimate(cost, format)
+        return
     with progress_bar() as progress:
         results = analyze(
             place,
@@ -165,6 +179,24 @@ def command(
     _note_kept_answers(place)
     if results.run["missing"]:
         click.get_current_context().exit(1)
+
+
+def print_estimate(cost: "Estimate", form: str | None) -> None:
+    """Print what a run will take."""
+    if form == "json":
+        print_json(cost.to_json())
+        return
+    print_facts(
+        [
+            (
+                "Left",
+                f"{plural(cost.tasks, 'layer')} of sequences, {plural(cost.units, 'kv head')}",
+            ),
+            ("Reads", size(cost.bytes)),
+            ("Exact pass", f"{cost.operations:,} operations"),
+            ("Takes", f"about {cost.seconds:,.1f} s on {plural(cost.workers, 'worker')}"),
+        ]
+    )
 
 
 def newest_trace() -> "Location":

@@ -159,4 +159,4 @@ def test_any_executor_learns_the_same(trace: Trace) -> None:
         several = calibrate(trace, "loki", executor=executor, progress=lambda *at: told.append(at))
     assert several == one
     assert [file.read_bytes() for file in several] == learnt
-    assert told == [(1, 2), (2, 2)]
+    assert told == [(0, 2), (1, 2), (2, 2)]

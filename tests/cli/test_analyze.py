@@ -169,3 +169,12 @@ def test_all_methods(run: Run, trace: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_method_that_is_named_is_not_left_out(trace: Path) -> None:
     with pytest.raises(RetraceError, match="expected-attention needs keys before position"):
         analyze(trace, ["all", "expected-attention"], [2], layers=[0])
+
+
+def test_dry_run(run: Run, trace: Path) -> None:
+    there = set(Path().rglob("*"))
+    result = run("analyze", trace, "--topk", "5", "--dry-run", "--format", "json")
+    cost = json.loads(result.stdout)
+    assert (cost["tasks"], cost["units"]) == (6, 12)
+    assert "6 layers of sequences, 12 kv heads" in run("analyze", trace, "--dry-run").stdout
+    assert set(Path().rglob("*")) == there

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retrace.analyze.archives import read_arrays, write_arrays
 from retrace.analyze.methods.base import ScoreMethod
-from retrace.analyze.methods.registry import MethodSpec, parse_spec
+from retrace.analyze.methods.registry import MethodSpec, parse_specs
 from retrace.analyze.past import Past
 from retrace.analyze.schedule import finished
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
@@ -46,26 +46,28 @@ def calibrate(
 
     Args:
         trace: a trace or where it is, on a local disk.
-        method: a method spec, such as `loki`.
+        method: a method spec, such as `loki`, or several with values in braces.
         sequences: those to learn from; by default the last quarter of the trace's, as `analyze`
             holds them out.
         layers: indices of the layers; all recorded ones if None.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         workers: processes that share the layers, as in `analyze`.
         executor: as in `analyze`.
-        progress: told how many layers are done, and of how many.
+        progress: told how many layers of methods are done, and of how many.
 
     Returns:
-        The files, one per layer, or one where a method learns of all layers together, each an .npz
-        of arrays named `<kv head>.<name>`. Those that are there already are not computed again.
+        The files, one per method and layer, or one per method where it learns of all layers
+        together, each an .npz of arrays named `<kv head>.<name>`. Those that are there already are
+        not computed again.
 
     Raises:
         RetraceError: the method needs no calibration, or the trace has too few sequences.
     """
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
-    spec = parse_spec(method)
-    if not spec.method.calibrated:
-        raise RetraceError(f"{spec} needs no calibration.")
+    specs, _ = parse_specs([method])
+    for spec in specs:
+        if not spec.method.calibrated:
+            raise RetraceError(f"{spec} needs no calibration.")
     folder = calibrations(trace)
     if folder is None:
         raise RetraceError(
@@ -74,17 +76,22 @@ def calibrate(
         )
     chosen = choose_calibration(trace, sequences)
     indices, target = choose_layers(trace, layers), choose_device(device)
-    if spec.method.learns == "model":
-        indices = trace.layers[:1]
+    # Methods that differ only in how they select share their files.
+    calls = {
+        folder / calibration_name(trace, spec, chosen, layer): partial(
+            _keep_learned, trace, spec, chosen, layer, target
+        )
+        for spec in specs
+        for layer in (trace.layers[:1] if spec.method.learns == "model" else indices)
+    }
     show = progress or (lambda *_: None)
-    show(0, len(indices))
-    calls = {i: partial(_keep_learned, trace, spec, chosen, i, target) for i in indices}
+    show(0, len(calls))
     with start_workers(target, workers, 0.0, executor) as (pool, _):
         for done, (_, death) in enumerate(finished(pool, calls), start=1):
             if death is not None:
                 raise death
-            show(done, len(indices))
-    return [folder / calibration_name(trace, spec, chosen, i) for i in indices]
+            show(done, len(calls))
+    return list(calls)
 
 
 def calibrations(trace: Trace) -> Path | None:

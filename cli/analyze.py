@@ -9,7 +9,7 @@ import click
 from retrace.cli.command import Command
 from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import DEVICE, LAYERS, SCHEDULER, WORKERS, numbers, one_of
+from retrace.cli.parameters import DEVICE, LAYERS, SCHEDULER, WORKERS, numbers, one_of, spec
 from retrace.cli.progress import busy, progress_bar
 from retrace.cli.screen import note, on_terminal, plural, print_facts, print_json, print_table, size
 
@@ -30,11 +30,13 @@ MOST_TABLES = 12
     epilog="""\b
 Example:
   retrace analyze traces/pythia-70m-wikitext.zarr --method quest:page=32 --topk 10,50
+  retrace analyze --method 'quest:page={8,16,32}' --topk 10,50
   retrace analyze --method exact --method ./mine.py:Mine --format json | jq '.[0]'""",
 )
 @click.argument("trace", type=click.Path(), required=False)
 @click.option(
     "--method",
+    type=spec,
     multiple=True,
     default=("exact",),
     shell_complete=method_specs,

@@ -17,7 +17,8 @@ from retrace.cli.screen import note, plural
     interrupted="Layers that were finished are kept: the same command goes on from there.",
     epilog="""\b
 Example:
-  retrace calibrate traces/pythia-70m-wikitext.zarr loki""",
+  retrace calibrate traces/pythia-70m-wikitext.zarr loki
+  retrace calibrate traces/pythia-70m-wikitext.zarr 'loki:rank={16,32}'""",
 )
 @click.argument("trace", type=click.Path())
 @click.argument("method", shell_complete=method_specs)
@@ -42,4 +43,4 @@ def command(trace: str, method: str, **settings: Any) -> None:
     with progress_bar("Learning", "layers") as progress:
         files = calibrate(locate(trace), method, progress=progress, **settings)
     click.echo(files[0].parent)
-    note(f"Calibrated {plural(len(files), 'layer')}.")
+    note(f"Calibrated: {plural(len(files), 'file')}.")

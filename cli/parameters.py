@@ -20,6 +20,36 @@ def names(value: Any) -> tuple[str, ...]:
     return tuple(name for part in parts if (name := str(part).strip()))
 
 
+def spec(value: Any) -> str:
+    """A method's spec, as text or as a file's mapping of its name to its parameters.
+
+    >>> spec({"quest": {"page": [8, 16], "pool": None}})
+    'quest:page={8,16},pool=none'
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict) or len(value) != 1:
+        raise click.BadParameter(
+            f"{str(value)[:80]!r}: expected a line such as `quest: {{page: 16}}`."
+        )
+    ((name, parameters),) = value.items()
+    if not isinstance(parameters, dict | None):
+        raise click.BadParameter(f"{name}: expected parameters such as `{{page: [8, 16]}}`.")
+    listed = [f"{key}={_values(key, given)}" for key, given in (parameters or {}).items()]
+    return ":".join([str(name), *([",".join(listed)] if listed else [])])
+
+
+def _values(key: Any, given: Any) -> str:
+    """A parameter's value, or its values in braces."""
+    listed = given if isinstance(given, list) else [given]
+    texts = ["none" if value is None else str(value) for value in listed]
+    if not listed or any(isinstance(value, dict | list) for value in listed):
+        raise click.BadParameter(f"{key}: expected a value or a list of them.")
+    if any(mark in text for text in [str(key), *texts] for mark in ",{}"):
+        raise click.BadParameter(f"{key}: a value has no comma and no brace; a list is `[8, 16]`.")
+    return "{" + ",".join(texts) + "}" if isinstance(given, list) else texts[0]
+
+
 def numbers(value: Any) -> tuple[int, ...]:
     """Whole numbers separated by commas, and ranges of them.
 

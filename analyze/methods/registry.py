@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import itertools
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from retrace.traces import RetraceError
 ENTRY_POINTS = "retrace.methods"
 ALL = "all"
 """In place of a spec: every installed method."""
+MOST_SPECS = 1000
+"""Of one run: more are a slip of the finger, or a file that was made to fill the memory."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _LOOSE = re.compile(r"(?P<path>.+\.py):(?P<name>\w+)(?::(?P<parameters>.*))?")
 
@@ -105,9 +108,16 @@ def parse_specs(texts: Sequence[str]) -> tuple[list[MethodSpec], frozenset[str]]
     `all` is every installed method with its defaults, less those whose library is missing.
 
     Raises:
-        RetraceError: no method at all, or two different files with a method of one name.
+        RetraceError: no method at all, more than `MOST_SPECS`, or two different files with a method
+            of one name.
     """
-    named = [parse_spec(one) for text in texts if text != ALL for one in _expanded(text)]
+    grids = [_grid(text) for text in texts if text != ALL]
+    count = sum(math.prod(map(len, values)) for _, values in grids)
+    if count > MOST_SPECS:
+        raise RetraceError(
+            f"The methods have {count:,} combinations of values; a run takes {MOST_SPECS:,}."
+        )
+    named = [parse_spec(one) for between, values in grids for one in _filled(between, values)]
     every = _every_method() if ALL in texts else []
     if not named and not every:
         raise RetraceError("No method is named; `retrace methods` lists them.")
@@ -118,14 +128,19 @@ def parse_specs(texts: Sequence[str]) -> tuple[list[MethodSpec], frozenset[str]]
     return list(unique.values()), frozenset(map(str, every)) - frozenset(map(str, named))
 
 
-def _expanded(text: str) -> list[str]:
-    """A spec for each combination of the values in braces."""
-    fixed = _BRACES.split(text)
-    if any(mark in part for part in fixed[::2] for mark in "{}"):
+def _grid(text: str) -> tuple[list[str], list[list[str]]]:
+    """A spec's text between braces, and the values in each."""
+    split = _BRACES.split(text)
+    between = split[::2]
+    if any(mark in part for part in between for mark in "{}"):
         raise RetraceError(f"{text!r}: expected values in braces such as quest:page={{8,16,32}}.")
-    values = [[value.strip() for value in listed.split(",")] for listed in fixed[1::2]]
+    return between, [[value.strip() for value in listed.split(",")] for listed in split[1::2]]
+
+
+def _filled(between: list[str], values: list[list[str]]) -> list[str]:
+    """A spec for each combination of the values."""
     return [
-        fixed[0] + "".join(map("".join, zip(chosen, fixed[2::2], strict=True)))
+        between[0] + "".join(map("".join, zip(chosen, between[1:], strict=True)))
         for chosen in itertools.product(*values)
     ]
 

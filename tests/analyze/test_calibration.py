@@ -105,6 +105,13 @@ def test_damaged_calibration_is_learnt_anew(
         assert arrays["0.components"].shape == (8, 8)
 
 
+def test_values_in_braces_are_calibrated_each(trace: Trace, learnt_from: list[list[int]]) -> None:
+    files = calibrate(trace, "loki:rank={2,4},pool={none,sum}")
+    assert len(files) == 4  # two ranks of two layers: how heads are pooled changes nothing learnt
+    assert files[:2] == calibrate(trace, "loki:rank=2")
+    assert len(learnt_from) == 8  # once for each rank, layer and kv head
+
+
 def test_calibrate_ahead(trace: Trace, learnt_from: list[list[int]]) -> None:
     files = calibrate(trace, "loki", [1])
     assert len(files) == 2 and learnt_from == [[1]] * 4

@@ -94,6 +94,12 @@ def test_braces_stand_for_each_value() -> None:
     assert named("{exact,window}") == ["exact", "window"]
 
 
+def test_a_grid_is_counted_before_it_is_made() -> None:
+    values = "{" + ",".join(map(str, range(1000))) + "}"
+    with pytest.raises(RetraceError, match="1,000,000,000,000 combinations"):
+        parse_specs([f"quest:page={values},a={values},b={values},c={values}"])
+
+
 @pytest.mark.parametrize("text", ["quest:page={8,16", "quest:page=8}", "quest:page={{8,16}}"])
 def test_braces_that_do_not_match(text: str) -> None:
     with pytest.raises(RetraceError, match="expected values in braces"):

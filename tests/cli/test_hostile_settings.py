@@ -12,6 +12,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
     f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}]\n"
     for old, new in zip("abcdefghijklmno", "bcdefghijklmnop", strict=True)
 )
+MANY = {name: list(range(100)) for name in ("page", "pool", "keep")}
+"""Values whose combinations fill the memory."""
 
 
 @pytest.mark.parametrize(
@@ -25,8 +27,33 @@ BOMB = "a: &a [x, x]\n" + "".join(
         (f"topk: {'9' * 5000}", "cannot be read as YAML"),
         ("topk: [1, [2, 3]]", "neither a number nor a range"),
         ("topk: {a: b}", "neither a number nor a range"),
+        (f"method: {{quest: {MANY}}}", "1,000,000 combinations"),
+        ("method: {quest: {page: [8], pages: [1]}}", "Did you mean page or"),
+        ("method: {quest: 8, window: 9}", "expected a line such as"),
+        ("method: {quest: [8]}", "expected parameters such as"),
+        ("method: {quest: {page: [[8]]}}", "a value or a list of them"),
+        ("method: {quest: {page: []}}", "a value or a list of them"),
+        ("method: {quest: {page: '{8,16}'}}", "no comma and no brace"),
+        ("method: [[quest]]", "expected a line such as"),
     ],
-    ids=["call", "name", "aliases", "deep", "range", "digits", "nested", "mapping"],
+    ids=[
+        "call",
+        "name",
+        "aliases",
+        "deep",
+        "range",
+        "digits",
+        "nested",
+        "mapping",
+        "grid",
+        "parameter",
+        "two",
+        "list",
+        "lists",
+        "empty",
+        "braces",
+        "listed",
+    ],
 )
 def test_refused_in_one_line(run: Run, trace: Path, text: str, said: str) -> None:
     Path("run.yaml").write_text(text)

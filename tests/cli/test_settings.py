@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from retrace.analyze import parse_spec
 from retrace.cli.parameters import names, numbers
 
 Run = Callable[..., Result]
@@ -50,6 +51,23 @@ def test_a_single_value_where_a_list_may_be(run: Run, trace: Path) -> None:
         "window, top-k 4",
         "window, top-k 5",
     ]
+
+
+def test_a_grid_in_a_file(run: Run, trace: Path) -> None:
+    Path("sweep.yaml").write_text(
+        "topk: 4\nno_plots: true\nmethod:\n"
+        "  - exact\n  - quest: {page: [2, 4], pool: [none, sum]}\n  - window:\n"
+    )
+    shown = ("--format", "json", "--no-cache", "--out")
+    grid = json.loads(run("analyze", trace, "--config", "sweep.yaml", *shown, "grid").stdout)
+    names = ["exact", "quest:page=2,pool=none", "quest:page=2,pool=sum", "quest:page=4,pool=none"]
+    names += ["quest:page=4,pool=sum", "window"]
+    assert {row["method"] for row in grid} == {str(parse_spec(name)) for name in names}
+    # ... to the bit what a run of one method gives.
+    options = ("--method", names[3], "--topk", "4", "--no-plots")
+    alone = run("analyze", trace, *options, *shown, "alone").stdout
+    spec = str(parse_spec(names[3]))
+    assert [row for row in grid if row["method"] == spec] == json.loads(alone)
 
 
 def test_the_trace_may_be_in_the_file(run: Run, trace: Path) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -109,6 +109,13 @@ def wrapped(method: str, width: int) -> str:
     parts = re.sub(r"([:,])", r"\1 ", method)
     lines = textwrap.wrap(parts, width, break_on_hyphens=False)
     return "\n".join(re.sub(r"([:,]) ", r"\1", line) for line in lines)
+
+
+def counted_words(run: Mapping[str, Any]) -> str:
+    """Which queries the figures are over: with k they change, so that a curve may fall."""
+    context = run.get("min_context")
+    counted = "10 k" if context is None else str(context)
+    return f"over the queries from position {counted} on, protocol {run.get('protocol')}"
 
 
 def say_nothing_counts(axes: Axes) -> None:

@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from retrace.analyze.drawing import (
     Style,
+    counted_words,
     label_outer,
     legend,
     panel_grid,
@@ -27,6 +28,7 @@ from retrace.analyze.drawing import (
     styles_of,
     wrapped,
 )
+from retrace.analyze.sweep_plots import sweep_figures
 
 if TYPE_CHECKING:
     from retrace.analyze.results import Results
@@ -55,6 +57,8 @@ def draw_all(results: "Results", folder: Path) -> list[Path]:
     figures["recall-by-layer"] = recall_by_layer(results)
     figures["error-norm-by-layer"] = error_norm_by_layer(results)
     figures["error-by-bytes"] = error_by_bytes(results)
+    for (method, parameter), figure in sweep_figures(results).items():
+        figures[f"sweep-{slug(method)}-{slug(parameter)}"] = figure
     files = []
     for name, figure in figures.items():
         file = folder / f"{name}.png"
@@ -119,7 +123,7 @@ def attention_fraction_curves(results: "Results") -> Figure:
     _draw_curves(axes, curves, banded=True)
     shaded = "; shaded: 10 to 90 % of layers" if curves.shaded else ""
     axes.set_title(
-        f"Attention fraction, mean over heads and layers{shaded}\n{_counted_words(results)}",
+        f"Attention fraction, mean over heads and layers{shaded}\n{counted_words(results.run)}",
         fontsize="medium",
     )
     _label_budgets(axes, results)
@@ -135,7 +139,7 @@ def attention_fraction_curves_by_layer(results: "Results") -> Figure:
     groups = _layer_groups(sorted(results.curves["layer"].unique()))
     figure, panels = panel_grid(len(groups), width=2.7, height=2.1)
     figure.suptitle(
-        f"Attention fraction by layer, mean over heads\n{_counted_words(results)}",
+        f"Attention fraction by layer, mean over heads\n{counted_words(results.run)}",
         fontsize="medium",
     )
     for axes, group in zip(panels, groups, strict=True):
@@ -168,7 +172,8 @@ def error_by_bytes(results: "Results") -> Figure:
     means = means.dropna(subset="bytes_ratio").sort_values("bytes_ratio").reset_index()
     figure, panels = panel_grid(2, width=4.2, height=3.4)
     figure.suptitle(
-        f"What bytes buy, mean over heads and layers\n{_counted_words(results)}", fontsize="medium"
+        f"What bytes buy, mean over heads and layers\n{counted_words(results.run)}",
+        fontsize="medium",
     )
     styles = styles_of(results.methods())
     for method in results.methods():
@@ -282,13 +287,6 @@ def _label_budgets(axes: Axes, results: "Results") -> None:
         axes.set_xlim(least / 2, least * 2)
 
 
-def _counted_words(results: "Results") -> str:
-    """Which queries the figures are over: with k they change, so that a curve may fall."""
-    context = results.run.get("min_context")
-    counted = "10 k" if context is None else str(context)
-    return f"over the queries from position {counted} on, protocol {results.run.get('protocol')}"
-
-
 def _by_layer(
     results: "Results", metric: str, title: str, label: str, most: float | None = None
 ) -> Figure:
@@ -303,7 +301,7 @@ def _by_layer(
     bars = "; bars: 95 % over sequences" if len(known) else ""
     figure.suptitle(
         f"{title} by layer: mean and standard deviation across heads{bars}\n"
-        f"{_counted_words(results)}",
+        f"{counted_words(results.run)}",
         fontsize="medium",
     )
     for axes, k in zip(panels, budgets, strict=True):

@@ -46,6 +46,7 @@ PLOTS = (
     "recall-by-layer.png",
     "error-norm-by-layer.png",
     "error-by-bytes.png",
+    "sweep-*.png",
 )
 """Names of the pictures that are drawn of results."""
 
@@ -176,6 +177,33 @@ class Results:
     def methods(self) -> list[str]:
         """The methods measured, in the order in which they were first asked for."""
         return list(self.metrics["method"].unique())
+
+    def names(self) -> list[str]:
+        """The names of the methods measured, each once, whatever their parameters."""
+        facts = self.run.get("methods", {})
+        return list(dict.fromkeys(facts[m]["name"] for m in self.methods() if m in facts))
+
+    def parameters(self, name: str) -> pd.DataFrame:
+        """The parameters of the methods of a name, a row per method and a column per parameter.
+
+        `results.metrics.merge(results.parameters("quest"), left_on="method", right_index=True)`
+        has them beside the figures.
+
+        Raises:
+            RetraceError: no method of that name was measured.
+        """
+        if name not in self.names():
+            there = ", ".join(self.names()) or "none"
+            raise RetraceError(f"No method {name} was measured here; there are: {there}.")
+        facts = self.run["methods"]
+        rows = {
+            method: facts[method]["parameters"]
+            for method in self.methods()
+            if method in facts and facts[method]["name"] == name
+        }
+        # Of objects, so that no number turns into another kind.
+        table = pd.DataFrame(list(rows.values()), index=list(rows), dtype=object)
+        return table.rename_axis("method")
 
     def topk(self, method: str) -> list[int]:
         """The budgets at which a method was measured, ascending."""

@@ -9,6 +9,7 @@ import pytest
 
 from retrace.analyze import Results
 from retrace.analyze.plots import draw_all, slug
+from retrace.analyze.sweep_plots import SHOWN, sweep_figures
 
 PNG = b"\x89PNG"
 
@@ -57,6 +58,43 @@ def test_every_figure_is_drawn(
     heatmaps = len(methods) * (len(topk) if len(topk) <= 3 else 1)
     assert len(files) == len(set(files)) == heatmaps + 5
     assert all(file.read_bytes().startswith(PNG) for file in files)
+
+
+def swept_results(parameters: dict[str, dict[str, object]]) -> Results:
+    results = some_results(2, 2, list(parameters), [5, 10])
+    facts = {m: {"name": m.split(":")[0], "parameters": p} for m, p in parameters.items()}
+    return Results(results.metrics, results.curves, {**results.run, "methods": facts})
+
+
+def test_figures_over_a_parameter() -> None:
+    grid = {
+        f"quest:page={page},pool={pool}": {"page": page, "pool": pool, "keep": "none"}
+        for page in (32, 8, 16)
+        for pool in ("none", "sum")
+    }
+    results = swept_results({**grid, "window": {"keep": "none"}})
+    assert results.names() == ["quest", "window"]
+    table = results.parameters("quest")
+    assert list(table.loc["quest:page=8,pool=sum"]) == [8, "sum", "none"]
+    figures = sweep_figures(results)
+    assert list(figures) == [("quest", "page"), ("quest", "pool")]
+    panels = figures["quest", "page"].axes
+    assert len(panels) == 2 * len(SHOWN)  # a row for each way to pool
+    line = panels[0].get_lines()[0]
+    rows = results.metrics
+    rows = rows[(rows["metric"] == "error_norm") & (rows["topk"] == 5)]
+    means = rows.groupby("method")["mean"].mean()
+    assert list(line.get_xdata()) == [8, 16, 32]
+    assert list(line.get_ydata()) == [means[f"quest:page={p},pool=none"] for p in (8, 16, 32)]
+    assert line.get_label() == "k = 5"
+    assert panels[0].get_xscale() == "log"
+    assert figures["quest", "pool"].axes[0].get_xscale() == "linear"
+
+
+def test_no_figure_where_all_else_differs() -> None:
+    assert not sweep_figures(
+        swept_results({"a:b=1,c=1": {"b": 1, "c": 1}, "a:b=2,c=2": {"b": 2, "c": 2}})
+    )
 
 
 def test_global_state_is_left_alone(tmp_path: Path) -> None:

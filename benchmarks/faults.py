@@ -6,7 +6,8 @@ A tiny random model is captured over and over, each time in a process of its own
 SIGKILL at a moment drawn at random, or whose disk fills up. After each the trace is verified, what
 the capture had reported as finished must be there, and the same capture with `resume` must come to
 the bytes of one that was never interrupted. Then chunks of a whole trace are spoilt, one at a time,
-and `verify_trace` must name the very array and sequence.
+and `verify_trace` must name the very array and sequence. Runs of `analyze` are killed likewise and
+gone on with, and so are workers of one (`analyze_faults.py`).
 
 Nothing but time depends on the machine; where in a capture a moment falls, does.
 """
@@ -30,6 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import analyze_faults
 from architectures import TEXT, save_tiny_model
 
 SEQUENCES = 12
@@ -87,7 +89,9 @@ class Captures:
         # The server finds modules by the environment alone.
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         self._processes = multiprocessing.get_context("forkserver")
-        self._processes.set_forkserver_preload(["architectures", "retrace.capture.run"])
+        self._processes.set_forkserver_preload(
+            ["architectures", "retrace.capture.run", "retrace.analyze.run"]
+        )
 
     def run(
         self, trace: Path, *, resume: bool = False, kill_after: float | None = None, **fault: Any
@@ -240,6 +244,12 @@ def main() -> None:
             "no larger file (RLIMIT_FSIZE)": small_files(captures, whole),
         }
         text = report(rows, spoils(trace, arguments.spoils), seconds, size)
+        runs = analyze_faults.Runs(captures.folder / "runs", trace)
+        found = analyze_faults.kills(runs, arguments.kills)
+        died = [
+            ("4, one killed every 2 seconds", analyze_faults.deaths(runs, workers=4, every=2)),
+        ]
+        text = "\n".join([text, *analyze_faults.report(found, died)])
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n", encoding="utf-8")

@@ -297,7 +297,7 @@ class Results:
         were there before, or these."""
         folder = Path(folder)
         make_folder(folder)
-        settle(folder)
+        finish_saving(folder)
         aside = folder / SAVING
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -309,7 +309,7 @@ class Results:
         sync_all(aside)
         aside.rename(folder / SAVED)
         sync_path(folder)
-        settle(folder)
+        finish_saving(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -382,7 +382,7 @@ class Results:
         )
 
 
-def settle(folder: Path) -> None:
+def finish_saving(folder: Path) -> None:
     """Put what was saved last into its place, where a killed process did not come to that."""
     if (folder / SAVED).is_dir():
         for file in (folder / SAVED).iterdir():

@@ -16,7 +16,7 @@ from retrace.analyze.parts import PARTS, Job, KeptParts
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Plan, Replayed
-from retrace.analyze.results import PLOTS, SAVING, Results, settle
+from retrace.analyze.results import PLOTS, SAVING, Results, finish_saving
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.settings import Settings
 from retrace.analyze.states import Protocol
@@ -102,8 +102,14 @@ def analyze(
     )
     if not wanted:
         assert before is not None and folder is not None
-        if part is None:  # what a run that was killed at its very end did not come to remove
-            whole = tuple(Replayed(spec, budgets) for spec in specs)
+        # What a run that was killed at its very end did not come to.
+        finish_saving(folder)
+        if part is None:
+            there = ((spec, before.topk(str(spec))) for spec in specs)
+            whole = tuple(
+                Replayed(spec, tuple(k for k in _budgets(topk) if k in known))
+                for spec, known in there
+            )
             job = Job(settings, Plan(whole, settings.protocol, min_context), target)
             KeptParts(folder, job).clear()
         return before
@@ -191,7 +197,6 @@ def earlier(folder: Path) -> Results | None:
     if not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= begun):
         return None
     try:
-        settle(folder)
         return Results.load(folder)
     except RetraceError as error:
         raise RetraceError(

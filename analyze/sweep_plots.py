@@ -55,9 +55,9 @@ def _over_values(
     """A row of panels for each combination of the other parameters, a line for each budget."""
     shown = rows[:ROWS]
     methods = [str(method) for table in shown for method in table.index]
-    means = results.metrics[results.metrics["method"].isin(methods)]
-    means = means.groupby(["method", "topk", "metric"])["mean"].mean()
-    known = results.intervals("model", methods=methods, metrics=tuple(SHOWN))
+    rows_shown = results.metrics[results.metrics["method"].isin(methods)]
+    means: Any = rows_shown.groupby(["method", "topk", "metric"])["mean"].mean()
+    known: Any = results.intervals("model", methods=methods, metrics=tuple(SHOWN))
     known = known.dropna(subset="low").set_index(["method", "topk", "metric"])
     budgets = sorted({k for method in methods for k in results.topk(method)})
     figure = Figure(figsize=(2.9 * len(SHOWN), 2.3 * len(shown) + 1.0), layout="constrained")

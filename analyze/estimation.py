@@ -42,8 +42,9 @@ class Estimate:
     """Scores of queries against keys, all heads, that each method chooses from."""
     workers: int
     seconds: float
-    """Expected of them together, by a slice of one unit that was replayed; as if they did not
-    slow each other down."""
+    """Expected of them together, by a slice of one unit that was replayed, as if they did not slow
+    each other down. The start of processes and the causality check, seconds that do not grow with
+    the trace, are not in it."""
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""

@@ -67,7 +67,7 @@ def swept_results(parameters: dict[str, dict[str, object]]) -> Results:
 
 
 def test_figures_over_a_parameter() -> None:
-    grid = {
+    grid: dict[str, dict[str, object]] = {
         f"quest:page={page},pool={pool}": {"page": page, "pool": pool, "keep": "none"}
         for page in (32, 8, 16)
         for pool in ("none", "sum")
@@ -84,11 +84,26 @@ def test_figures_over_a_parameter() -> None:
     rows = results.metrics
     rows = rows[(rows["metric"] == "error_norm") & (rows["topk"] == 5)]
     means = rows.groupby("method")["mean"].mean()
-    assert list(line.get_xdata()) == [8, 16, 32]
-    assert list(line.get_ydata()) == [means[f"quest:page={p},pool=none"] for p in (8, 16, 32)]
+    assert np.asarray(line.get_xdata()).tolist() == [8, 16, 32]
+    assert np.asarray(line.get_ydata()).tolist() == [
+        means[f"quest:page={p},pool=none"] for p in (8, 16, 32)
+    ]
     assert line.get_label() == "k = 5"
     assert panels[0].get_xscale() == "log"
     assert figures["quest", "pool"].axes[0].get_xscale() == "linear"
+
+
+def test_bars_over_sequences() -> None:
+    grid: dict[str, dict[str, object]] = {f"quest:page={p}": {"page": p} for p in (8, 16)}
+    results = swept_results(grid)
+    rows = results.metrics.drop(columns=["std", "protocol", "min_context"])
+    each = pd.concat([rows.assign(sequence=s, mean=rows["mean"] + s / 10) for s in range(4)])
+    results = Results(results.metrics, results.curves, results.run, each)
+    axes = sweep_figures(results)["quest", "page"].axes[0]
+    drawn = [path.vertices[0, 1] for bars in axes.collections for path in bars.get_paths()]
+    known = results.intervals("model", metrics=["error_norm"])
+    assert len(drawn) == 4  # a bar for each page and budget
+    assert sorted(drawn) == pytest.approx(sorted(known["low"]))
 
 
 def test_no_figure_where_all_else_differs() -> None:

@@ -28,7 +28,7 @@ from retrace.analyze import analyze
 from retrace.traces import LayerRules, create_trace, open_trace
 from retrace.traces.schema import DTYPES
 
-METHODS = ("exact", "window", "quest", "sparq", "loki:basis=own", "snapkv", "low-bit", "pqcache")
+METHODS = ("exact", "window", "quest", "sparq", "loki:basis=own", "low-bit", "pqcache")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """`retrace report`: a page of results folders, and one line where there is none to be made."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -50,6 +51,10 @@ def test_what_is_no_results_folder(run: Run, results: Path) -> None:
         assert why in result.stderr
     metrics = pd.read_parquet("r/metrics.parquet")
     metrics.drop(columns="head").to_parquet("r/metrics.parquet")
+    assert "metrics.parquet is not what was written" in run("report", results, code=2).stderr
+    facts = json.loads(Path("r/run.json").read_text(encoding="utf-8"))
+    del facts["tables"]  # as of a run that kept no digests
+    Path("r/run.json").write_text(json.dumps(facts), encoding="utf-8")
     assert "no column head" in run("report", results, code=2).stderr
     metrics.iloc[:0].to_parquet("r/metrics.parquet")
     assert "r holds no figures" in run("report", results, code=2).stderr

@@ -10,6 +10,7 @@ from typing import Any, Self
 import pandas as pd
 
 from retrace.traces import RetraceError
+from retrace.traces.durable import written_whole
 
 FORMAT = 1
 """Of the JSON file; it goes up when a reader of the earlier one would misread it."""
@@ -133,9 +134,8 @@ class Recommendation:
         """Write the JSON file, whole."""
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.name}.partial")
-        aside.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
-        aside.replace(file)
+        with written_whole(file) as opened:
+            opened.write((json.dumps(self.to_json(), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, file: str | Path) -> Self:

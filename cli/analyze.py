@@ -9,7 +9,17 @@ import click
 from retrace.cli.command import Command
 from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import DEVICE, LAYERS, SCHEDULER, WORKERS, numbers, one_of, spec
+from retrace.cli.parameters import (
+    DEVICE,
+    LAYERS,
+    NO_CACHE,
+    PROTOCOL,
+    SCHEDULER,
+    WORKERS,
+    numbers,
+    one_of,
+    spec,
+)
 from retrace.cli.progress import busy, progress_bar
 from retrace.cli.screen import note, on_terminal, plural, print_facts, print_json, print_table, size
 
@@ -59,14 +69,7 @@ Example:
     help="Folder for the results; results/<trace> by default. What it holds already is not "
     "computed again.",
 )
-@click.option(
-    "--protocol",
-    default="all",
-    show_default=True,
-    metavar="WHICH",
-    help="Which queries are answered, from what state: all, all:R (fitted states are rebuilt "
-    "every R positions) or prefix:P (state built at P, queries from there on).",
-)
+@PROTOCOL
 @click.option(
     "--min-context",
     type=int,
@@ -92,12 +95,7 @@ Example:
     help="Do only the I-th of N parts of the work, as jobs of a batch system do, and keep it in "
     "--out; `retrace merge` puts the parts together.",
 )
-@click.option(
-    "--no-cache",
-    is_flag=True,
-    help="Do not keep the exact answers, nor what methods learn, beside the trace; later runs "
-    "compute them again.",
-)
+@NO_CACHE
 @click.option("--overwrite", is_flag=True, help="Throw away the results that --out holds.")
 @click.option(
     "--format",

@@ -111,7 +111,6 @@ LAYERS = click.option(
 )
 """Likewise."""
 
-
 WORKERS = click.option(
     "--workers",
     type=click.IntRange(min=1),
@@ -127,5 +126,23 @@ SCHEDULER = click.option(
     metavar="ADDRESS",
     help="Dask scheduler whose cluster does the work, such as tcp://10.0.0.1:8786; its workers "
     "find the trace under the same path or URL.",
+)
+"""Likewise."""
+
+PROTOCOL = click.option(
+    "--protocol",
+    default="all",
+    show_default=True,
+    metavar="WHICH",
+    help="Which queries are answered, from what state: all, all:R (fitted states are rebuilt "
+    "every R positions) or prefix:P (state built at P, queries from there on).",
+)
+"""Of the commands that replay methods."""
+
+NO_CACHE = click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Do not keep the exact answers, nor what methods learn, beside the trace; later runs "
+    "compute them again.",
 )
 """Likewise."""

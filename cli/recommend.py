@@ -9,7 +9,7 @@ from retrace.cli.analyze import default_format, newest_trace, print_figures
 from retrace.cli.command import Command
 from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import DEVICE, LAYERS, SCHEDULER, WORKERS, numbers
+from retrace.cli.parameters import DEVICE, LAYERS, NO_CACHE, PROTOCOL, SCHEDULER, WORKERS, numbers
 from retrace.cli.progress import progress_bar
 from retrace.cli.screen import note, print_facts, print_json, ranges
 
@@ -55,13 +55,7 @@ Example:
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Where to write it as JSON."
 )
-@click.option(
-    "--protocol",
-    default="all",
-    show_default=True,
-    metavar="WHICH",
-    help="As in `retrace analyze`.",
-)
+@PROTOCOL
 @click.option(
     "--min-context",
     type=int,
@@ -81,11 +75,7 @@ Example:
 @DEVICE
 @WORKERS
 @SCHEDULER
-@click.option(
-    "--no-cache",
-    is_flag=True,
-    help="Do not keep the exact answers, nor what methods learn, beside the trace.",
-)
+@NO_CACHE
 @click.option(
     "--format",
     type=click.Choice(["table", "markdown", "json"]),

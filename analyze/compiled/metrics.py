@@ -11,7 +11,6 @@ Bools = NDArray[np.bool_]
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
-Ints = NDArray[np.int32]
 
 AT_ALL = ("recall", "attention_fraction", "exact_attention_fraction", "candidate_recall")
 AT_POINTS = ("error_norm", "density", "bytes_ratio")

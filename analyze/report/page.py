@@ -16,6 +16,7 @@ from retrace.analyze.report.figures import figures_of
 from retrace.analyze.report.packed import Packed, compressed
 from retrace.analyze.results import Results
 from retrace.traces import RetraceError
+from retrace.traces.durable import written_whole
 
 
 def report(folders: Sequence[str | Path], out: str | Path) -> Path:
@@ -29,11 +30,10 @@ def report(folders: Sequence[str | Path], out: str | Path) -> Path:
     places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     results = [Results.load(folder) for folder in places]
     text = page(dict(zip(_names(places), results, strict=True)))
-    aside = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(out)
+        with written_whole(out) as file:
+            file.write(text.encode())
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise RetraceError(f"{out} cannot be written ({error.strerror}).") from error
     return out

@@ -18,14 +18,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from random_trace import write_random
 from replay import resident
 
 from retrace.analyze import analyze
-from retrace.traces import LayerRules, create_trace, open_trace
+from retrace.traces import open_trace
 from retrace.traces.schema import DTYPES
 
 METHODS = ("exact", "window", "quest", "sparq", "loki:basis=own", "low-bit", "pqcache")
@@ -39,7 +38,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         trace = Path(folder) / "long.zarr"
-        _write(trace, arguments)
+        write_random(
+            trace,
+            arguments.positions,
+            range(arguments.positions - arguments.queries, arguments.positions),
+            layers=arguments.layers,
+            heads=arguments.heads,
+            kv_heads=arguments.kv_heads,
+            channels=arguments.channels,
+            dtype=arguments.dtype,
+        )
         runs = [[method] for method in arguments.methods]
         if len(runs) > 1:
             runs.append(arguments.methods)
@@ -67,32 +75,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     parser.add_argument("--replay", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def _write(path: Path, arguments: argparse.Namespace) -> None:
-    heads, kv_heads, channels = arguments.heads, arguments.kv_heads, arguments.channels
-    length, kept = arguments.positions, arguments.queries
-    generator = np.random.default_rng(0)
-
-    def random(*shape: int) -> np.ndarray[Any, Any]:
-        return generator.standard_normal(shape, np.float32).astype(DTYPES[arguments.dtype])
-
-    writer = create_trace(
-        path,
-        rules={
-            layer: LayerRules(f"layers.{layer}", heads, kv_heads, channels, channels, 0.2)
-            for layer in range(arguments.layers)
-        },
-        tokens=[np.zeros(length, np.int32)],
-        query_positions=[np.arange(length - kept, length, dtype=np.int32)],
-        dtype=arguments.dtype,
-        attributes={"model": "random", "task": "none"},
-    )
-    for layer in range(arguments.layers):
-        query, key = random(heads, kept, channels), random(kv_heads, length, channels)
-        writer.write_layer(0, layer, query, key, random(kv_heads, length, channels))
-    writer.finish_sequence(0, np.zeros(length, np.float32))
-    writer.close()
 
 
 def _in_a_process(

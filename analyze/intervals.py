@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import stats
 
 Array = npt.NDArray[np.float64]
 
@@ -163,6 +162,7 @@ def _bootstrap(statistic: Callable[[Array], Array], sequences: int) -> tuple[Arr
     if sequences < 2:
         none = np.full(len(statistic(np.ones(sequences))), np.nan)
         return none, none
+    from scipy import stats  # takes a second to import, which workers can spare
 
     def drawn(indices: npt.NDArray[np.int64], axis: int) -> Array:
         return statistic(_times_drawn(indices, sequences))
@@ -195,6 +195,8 @@ def _times_drawn(indices: npt.NDArray[np.int64], sequences: int) -> Array:
 
 def _expanded(sequences: int) -> float:
     """The level at which the percentile interval of a normal mean is as wide as Student's."""
+    from scipy import stats
+
     n = sequences
     reach = np.sqrt(n / (n - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
     return float(min(1 - 2 * stats.norm.cdf(-reach), 1 - 1e-9))

@@ -33,6 +33,8 @@ class Checkpoint:
     tokenizer: Any
     _location: str
     _options: dict[str, Any]
+    _read_gguf: Any
+    """Reads the fields of a .gguf file and keeps them; None where the model is no such file."""
 
     @property
     def max_positions(self) -> int | None:
@@ -43,7 +45,7 @@ class Checkpoint:
     def load(self, dtype: str, device: str) -> Any:
         """The model with its weights, in evaluation mode on the device."""
         target = find_device(device)
-        with _explained(self.pretrained, reachable=True):
+        with _explained(self.pretrained, reachable=True), _reading_gguf_with(self._read_gguf):
             load: Any = AutoModelForCausalLM.from_pretrained
             model, loading = load(
                 self._location,
@@ -51,6 +53,8 @@ class Checkpoint:
                 output_loading_info=True,
                 **self._options,
             )
+        if self._read_gguf is not None:
+            self._read_gguf.cache_clear()
         missing = sorted(loading["missing_keys"])
         if missing:  # transformers fills these with random numbers
             raise RetraceError(
@@ -69,17 +73,20 @@ def open_checkpoint(settings: CaptureSettings) -> Checkpoint:
     location, gguf_file = _locate(settings.pretrained)
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     reachable = True
+    read_gguf = None
     if gguf_file is not None:
         _require_gguf(settings.pretrained)
         options["gguf_file"] = gguf_file
+        read_gguf = functools.cache(importlib.import_module("gguf").GGUFReader)
     elif not Path(location).is_dir():
         reachable = hub_reachable()
         options |= {"revision": settings.revision, "local_files_only": not reachable}
-    with _explained(settings.pretrained, reachable):
-        config = AutoConfig.from_pretrained(location, **options)
-    with _explained(settings.pretrained, reachable, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
-    return Checkpoint(settings.pretrained, config, tokenizer, location, options)
+    with _reading_gguf_with(read_gguf):
+        with _explained(settings.pretrained, reachable):
+            config = AutoConfig.from_pretrained(location, **options)
+        with _explained(settings.pretrained, reachable, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    return Checkpoint(settings.pretrained, config, tokenizer, location, options, read_gguf)
 
 
 def find_device(name: str) -> torch.device:
@@ -178,6 +185,22 @@ def _require_gguf(pretrained: str) -> None:
             f"{pretrained} needs {' and '.join(missing)} to be read: "
             "`pip install 'retrace-attention[gguf]'`."
         )
+
+
+@contextlib.contextmanager
+def _reading_gguf_with(read: Any) -> Iterator[None]:
+    """transformers reads a .gguf file through this meanwhile: by itself it reads all fields anew,
+    some seconds each time, for the configuration, for the tokenizer and twice for the weights."""
+    if read is None:
+        yield
+        return
+    gguf: Any = importlib.import_module("gguf")
+    own = gguf.GGUFReader
+    gguf.GGUFReader = read
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = own
 
 
 @contextlib.contextmanager

@@ -106,31 +106,50 @@ def learn(trace: Trace, name: str) -> Calibration:
     return calibration(trace, parse_spec(name), last, trace.layers, torch.device("cpu"), False)
 
 
-@pytest.mark.parametrize("protocol", ["all", "all:16", "prefix:20", "prefix:0.4"])
-def test_another_future_changes_no_figure(
-    make_trace: MakeTrace, rules: Any, tensors: Any, method: str, protocol: str
-) -> None:
-    """Figures of the queries up to a position, with two futures after it, in all layers."""
+@pytest.fixture
+def two_futures(
+    make_trace: MakeTrace,
+    rules: Any,
+    tensors: Any,
+    shared_traces: dict[str, Trace],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[int, list[Trace]]:
+    """By a position, two traces that differ after it alone, in all layers; written once for all
+    methods."""
     layer = layer_of(rules)
     rng = np.random.default_rng(4)
     given = [tensors(layer, 64, rng) for _ in range(2)]
     learnt = tensors(layer, 40, rng)
-    for last in (25, 46):
-        frames = []
-        for name in ("one", "other"):
+
+    def trace(name: str, last: int) -> Trace:
+        asked = f"future {name} of {last}"
+        if asked not in shared_traces:
             future = np.random.default_rng(len(name))
             after = np.arange(64)[:, None] > last
             changed = {
                 (i, 0): tuple(np.where(after, 5 * future.normal(size=t.shape), t) for t in tensor)
                 for i, tensor in enumerate(given)
             }
-            trace = make_trace(
+            shared_traces[asked] = make_trace(
                 [layer, layer],
                 [64, 40],
                 queries=[range(64), range(40)],
                 tensors={**changed, (0, 1): learnt, (1, 1): learnt},
-                name=f"{name}-{last}",
+                name=str(tmp_path_factory.mktemp("futures") / name),
             )
+        return shared_traces[asked]
+
+    return {last: [trace(name, last) for name in ("one", "other")] for last in (25, 46)}
+
+
+@pytest.mark.parametrize("protocol", ["all", "all:16", "prefix:20", "prefix:0.4"])
+def test_another_future_changes_no_figure(
+    two_futures: dict[int, list[Trace]], method: str, protocol: str
+) -> None:
+    """Figures of the queries up to a position, with two futures after it, in all layers."""
+    for last, traces in two_futures.items():
+        frames = []
+        for trace in traces:
             learned = learn(trace, method)
             # Figures of later queries may differ, so that single queries are compared.
             frames.append(

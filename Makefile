@@ -41,9 +41,10 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 # One process per core, with arithmetic of one thread each: threads that share an operation would
-# wait for those of the other processes.
+# wait for those of the other processes. Each takes a share of the tests in one piece, which makes
+# what a folder's tests share but once, and when done takes over part of another's.
 pytest: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retrace.cli.command import Command
-from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import (
     DEVICE,
@@ -15,10 +14,10 @@ from retrace.cli.parameters import (
     NO_CACHE,
     PROTOCOL,
     SCHEDULER,
+    SPEC,
     WORKERS,
     numbers,
     one_of,
-    spec,
 )
 from retrace.cli.progress import busy, progress_bar
 from retrace.cli.screen import note, on_terminal, plural, print_facts, print_json, print_table, size
@@ -46,11 +45,9 @@ Example:
 @click.argument("trace", type=click.Path(), required=False)
 @click.option(
     "--method",
-    type=spec,
+    type=SPEC,
     multiple=True,
     default=("exact",),
-    shell_complete=method_specs,
-    metavar="SPEC",
     help="Method to replay, such as quest, quest:page=32 or ./mine.py:Mine; may be repeated; "
     "exact by default. `retrace methods` lists them; `all` is every one of them.",
 )

@@ -5,8 +5,7 @@ from typing import Any
 import click
 
 from retrace.cli.command import Command
-from retrace.cli.completion import method_specs
-from retrace.cli.parameters import DEVICE, LAYERS, SCHEDULER, WORKERS, numbers
+from retrace.cli.parameters import DEVICE, LAYERS, SCHEDULER, SPEC, WORKERS, numbers
 from retrace.cli.progress import progress_bar
 from retrace.cli.screen import note, plural
 
@@ -21,7 +20,7 @@ Example:
   retrace calibrate traces/pythia-70m-wikitext.zarr 'loki:rank={16,32}'""",
 )
 @click.argument("trace", type=click.Path())
-@click.argument("method", shell_complete=method_specs)
+@click.argument("method", type=SPEC)
 @click.option(
     "--sequences",
     type=numbers,

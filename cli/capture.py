@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from retrace.cli.command import TYPED, Command
-from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import names, numbers
+from retrace.cli.parameters import SPEC, names, numbers
 from retrace.cli.progress import bars
 from retrace.cli.screen import note, plural, print_facts, size
 
@@ -78,7 +77,7 @@ Example:
 @setting("--device", metavar="NAME")
 @setting("--layers", type=numbers, metavar="0,2,5-8")
 @setting("--queries", metavar="WHICH")
-@setting("--approximate", shell_complete=method_specs, metavar="SPEC")
+@setting("--approximate", type=SPEC)
 @setting("--topk", type=int, metavar="K")
 @setting("--from-position", type=int, metavar="P")
 @setting("--dense-layers", type=numbers, metavar="0,1")

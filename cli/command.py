@@ -23,7 +23,7 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, interrupted: str = "", **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._interrupted = interrupted
+        self.interrupted = interrupted
         """How to go on after Ctrl-C."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -51,7 +51,7 @@ class Command(click.Command):
                 f"The disk is full{place}: make room, or write elsewhere with --out.", ctx
             ) from error
         except KeyboardInterrupt:
-            click.echo(f"\nInterrupted. {self._interrupted}".rstrip(), err=True)
+            click.echo(f"\nInterrupted. {self.interrupted}".rstrip(), err=True)
             ctx.exit(INTERRUPTED)
 
 

@@ -1,5 +1,6 @@
 """`--config FILE.yaml`: options from a file, weaker than the environment and the command line."""
 
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,13 @@ from typing import Any
 import click
 
 DEEPEST = 8
-"""Lists and mappings within each other; settings need two."""
+"""Lists and mappings within each other; settings need five."""
+LONGEST = 4_000
+"""Characters of one value."""
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""Characters that no name of a file can have."""
+MOST = 100_000
+"""Characters of a file: some seconds to read, and as many methods as a run takes."""
 
 
 def _read(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
@@ -16,7 +23,8 @@ def _read(ctx: click.Context, param: click.Parameter, path: Path | None) -> None
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST + 1)
         _check(text)
         settings = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -43,14 +51,23 @@ def _read(ctx: click.Context, param: click.Parameter, path: Path | None) -> None
 
 
 def _check(text: str) -> None:
-    """Refuse what a few lines of YAML can stand for that no memory, and no patience, holds:
-    aliases of aliases, and lists within lists without end."""
+    """Refuse what a few lines of YAML can stand for that no memory, and no patience, holds, and
+    what stands for other things than texts, numbers, lists and mappings."""
     import yaml
 
+    if len(text) > MOST:
+        raise yaml.YAMLError(f"it has more than {MOST:,} characters")
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("it has aliases (*name), which settings need none of")
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError("it has tags (!name), which settings need none of")
+        if isinstance(event, yaml.ScalarEvent):
+            if len(event.value) > LONGEST:
+                raise yaml.YAMLError(f"it has a value of more than {LONGEST:,} characters")
+            if NO_TEXT.search(event.value):
+                raise yaml.YAMLError("it has a value that is no text")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
@@ -58,10 +75,29 @@ def _check(text: str) -> None:
 
 
 def _as_given(option: click.Parameter, value: Any) -> Any:
-    """A single value of an option that may be repeated is a list of one."""
-    repeated = isinstance(option, click.Option) and option.multiple
-    return [value] if repeated and not isinstance(value, list) else value
+    """A value as the command line would give it: once for each time that it may be repeated."""
+    if isinstance(option, click.Option) and option.multiple:
+        return [_once(option, one) for one in (value if isinstance(value, list) else [value])]
+    return _once(option, value)
 
+
+def _once(option: click.Parameter, value: Any) -> Any:
+    """As text, but for the types of `parameters`, which read lists and mappings too."""
+    own = isinstance(option.type, click.types.FuncParamType)
+    if value is None or (isinstance(value, list | dict) and not own):
+        raise click.BadParameter(f"{option.opts[-1].lstrip('-')}: expected a value.")
+    return value if own else str(value)
+
+
+FILE = click.Argument(
+    ["config"],
+    type=click.Path(path_type=Path),
+    metavar="FILE.yaml",
+    is_eager=True,
+    expose_value=False,
+    callback=_read,
+)
+"""The file as an argument, for a command that is made of one."""
 
 CONFIG = click.option(
     "--config",

@@ -8,9 +8,8 @@ import click
 
 from retrace.cli.capture import setting
 from retrace.cli.command import Command
-from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import DEVICE, FORMAT, names, numbers
+from retrace.cli.parameters import DEVICE, FORMAT, SPEC, names, numbers
 from retrace.cli.progress import progress_bars
 from retrace.cli.screen import note, print_json, print_table
 
@@ -33,10 +32,9 @@ Example:
 @click.argument("exact", type=click.Path(), required=False)
 @click.option(
     "--method",
+    type=SPEC,
     multiple=True,
     required=True,
-    shell_complete=method_specs,
-    metavar="SPEC",
     help="Method to put in the loop, such as quest:page=32; may be repeated.",
 )
 @click.option(

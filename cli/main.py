@@ -13,6 +13,7 @@ add_completion_class(Bash)
 COMMANDS = (
     "capture",
     "analyze",
+    "sweep",
     "merge",
     "recommend",
     "compare",

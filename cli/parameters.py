@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from retrace.cli.completion import method_specs
 
 MOST_NUMBERS = 1_000_000
 """Of one range: more are a slip of the finger, or a file that was made to fill the memory."""
@@ -37,6 +40,17 @@ def spec(value: Any) -> str:
         raise click.BadParameter(f"{name}: expected parameters such as `{{page: [8, 16]}}`.")
     listed = [f"{key}={_values(key, given)}" for key, given in (parameters or {}).items()]
     return ":".join([str(name), *([",".join(listed)] if listed else [])])
+
+
+class _Spec(click.types.FuncParamType):  # type: ignore[type-arg]  # no generic before click 8.4
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return method_specs(ctx, param, incomplete)
+
+
+SPEC = _Spec(spec)
+"""Of every option and argument that names a method with its parameters."""
 
 
 def _values(key: Any, given: Any) -> str:

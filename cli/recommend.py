@@ -7,9 +7,17 @@ import click
 
 from retrace.cli.analyze import default_format, newest_trace, print_figures
 from retrace.cli.command import Command
-from retrace.cli.completion import method_specs
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import DEVICE, LAYERS, NO_CACHE, PROTOCOL, SCHEDULER, WORKERS, numbers
+from retrace.cli.parameters import (
+    DEVICE,
+    LAYERS,
+    NO_CACHE,
+    PROTOCOL,
+    SCHEDULER,
+    SPEC,
+    WORKERS,
+    numbers,
+)
 from retrace.cli.progress import progress_bar
 from retrace.cli.screen import note, print_facts, print_json, ranges
 
@@ -37,11 +45,10 @@ Example:
 @click.option(
     "--method",
     "methods",
+    type=SPEC,
     multiple=True,
     default=("window", "quest", "sparq"),
     show_default=True,
-    shell_complete=method_specs,
-    metavar="SPEC",
     help="Method to choose from, as in `retrace analyze`; may be repeated.",
 )
 @click.option(

@@ -8,6 +8,7 @@ from click.testing import Result
 Run = Callable[..., Result]
 BEFORE_A_METHOD = [
     ["analyze", "--method"],
+    ["sweep", "t.zarr", "sweep.yaml", "--method"],
     ["capture", "--approximate"],
     ["recommend", "--method"],
     ["evaluate", "--method"],

@@ -43,9 +43,8 @@ def test_evaluate(run: Run, exact: str) -> None:
     for words in ("In the loop, and by replay", "window, 4", "quest:page=2, 4", "Bytes ratio"):
         assert words in result.stdout
     assert Path("results/exact-evaluation/plots/loss-by-replay.png").stat().st_size > 10_000
-    result = run(
-        "evaluate", exact, "--method", "window", "--topk", "4", "--format", "json", "--no-plots"
-    )
+    Path("run.yaml").write_text("topk: 4\nno-plots: true\nmethod: [window, {quest: {page: [2]}}]")
+    result = run("evaluate", exact, "--config", "run.yaml", "--format", "json")
     told = json.loads(result.stdout)  # what was there, and is not run again
     assert {row["method"] for row in told} == {"window", "quest:page=2"}
     assert "no attention in layer 7" in run(

@@ -42,6 +42,13 @@ def test_json_is_what_is_written(run: Run, four: Path) -> None:
     assert json.loads(result.stdout) == json.loads(Path("r.json").read_text())
 
 
+def test_methods_of_a_file(run: Run, four: Path) -> None:
+    Path("run.yaml").write_text("method: [exact, quest: {page: [4, 8]}]\ntopk: [8, 32]\n")
+    asked = ("recommend", four, "--target", "bytes_ratio=0.9", "--format", "json")
+    flags = ("--method", "exact", "--method", "quest:page={4,8}", "--topk", "8,32")
+    assert run(*asked, "--config", "run.yaml").stdout == run(*asked, *flags).stdout
+
+
 def test_a_table_for_people(run: Run, four: Path) -> None:
     arguments = ("--target", "recall=0.01", *ASKED, "--layers", "1", "--format", "table")
     result = run("recommend", four, *arguments)

@@ -36,11 +36,11 @@ class Protocol:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read `all`, `all:512`, `prefix:1024` or `prefix:0.5`."""
-        if match := re.fullmatch(r"all(?::(\d+))?", text):
+        if match := re.fullmatch(r"all(?::(\d{1,18}))?", text):
             rebuild = int(match[1] or cls.rebuild)
             if rebuild >= FIRST_BUILD:
                 return cls(rebuild=rebuild)
-        elif match := re.fullmatch(r"prefix:(\d+|0?\.\d+)", text):
+        elif match := re.fullmatch(r"prefix:(\d{1,18}|0?\.\d+)", text):
             at = match[1]
             if float(at) > 0:
                 return cls(prefix=float(at) if "." in at else int(at))

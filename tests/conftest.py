@@ -1,11 +1,35 @@
-"""What holds for all tests."""
+"""What holds for all tests: how hypothesis draws, a bound on memory, and that nothing is flushed."""
 
 import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples whenever and wherever they are drawn, however slow the machine is.
+settings.register_profile(
+    "retrace",
+    derandomize=True,
+    deadline=None,
+    # Fixtures are places to write to, which each example writes anew.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("retrace")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def nothing_outlives_a_power_cut() -> None:
     """Files are not flushed to the disk: no test could tell, and traces are of a hundred files."""
     os.fsync = lambda file: None
+
+
+@pytest.fixture
+def bounded() -> Iterator[None]:
+    """A few GB of memory more than there are now, so that more is an error of the test."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)

@@ -36,7 +36,7 @@ def test_as_it_was(archive: Path) -> None:
     assert [file.name for file in archive.parent.iterdir()] == ["0.npz"]
 
 
-@settings(max_examples=400, derandomize=True, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_bytes_that_were_changed(archive: Path, data: st.DataObject) -> None:
     held = bytearray(archive.read_bytes())

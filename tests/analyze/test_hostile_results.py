@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrace.analyze import Results, analyze
@@ -33,15 +33,7 @@ def folder(trace: Trace, tmp_path: Path) -> Path:
     return tmp_path / "r"
 
 
-FUZZED = settings(
-    max_examples=60,
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-@FUZZED
+@settings(max_examples=60)
 @given(data=st.data())
 def test_tables_that_were_changed(folder: Path, data: st.DataObject) -> None:
     file = folder / data.draw(st.sampled_from(FILES[:3]))
@@ -61,7 +53,7 @@ def test_tables_that_were_changed(folder: Path, data: st.DataObject) -> None:
 THINGS = st.sampled_from([None, -1, 10**30, "", "../../x", [], {}, [1], {"a": 1}, 1e308])
 
 
-@FUZZED
+@settings(max_examples=60)
 @given(data=st.data())
 def test_facts_that_were_changed(folder: Path, data: st.DataObject) -> None:
     before = (folder / "run.json").read_text()

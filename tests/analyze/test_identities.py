@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrace.analyze import analyze
@@ -39,10 +39,7 @@ def figures_by_head(results: Any, method: str, k: int) -> pd.DataFrame:
     return rows.pivot(index="head", columns="metric", values="mean")
 
 
-# The fixtures hold no state: each example writes a trace of its own.
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12)
 @given(
     length=st.integers(2, 60),
     k=st.integers(1, 70),

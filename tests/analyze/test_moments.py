@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrace.analyze.moments import Moments, empty
@@ -27,7 +27,6 @@ def assert_close(ours: Moments, samples: list[float]) -> None:
         assert np.isnan(ours.std()[0])
 
 
-@settings(deadline=None)
 @given(parts_of_a_stream)
 def test_any_split(parts: list[list[float]]) -> None:
     whole = empty((1,))
@@ -36,7 +35,6 @@ def test_any_split(parts: list[list[float]]) -> None:
     assert_close(whole, [x for part in parts for x in part])
 
 
-@settings(deadline=None)
 @given(parts_of_a_stream, st.randoms(use_true_random=False))
 def test_any_order(parts: list[list[float]], random: "np.random.Generator") -> None:
     shuffled = list(parts)

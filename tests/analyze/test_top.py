@@ -26,7 +26,7 @@ def assert_top(rows: torch.Tensor, k: int) -> None:
             assert (row_scores, row_ids) == by_sorting(row, k), find.__name__
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     keys=st.integers(1, 150),
     k=st.integers(1, 40),

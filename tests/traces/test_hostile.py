@@ -1,19 +1,20 @@
 """A trace is data that anybody may have written: it is read as it was, or refused in one line."""
 
 import json
-import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrace.traces import RetraceError, create_trace, open_trace, resume_trace, verify_trace
+
+pytestmark = pytest.mark.usefixtures("bounded")
 
 MakePlan = Callable[..., Any]
 Contents = dict[str, bytes]
@@ -55,16 +56,6 @@ def contents(make_plan: MakePlan, rules: Any, tmp_path: Path) -> Contents:
         for file in sorted(writer.path.rglob("*"))
         if file.is_file()
     }
-
-
-@pytest.fixture(autouse=True)
-def bounded() -> Iterator[None]:
-    """A few GB of memory more than there are now, so that more is an error of the test."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def lay_out(contents: Contents, path: Path) -> None:
@@ -119,15 +110,6 @@ def check(contents: Contents, changed: Contents, path: Path) -> None:
         assert read == whole
 
 
-FUZZED = settings(
-    max_examples=100,
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-@FUZZED
 @given(data=st.data())
 def test_chunks_that_were_changed(contents: Contents, spoilt: Path, data: st.DataObject) -> None:
     changed = dict(contents)
@@ -153,7 +135,6 @@ def test_chunks_that_were_changed(contents: Contents, spoilt: Path, data: st.Dat
     check(contents, changed, spoilt)
 
 
-@FUZZED
 @given(data=st.data())
 def test_metadata_that_was_changed(contents: Contents, spoilt: Path, data: st.DataObject) -> None:
     changed = dict(contents)
@@ -184,7 +165,6 @@ def test_metadata_that_was_changed(contents: Contents, spoilt: Path, data: st.Da
     assert time.monotonic() - started < 10
 
 
-@FUZZED
 @given(data=st.data())
 def test_metadata_that_is_none(contents: Contents, spoilt: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([n for n in contents if n.endswith("zarr.json")]))

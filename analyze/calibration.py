@@ -28,7 +28,7 @@ from retrace.traces import Location, RetraceError, Trace, beside, open_trace, to
 log = logging.getLogger("retrace")
 
 Learned = tuple[dict[str, Tensor], ...]
-"""What a method's `calibrate` gave for every kv head of a layer."""
+"""What a method's `calibrate` gave for every kv head of a layer, on the CPU."""
 
 
 def calibrate(
@@ -138,13 +138,14 @@ def learned(
     device: torch.device,
     keep: bool = True,
 ) -> Learned:
-    """What a method learns of one layer from some sequences, from disk if it is there."""
+    """What a method learns of one layer from some sequences, from disk if it is there. The device
+    learns; what it learns is on the CPU, since a worker's device may not be there elsewhere."""
     folder = calibrations(trace) if keep else None
     file = None if folder is None else folder / calibration_name(trace, spec, sequences, layer)
     kv_heads = trace.layer(layer).rules.kv_heads
     # What is learned of all together is learned, and kept, once.
     once = kv_heads if spec.method.learns == "kv head" else 1
-    found = None if file is None else _load(file, once, device)
+    found = None if file is None else _load(file, once)
     if found is not None:
         return found * (kv_heads // once)
     neighbours = [Neighbours.of_trace(trace, sequence, device) for sequence in sequences]
@@ -157,7 +158,7 @@ def learned(
         ]
         with torch.inference_mode(False):
             given = spec.method.calibrate(pasts)
-        arrays.append({name: tensor.detach() for name, tensor in given.items()})
+        arrays.append({name: tensor.detach().cpu() for name, tensor in given.items()})
     if file is not None:
         _save(file, arrays)
     return tuple(arrays) * (kv_heads // once)
@@ -184,7 +185,7 @@ def calibration_name(trace: Trace, spec: MethodSpec, sequences: Sequence[int], l
     return f"{digest}.npz"
 
 
-def _load(file: Path, kv_heads: int, device: torch.device) -> Learned | None:
+def _load(file: Path, kv_heads: int) -> Learned | None:
     arrays = read_arrays(file)
     if arrays is None:
         return None  # not there, or damaged: computed anew
@@ -193,7 +194,7 @@ def _load(file: Path, kv_heads: int, device: torch.device) -> Learned | None:
         kv_head, _, own = name.partition(".")
         if not kv_head.isdecimal() or int(kv_head) >= kv_heads:
             return None
-        found[int(kv_head)][own] = torch.from_numpy(array).to(device)
+        found[int(kv_head)][own] = torch.from_numpy(array)
     return found
 
 

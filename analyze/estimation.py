@@ -84,7 +84,7 @@ def estimate(
     settings, wanted, _ = settle(
         trace, specs, topk, folder, before, protocol, min_context, layers, calibration_sequences
     )
-    count = worker_count(target, workers)
+    count = worker_count(target, settings.scores() * len(wanted), workers)
     if not wanted:
         return Estimate(0, 0, 0, 0, 0, count, 0.0)
     plan = Plan(tuple(wanted), settings.protocol, min_context)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import LifoQueue
@@ -49,14 +49,16 @@ class Processes(ThreadPoolExecutor):
     take and return are pickled.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, environments: Sequence[Mapping[str, str]] = ({},)) -> None:
+        """So many processes, which have one of the environments each, in turn, besides this
+        process's own."""
         super().__init__(count, thread_name_prefix="process")
         self._lock = threading.Lock()
         self._closed = False
         self._idle: LifoQueue[_Process] = LifoQueue()
         self._all: set[_Process] = set()
-        for _ in range(count):  # all at once, since each takes seconds to import
-            self._idle.put(self._start())
+        for i in range(count):  # all at once, since each takes seconds to import
+            self._idle.put(self._start(environments[i % len(environments)]))
 
     @property
     def pids(self) -> set[int]:
@@ -93,11 +95,11 @@ class Processes(ThreadPoolExecutor):
             self._idle.put(process)
         return answer
 
-    def _start(self) -> "_Process":
+    def _start(self, environment: Mapping[str, str]) -> "_Process":
         with self._lock:
             if self._closed:
                 raise WorkerDied("The processes were ended.")
-            process = _Process()
+            process = _Process(environment)
             self._all.add(process)
             return process
 
@@ -107,7 +109,7 @@ class Processes(ThreadPoolExecutor):
         with self._lock:
             self._all.discard(dead)
             closed = self._closed
-        return dead if closed else self._start()
+        return dead if closed else self._start(dead.environment)
 
     def _kill(self) -> None:
         with self._lock:
@@ -119,13 +121,14 @@ class Processes(ThreadPoolExecutor):
 class _Process:
     """A Python process that answers calls, one after another, through its stdin and stdout."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = environment
         path = os.pathsep.join(place or os.getcwd() for place in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", START],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **ONE_THREAD, "PYTHONPATH": path},
+            env={**os.environ, **ONE_THREAD, **environment, "PYTHONPATH": path},
             process_group=0,  # Ctrl-C is for its owner, who ends it
         )
         self.pid = self._process.pid

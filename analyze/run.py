@@ -69,7 +69,8 @@ def analyze(
         device: `cpu`, `cuda` or `cuda:N`; `auto` is cuda where there is one, else cpu.
         workers: processes that share the work, or 1 to do it here; figures are the same for any
             number. By default there is one per core, as threads where the cores or the work are
-            few, and one on a GPU.
+            few. With `cuda` it is one per GPU, or one where the work is short: each sees a GPU of
+            its own, and more workers than GPUs take them in turn.
         executor: what does the work instead: any executor of `concurrent.futures` or of its kind,
             or the address of a Dask scheduler. Its workers find the trace and loose files where
             this process does, and have this version of retrace.

@@ -22,6 +22,10 @@ def choose_device(name: str) -> torch.device:
         raise RetraceError("CUDA is asked for, but no CUDA device is here: use --device cpu.")
     if device.type not in ("cpu", "cuda"):
         raise RetraceError(f"The device {name!r} is not supported: use cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RetraceError(
+            f"There is no device {name!r}: PyTorch finds {torch.cuda.device_count()}, from cuda:0."
+        )
     return device
 
 

@@ -68,7 +68,7 @@ class Protocol:
 
 
 Calibration = Mapping[tuple[int, int], Mapping[str, Tensor]]
-"""What a method's `calibrate` gave, by layer and kv head."""
+"""What a method's `calibrate` gave, by layer and kv head, on the CPU."""
 
 
 @dataclass
@@ -190,8 +190,9 @@ class States:
         self.cost.state_bytes = max(self.cost.state_bytes, _nbytes(self._states[0], self._unit))
 
     def _past(self, unit: Unit, start: int, end: int) -> Past:
-        at = (unit.group.layer, unit.group.kv_head)
-        return Past(unit, start, end, self._calibration.get(at, {}))
+        learned = self._calibration.get((unit.group.layer, unit.group.kv_head), {})
+        here = {name: tensor.to(unit.keys.device) for name, tensor in learned.items()}
+        return Past(unit, start, end, here)
 
     def _seconds(self) -> float:
         if self._unit.keys.is_cuda:

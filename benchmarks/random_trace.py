@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from retrace.traces import LayerRules, create_trace
-from retrace.traces.schema import DTYPES
+from retrace.traces import LayerRules, create_trace, to_numpy
 
 
 def write_random(
@@ -15,18 +15,22 @@ def write_random(
     positions: int,
     queries: Sequence[int] | np.ndarray[Any, Any],
     *,
+    sequences: int = 1,
     layers: int = 1,
     heads: int = 32,
     kv_heads: int = 8,
     channels: int = 128,
     dtype: str = "bfloat16",
+    device: str | torch.device = "cpu",
 ) -> None:
-    """Write a trace of one sequence through the trace's own writer, with the queries of these
-    positions; by default one layer as that of a Llama with 8 billion parameters."""
-    generator = np.random.default_rng(0)
+    """Write a trace of sequences through the trace's own writer, with the queries of these
+    positions; by default one sequence, and one layer as that of a Llama with 8 billion parameters.
+    The device draws the numbers."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> np.ndarray[Any, Any]:
-        return generator.standard_normal(shape, np.float32).astype(DTYPES[dtype])
+        kind: torch.dtype = getattr(torch, dtype)
+        return to_numpy(torch.randn(shape, generator=generator, device=device).to(kind))
 
     writer = create_trace(
         path,
@@ -34,13 +38,15 @@ def write_random(
             layer: LayerRules(f"layers.{layer}", heads, kv_heads, channels, channels, 0.2)
             for layer in range(layers)
         },
-        tokens=[np.zeros(positions, np.int32)],
-        query_positions=[np.asarray(queries, np.int32)],
+        tokens=[np.zeros(positions, np.int32)] * sequences,
+        query_positions=[np.asarray(queries, np.int32)] * sequences,
         dtype=dtype,
         attributes={"model": "random", "task": "none"},
     )
-    for layer in range(layers):
-        query, key = random(heads, len(queries), channels), random(kv_heads, positions, channels)
-        writer.write_layer(0, layer, query, key, random(kv_heads, positions, channels))
-    writer.finish_sequence(0, np.zeros(positions, np.float32))
+    for sequence in range(sequences):
+        for layer in range(layers):
+            query = random(heads, len(queries), channels)
+            key, value = (random(kv_heads, positions, channels) for _ in range(2))
+            writer.write_layer(sequence, layer, query, key, value)
+        writer.finish_sequence(sequence, np.zeros(positions, np.float32))
     writer.close()

@@ -130,7 +130,8 @@ WORKERS = click.option(
     type=click.IntRange(min=1),
     metavar="N",
     help="Processes that share the work; figures are the same for any number. By default one per "
-    "core, threads instead where cores are fewer than 4 or the work is short, and one on a GPU.",
+    "core, threads instead where cores are fewer than 4 or the work is short; on a machine with "
+    "several GPUs one for each, or one where the work is short.",
 )
 """Of the commands whose work is shared out."""
 

@@ -1,5 +1,6 @@
 """A method in place of exact attention: what a layer gives when it attends by it."""
 
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,9 +68,14 @@ class Approximation:
         }
 
     def calibrated(
-        self, exact: Trace | None, layers: tuple[int, ...], device: torch.device
+        self,
+        exact: Trace | None,
+        layers: tuple[int, ...],
+        device: torch.device,
+        pool: Executor | None = None,
     ) -> "Approximation":
-        """With what the method learns of these layers from the exact run.
+        """With what the method learns of these layers from the exact run, by the workers of the
+        pool or threads.
 
         Raises:
             RetraceError: it must learn, and there is no exact run.
@@ -83,7 +89,7 @@ class Approximation:
             )
         sequences = self.calibration_sequences or choose_calibration(exact, None)
         approximate = tuple(i for i in layers if i not in self.dense_layers)
-        learnt = calibration(exact, self.spec, sequences, approximate, device, keep=True)
+        learnt = calibration(exact, self.spec, sequences, approximate, device, True, pool)
         return replace(self, calibration_sequences=sequences, calibration=learnt)
 
     def first_position(self, prompt: int | None) -> int | None:

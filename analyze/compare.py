@@ -1,9 +1,10 @@
 """`compare`: how far runs of a model with a method in the loop drift from the exact run."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,20 @@ from retrace.analyze.approximate import Approximation, check_exact
 from retrace.analyze.attention import attend
 from retrace.analyze.intervals import interval_of_mean
 from retrace.analyze.moments import Moments
-from retrace.analyze.scope import choose_device, choose_layers
+from retrace.analyze.schedule import finished, name_missing, none_left
+from retrace.analyze.scope import choose_device, choose_layers, scores
+from retrace.analyze.states import of_layer
 from retrace.analyze.unit import Unit, load_units
+from retrace.analyze.workers import start_workers
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
 
 TENSORS = ("query", "key", "value", "output")
+PASSES = 3
+"""Attention that is computed of each layer: exact of both runs, and the method's."""
+Place = tuple[str, int, int]
+"""A run, a layer and a sequence."""
+Distances = dict[tuple[str, str], Moments]
+"""Moments over positions (heads,) by tensor and metric."""
 Answer = Callable[[Unit], Tensor]
 """Attention output (group, queries, value channels) of a unit."""
 
@@ -41,6 +51,8 @@ class Drift:
     """One row per run: method, topk, perplexity, exact_perplexity, the mean `difference` of the
     likelihoods in nats with a bootstrap interval over sequences (`low`, `high`; NaN with one
     sequence), and the mean `kl`."""
+    missing: dict[Place, str] = field(default_factory=dict)
+    """What ended the workers of those that `layers` lacks."""
 
     def table(self) -> pd.DataFrame:
         """Per run and layer: the mean over heads of each tensor's error."""
@@ -64,6 +76,8 @@ def compare(
     *,
     layers: Sequence[int] | None = None,
     device: str = "auto",
+    workers: int | None = None,
+    executor: Executor | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Drift:
     """Compare runs of a model with a method in the loop with the exact run over the same tokens.
@@ -73,6 +87,9 @@ def compare(
         runs: traces captured with `approximate`, of the same tokens and layers.
         layers: indices of the layers; all recorded ones if None.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        workers: processes that share the layers of sequences, as in `analyze`; figures are the same
+            for any number.
+        executor: as in `analyze`.
         progress: told how many layers of sequences are done, and of how many.
 
     Raises:
@@ -83,30 +100,30 @@ def compare(
     check_exact(exact)
     indices, target = choose_layers(exact, layers), choose_device(device)
     paired = [_paired(exact, other) for other in others]
-    paired = [
-        replace(run, approximation=run.approximation.calibrated(exact, indices, target))
-        for run in paired
-    ]
-    total = len(indices) * sum(len(run.sequences) for run in paired)
-    drift: list[dict[str, Any]] = []
-    likelihoods, summaries, done = [], [], 0
-    with torch.inference_mode():
-        for name, run in zip(_names(paired), paired, strict=True):
-            likelihoods.append(frame := _likelihoods(name, exact, run))
-            summaries.append(_summary(name, run.approximation, frame))
-            for index in indices:
-                found: dict[tuple[str, str], Moments] = {}
-                for sequence in run.sequences:
-                    for place, moments in _layer_drift(exact, run, index, sequence, target):
-                        known = found.get(place)
-                        found[place] = moments if known is None else known.merge(moments)
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-                module = exact.layer(index).rules.module
-                drift += _rows(name, index, module, found)
+    work = PASSES * sum(scores(exact, indices, run.sequences) for run in paired)
+    with start_workers(target, workers, work, executor) as (pool, _):
+        paired = [run.calibrated(exact, indices, target, pool) for run in paired]
+        named = dict(zip(_names(paired), paired, strict=True))
+        calls = {
+            (name, index, sequence): partial(
+                _layer_drift, exact, run.of_layer(index), index, sequence, target
+            )
+            for name, run in named.items()
+            for index in indices
+            for sequence in run.sequences
+        }
+        found, missing = _all_finished(pool, calls, progress)
+    drift = _merged({at: found[at] for at in calls if at in found})
+    likelihoods = {name: _likelihoods(name, exact, run) for name, run in named.items()}
     return Drift(
-        pd.DataFrame(drift), pd.concat(likelihoods, ignore_index=True), pd.DataFrame(summaries)
+        pd.DataFrame(
+            row
+            for (name, index), distances in drift.items()
+            for row in _rows(name, index, exact.layer(index).rules.module, distances)
+        ),
+        pd.concat(likelihoods.values(), ignore_index=True),
+        pd.DataFrame(_summary(n, r.approximation, likelihoods[n]) for n, r in named.items()),
+        missing,
     )
 
 
@@ -122,6 +139,20 @@ class _Run:
         """Those that the method has not learnt from."""
         learnt = self.approximation.calibration_sequences
         return [s for s in self.trace.sequences if s not in learnt]
+
+    def calibrated(
+        self, exact: Trace, layers: tuple[int, ...], device: torch.device, pool: Executor
+    ) -> "_Run":
+        """With what the method learns of these layers."""
+        return replace(
+            self, approximation=self.approximation.calibrated(exact, layers, device, pool)
+        )
+
+    def of_layer(self, index: int) -> "_Run":
+        """Without what the method learned of other layers."""
+        chosen = self.approximation
+        chosen = replace(chosen, calibration=of_layer(chosen.calibration, index))
+        return replace(self, approximation=chosen)
 
     @cached_property
     def _prompts(self) -> dict[int, int | None]:
@@ -194,10 +225,42 @@ def _summary(name: str, approximation: Approximation, likelihoods: pd.DataFrame)
     }
 
 
+def _all_finished(
+    pool: Executor,
+    calls: Mapping[Place, Callable[[], Distances]],
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[Place, Distances], dict[Place, str]]:
+    """What the calls give, and what ended the workers of those that are missing."""
+    found: dict[Place, Distances] = {}
+    missing: dict[Place, str] = {}
+    for at, answer in finished(pool, calls):
+        if isinstance(answer, BrokenExecutor):
+            missing[at] = str(answer)
+            name_missing(*at[1:], answer)
+        else:
+            found[at] = answer
+        if progress is not None:
+            progress(len(found) + len(missing), len(calls))
+    if missing and not found:
+        raise none_left(missing.values())
+    return found, missing
+
+
+def _merged(found: Mapping[Place, Distances]) -> dict[tuple[str, int], Distances]:
+    """Those of a run's layers, their sequences merged in the order given."""
+    merged: dict[tuple[str, int], Distances] = {}
+    for (run, layer, _), part in found.items():
+        known = merged.setdefault((run, layer), {})
+        for place, moments in part.items():
+            known[place] = known[place].merge(moments) if place in known else moments
+    return merged
+
+
+@torch.inference_mode()
 def _layer_drift(
     exact: Trace, run: _Run, index: int, sequence: int, device: torch.device
-) -> Iterator[tuple[tuple[str, str], Moments]]:
-    """Moments over positions (heads,) by tensor and metric of one layer and sequence."""
+) -> Distances:
+    """How far a layer of a sequence has drifted."""
     pairs: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     units = [load_units(trace.layer(index), sequence, device) for trace in (exact, run.trace)]
     answer = _answer(run, index, sequence)
@@ -206,13 +269,15 @@ def _layer_drift(
         pairs["key"].append((before.keys[None], after.keys[None]))
         pairs["value"].append((before.values[None], after.values[None]))
         pairs["output"].append((_exact(before), answer(after)))
+    found: Distances = {}
     for tensor, parts in pairs.items():
         x, y = (torch.cat(side).double() for side in zip(*parts, strict=True))
         size = x.norm(dim=-1) * y.norm(dim=-1)
         error = (y - x).norm(dim=-1) / x.norm(dim=-1)
         everything = torch.ones(1, x.shape[1], dtype=torch.bool, device=device)
-        yield (tensor, "error"), Moments.of(error, everything)
-        yield (tensor, "cosine"), Moments.of((x * y).sum(dim=-1) / size, everything)
+        found[tensor, "error"] = Moments.of(error, everything)
+        found[tensor, "cosine"] = Moments.of((x * y).sum(dim=-1) / size, everything)
+    return found
 
 
 def _exact(unit: Unit) -> Tensor:
@@ -248,9 +313,7 @@ def _answer(run: _Run, index: int, sequence: int) -> Answer:
     return answer
 
 
-def _rows(
-    run: str, index: int, module: str, found: dict[tuple[str, str], Moments]
-) -> Iterator[dict[str, Any]]:
+def _rows(run: str, index: int, module: str, found: Distances) -> Iterator[dict[str, Any]]:
     """One row per head, tensor and metric."""
     for (tensor, metric), moments in found.items():
         for head, (mean, std, count) in enumerate(

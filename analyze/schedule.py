@@ -1,14 +1,17 @@
 """Calls that any executor runs: again where a worker died or a disk was away for a moment."""
 
+import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
 from typing import TypeVar
 
 import torch
 
 from retrace.traces import RetraceError
+
+log = logging.getLogger("retrace")
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -47,6 +50,23 @@ def finished(
     finally:
         for future in running:
             future.cancel()
+
+
+def name_missing(layer: int, sequence: int, death: BrokenExecutor) -> None:
+    """Warn that a layer of a sequence is missing, since its workers ended time after time."""
+    log.warning(
+        "Layer %d of sequence %d is missing: %s, %d times. If that is for want of memory, "
+        "fewer --workers take less.",
+        layer,
+        sequence,
+        death,
+        ATTEMPTS,
+    )
+
+
+def none_left(deaths: Iterable[str]) -> RetraceError:
+    """The error where all are missing."""
+    return RetraceError(f"Nothing could be replayed: {', '.join(sorted(set(deaths)))}.")
 
 
 def _is_death(error: Exception) -> bool:

@@ -36,6 +36,12 @@ def choose_layers(trace: Trace, layers: Sequence[int] | None) -> tuple[int, ...]
     return tuple(trace.layer(i).index for i in sorted(set(layers)))
 
 
+def scores(trace: Trace, layers: Sequence[int], sequences: Sequence[int]) -> int:
+    """How many exact scores the queries of these layers and sequences have."""
+    heads = sum(trace.layer(i).rules.heads for i in layers)
+    return heads * sum(len(trace.query_positions(s)) * trace.length(s) for s in sequences)
+
+
 def choose_calibration(trace: Trace, sequences: Sequence[int] | None) -> tuple[int, ...]:
     """The sequences that methods are calibrated on, of which none is evaluated on: these, or the
     last quarter of the trace's, at least one and at most `MOST_CALIBRATION`."""

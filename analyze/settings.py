@@ -14,6 +14,7 @@ from retrace.analyze.calibration import calibration, calibration_name
 from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.replay import Plan, Replayed
 from retrace.analyze.results import Results
+from retrace.analyze.scope import scores
 from retrace.analyze.states import Protocol
 from retrace.traces import RetraceError, Trace
 
@@ -82,9 +83,7 @@ class Settings:
 
     def scores(self) -> int:
         """How many exact scores the queries of all layers and sequences have."""
-        heads = sum(self.trace.layer(i).rules.heads for i in self.layers)
-        trace = self.trace
-        return heads * sum(len(trace.query_positions(s)) * trace.length(s) for s in self.sequences)
+        return scores(self.trace, self.layers, self.sequences)
 
     def facts(self) -> dict[str, Any]:
         """What must be equal for results to stand in one folder."""

@@ -71,6 +71,11 @@ Calibration = Mapping[tuple[int, int], Mapping[str, Tensor]]
 """What a method's `calibrate` gave, by layer and kv head, on the CPU."""
 
 
+def of_layer(calibration: Calibration, layer: int) -> Calibration:
+    """What of it was given for one layer."""
+    return {at: given for at, given in calibration.items() if at[0] == layer}
+
+
 @dataclass
 class Cost:
     """What building a method's states took."""

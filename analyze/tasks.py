@@ -1,6 +1,5 @@
 """The tasks of a run: one per layer and sequence, replayed wherever there is a worker."""
 
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass, replace
@@ -12,10 +11,9 @@ from retrace.analyze.parts import Job, KeptParts, Part
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Plan, Tally, replay
-from retrace.analyze.schedule import ATTEMPTS, finished
-from retrace.traces import RetraceError, Trace
-
-log = logging.getLogger("retrace")
+from retrace.analyze.schedule import finished, name_missing, none_left
+from retrace.analyze.states import of_layer
+from retrace.traces import Trace
 
 Progress = Callable[[int, int], None]
 """Told how many units of work (one layer of one sequence) are done, and of how many."""
@@ -75,13 +73,7 @@ def replay_all(
     for at, answer in finished(pool, calls):
         if isinstance(answer, BrokenExecutor):
             missing[at] = str(answer)
-            log.warning(
-                "Layer %d of sequence %d is missing: %s, %d times. If that is for want of memory, "
-                "fewer --workers take less.",
-                *at,
-                answer,
-                ATTEMPTS,
-            )
+            name_missing(*at, answer)
         else:
             parts[at] = answer.tallies
             clock.add(answer.clock)
@@ -89,9 +81,7 @@ def replay_all(
                 kept.save(at, answer)
         show()
     if not parts:
-        raise RetraceError(
-            f"Nothing could be replayed: {', '.join(sorted(set(missing.values())))}."
-        )
+        raise none_left(missing.values())
     return {at: parts[at] for at in tasks if at in parts}, missing
 
 
@@ -105,8 +95,5 @@ def _without_answers(job: Job, store: ReferenceStore) -> set[tuple[int, int]]:
 
 def _of_layer(plan: Plan, layer: int) -> Plan:
     """The plan without what methods learned of other layers."""
-    methods = (
-        replace(m, calibration={at: v for at, v in m.calibration.items() if at[0] == layer})
-        for m in plan.methods
-    )
+    methods = (replace(m, calibration=of_layer(m.calibration, layer)) for m in plan.methods)
     return replace(plan, methods=tuple(methods))

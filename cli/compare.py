@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from retrace.cli.command import Command
-from retrace.cli.parameters import DEVICE, FORMAT, LAYERS
+from retrace.cli.parameters import DEVICE, FORMAT, LAYERS, SCHEDULER, WORKERS
 from retrace.cli.progress import busy, progress_bar
 from retrace.cli.screen import note, plural, print_json, print_table
 
@@ -30,6 +30,8 @@ Example:
 )
 @LAYERS
 @DEVICE
+@WORKERS
+@SCHEDULER
 @FORMAT
 @click.option("--no-plots", is_flag=True, help="Draw no plots.")
 def command(
@@ -73,6 +75,8 @@ def command(
         with busy("Drawing"):
             plots = draw_drift(drift, out / "plots")
         note(f"Plots: {out / 'plots'} ({plural(len(plots), 'picture')})")
+    if drift.missing:
+        click.get_current_context().exit(1)
 
 
 def _print_runs(runs: list[dict[Any, Any]]) -> None:

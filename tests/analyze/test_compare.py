@@ -1,6 +1,7 @@
 """Drift of a run with a method in the loop, against a plain computation from both traces."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,82 @@ def test_what_is_no_pair_is_refused(
         other = make_trace(rules(heads=4, kv_heads=2), (40, 33), name="other")
         say(other, {"approximation": TOLD})
         compare(exact, [other.path])
+
+
+DEADLY = """
+import os, signal
+from pathlib import Path
+
+@dataclass(frozen=True)
+class Deadly(ScoreMethod):
+    def build(self, past):
+        once = Path({once!r})
+        if os.getpid() != {here} and (past.group.layer, past.group.sequence) == (1, 1):
+            if {always} or not once.exists():
+                once.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return past.keys.norm(dim=-1)
+
+    def scores(self, state, queries, positions):
+        return state.expand(*queries.shape[:2], -1)
+"""
+
+
+@pytest.fixture
+def runs(
+    pair: tuple[Trace, Trace, dict[Any, Any]], make_trace: MakeTrace, rules: Any
+) -> Callable[[str], list[Any]]:
+    """The exact trace's two: one with the method that is named, one with a method that learns."""
+
+    def with_method(spec: str) -> list[Any]:
+        paths = []
+        for name, told in {"first": {"method": spec}, "learns": {"method": "loki"}}.items():
+            learnt = [1] if name == "learns" else []
+            layer = rules(heads=4, kv_heads=2)
+            run = make_trace([layer, layer], (40, 33), tensors=pair[2]["run"], name=name)
+            say(run, {"max_length": 40, "approximation": {**TOLD, **told, "calibration": learnt}})
+            paths.append(run.path)
+        return paths
+
+    return with_method
+
+
+def tables(drift: Any, folder: Path) -> dict[str, bytes]:
+    """The bytes of all tables."""
+    drift.save(folder)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_workers_and_their_deaths_change_nothing(
+    pair: tuple[Trace, Trace, dict[Any, Any]],
+    runs: Callable[[str], list[Any]],
+    write_methods: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    text = DEADLY.format(once=str(tmp_path / "once"), here=os.getpid(), always=False)
+    others = runs(f"{write_methods(text)}:Deadly")
+    told: list[tuple[int, int]] = []
+    alone = compare(pair[0], others, workers=1)
+    assert not (tmp_path / "once").exists()
+    shared = compare(pair[0], others, workers=2, progress=lambda *at: told.append(at))
+    assert (tmp_path / "once").exists()
+    assert tables(shared, tmp_path / "shared") == tables(alone, tmp_path / "alone")
+    assert told == [(done, 6) for done in range(1, 7)]  # 2 layers of 2 sequences and of 1
+    assert not shared.missing
+
+
+def test_what_ends_its_workers_is_missing(
+    pair: tuple[Trace, Trace, dict[Any, Any]],
+    runs: Callable[[str], list[Any]],
+    write_methods: Callable[..., str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    text = DEADLY.format(once=str(tmp_path / "once"), here=os.getpid(), always=True)
+    others = runs(f"{write_methods(text)}:Deadly")
+    whole, cut = (compare(pair[0], others, workers=count).layers for count in (1, 2))
+    assert "Layer 1 of sequence 1 is missing: a worker was killed by SIGKILL, 3 t" in caplog.text
+    fewer = whole[whole["count"] != cut["count"]]
+    assert set(fewer["layer"]) == {1}
+    assert fewer["run"].nunique() == 1
+    assert set(fewer["count"] - cut["count"][fewer.index]) == {33}

@@ -1,10 +1,12 @@
 """Results as labelled arrays."""
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from retrace.analyze.buckets import AXES
 from retrace.analyze.libraries import optional
 
 if TYPE_CHECKING:
@@ -18,7 +20,11 @@ def to_xarray(results: "Results") -> Any:
     """An xarray Dataset; see `Results.to_xarray`."""
     xarray = optional("xarray", "pip install xarray", "A dataset")
     dataset = xarray.merge(
-        [_dataset(results.metrics, "topk", ""), _dataset(results.curves, "k", "_curve")]
+        [
+            _dataset(results.metrics, "topk", ""),
+            _dataset(results.curves, "k", "_curve"),
+            *(_dataset(rows, "topk", f"_by_{axis}", axis) for axis, rows in _by_axis(results)),
+        ]
     ).reindex(spec=results.methods())
     modules = results.metrics.drop_duplicates("layer").set_index("layer")["module"]
     dataset = dataset.assign_coords(module=("layer", modules[dataset["layer"].values].to_numpy()))
@@ -29,9 +35,18 @@ def to_xarray(results: "Results") -> Any:
     return dataset.assign_attrs({name: str(value) for name, value in facts.items()})
 
 
-def _dataset(rows: pd.DataFrame, budget: str, ending: str) -> Any:
-    """Variables (spec, layer, head, budget) of a table; NaN where it has no row."""
-    keys = ["spec", "layer", "head", budget]
+def _by_axis(results: "Results") -> Iterator[tuple[str, pd.DataFrame]]:
+    """The axes that queries are told apart by, with the rows of their buckets."""
+    for axis in AXES:
+        rows = results.positions[results.positions["axis"] == axis]
+        if not rows.empty:
+            named = rows.rename(columns={"first": axis})
+            yield axis, named.astype({"method": "str", "metric": "str"})
+
+
+def _dataset(rows: pd.DataFrame, budget: str, ending: str, *more: str) -> Any:
+    """Variables (spec, layer, head, budget, more) of a table; NaN where it has no row."""
+    keys = ["spec", "layer", "head", budget, *more]
     # Not `method`, which is an argument of xarray's own `sel`.
     rows = rows.rename(columns={"method": "spec", "topk": budget}).set_index([*keys, "metric"])
     columns = {

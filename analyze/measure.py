@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from retrace.analyze.buckets import AXES, BUCKETED
 from retrace.analyze.moments import Moments
 from retrace.analyze.reference import Reference
 from retrace.analyze.selection import Selection
@@ -87,14 +89,21 @@ class ExactBlock:
         return torch.exp(scores - self.reference.log_normalizer[..., None])
 
 
-MomentsByMetric = dict[str, Moments]
+class Tallied(NamedTuple):
+    """Moments over the queries of a block that count."""
+
+    at_all: dict[str, Moments]
+    """By metric, at every budget of the selection (budgets, group)."""
+    at_points: dict[str, Moments]
+    """By metric, at those asked for (points, group)."""
+    by_bucket: dict[str, Moments]
+    """By axis, of the queries in each bucket (buckets, points, metrics of `BUCKETED`, group)."""
 
 
 def tally(
-    exact: ExactBlock, selection: Selection, points: list[int], first: Tensor
-) -> tuple[MomentsByMetric, MomentsByMetric]:
-    """Moments over the queries that count: (budgets, group) at every budget of the selection, and
-    (points, group) at those asked for.
+    exact: ExactBlock, selection: Selection, points: list[int], first: Tensor, buckets: Tensor
+) -> Tallied:
+    """Moments over the queries that count.
 
     On a CPU a compiled loop walks each list once for all metrics and budgets; it gives what
     `plain_tally` does.
@@ -104,9 +113,10 @@ def tally(
         selection: what the method attends.
         points: indices into `selection.ks` of the budgets that want an output and a cost.
         first: the first position that counts for each budget (budgets,), never falling.
+        buckets: as `buckets_of` has them (axes, queries).
     """
     if selection.ids.device.type != "cpu":
-        return plain_tally(exact, selection, points, first)
+        return plain_tally(exact, selection, points, first, buckets)
     from retrace.analyze.compiled.metrics import AT_ALL, AT_POINTS, moments
 
     block, reference, unit = exact.block, exact.reference, exact.block.unit
@@ -125,6 +135,7 @@ def tally(
         ks=torch.tensor(selection.ks),
         points=torch.tensor(points),
         counted=(counted.sum(dim=-1), counted[:, points].sum(dim=-1)),
+        buckets=buckets,
         visible=block.visible_count,
         ids=selection.ids,
         attended=attended,
@@ -147,26 +158,38 @@ def tally(
     )
     at_all, at_points = (
         {metric: Moments(*part[:, i].transpose(1, 2, 0)) for i, metric in enumerate(names)}
-        for names, part in zip((AT_ALL, AT_POINTS), found, strict=True)
+        for names, part in zip((AT_ALL, AT_POINTS), found[:2], strict=True)
     )
     if not selection.anything_given:
         del at_all["candidate_recall"]
-    return at_all, at_points
+    # (buckets, group, metrics, 3, points) of each axis
+    parts = found[2].transpose(0, 4, 1, 5, 3, 2)
+    by_bucket = {axis: Moments(*part) for axis, part in zip(AXES, parts, strict=True)}
+    return Tallied(at_all, at_points, by_bucket)
 
 
 def plain_tally(
-    exact: ExactBlock, selection: Selection, points: list[int], first: Tensor
-) -> tuple[MomentsByMetric, MomentsByMetric]:
+    exact: ExactBlock, selection: Selection, points: list[int], first: Tensor, buckets: Tensor
+) -> Tallied:
     """What `tally` gives, by the metrics of every query."""
     measured = measure(exact, selection, points)
     counted = (exact.block.positions >= first.to(selection.ids.device)[:, None])[:, None]
+    asked = {metric: values[points] for metric, values in measured.at_all.items()}
+    asked |= measured.at_points
+    told = torch.stack([asked[metric] for metric in BUCKETED], dim=1)
     at_all, at_points = (
         Moments.of(torch.stack(list(values.values())), mask)
         for values, mask in ((measured.at_all, counted), (measured.at_points, counted[points]))
     )
-    return (
+    size = int(buckets.max()) + 1
+    buckets = buckets.to(told.device)
+    return Tallied(
         {metric: at_all.take(i) for i, metric in enumerate(measured.at_all)},
         {metric: at_points.take(i) for i, metric in enumerate(measured.at_points)},
+        {
+            axis: Moments.of_buckets(told, counted[points][:, None], bucket, size)
+            for axis, bucket in zip(AXES, buckets, strict=True)
+        },
     )
 
 

@@ -1,5 +1,6 @@
 """Mean and variance of a stream, merged part by part."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -35,6 +36,20 @@ class Moments:
         squares = (deviations * deviations).sum(dim=-1)
         return cls(*(part.cpu().numpy() for part in (count, mean, squares)))
 
+    @classmethod
+    def of_buckets(cls, values: Tensor, counted: Tensor, bucket: Tensor, buckets: int) -> Self:
+        """The same of each bucket's samples (buckets, ...), for the bucket of each sample
+        (samples,) int64."""
+        counted = counted & ~values.isnan()
+        values = values.double().masked_fill(~counted, 0.0)
+        # A product with which sample is in which bucket, in place of a pass for each bucket.
+        within = torch.nn.functional.one_hot(bucket, buckets).double()
+        count = counted.double() @ within
+        mean = values @ within / count.clamp(min=1)
+        deviations = (values - mean[..., bucket]).masked_fill(~counted, 0.0)
+        squares = (deviations * deviations) @ within
+        return cls(*(part.movedim(-1, 0).cpu().numpy() for part in (count, mean, squares)))
+
     def merge(self, other: Self) -> Self:
         """The moments of both parts together."""
         count = self.count + other.count
@@ -49,16 +64,25 @@ class Moments:
         with np.errstate(invalid="ignore"):
             return np.sqrt(np.divide(self.squares, self.count))
 
+    def merge_longer(self, other: Self) -> Self:
+        """The same where either may have more entries along the first axis."""
+        size = max(len(self.count), len(other.count))
+        ours, theirs = (
+            part if len(part.count) == size else part.spread(range(len(part.count)), size)
+            for part in (self, other)
+        )
+        return ours.merge(theirs)
+
     def take(self, index: int | list[int]) -> Self:
         """One entry of the first axis, or some."""
         return type(self)(self.count[index], self.mean[index], self.squares[index])
 
-    def spread(self, places: list[int], size: int) -> Self:
-        """The entries of the first axis at these places of a longer one, the others empty."""
+    def spread(self, places: Sequence[int], size: int, axis: int = 0) -> Self:
+        """The entries of an axis at these places of a longer one, the others empty."""
 
         def put(part: Array) -> Array:
-            whole = np.zeros((size, *part.shape[1:]))
-            whole[places] = part
+            whole = np.zeros((*part.shape[:axis], size, *part.shape[axis + 1 :]))
+            whole[(slice(None),) * axis + (list(places),)] = part
             return whole
 
         return type(self)(put(self.count), put(self.mean), put(self.squares))

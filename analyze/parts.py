@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from retrace.analyze.archives import Arrays, read_arrays, write_arrays
+from retrace.analyze.buckets import AXES, BUCKETED
 from retrace.analyze.methods.registry import same_spec
 from retrace.analyze.moments import Moments
 from retrace.analyze.profile import Charge, Clock
@@ -164,16 +165,19 @@ class KeptParts:
         tallies = [Tally(method.ks, method.topk) for method in self._job.plan.methods]
         clock = Clock(self._job.device)
         facts = json.loads(arrays.pop("facts").tobytes())
+        if facts["axes"] != list(AXES):  # of earlier versions there are none
+            raise ValueError("Queries are told apart by other axes.")
         for name, array in arrays.items():
-            index, kind, metric = name.split(".")
+            index, kind, of = name.split(".")
             tally = tallies[int(index)]
-            known, budgets = {
-                "at_all": (tally.at_all, tally.ks),
-                "at_points": (tally.at_points, tally.topk),
+            known, names, shape = {
+                "at_all": (tally.at_all, METRICS, (len(tally.ks),)),
+                "at_points": (tally.at_points, METRICS, (len(tally.topk),)),
+                "by_bucket": (tally.by_bucket, AXES, (-1, len(tally.topk), len(BUCKETED))),
             }[kind]
-            if metric not in METRICS or array.dtype != np.float64:
-                raise ValueError(f"{name} is no metric's.")
-            known[metric] = Moments(*array.reshape(3, len(budgets), heads))
+            if of not in names or array.dtype != np.float64:
+                raise ValueError(f"{name} is none of a tally's.")
+            known[of] = Moments(*array.reshape(3, *shape, heads))
         for tally, (builds, seconds, state_bytes) in zip(tallies, facts["costs"], strict=True):
             tally.cost = Cost(int(builds), float(seconds), int(state_bytes))
         for step, method, seconds in facts["spent"]:
@@ -183,12 +187,13 @@ class KeptParts:
     def save(self, task: tuple[int, int], part: Part) -> None:
         """Keep the part of a layer and sequence."""
         arrays = {
-            f"{i}.{kind}.{metric}": np.stack([moments.count, moments.mean, moments.squares])
+            f"{i}.{kind}.{of}": np.stack([moments.count, moments.mean, moments.squares])
             for i, tally in enumerate(part.tallies)
-            for kind in ("at_all", "at_points")
-            for metric, moments in getattr(tally, kind).items()
+            for kind in ("at_all", "at_points", "by_bucket")
+            for of, moments in getattr(tally, kind).items()
         }
         facts = {
+            "axes": list(AXES),
             "costs": [[t.cost.builds, t.cost.seconds, t.cost.state_bytes] for t in part.tallies],
             "spent": [[*charge, seconds] for charge, seconds in part.clock.seconds.items()],
         }

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from retrace.analyze.measure import ExactBlock, tally
+from retrace.analyze.buckets import buckets_of
+from retrace.analyze.measure import ExactBlock, Tallied, tally
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.methods.exact import Exact
 from retrace.analyze.methods.registry import MethodSpec
@@ -81,27 +83,28 @@ class Tally:
     """(ks, heads), by metric."""
     at_points: dict[str, Moments] = field(default_factory=dict)
     """(topk, heads), by metric."""
+    by_bucket: dict[str, Moments] = field(default_factory=dict)
+    """(buckets, topk, metrics of `BUCKETED`, heads), by axis; buckets as far as there are any."""
     cost: Cost = field(default_factory=Cost)
 
-    def add(
-        self,
-        ks: tuple[int, ...],
-        points: list[int],
-        at_all: dict[str, Moments],
-        at_points: dict[str, Moments],
-    ) -> None:
-        """Add a block's queries: moments (budgets, heads) at budgets `ks`, and (points, heads) at
-        those of them that `points` name."""
+    def add(self, ks: tuple[int, ...], points: list[int], tallied: Tallied) -> None:
+        """Add a block's queries, at budgets `ks` and at those of them that `points` name."""
         asked = tuple(ks[i] for i in points)
         for known, new, given, budgets in (
-            (self.at_all, at_all, ks, self.ks),
-            (self.at_points, at_points, asked, self.topk),
+            (self.at_all, tallied.at_all, ks, self.ks),
+            (self.at_points, tallied.at_points, asked, self.topk),
         ):
             places = None if given == budgets else [budgets.index(k) for k in given]
             for metric, moments in new.items():
                 if places is not None:
                     moments = moments.spread(places, len(budgets))
                 known[metric] = known[metric].merge(moments) if metric in known else moments
+        if asked != self.topk:
+            ours = [self.topk.index(k) for k in asked]
+            spread = {a: m.spread(ours, len(self.topk), 1) for a, m in tallied.by_bucket.items()}
+            self._merge_buckets(spread)
+        else:
+            self._merge_buckets(tallied.by_bucket)
 
     def merge(self, other: "Tally") -> None:
         """Add another sequence's queries."""
@@ -109,6 +112,12 @@ class Tally:
         for ours, theirs in ((self.at_all, other.at_all), (self.at_points, other.at_points)):
             for metric, moments in theirs.items():
                 ours[metric] = ours[metric].merge(moments) if metric in ours else moments
+        self._merge_buckets(other.by_bucket)
+
+    def _merge_buckets(self, by_bucket: dict[str, Moments]) -> None:
+        for axis, moments in by_bucket.items():
+            known = self.by_bucket.get(axis)
+            self.by_bucket[axis] = moments if known is None else known.merge_longer(moments)
 
 
 def curve_budgets(topk: Sequence[int]) -> tuple[int, ...]:
@@ -176,6 +185,7 @@ def replay_unit(
     # Answers that are kept for later runs must not depend on which queries this one counts.
     begin = 0 if fresh is not None else first
     ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS)
+    buckets = buckets_of(unit.positions, length, plan.protocol)
     answering = "exact pass" if kept is None else "exact answers read"
     with clock.charge(answering):
         exact_answers = _exact_answers(unit, begin, ranks, kept)
@@ -192,7 +202,7 @@ def replay_unit(
             rows = slice(counted, len(block.positions))
             exact = ExactBlock(block.part(rows), reference.part(rows))
         for method, found, state in zip(plan.methods, tallies, states, strict=True):
-            _replay_method(method, exact, state, plan, found, clock)
+            _replay_method(method, exact, buckets, state, plan, found, clock)
     for method, found, state in zip(plan.methods, tallies, states, strict=True):
         clock.seconds[Charge("build", str(method.spec))] += state.cost.seconds
         found.cost = state.cost
@@ -219,12 +229,13 @@ def _exact_answers(
 def _replay_method(
     method: Replayed,
     exact: ExactBlock,
+    buckets: Tensor,
     states: States,
     plan: Plan,
     found: Tally,
     clock: Clock,
 ) -> None:
-    """Add a block's queries to a method's tally."""
+    """Add a block's queries to a method's tally, `buckets` being those of all the unit's."""
     name = str(method.spec)
     length = len(exact.block.unit.keys)
     for served in states.serve(exact.block):
@@ -250,7 +261,8 @@ def _replay_method(
                 for selection in selections:
                     points = [i for i, k in enumerate(selection.ks) if k in method.topk]
                     first = torch.tensor([plan.first_counted(k, length) for k in selection.ks])
-                    found.add(selection.ks, points, *tally(part, selection, points, first))
+                    within = buckets[:, part.block.rows]
+                    found.add(selection.ks, points, tally(part, selection, points, first, within))
 
 
 def _whole_layer(heads: Sequence[Tally]) -> Tally:
@@ -260,6 +272,7 @@ def _whole_layer(heads: Sequence[Tally]) -> Tally:
         heads[0].topk,
         _side_by_side([head.at_all for head in heads]),
         _side_by_side([head.at_points for head in heads]),
+        _side_by_side([head.by_bucket for head in heads]),
     )
     for head in heads:
         layer.cost.merge(head.cost)
@@ -267,7 +280,7 @@ def _whole_layer(heads: Sequence[Tally]) -> Tally:
 
 
 def _side_by_side(parts: list[dict[str, Moments]]) -> dict[str, Moments]:
-    return {metric: Moments.stack([part[metric] for part in parts], -1) for metric in parts[0]}
+    return {name: Moments.stack([part[name] for part in parts], -1) for name in parts[0]}
 
 
 def _fill_missing(tally: Tally, group: int) -> None:

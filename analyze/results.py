@@ -1,9 +1,5 @@
 """Results: tidy tables of every figure, the run's facts, and how they are kept in a folder."""
 
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +9,8 @@ import pandas as pd
 
 from retrace.analyze.intervals import OVER, differences, intervals
 from retrace.analyze.profile import profile_table
+from retrace.analyze.results_folder import load, save
 from retrace.traces import RetraceError
-from retrace.traces.durable import make_folder, sync_all, sync_path
 
 KEYS = ["method", "layer", "module", "head", "topk", "metric"]
 COLUMNS = [*KEYS, "mean", "std", "count", "protocol", "min_context"]
@@ -35,12 +31,21 @@ SEQUENCE_COLUMNS = {
 }
 """Columns of the table of sequences, and their types: it is the largest."""
 
-SAVING, SAVED = ".saving", ".saved"
-"""Folders, in one of results, of what is being written and of what is whole: the second is moved
-into its place file by file, and counts before what is there."""
-DIGESTS = "tables"
-"""Where run.json has the SHA-256 of each table."""
-TABLES = ("metrics.parquet", "curves.parquet", "sequences.parquet")
+POSITION_COLUMNS = {
+    **dict.fromkeys(["method", "module", "metric", "axis"], "category"),
+    **dict.fromkeys(["layer", "head", "topk", "first", "count"], "int32"),
+    **dict.fromkeys(["mean", "std"], "float32"),
+}
+"""Those of the table of positions."""
+BUCKET = ["axis", "first"]
+"""Columns that name a bucket of queries."""
+TABLES = {
+    "metrics": COLUMNS,
+    "curves": COLUMNS,
+    "sequences": list(SEQUENCE_COLUMNS),
+    "positions": list(POSITION_COLUMNS),
+}
+"""Columns of each table."""
 PLOTS = (
     "attention-fraction-*.png",
     "recall-by-layer.png",
@@ -66,6 +71,10 @@ def _no_sequences() -> pd.DataFrame:
     return pd.DataFrame(columns=list(SEQUENCE_COLUMNS)).astype(SEQUENCE_COLUMNS)
 
 
+def _no_positions() -> pd.DataFrame:
+    return pd.DataFrame(columns=list(POSITION_COLUMNS)).astype(POSITION_COLUMNS)
+
+
 @dataclass
 class Results:
     """The figures of one trace under one protocol, for any number of methods and budgets."""
@@ -80,6 +89,10 @@ class Results:
     sequences: pd.DataFrame = field(default_factory=_no_sequences)
     """One row per (method, layer, module, sequence, head, topk, metric) that some query counts
     for, at the budgets asked for: mean and count over queries."""
+    positions: pd.DataFrame = field(default_factory=_no_positions)
+    """One row per (method, layer, module, head, topk, metric of `BUCKETED`, axis, first) that some
+    query counts for, at the budgets asked for: mean, std and count over the queries whose number on
+    the axis (position or distance, as `AXES` says) is `first` or more and below twice that."""
 
     def table(self, method: str | None = None, topk: int | None = None) -> pd.DataFrame:
         """Per layer: mean and standard deviation (ddof 0) across heads of recall and error norm.
@@ -292,24 +305,10 @@ class Results:
         return "\n".join(parts)
 
     def save(self, folder: str | Path) -> None:
-        """Write `metrics.parquet`, `curves.parquet`, `sequences.parquet`, `run.json` and
-        `table.md`, all of them or none: a process that is killed meanwhile leaves the results that
-        were there before, or these."""
-        folder = Path(folder)
-        make_folder(folder)
-        finish_saving(folder)
-        aside = folder / SAVING
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for name, frame in zip(TABLES, (self.metrics, self.curves, self.sequences), strict=True):
-            frame.to_parquet(aside / name, index=False)
-        (aside / "table.md").write_text(self.markdown(), encoding="utf-8")
-        run = {**self.run, DIGESTS: {name: _digest(aside / name) for name in TABLES}}
-        (aside / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        sync_all(aside)
-        aside.rename(folder / SAVED)
-        sync_path(folder)
-        finish_saving(folder)
+        """Write a parquet file of each table, `run.json` and `table.md`, all of them or none: a
+        process that is killed meanwhile leaves the results that were there before, or these."""
+        tables = {name: getattr(self, name) for name in TABLES}
+        save(Path(folder), tables, self.run, self.markdown())
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -318,26 +317,8 @@ class Results:
         Raises:
             RetraceError: it is none, its files do not belong together, or one was changed.
         """
-        folder = Path(folder)
-        try:
-            run = _checked(json.loads(_file(folder, "run.json").read_text(encoding="utf-8")))
-            digests = run.pop(DIGESTS, {})  # of earlier versions there are none
-            tables = []
-            for name, columns in zip(TABLES, (COLUMNS, COLUMNS, SEQUENCE_COLUMNS), strict=True):
-                file = _file(folder, name)
-                if name == TABLES[2] and name not in digests and not file.exists():
-                    tables.append(_no_sequences())
-                    continue
-                if name in digests and _digest(file) != digests[name]:
-                    raise ValueError(f"{name} is not what was written")
-                tables.append(pd.read_parquet(file))
-                if absent := [column for column in columns if column not in tables[-1]]:
-                    raise ValueError(f"its tables have no column {', '.join(absent)}")
-            metrics, curves, sequences = tables
-        except (OSError, ValueError, RecursionError) as error:
-            words = " ".join(str(error).split())
-            raise RetraceError(f"{folder} is not a results folder of retrace ({words}).") from error
-        return cls(metrics, curves, run, sequences)
+        tables, run = load(Path(folder), TABLES, optional={"sequences", "positions"})
+        return cls(run=run, **tables)
 
     def merged(self, newer: "Results") -> "Results":
         """These results with newer ones added; where both have a figure, the newer one counts."""
@@ -355,6 +336,7 @@ class Results:
             join(self.curves, newer.curves),
             run,
             join(self.sequences, newer.sequences, "sequence"),
+            join(self.positions, newer.positions, *BUCKET).astype(POSITION_COLUMNS),
         )
 
     def _still_missing(self, newer: "Results") -> list[dict[str, Any]]:
@@ -379,51 +361,8 @@ class Results:
             self.curves[~self.curves["method"].isin(methods)],
             run,
             self.sequences[~self.sequences["method"].isin(methods)],
+            self.positions[~self.positions["method"].isin(methods)],
         )
-
-
-def finish_saving(folder: Path) -> None:
-    """Put what was saved last into its place, where a killed process did not come to that."""
-    if (folder / SAVED).is_dir():
-        for file in (folder / SAVED).iterdir():
-            file.replace(folder / file.name)
-        sync_path(folder)
-        (folder / SAVED).rmdir()
-
-
-def _file(folder: Path, name: str) -> Path:
-    """Where a file of results is: they may not have been put into their place yet.
-
-    Raises:
-        ValueError: it is no file of that folder.
-    """
-    saved = folder / SAVED / name
-    file = saved if saved.exists() else folder / name
-    if not os.path.realpath(file).startswith(os.path.join(os.path.realpath(folder), "")):
-        raise ValueError(f"its {name} leads out of it")
-    if file.exists() and not file.is_file():  # a pipe would be waited for
-        raise ValueError(f"its {name} is no file")
-    return file
-
-
-def _checked(run: Any) -> dict[str, Any]:
-    """A run's facts, if they have the form that others rely on."""
-    if not isinstance(run, dict):
-        raise ValueError("its run.json is no object")
-    for name, kind in (("methods", dict), ("history", list), ("missing", list), (DIGESTS, dict)):
-        held = run.get(name, kind())
-        entries = held.values() if isinstance(held, dict) else held
-        whole = isinstance(held, kind) and (
-            name == DIGESTS or all(isinstance(entry, dict) for entry in entries)
-        )
-        if not whole or (name not in run and name in ("methods", "history")):
-            raise ValueError(f"its run.json has no {name} as retrace writes them")
-    return run
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _known_level(over: str) -> str:

@@ -16,7 +16,8 @@ from retrace.analyze.parts import PARTS, Job, KeptParts
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Plan, Replayed
-from retrace.analyze.results import PLOTS, SAVING, Results, finish_saving
+from retrace.analyze.results import PLOTS, Results
+from retrace.analyze.results_folder import SAVING, finish_saving
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.settings import Settings
 from retrace.analyze.states import Protocol

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from retrace.analyze.buckets import BUCKETED, first_of
 from retrace.analyze.moments import Moments
 from retrace.analyze.parts import Job
 from retrace.analyze.replay import Tally
-from retrace.analyze.results import COLUMNS, SEQUENCE_COLUMNS, Results
+from retrace.analyze.results import COLUMNS, POSITION_COLUMNS, SEQUENCE_COLUMNS, Results
 from retrace.analyze.states import Cost
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -100,7 +101,8 @@ def tabulate(
             }
         ],
     }
-    return Results(join(points), join(curves), run, _by_sequence(job, parts))
+    each, along = _by_sequence(job, parts), _by_bucket(job, tallies)
+    return Results(join(points), join(curves), run, each, along)
 
 
 def _by_layer(parts: Mapping[tuple[int, int], list[Tally]]) -> dict[int, list[Tally]]:
@@ -134,21 +136,53 @@ def _by_sequence(job: Job, parts: Mapping[tuple[int, int], list[Tally]]) -> pd.D
     return rows.astype(SEQUENCE_COLUMNS)
 
 
+def _by_bucket(job: Job, tallies: Mapping[int, list[Tally]]) -> pd.DataFrame:
+    """Rows of every bucket of queries at the budgets asked for, less those without a query."""
+    found: list[Columns] = [{name: np.empty(0, object) for name in POSITION_COLUMNS}]
+    for i, method in enumerate(job.plan.methods):
+        for layer, of_layer in tallies.items():
+            for axis, moments in of_layer[i].by_bucket.items():
+                at = np.nonzero(moments.count)
+                bucket, budget, metric, head = at
+                labels = {
+                    "method": str(method.spec),
+                    "layer": layer,
+                    "module": job.settings.trace.layer(layer).rules.module,
+                    "axis": axis,
+                }
+                found.append(
+                    {
+                        **_repeated(labels, len(head)),
+                        "head": head,
+                        "topk": np.array(of_layer[i].topk)[budget],
+                        "metric": np.array(BUCKETED, object)[metric],
+                        "first": np.array([first_of(b) for b in bucket.tolist()], np.int64),
+                        "mean": moments.mean[at],
+                        "std": moments.std()[at],
+                        "count": moments.count[at],
+                    }
+                )
+    return _joined(found).astype(POSITION_COLUMNS)
+
+
 def _columns(labels: dict[str, Any], metric: str, ks: tuple[int, ...], moments: Moments) -> Columns:
     """Rows of one metric for all budgets and heads; no query counted gives NaN."""
     budgets, heads = moments.mean.shape
     none = moments.count == 0
-    named = {
-        name: np.full(budgets * heads, label, object if isinstance(label, str) else np.int64)
-        for name, label in {**labels, "metric": metric}.items()
-    }
     return {
-        **named,
+        **_repeated({**labels, "metric": metric}, budgets * heads),
         "head": np.tile(np.arange(heads), budgets),
         "topk": np.repeat(ks, heads),
         "mean": np.where(none, np.nan, moments.mean).ravel(),
         "std": moments.std().ravel(),
         "count": moments.count.astype(np.int64).ravel(),
+    }
+
+
+def _repeated(labels: dict[str, Any], rows: int) -> Columns:
+    return {
+        name: np.full(rows, label, object if isinstance(label, str) else np.int64)
+        for name, label in labels.items()
     }
 
 

@@ -5,6 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from retrace.analyze.buckets import BUCKETED
 from retrace.analyze.compiled.loops import compiled, compiled_sums
 
 Bools = NDArray[np.bool_]
@@ -24,6 +25,7 @@ def moments(
     ks: Tensor,
     points: Tensor,
     counted: tuple[Tensor, Tensor],
+    buckets: Tensor,
     visible: Tensor,
     ids: Tensor,
     attended: Tensor,
@@ -39,14 +41,16 @@ def moments(
     filled: tuple[Tensor, Tensor] | None,
     errors: Tensor | None,
     read: tuple[float, float, Tensor],
-) -> tuple[Doubles, Doubles]:
-    """Counts, means and sums of squared deviations over queries: (group, `AT_ALL`, 3, budgets) and
-    (group, `AT_POINTS`, 3, points).
+) -> tuple[Doubles, Doubles, Doubles]:
+    """Counts, means and sums of squared deviations over queries: (group, `AT_ALL`, 3, budgets),
+    (group, `AT_POINTS`, 3, points) and, of the queries in each bucket of each axis,
+    (axes, buckets, group, `BUCKETED`, 3, points).
 
     Args:
         ks: budgets (budgets,), ascending.
         points: which of them have an error norm and a cost (points,).
         counted: how many budgets, and how many points, each query (queries,) counts for: the first.
+        buckets: the bucket that each query is in on each axis (axes, queries).
         visible: keys that each query sees (queries,).
         ids: keys listed (group, queries, listed), -1 only at the end.
         attended: keys of the list that each budget reaches (budgets, group or 1, queries or 1).
@@ -79,12 +83,15 @@ def moments(
     first_budgets = torch.searchsorted(ks, torch.arange(best.shape[2] + 1), right=True)
     at_all = np.zeros((group, len(AT_ALL), 3, len(ks)))
     at_points = np.zeros((group, len(AT_POINTS), 3, len(points)))
+    size = int(buckets.max()) + 1
+    by_bucket = np.zeros((len(buckets), size, group, len(BUCKETED), 3, len(points)))
     share, fill = filled or (torch.ones(0, 1, 1, dtype=torch.float64), torch.zeros(0, 1))
     _moments(
         _plain(ks),
         _plain(points),
         _plain(counted[0]),
         _plain(counted[1]),
+        _plain(buckets),
         _plain(visible),
         _plain(ids),
         _plain(first_budgets),
@@ -111,8 +118,9 @@ def moments(
         _plain(read[2].double().expand(queries)),
         at_all,
         at_points,
+        by_bucket,
     )
-    return at_all, at_points
+    return at_all, at_points, by_bucket
 
 
 def _plain(tensor: Tensor) -> NDArray[np.generic]:
@@ -126,6 +134,7 @@ def _moments(
     points: Ids,
     counted_budgets: Ids,
     counted_points: Ids,
+    buckets: Ids,
     visible: Ids,
     ids: Ids,
     first_budgets: Ids,
@@ -155,6 +164,7 @@ def _moments(
     bytes_aux: Doubles,
     at_all: Doubles,
     at_points: Doubles,
+    by_bucket: Doubles,
 ) -> None:
     """`moments`, with every argument an array of its own."""
     group, rows, listed = ids.shape
@@ -163,8 +173,10 @@ def _moments(
     hits, wanted = np.empty(budgets, np.int64), np.empty(budgets, np.int64)
     found = np.empty((4, budgets))
     seen = np.empty((3, len(points)))
+    told = np.empty((len(BUCKETED), len(points)))
     one_in = np.empty(budgets)
     one_in_points = np.empty(len(points))
+    one_in_bucket = np.empty((len(buckets), len(points)))
     union_of = np.full(len(values), -1, np.int64)
     unions = np.empty(len(points))
     places = np.full(len(values), -1, np.int64)
@@ -186,6 +198,8 @@ def _moments(
         # Queries count for ever more budgets, so that heads and metrics have one count.
         _count_one(at_all[0, RECALL, COUNT], one_in[:most])
         _count_one(at_points[0, DENSITY, COUNT], one_in_points[:reads])
+        for axis in range(len(buckets)):
+            _count_one(by_bucket[axis, buckets[axis, q], 0, 0, COUNT], one_in_bucket[axis, :reads])
         for h in range(group):
             walked = reached[h, most - 1] if most else 0
             _rank(best[h, q], (q * group + h) * best.shape[2], places, ids[h, q, :walked], ranks)
@@ -229,11 +243,24 @@ def _moments(
                 seen[BYTES_RATIO, p] = (unions[p] * bytes_each + bytes_aux[q]) / whole
             for metric in (ERROR_NORM, DENSITY, BYTES_RATIO):
                 _add(at_points[h, metric], seen[metric, :reads], one_in_points)
+            for p in range(reads):  # in the order of `BUCKETED`
+                told[0, p] = found[RECALL, points[p]]
+                told[1, p] = found[FRACTION, points[p]]
+                told[2, p] = seen[ERROR_NORM, p]
+            for axis in range(len(buckets)):
+                for metric in range(len(BUCKETED)):
+                    _add(
+                        by_bucket[axis, buckets[axis, q], h, metric],
+                        told[metric, :reads],
+                        one_in_bucket[axis],
+                    )
     for h in range(group):
         for metric in (RECALL, FRACTION, EXACT_FRACTION):
             at_all[h, metric, COUNT] = at_all[0, RECALL, COUNT]
         for metric in (ERROR_NORM, DENSITY, BYTES_RATIO):
             at_points[h, metric, COUNT] = at_points[0, DENSITY, COUNT]
+        for metric in range(len(BUCKETED)):
+            by_bucket[:, :, h, metric, COUNT] = by_bucket[:, :, 0, 0, COUNT]
 
 
 @compiled

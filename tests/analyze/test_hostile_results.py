@@ -17,7 +17,8 @@ from retrace.analyze import Results, analyze
 from retrace.traces import RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]
-FILES = ("metrics.parquet", "curves.parquet", "sequences.parquet", "run.json", "table.md")
+TABLES = ("metrics.parquet", "curves.parquet", "sequences.parquet", "positions.parquet")
+FILES = (*TABLES, "run.json", "table.md")
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def folder(trace: Trace, tmp_path: Path) -> Path:
 @settings(max_examples=60)
 @given(data=st.data())
 def test_tables_that_were_changed(folder: Path, data: st.DataObject) -> None:
-    file = folder / data.draw(st.sampled_from(FILES[:3]))
+    file = folder / data.draw(st.sampled_from(TABLES))
     before = file.read_bytes()
     held = bytearray(before)
     at = data.draw(st.integers(0, len(held) - 1))
@@ -78,7 +79,7 @@ def test_facts_that_are_none(folder: Path, raw: bytes) -> None:
         Results.load(folder)
 
 
-@pytest.mark.parametrize("name", FILES[:4])
+@pytest.mark.parametrize("name", FILES[:5])
 def test_what_leads_out_of_the_folder_or_never_ends(folder: Path, name: str) -> None:
     elsewhere = folder.parent / name
     (folder / name).rename(elsewhere)
@@ -97,10 +98,11 @@ class Killed(BaseException):
 
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
     found = Results.load(folder)
-    return {"metrics": found.metrics, "sequences": found.sequences}
+    names = ("metrics", "sequences", "positions")
+    return {name: getattr(found, name) for name in names}
 
 
-@pytest.mark.parametrize("moment", range(7))
+@pytest.mark.parametrize("moment", range(8))
 def test_killed_while_it_saves(
     trace: Trace, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
@@ -131,9 +133,9 @@ def test_killed_while_it_saves(
         try:
             run(folder)
         except Killed:
-            assert moment < 6  # one move of the folder, five of files
+            assert moment < 7  # one move of the folder, six of files
         else:
-            assert moment == 6
+            assert moment == 7
     left = Results.load(folder)
     assert set(left.run["methods"]) == set(left.methods())
     assert set(left.methods()) in ({"exact"}, {"exact", "window"})

@@ -29,6 +29,12 @@ def test_every_figure_has_its_place(make_trace: MakeTrace, rules: Any, tmp_path:
             for part, suffix in (("mean", ""), ("std", "_std"), ("count", "_count")):
                 variable = found[f"{row['metric']}{ending}{suffix}"].sel(at)
                 np.testing.assert_equal(float(variable.sel({budget: row["topk"]})), row[part])
+    assert found["recall_by_position"].dims == ("spec", "layer", "head", "topk", "position")
+    for row in results.positions.to_dict("records"):
+        at = {"spec": row["method"], "layer": row["layer"], "head": row["head"]}
+        at |= {"topk": row["topk"], row["axis"]: row["first"]}
+        variable = found[f"{row['metric']}_by_{row['axis']}"]
+        assert float(variable.sel(at)) == row["mean"]
     # Layer 1 has two heads only.
     assert found["recall"].sel(layer=1, head=3).isnull().all()
     found.to_netcdf(tmp_path / "r.nc", engine="scipy")

@@ -45,7 +45,8 @@ def both(
 ) -> dict[str, list[Any]]:
     """Moments by metric, compiled and plain, which must be alike."""
     start = torch.tensor(first or [0] * len(selection.ks))
-    pairs = [f(exact, selection, points, start) for f in (tally, plain_tally)]
+    buckets = torch.stack([torch.arange(21) // 5, torch.arange(21) % 3 * 2])
+    pairs = [f(exact, selection, points, start, buckets) for f in (tally, plain_tally)]
     found: dict[str, list[Any]] = {}
     for ours, theirs in zip(*pairs, strict=True):
         assert ours.keys() == theirs.keys()

@@ -96,7 +96,8 @@ def run(trace: Trace, spec: str, out: Path | None, **settings: Any) -> Results:
 def figures(folder: Path) -> dict[str, bytes]:
     """The bytes of the tables of a results folder that is complete."""
     assert not (folder / ".parts").exists()
-    return {name: (folder / name).read_bytes() for name in ("metrics.parquet", "curves.parquet")}
+    names = ("metrics.parquet", "curves.parquet", "positions.parquet")
+    return {name: (folder / name).read_bytes() for name in names}
 
 
 @pytest.fixture

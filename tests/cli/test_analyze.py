@@ -45,6 +45,7 @@ def test_the_folder(run: Run, trace: Path) -> None:
         "metrics.parquet",
         "curves.parquet",
         "sequences.parquet",
+        "positions.parquet",
         "run.json",
         "table.md",
     }

@@ -1,4 +1,4 @@
-"""What holds for all tests: how hypothesis draws, a bound on memory, and that nothing is flushed."""
+"""What holds for all tests: how hypothesis draws, a bound on memory, no waiting for the disk."""
 
 import os
 import resource

@@ -7,7 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+
+from retrace.capture.interface import AttentionCall, observed_attention
+from retrace.traces import Trace
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
 
@@ -60,3 +65,36 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "birds.txt"
     path.write_text(load_architectures().TEXT)
     return path
+
+
+def compare_with_one_forward(trace: Trace, model: Any) -> None:
+    """Compare all of a trace with the model reading the same tokens at once."""
+    for sequence in trace.sequences:
+        tokens = torch.from_numpy(trace.tokens(sequence)).long()
+        calls: dict[str, AttentionCall] = {}
+        with (
+            torch.inference_mode(),
+            observed_attention(model, lambda call, calls=calls: calls.update({call.path: call})),
+        ):
+            logits = model(input_ids=tokens[None], use_cache=False).logits[0].double()
+        for index in trace.layers:
+            layer = trace.layer(index)
+            call = calls[layer.rules.module]
+            positions = trace.query_positions(sequence)
+            for found, expected in (
+                (layer.query(sequence), call.query[0].numpy()[:, positions]),
+                (layer.key(sequence), call.key[0].numpy()),
+                (layer.value(sequence), call.value[0].numpy()),
+            ):
+                assert found.shape == expected.shape
+                scale = float(np.abs(expected).max())
+                np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * scale)
+        nll = torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="none")
+        np.testing.assert_allclose(trace.nll(sequence)[:-1], nll.numpy(), rtol=1e-4, atol=1e-4)
+        assert np.isnan(trace.nll(sequence)[-1])
+
+
+@pytest.fixture
+def check_against_one_forward() -> Callable[[Trace, Any], None]:
+    """Compares all of a trace with the model reading the same tokens at once."""
+    return compare_with_one_forward

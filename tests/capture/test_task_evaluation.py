@@ -247,8 +247,6 @@ def test_mistakes(task: Callable[..., Path], folder: str, tmp_path: Path) -> Non
     options: dict[str, Any] = {"pretrained": folder, "include_path": task(**CHOICES)}
     with pytest.raises(RetraceError, match="wikitext is text without answers"):
         evaluate_tasks(["window"], [3], tasks=["wikitext"], pretrained=folder)
-    with pytest.raises(RetraceError, match="There is no task 'lokal'"):
-        evaluate_tasks(["window"], [3], tasks=["lokal"], **options)
     with pytest.raises(RetraceError, match="no attention in layer 9"):
         evaluate_tasks(["window"], [3], tasks=["local"], dense_layers=[9], **options)
     task(**{**WRITTEN, "generation_kwargs": {"until": ["\n"], "max_gen_toks": 99}})

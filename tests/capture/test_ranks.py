@@ -16,36 +16,54 @@ from retrace.capture import Ranks, capture
 from retrace.traces import RetraceError, open_trace
 
 SCRIPT = """
-import sys
-from pathlib import Path
+import multiprocessing, os, sys, time
+from transformers import MistralForCausalLM  # what takes seconds to import, for all ranks at once
 from retrace.capture import capture
-model, text, out, resume, delay = sys.argv[1:]
-import time
 from retrace.traces import TraceWriter
+model, text, out, resume, delay = sys.argv[1:]
 write_shard = TraceWriter.write_shard
 def slow(self, *shard):
     time.sleep(float(delay))
     write_shard(self, *shard)
 TraceWriter.write_shard = slow
-capture(model, text=[text], limit=8, max_length=40, batch_size=2, out=out, resume=resume == "1")
+def run(rank):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.dup2(os.open(f"{out}.errors-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
+    capture(model, text=[text], limit=8, max_length=40, batch_size=2, out=out, resume=resume == "1")
+fork = multiprocessing.get_context("fork")
+ranks = [fork.Process(target=run, args=(rank,)) for rank in range(2)]
+for rank in ranks:
+    rank.start()
+print(*(rank.pid for rank in ranks), flush=True)
+for rank in ranks:
+    rank.join()
+print(*(rank.exitcode for rank in ranks))
 """
 
 
-def start(arguments: list[str], *, resume: bool, delay: float = 0.0) -> list[subprocess.Popen[Any]]:
-    """Two processes with the environment that torchrun gives them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", SCRIPT, *arguments, str(int(resume)), str(delay)]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    return [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
+class Started:
+    """Two processes with the environment that torchrun gives them, forked from one."""
+
+    def __init__(self, arguments: list[str], *, resume: bool, delay: float = 0.0) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        self._errors = [Path(f"{arguments[-1]}.errors-{rank}") for rank in range(2)]
+        self._parent = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *arguments, str(int(resume)), str(delay)],
+            env={**os.environ, **shared},
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        for rank in range(2)
-    ]
+        assert self._parent.stdout is not None
+        self.pids = [int(pid) for pid in self._parent.stdout.readline().split()]
+
+    def ended(self) -> list[tuple[int, str]]:
+        """Exit code of each, and what it said on stderr."""
+        codes, _ = self._parent.communicate(timeout=240)
+        errors = [file.read_text() for file in self._errors]
+        return list(zip(map(int, codes.split()), errors, strict=True))
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
@@ -75,20 +93,17 @@ def test_two_ranks_write_what_one_writes(
 ) -> None:
     arguments = [str(model_folder("mistral")), str(text_file), str(tmp_path / "t")]
     if killed is not None:
-        ranks = start(arguments, resume=False, delay=0.3)
+        ranks = Started(arguments, resume=False, delay=0.3)
         end = time.monotonic() + 120
         while not (tmp_path / "t").exists() and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(random.Random(killed).uniform(0, 1))
-        ranks[killed].kill()
-        ranks[1 - killed].send_signal(signal.SIGTERM)  # as torchrun does
-        for rank in ranks:
-            rank.communicate()
+        os.kill(ranks.pids[killed], signal.SIGKILL)
+        os.kill(ranks.pids[1 - killed], signal.SIGTERM)  # as torchrun does
+        assert ranks.ended()[killed][0] == -signal.SIGKILL
         assert len(open_trace(tmp_path / "t").sequences) < 8
-    ranks = start(arguments, resume=killed is not None)
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=240)
-        assert rank.returncode == 0, errors.decode()
+    for code, errors in Started(arguments, resume=killed is not None).ended():
+        assert code == 0, errors
     assert tensors(tmp_path / "t") == whole
 
 
@@ -97,9 +112,9 @@ def test_refusal_of_the_first_ends_the_others(
 ) -> None:
     (tmp_path / "t").mkdir()
     arguments = [str(model_folder("mistral")), str(text_file), str(tmp_path / "t")]
-    errors = [rank.communicate(timeout=240)[1].decode() for rank in start(arguments, resume=False)]
-    assert "--overwrite" in errors[0].splitlines()[-1]
-    assert "Rank 0 stopped" in errors[1].splitlines()[-1]
+    first, second = (errors for _, errors in Started(arguments, resume=False).ended())
+    assert "--overwrite" in first.splitlines()[-1]
+    assert "Rank 0 stopped" in second.splitlines()[-1]
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,9 @@ class Approximation:
         """Attention output (group, queries, value channels) float32 of a unit's queries from
         position `first` on, each over the keys that the method selects for it."""
         method, parts = self.spec.method, []
-        for block in unit.blocks(first):
+        for whole in unit.blocks(first):
+            begin = int(torch.searchsorted(whole.positions, first))
+            block = whole.part(slice(begin, len(whole.positions)))
             for served in states.serve(block):
                 part = block.part(served.rows)
                 [selection] = select(method, served, part, (self.topk,))

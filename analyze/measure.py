@@ -144,7 +144,6 @@ def tally(
         exact=(reference.ids, exact.best_probabilities, exact.fractions),
         output=reference.output,
         scored=(block.queries, unit.keys, reference.log_normalizer),
-        scores=block.known_scores,
         scoring=(unit.group.rules.scale, unit.group.rules.softcap or 0.0),
         values=unit.values,
         mass=(not selection.true_denominator, besides),

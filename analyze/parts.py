@@ -138,17 +138,13 @@ class KeptParts:
         """The run that they are of."""
         return self._job
 
-    def begin(self, anew: set[tuple[int, int]]) -> set[tuple[int, int]]:
-        """Begin the run, or go on with it: the tasks whose exact answers are computed in it, which
-        are those given if it has not begun yet."""
+    def begin(self) -> None:
+        """Say which run the parts are of."""
         file = self._folder / "job.json"
         if not file.exists():
             make_folder(self._folder)
-            facts = {**self._job.to_json(), "anew": sorted(anew)}
             with written_whole(file, writer=str(os.getpid())) as opened:
-                opened.write(json.dumps(facts, indent=2).encode())
-        begun = json.loads(file.read_text(encoding="utf-8"))["anew"]
-        return {(layer, sequence) for layer, sequence in begun}
+                opened.write(json.dumps(self._job.to_json(), indent=2).encode())
 
     def load(self, task: tuple[int, int]) -> Part | None:
         """The part of a layer and sequence; None if it is not there, or damaged."""

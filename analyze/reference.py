@@ -29,9 +29,11 @@ class Reference:
     output: Tensor
     """(group, queries, value channels)"""
 
-    def part(self, rows: slice) -> "Reference":
-        """The answers for some of the block's queries."""
-        return Reference(self.ids[:, rows], self.log_normalizer[:, rows], self.output[:, rows])
+    def part(self, rows: slice, ranks: int | None = None) -> "Reference":
+        """The answers for some of the block's queries, with so many of the best keys at most."""
+        return Reference(
+            self.ids[:, rows, :ranks], self.log_normalizer[:, rows], self.output[:, rows]
+        )
 
 
 def exact_pass(block: Block, ranks: int) -> Reference:
@@ -67,14 +69,8 @@ class ReferenceStore:
     sequence's digest, so that it can't be taken for another capture's.
     """
 
-    def __init__(self, folder: Path | None, anew: bool = False) -> None:
-        """With `anew` what is there is computed, and kept, once more."""
+    def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._anew = anew
-
-    def anew(self) -> "ReferenceStore":
-        """The same, for answers that are to be computed whether they are there or not."""
-        return ReferenceStore(self._folder, anew=True)
 
     def holds(self, digest: str, layer: int) -> bool:
         """Whether there are answers for a layer of a sequence."""
@@ -88,7 +84,7 @@ class ReferenceStore:
     def load(self, digest: str, layer: int, unit: Unit, ranks: int) -> "KeptReferences | None":
         """The answers for the layer and sequence that `unit` is of, if there are any with at least
         `ranks` ranks, or as many as there are keys."""
-        if self._folder is None or self._anew:
+        if self._folder is None:
             return None
         arrays = read_arrays(self._path(digest, layer))
         if arrays is None or arrays.keys() != {"ids", "log_normalizer", "output"}:

@@ -188,7 +188,7 @@ def replay_unit(
     buckets = buckets_of(unit.positions, length, plan.protocol)
     answering = "exact pass" if kept is None else "exact answers read"
     with clock.charge(answering):
-        exact_answers = _exact_answers(unit, begin, ranks, kept)
+        exact_answers = _exact_answers(unit, begin, ranks, kept, plan.block_elements)
     # One at a time: a block holds on to its scores.
     for block in unit.blocks(begin, plan.block_elements):
         with clock.charge(answering):
@@ -200,7 +200,8 @@ def replay_unit(
             continue
         with clock.charge("metrics"):
             rows = slice(counted, len(block.positions))
-            exact = ExactBlock(block.part(rows), reference.part(rows))
+            # Kept or not, the same ranks: probabilities of further keys are taken otherwise.
+            exact = ExactBlock(block.part(rows), reference.part(rows, plan.ranks))
         for method, found, state in zip(plan.methods, tallies, states, strict=True):
             _replay_method(method, exact, buckets, state, plan, found, clock)
     for method, found, state in zip(plan.methods, tallies, states, strict=True):
@@ -211,13 +212,18 @@ def replay_unit(
 
 
 def _exact_answers(
-    unit: Unit, first_position: int, ranks: int, kept: KeptReferences | None
+    unit: Unit,
+    first_position: int,
+    ranks: int,
+    kept: KeptReferences | None,
+    elements: int | None,
 ) -> Callable[[Block], Reference]:
     """What gives the exact answers of each of a unit's blocks from a position on."""
     if kept is not None:
         return lambda block: kept.get(block, ranks)
-    first = int(torch.searchsorted(unit.positions, first_position))
-    if first < len(unit.positions):
+    block = next(unit.blocks(first_position, elements), None)
+    if block is not None:
+        first = block.rows.start
         everything = Block(unit, slice(first, len(unit.positions)))
         if holds_no_scores(everything, ranks):
             # One block of queries is too little work for a GPU.

@@ -28,11 +28,11 @@ class Replayer:
     store: ReferenceStore
     clock: Clock
 
-    def part(self, layer: int, sequence: int, plan: Plan, anew: bool) -> Part:
-        """What the methods of the plan come to there, exact answers computed `anew` or not."""
-        spent, store = self.clock.another(), self.store.anew() if anew else self.store
+    def part(self, layer: int, sequence: int, plan: Plan) -> Part:
+        """What the methods of the plan come to there."""
+        spent = self.clock.another()
         with torch.inference_mode():
-            tallies = replay(self.trace, layer, sequence, plan, self.device, store, spent)
+            tallies = replay(self.trace, layer, sequence, plan, self.device, self.store, spent)
         return Part(tallies, spent)
 
 
@@ -54,13 +54,10 @@ def replay_all(
     there = {} if kept is None else {at: part for at in tasks if (part := kept.load(at))}
     parts = {at: part.tallies for at, part in there.items()}
     missing: dict[tuple[int, int], str] = {}
-    # Figures differ in their last bits where exact answers are read. What was to be computed when
-    # the run began is computed now, though a worker may have kept its answers before it died.
-    anew = _without_answers(job, store)
     if kept is not None:
-        anew = kept.begin(anew)
+        kept.begin()
     calls = {
-        at: partial(replayer.part, *at, _of_layer(job.plan, at[0]), at in anew)
+        at: partial(replayer.part, *at, _of_layer(job.plan, at[0]))
         for at in tasks
         if at not in parts
     }
@@ -83,14 +80,6 @@ def replay_all(
     if not parts:
         raise none_left(missing.values())
     return {at: parts[at] for at in tasks if at in parts}, missing
-
-
-def _without_answers(job: Job, store: ReferenceStore) -> set[tuple[int, int]]:
-    """The tasks whose exact answers are not kept yet."""
-    if not store.active:
-        return set()
-    digests = {s: job.settings.trace.digest(s) for s in job.settings.sequences}
-    return {(i, s) for i, s in job.tasks if not store.holds(digests[s], i)}
 
 
 def _of_layer(plan: Plan, layer: int) -> Plan:

@@ -77,13 +77,16 @@ class Unit:
         return mean.to(self.values.dtype)
 
     def blocks(self, first_position: int, elements: int | None = None) -> Iterator["Block"]:
-        """The queries from `first_position` on, in blocks of about `elements` scores each."""
+        """Blocks of about `elements` scores each, those with queries from `first_position` on: they
+        begin at the first query of all, so that they are the same whatever the position."""
         row_elements = len(self.queries) * len(self.keys)
         if elements is None:
             elements = max(BLOCK_ELEMENTS[self.keys.device.type], LEAST_ROWS * row_elements)
         start = int(torch.searchsorted(self.positions, first_position))
         rows = max(1, elements // row_elements)
-        for row in range(start, len(self.positions), rows):
+        if start == len(self.positions):
+            return
+        for row in range(start - start % rows, len(self.positions), rows):
             yield Block(self, slice(row, min(row + rows, len(self.positions))))
 
 
@@ -179,9 +182,11 @@ class Block:
     What several methods need is computed once, when it is first asked for.
     """
 
-    def __init__(self, unit: Unit, rows: slice) -> None:
+    def __init__(self, unit: Unit, rows: slice, whole: "Block | None" = None) -> None:
+        """A part of a `whole` block has its scores: products of fewer queries sum otherwise."""
         self.unit = unit
         self.rows = rows
+        self._whole = whole
         self.queries = unit.queries[:, rows]
         self.positions = unit.positions[rows]
         self.end = int(self.positions[-1]) + 1
@@ -201,6 +206,9 @@ class Block:
     @cached_property
     def scores(self) -> Tensor:
         """Exact scores (group, queries, keys), -inf where a key is not visible."""
+        if self._whole is not None:
+            first = self.rows.start - self._whole.rows.start
+            return self._whole.scores[:, first : first + len(self.positions), : self.end]
         rules = self.unit.group.rules
         scores = score(self.queries, self.unit.keys[: self.end], rules)
         # Between the last query's first key and the first query's own, all see all.
@@ -213,17 +221,20 @@ class Block:
                 scores[..., strip].masked_fill_(hidden, -torch.inf)
         return scores
 
-    @property
-    def known_scores(self) -> Tensor | None:
-        """`scores` if they were asked for before."""
-        return self.__dict__.get("scores")
-
     def scores_at(self, ids: Tensor) -> Tensor:
-        """Exact scores (group, queries, any) of key ids of that shape; -inf for the id -1."""
-        if self.known_scores is None and ids.shape[-1] * GATHER_COST < self.end:
+        """Exact scores (group, queries, any) of key ids of that shape; -inf for the id -1.
+
+        The same whether `scores` are known or not: products of matrices sum in another order than
+        single ones, and known they are only where exact answers were not kept.
+        """
+        rules = self.unit.group.rules
+        if ids.device.type == "cpu":
+            from retrace.analyze.compiled.scores import scores_at
+
+            return scores_at(self.queries, self.unit.keys, ids, rules.scale, rules.softcap or 0.0)
+        if ids.shape[-1] * GATHER_COST < self.end:
             chosen = self.unit.keys[ids.clamp(min=0)]
             dots = torch.matmul(chosen, self.queries[..., None]).squeeze(-1)
-            rules = self.unit.group.rules
             scores = softcap(dots * rules.scale, rules)
         else:
             scores = self.scores.gather(-1, ids.clamp(min=0))
@@ -239,8 +250,8 @@ class Block:
     def part(self, rows: slice) -> "Block":
         """Some of this block's queries, with what is already computed for them."""
         start, stop, _ = rows.indices(len(self.positions))
-        part = Block(self.unit, slice(self.rows.start + start, self.rows.start + stop))
-        for name in ("visible", "scores"):
-            if name in self.__dict__:
-                part.__dict__[name] = self.__dict__[name][..., rows, : part.end]
+        place = slice(self.rows.start + start, self.rows.start + stop)
+        part = Block(self.unit, place, self._whole or self)
+        if "visible" in self.__dict__:
+            part.__dict__["visible"] = self.visible[rows, : part.end]
         return part

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from retrace.analyze.buckets import BUCKETED
 from retrace.analyze.compiled.loops import compiled, compiled_sums
+from retrace.analyze.compiled.scores import score
 
 Bools = NDArray[np.bool_]
 Doubles = NDArray[np.float64]
@@ -35,7 +36,6 @@ def moments(
     output: Tensor,
     scored: tuple[Tensor, Tensor, Tensor],
     scoring: tuple[float, float],
-    scores: Tensor | None,
     values: Tensor,
     mass: tuple[bool, Tensor],
     filled: tuple[Tensor, Tensor] | None,
@@ -63,7 +63,6 @@ def moments(
         scored: queries (group, queries, channels), keys (keys, channels), and the log of each
             softmax's denominator (group, queries), float32.
         scoring: factor of their inner products, and the bound of scores (0 for none).
-        scores: what these come to (group, queries, keys), where it is known.
         values: (keys, value channels) float32.
         mass: whether outputs are divided by what is attended, and the mass in the denominator
             besides (group, queries) float64.
@@ -75,10 +74,6 @@ def moments(
     """
     best, best_probabilities, masses = exact
     group, queries, _ = ids.shape
-    if scores is None:
-        scores = torch.empty(0, 0, 0)
-    # All that they are a part of: parts come in two layouts, and a loop is compiled for one.
-    known = scores.as_strided((scores.untyped_storage().nbytes() // 4,), (1,), 0)
     # The first budget that a key of each rank counts for.
     first_budgets = torch.searchsorted(ks, torch.arange(best.shape[2] + 1), right=True)
     at_all = np.zeros((group, len(AT_ALL), 3, len(ks)))
@@ -105,8 +100,6 @@ def moments(
         _plain(output),
         *(_plain(tensor) for tensor in scored),
         *scoring,
-        _plain(known),
-        (scores.storage_offset(), scores.stride(0), scores.stride(1)),
         _plain(values),
         mass[0],
         _plain(mass[1]),
@@ -151,8 +144,6 @@ def _moments(
     log_normalizer: Floats,
     scale: float,
     bound: float,
-    scores: Floats,
-    place_of_scores: tuple[int, int, int],
     values: Floats,
     renormalised: bool,
     mass_besides: Doubles,
@@ -203,10 +194,9 @@ def _moments(
         for h in range(group):
             walked = reached[h, most - 1] if most else 0
             _rank(best[h, q], (q * group + h) * best.shape[2], places, ids[h, q, :walked], ranks)
-            start = place_of_scores[0] + place_of_scores[1] * h + place_of_scores[2] * q
             _probabilities(
-                ids[h, q, :walked], ranks, best_probabilities[h, q], scores[start:], queries[h, q],
-                keys, log_normalizer[h, q], scale, bound, probabilities,
+                ids[h, q, :walked], ranks, best_probabilities[h, q], queries[h, q], keys,
+                log_normalizer[h, q], scale, bound, probabilities,
             )  # fmt: skip
             _recalls(
                 ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra, 0, nothing, hits
@@ -310,7 +300,6 @@ def _probabilities(
     ids: Ids,
     ranks: Ids,
     best: Doubles,
-    scores: Floats,
     query: Floats,
     keys: Floats,
     log_normalizer: np.float32,
@@ -318,23 +307,13 @@ def _probabilities(
     bound: float,
     probabilities: Doubles,
 ) -> None:
-    """The exact probability of each listed key: of those without a rank from their score, which is
-    computed where none are known."""
+    """The exact probability of each listed key: of those without a rank from their score."""
     for i in range(len(ids)):
         if ranks[i] < len(best):
             probabilities[i] = best[ranks[i]]
             continue
-        key = ids[i]
-        if len(scores):
-            score = scores[key]
-        else:
-            dot = np.float32(0.0)
-            for c in range(len(query)):
-                dot += query[c] * keys[key, c]
-            score = dot * np.float32(scale)
-            if bound > 0.0:
-                score = np.tanh(score / np.float32(bound)) * np.float32(bound)
-        probabilities[i] = np.exp(np.float64(score) - np.float64(log_normalizer))
+        its_score = score(query, keys[ids[i]], scale, bound)
+        probabilities[i] = np.exp(np.float64(its_score) - np.float64(log_normalizer))
 
 
 @compiled

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import analyze
+from retrace.analyze.unit import BLOCK_ELEMENTS
 from retrace.traces import LayerRules, Trace, open_trace
 
 MakeTrace = Callable[..., Trace]
@@ -98,3 +99,29 @@ def test_a_renamed_trace_keeps_its_figures(make_trace: MakeTrace, rules: Any) ->
     moved = trace.path.with_name("moved.zarr")
     trace.path.rename(moved)
     assert_equal(run(open_trace(moved)), wanted)
+
+
+def test_kept_answers_change_no_bit(
+    make_trace: MakeTrace, rules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on a grid, where products are exact in whatever order they are summed."""
+    monkeypatch.setitem(BLOCK_ELEMENTS, "cpu", 1 << 13)  # several blocks
+    draw = np.random.default_rng(0).normal
+    lengths = (211, 150)
+    tensors = {
+        (layer, s): tuple(draw(size=(heads, length, 20)) for heads in (4, 2, 2))
+        for layer in range(2)
+        for s, length in enumerate(lengths)
+    }
+    layers = [
+        rules(heads=4, kv_heads=2, key_dim=20, value_dim=20, **own)
+        for own in ({}, {"softcap": 3.0, "sinks": (0.5, -1.0, 0.0, 2.0), "window": 60})
+    ]
+    trace = make_trace(layers, lengths, tensors=tensors, name="own")
+    methods = [*METHODS, "oracle-sample", "vattention", "twilight", "quest:page=4,pool=layer-sum"]
+    tables = []
+    for name, keep in (("fresh", True), ("kept", True), ("without", False)):
+        analyze(trace, methods, [3, 9], out=tmp_path / name, keep_exact=keep, workers=1)
+        tables.append((tmp_path / name / "metrics.parquet").read_bytes())
+    assert kept_files(trace)
+    assert tables[0] == tables[1] == tables[2]

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from retrace.analyze.calibration import calibration
+from retrace.analyze.damage import without_damaged
 from retrace.analyze.methods.registry import parse_specs
 from retrace.analyze.parts import Job, KeptParts
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Plan, Replayed, replay_unit
 from retrace.analyze.run import earlier, reference_store, settle, share
-from retrace.analyze.scope import choose_device
+from retrace.analyze.scope import choose_device, choose_layers
 from retrace.analyze.settings import Settings
 from retrace.analyze.unit import HeadGroup, Unit, load_units
 from retrace.analyze.workers import worker_count
@@ -66,6 +67,7 @@ def estimate(
     part: tuple[int, int] | None = None,
     keep_exact: bool = True,
     overwrite: bool = False,
+    skip_damaged: bool = False,
 ) -> Estimate:
     """What `analyze` with the same arguments will take; nothing is written.
 
@@ -77,6 +79,8 @@ def estimate(
         RetraceError: what `analyze` raises before it begins.
     """
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    if skip_damaged:
+        trace = without_damaged(trace, choose_layers(trace, layers))
     specs, _ = parse_specs(methods)
     folder = None if out is None else Path(out)
     before = None if folder is None or overwrite else earlier(folder)

@@ -143,9 +143,13 @@ def command(
     place = newest_trace() if trace is None else locate(trace)
     out = Path("results", place.stem) if out is None else out
     if dry_run:
-        of_the_run = {n: v for n, v in settings.items() if n not in ("executor", "skip_damaged")}
+        if settings.pop("executor") is not None:
+            raise click.UsageError(
+                "--dry-run measures this machine and knows nothing of a cluster's: leave out "
+                "--scheduler."
+            )
         cost = estimate(
-            place, method, topk, out=out, keep_exact=not no_cache, part=part, **of_the_run
+            place, method, topk, out=out, keep_exact=not no_cache, part=part, **settings
         )
         print_estimate(cost, format)
         return

@@ -179,3 +179,8 @@ def test_dry_run(run: Run, trace: Path) -> None:
     assert (cost["tasks"], cost["units"]) == (6, 12)
     assert "6 layers of sequences, 12 kv heads" in run("analyze", trace, "--dry-run").stdout
     assert set(Path().rglob("*")) == there
+
+
+def test_dry_run_knows_no_cluster(run: Run, trace: Path) -> None:
+    options = ["--dry-run", "--scheduler", "tcp://127.0.0.1:1"]
+    assert "leave out --scheduler" in run("analyze", trace, *options, code=2).stderr

@@ -70,6 +70,12 @@ def test_analyze_leaves_it_out_when_told(run: Run, damaged: Path) -> None:
     ]
 
 
+def test_dry_run_leaves_it_out_too(run: Run, damaged: Path) -> None:
+    result = run("analyze", str(damaged), "--topk", "5", "--skip-damaged", "--dry-run")
+    assert "Sequence 0 is left out" in result.stderr
+    assert "3 layers of sequences" in result.stdout
+
+
 def test_the_rest_is_as_though_it_had_never_been_there(trace: Path) -> None:
     shutil.copytree(trace, "shorter.zarr")
     Path("shorter.zarr/done/c/0").unlink()

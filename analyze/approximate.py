@@ -1,5 +1,6 @@
 """A method in place of exact attention: what a layer gives when it attends by it."""
 
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ from retrace.analyze.select import select
 from retrace.analyze.selection import Selection
 from retrace.analyze.states import Calibration, Protocol, States
 from retrace.analyze.unit import Block, Unit
-from retrace.traces import RetraceError, Trace
+from retrace.traces import RetraceError, Trace, noted
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,25 @@ class Approximation:
         Raises:
             RetraceError: it was captured with exact attention.
         """
-        told = run.attributes["capture"].get("approximation")
-        if told is None:
+        if not _is_approximate(run):
             raise RetraceError(
                 f"{run.path} has no method in the loop: capture one with --approximate."
             )
+        told = {
+            name: noted(run, f"capture.approximation.{name}", kind)
+            for name, kind in (
+                ("method", str),
+                ("topk", int),
+                ("from_position", int | None),
+                ("dense_layers", list[int]),
+                ("calibration", list[int]),
+            )
+        }
+        for name in ("topk", "from_position"):
+            if told[name] is not None and told[name] < 1:
+                raise RetraceError(
+                    f"{run.path}: its method's {name} is {told[name]}, not 1 or more."
+                )
         return cls(
             parse_spec(told["method"]),
             told["topk"],
@@ -118,8 +133,14 @@ class Approximation:
 
 def check_exact(trace: Trace) -> None:
     """Refuse a trace that is to be the exact run and is not."""
-    if "approximation" in trace.attributes["capture"]:
+    if _is_approximate(trace):
         raise RetraceError(f"{trace.path} is not the exact run: it has a method in the loop.")
+
+
+def _is_approximate(trace: Trace) -> bool:
+    """Whether a trace was captured with a method in the loop; others' need not say how it was."""
+    captured = trace.attributes.get("capture")
+    return isinstance(captured, Mapping) and "approximation" in captured
 
 
 def _output(block: Block, selection: Selection) -> Tensor:

@@ -125,7 +125,7 @@ class KeptParts:
             RetraceError: the trace or a method is not what it was.
         """
         for file in sorted((results / PARTS).glob("*/job.json")):
-            job = Job.from_json(json.loads(file.read_text(encoding="utf-8")))
+            job = _job_of(file)
             if job.digest != file.parent.name:
                 raise RetraceError(
                     f"{file.parent} holds parts of a run over another state of "
@@ -205,6 +205,18 @@ class KeptParts:
     def _file(self, task: tuple[int, int]) -> Path:
         layer, sequence = task
         return self._folder / f"{layer}.{sequence}.npz"
+
+
+def _job_of(file: Path) -> Job:
+    """The run that a `job.json` names, which anybody may have written."""
+    try:
+        return Job.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except RetraceError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise RetraceError(
+            f"{file} names no run as `retrace analyze --part` does: remove it, and run it again."
+        ) from error
 
 
 def _source_digest(method: type) -> str:

@@ -11,7 +11,7 @@ from retrace.capture.harness import Harness
 from retrace.capture.models import Checkpoint
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, CaptureSettings
 from retrace.capture.tasks import WindowCutter, read_sequences
-from retrace.traces import PHASES, RetraceError, Trace
+from retrace.traces import PHASES, RetraceError, Trace, noted
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ def read_text(
 
 def like_reference(reference: Trace, settings: CaptureSettings) -> CaptureSettings:
     """The settings, what they do not say being as it was in the reference."""
-    said = {}
-    model, captured = reference.attributes["model"], reference.attributes["capture"]
-    for name, before in (
-        ("pretrained", model["pretrained"]),
-        ("revision", model["revision"]),
-        ("dtype", reference.attributes["dtype"]),
-        ("batch_size", reference.attributes["batch_size"]),
-        ("layers", captured["layers"]),
-        ("queries", captured["queries"]),
+    unsaid = {}
+    for path, kind in (
+        ("model.pretrained", str),
+        ("model.revision", str | None),
+        ("dtype", str),
+        ("batch_size", int),
+        ("capture.layers", list[int] | None),
+        ("capture.queries", str),
     ):
+        name = path.rpartition(".")[2]
         if getattr(settings, name) == getattr(CaptureSettings, name):
-            said[name] = before
-    return dataclasses.replace(settings, **said)
+            unsaid[name] = noted(reference, path, kind)
+    return dataclasses.replace(settings, **unsaid)
 
 
 def read_reference(trace: Trace, limit: int | None) -> Reading:
@@ -78,9 +78,9 @@ def read_reference(trace: Trace, limit: int | None) -> Reading:
     return Reading(
         [trace.tokens(sequence) for sequence in sequences],
         [trace.phase(sequence) for sequence in sequences],
-        trace.attributes["task"],
-        trace.attributes["capture"]["max_length"],
-        trace.attributes["tokenizer"]["starts_with_bos"],
+        noted(trace, "task", list[dict[str, Any]]),
+        noted(trace, "capture.max_length", int),
+        noted(trace, "tokenizer.starts_with_bos", bool),
     )
 
 

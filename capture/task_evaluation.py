@@ -24,7 +24,7 @@ from retrace.capture.models import open_checkpoint, quiet_libraries
 from retrace.capture.reading import like_reference, read_text
 from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, TASKS, CaptureSettings
-from retrace.traces import Location, RetraceError, Trace, open_trace
+from retrace.traces import Location, RetraceError, Trace, noted, open_trace
 
 FILES = ("scores.parquet", "documents.parquet", "scores.md", "scores.json")
 PARTIAL = ".scores.partial"
@@ -296,7 +296,7 @@ def _name(spec: MethodSpec | None) -> str:
 
 
 def _model_of(exact: Trace | None) -> str:
-    return "" if exact is None else str(exact.attributes["model"]["pretrained"])
+    return "" if exact is None else str(noted(exact, "model.pretrained", str))
 
 
 def _calibration(exact: Trace) -> list[str]:

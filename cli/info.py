@@ -75,6 +75,7 @@ def _layer_groups(trace: "Trace") -> list[dict[str, Any]]:
 
 def _print(facts: dict[str, Any]) -> None:
     model = facts["model"] if isinstance(facts["model"], dict) else {}
+    parameters = model.get("parameters")
     finished, planned = facts["sequences"]["finished"], facts["sequences"]["planned"]
     least, most = facts["lengths"]["least"], facts["lengths"]["most"]
     length = f"{most:,}" if least == most else f"{least:,} to {most:,}"
@@ -84,7 +85,7 @@ def _print(facts: dict[str, Any]) -> None:
             "Model",
             model_name(facts)
             + (f" at {model['revision']}" if model.get("revision") else "")
-            + (f", {model['parameters']:,} parameters" if "parameters" in model else ""),
+            + (f", {parameters:,} parameters" if isinstance(parameters, int) else ""),
         ),
         ("Task", task_names(facts, sources=True)),
         ("Dtype", facts["dtype"]),
@@ -99,8 +100,10 @@ def _print(facts: dict[str, Any]) -> None:
     lines.append(("Tensors", size(facts["bytes"])))
     if facts["perplexity"] == facts["perplexity"]:
         lines.append(("Perplexity", f"{facts['perplexity']:.2f}"))
-    if facts["unrecorded_layers"]:
-        lines.append(("Without attention", f"layers {ranges(facts['unrecorded_layers'])}"))
+    unrecorded = facts["unrecorded_layers"]
+    if unrecorded:
+        known = isinstance(unrecorded, list) and all(isinstance(i, int) for i in unrecorded)
+        lines.append(("Without attention", f"layers {ranges(unrecorded) if known else unrecorded}"))
     if facts["created"]:
         lines.append(("Created", str(facts["created"])))
     if finished < planned:

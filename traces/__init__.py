@@ -2,6 +2,7 @@
 
 from retrace.traces.errors import DamageError, RetraceError
 from retrace.traces.location import Location, RemoteLocation, beside, locate
+from retrace.traces.noted import noted
 from retrace.traces.reader import Layer, Trace, find_traces, half_begun, open_trace
 from retrace.traces.rotation import Rotation
 from retrace.traces.schema import FORMAT_VERSION, PHASES, LayerRules, prompts
@@ -27,6 +28,7 @@ __all__ = [
     "find_traces",
     "half_begun",
     "locate",
+    "noted",
     "open_trace",
     "prompts",
     "resume_trace",

@@ -10,14 +10,13 @@ from typing import Any
 
 import pandas as pd
 
+from retrace.analyze.checked import DIGESTS, checked_facts, checked_table
 from retrace.traces import RetraceError
 from retrace.traces.durable import make_folder, sync_all, sync_path
 
 SAVING, SAVED = ".saving", ".saved"
 """Folders, in one of results, of what is being written and of what is whole: the second is moved
 into its place file by file, and counts before what is there."""
-DIGESTS = "tables"
-"""Where run.json has the SHA-256 of each table."""
 
 
 def save(folder: Path, tables: Mapping[str, pd.DataFrame], run: dict[str, Any], text: str) -> None:
@@ -56,7 +55,7 @@ def load(
         RetraceError: it is no results folder, its files do not belong together, or one was changed.
     """
     try:
-        run = _checked(json.loads(_file(folder, "run.json").read_text(encoding="utf-8")))
+        run = checked_facts(json.loads(_file(folder, "run.json").read_text(encoding="utf-8")))
         digests = run.pop(DIGESTS, {})  # of earlier versions there are none
         tables = {}
         for name, wanted in columns.items():
@@ -66,9 +65,7 @@ def load(
                 continue
             if digest is not None and _digest(file) != digest:
                 raise ValueError(f"{file.name} is not what was written")
-            tables[name] = pd.read_parquet(file)
-            if absent := [column for column in wanted if column not in tables[name]]:
-                raise ValueError(f"its tables have no column {', '.join(absent)}")
+            tables[name] = checked_table(pd.read_parquet(file), wanted, file.name)
     except (OSError, ValueError, RecursionError) as error:
         words = " ".join(str(error).split())
         raise RetraceError(f"{folder} is not a results folder of retrace ({words}).") from error
@@ -97,21 +94,6 @@ def _file(folder: Path, name: str) -> Path:
     if file.exists() and not file.is_file():  # a pipe would be waited for
         raise ValueError(f"its {name} is no file")
     return file
-
-
-def _checked(run: Any) -> dict[str, Any]:
-    """A run's facts, if they have the form that others rely on."""
-    if not isinstance(run, dict):
-        raise ValueError("its run.json is no object")
-    for name, kind in (("methods", dict), ("history", list), ("missing", list), (DIGESTS, dict)):
-        held = run.get(name, kind())
-        entries = held.values() if isinstance(held, dict) else held
-        whole = isinstance(held, kind) and (
-            name == DIGESTS or all(isinstance(entry, dict) for entry in entries)
-        )
-        if not whole or (name not in run and name in ("methods", "history")):
-            raise ValueError(f"its run.json has no {name} as retrace writes them")
-    return run
 
 
 def _digest(file: Path) -> str:

@@ -227,7 +227,7 @@ def _still_wanted(
     outdated = {
         str(spec)
         for spec in specs
-        if str(spec) in known and known[str(spec)]["source_digest"] != spec.source_digest
+        if str(spec) in known and known[str(spec)].get("source_digest") != spec.source_digest
     }
     before = before.without(outdated)
     wanted = []

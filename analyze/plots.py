@@ -28,6 +28,7 @@ from retrace.analyze.drawing import (
     styles_of,
     wrapped,
 )
+from retrace.analyze.position_plots import position_figures
 from retrace.analyze.sweep_plots import sweep_figures
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def draw_all(results: "Results", folder: Path) -> list[Path]:
     figures["recall-by-layer"] = recall_by_layer(results)
     figures["error-norm-by-layer"] = error_norm_by_layer(results)
     figures["error-by-bytes"] = error_by_bytes(results)
+    for axis, figure in position_figures(results).items():
+        figures[f"by-{axis}"] = figure
     for (method, parameter), figure in sweep_figures(results).items():
         figures[f"sweep-{slug(method)}-{slug(parameter)}"] = figure
     files = []

@@ -51,6 +51,8 @@ PLOTS = (
     "recall-by-layer.png",
     "error-norm-by-layer.png",
     "error-by-bytes.png",
+    "by-position.png",
+    "by-distance.png",
     "sweep-*.png",
 )
 """Names of the pictures that are drawn of results."""

@@ -54,6 +54,8 @@ def test_the_folder(run: Run, trace: Path) -> None:
         "attention-fraction-curves.png",
         "attention-fraction-curves-by-layer.png",
         "attention-fraction-heatmap-exact-k5.png",
+        "by-distance.png",
+        "by-position.png",
         "error-by-bytes.png",
         "error-norm-by-layer.png",
         "recall-by-layer.png",

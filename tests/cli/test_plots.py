@@ -8,7 +8,10 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import Results
+from retrace.analyze.buckets import BUCKETED
 from retrace.analyze.plots import draw_all, slug
+from retrace.analyze.position_plots import position_figures
+from retrace.analyze.results import POSITION_COLUMNS
 from retrace.analyze.sweep_plots import SHOWN, sweep_figures
 
 PNG = b"\x89PNG"
@@ -125,3 +128,27 @@ def test_names_of_files() -> None:
     assert slug("mine.py:Mine:a=1,b=sink:4+recent:64") == "mine.py-Mine-a=1-b=sink-4+recent-64"
     long = [slug(f"m:a={'x' * 300},b={i}") for i in range(2)]
     assert long[0] != long[1] and max(map(len, long)) < 140
+
+
+def test_figures_over_positions(tmp_path: Path) -> None:
+    """A line for each method, through the means of the buckets that there are."""
+    results = some_results(3, 2, ["exact", "quest"], [5, 10, 20, 50])
+    rows = results.metrics[results.metrics["metric"].isin(BUCKETED)]
+    generator = np.random.default_rng(1)
+    results.positions = pd.concat(
+        rows.assign(axis=axis, first=first, mean=generator.random(len(rows)), count=9)
+        for axis, firsts in (("position", [50, 64, 128]), ("distance", [0, 1, 2, 4]))
+        for first in firsts
+    ).astype(POSITION_COLUMNS)
+    figures = position_figures(results)
+    assert list(figures) == ["position", "distance"]
+    panels = figures["distance"].axes
+    assert len(panels) == 9  # three metrics, three of the budgets
+    means = results.positions.groupby(["axis", "metric", "topk", "method", "first"], observed=True)
+    of = means["mean"].mean()
+    for axes, (metric, k) in zip(panels, itertools.product(BUCKETED, [5, 20, 50]), strict=True):
+        for line, method in zip(axes.lines, ["exact", "quest"], strict=True):
+            np.testing.assert_allclose(line.get_ydata(), of["distance", metric, k, method])
+            assert list(line.get_xdata()) == [0.5, 1, 2.5, 5.5]
+    names = {file.name for file in draw_all(results, tmp_path / "plots")}
+    assert {"by-position.png", "by-distance.png"} <= names

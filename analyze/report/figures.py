@@ -8,7 +8,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from retrace.analyze.drawing import DASHES, EXACT_STYLE, Style, styles_of
-from retrace.analyze.report.intervals import intervals_of
+from retrace.analyze.report.along import along, fit
+from retrace.analyze.report.intervals import ends_within, intervals_of
 from retrace.analyze.report.packed import Packed
 from retrace.analyze.results import METRICS, Results
 
@@ -50,19 +51,29 @@ def figures_of(results: Mapping[str, Results], packed: Packed) -> dict[str, Any]
     points = _curve_points(entries, runs)
     grids = [_Grids.of(run, points, packed) for run in runs]
     intervals, differences = zip(*map(intervals_of, runs), strict=True)
+    whole = fit(runs)
+    shared, places = zip(
+        *(
+            along(run, part.layers, part.heads if whole else 1, packed)
+            for run, part in zip(runs, grids, strict=True)
+        ),
+        strict=True,
+    )
     return {
         "metrics": METRICS,
         "runs": [
             {"name": name, "facts": run.run, "layers": part.layers, "modules": part.modules,
              "heads": part.heads, "sequences": int(run.sequences["sequence"].nunique()),
-             "intervals": own, "differences": less}
-            for (name, run), part, own, less in zip(
-                results.items(), grids, intervals, differences, strict=True
+             "intervals": own, "differences": less, "along": buckets,
+             "ends": ends_within(run, part.layers, part.heads, packed)}
+            for (name, run), part, own, less, buckets in zip(
+                results.items(), grids, intervals, differences, shared, strict=True
             )
         ],
         "entries": [
             {"run": entry.run, "method": entry.method, "label": label, "derived": entry.derived,
-             "style": styles[label]._asdict(), **grids[entry.run].places(entry)}
+             "style": styles[label]._asdict(), **grids[entry.run].places(entry),
+             "along": {} if entry.derived else places[entry.run].get(entry.method, {})}
             for entry, label in zip(entries, labels, strict=True)
         ],
     }  # fmt: skip

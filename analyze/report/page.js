@@ -14,12 +14,20 @@ const METRICS = {
   bytes_ratio: { title: "Bytes", axis: "bytes read / bytes of full attention", better: -1 },
 };
 const LOST = { title: "Lost attention mass", axis: "1 − attention fraction", better: -1 };
-const AGAINST = { topk: "budget k (keys per query and head)", density: METRICS.density.axis, bytes_ratio: METRICS.bytes_ratio.axis };
+const AGAINST = {
+  topk: { title: "budget k (keys per query and head)", words: "the budget" },
+  density: { title: METRICS.density.axis, words: "keys attended over keys visible" },
+  bytes_ratio: { title: METRICS.bytes_ratio.axis, words: "bytes read over those of full attention" },
+  position: { title: "position of the query", words: "the query's position" },
+  distance: { title: "distance from the index's prefix", words: "the query's distance from the prefix that a state may be built from" },
+};
+const along = (against) => against === "position" || against === "distance";
 const DASHES = { "-": ["solid", ""], "--": ["dash", "7 4"], ":": ["dot", "2 3"], "-.": ["dashdot", "7 3 2 3"] };
 const MARKERS = { o: ["circle", "●"], s: ["square", "■"], "^": ["triangle-up", "▲"], D: ["diamond", "◆"], v: ["triangle-down", "▼"], P: ["cross", "✚"] };
 // Okabe and Ito's colours, lighter where the page is dark.
 const ON_DARK = { "#0072B2": "#4DA6E0", "#D55E00": "#F0803C", "#009E73": "#2CC29A", "#CC79A7": "#DF9CC1", black: "#F2F2F2" };
 const DIVERGING = ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"].map((c, i) => [i / 6, c]);
+const CURVED = ["attention_fraction", "recall", "error_norm"]; // metrics that have a plot of curves
 const DRAWN_AT_FIRST = 10;
 
 let index, figures;
@@ -62,13 +70,13 @@ function cell(entry, values, layer, head) {
 }
 
 /** The figures of a grid in some layer and head, or all of them where null; none that are NaN. */
-function within(entry, values, layer = chosen.layer, head = chosen.head) {
+function within(entry, values, layer = chosen.layer, head = chosen.head, heads = runOf(entry).heads) {
   const run = runOf(entry), found = [];
   if (!values) return found;
   for (let row = 0; row < run.layers.length; row++) {
     if (layer !== null && run.layers[row] !== layer) continue;
-    for (let h = 0; h < run.heads; h++) {
-      const value = values[row * run.heads + h];
+    for (let h = 0; h < heads; h++) {
+      const value = values[row * heads + h];
       if ((head === null || h === head) && !Number.isNaN(value)) found.push(value);
     }
   }
@@ -87,6 +95,15 @@ const overall = (entry, metric, topk) => mean(within(entry, grid(entry, metric, 
 
 /** The interval over sequences of a method's mean over layers and heads; undefined where unknown. */
 const interval = (entry, metric, topk) => entry.derived ? undefined : runOf(entry).intervals[entry.method]?.[metric]?.[topk];
+/** That of a layer's mean over heads, or of a head; of all layers where that is null. */
+function endsWithin(entry, metric, topk, layer = chosen.layer, head = chosen.head) {
+  if (layer === null) return head === null ? interval(entry, metric, topk) : undefined;
+  const run = runOf(entry), start = run.ends[head === null ? "layer" : "head"][entry.method]?.[metric]?.[topk], row = run.layers.indexOf(layer);
+  if (entry.derived || start === undefined || row < 0 || head >= run.heads) return undefined;
+  const [size, place] = head === null ? [run.layers.length, row] : [run.layers.length * run.heads, row * run.heads + head];
+  const ends = [figures[start + place], figures[start + size + place]];
+  return ends.some(Number.isNaN) ? undefined : ends;
+}
 /** That of a method's mean less another's: both must have answered the same sequences of one run. */
 function intervalOfDifference(entry, other, metric, topk) {
   if (entry.run !== other.run || entry.derived || other.derived) return undefined;
@@ -103,8 +120,10 @@ function shown(value, signed = false) {
   const text = size >= 1e5 ? size.toExponential(3) : size >= 10 ? size.toPrecision(5) : size.toFixed(4);
   return (value < 0 && Number(text) ? "−" : signed && Number(text) ? "+" : "") + text;
 }
+const besideEnds = (ends) => ends ? ` ${shownEnds(ends)}` : "";
 const shownEnds = (ends, signed = false) => ends ? `[${shown(ends[0], signed)}, ${shown(ends[1], signed)}]` : "–";
 const counted = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
+const countedQueries = (count) => counted(count, "query").replace("querys", "queries");
 /** Text that Plotly, which reads some HTML, shows as it is; long specs in lines. */
 function plain(text, width = 44) {
   const lines = [""];
@@ -115,6 +134,8 @@ function plain(text, width = 44) {
   const escaped = (line) => line.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
   return lines.map(escaped).join("<br>");
 }
+/** Text that may be broken after its colons and commas. */
+const breakable = (text) => text.split(/(?<=[,:/])/).flatMap((part, i) => (i ? [element("wbr"), part] : [part]));
 function scopeWords() {
   const layer = chosen.layer === null ? "all layers" : `layer ${chosen.layer}`;
   return chosen.head === null ? `${layer}, mean over heads` : `${layer}, head ${chosen.head}`;
@@ -161,9 +182,9 @@ function every(names) { // tick labels of at most 16 of them
 }
 
 /** A heat map; `values` by row of the run and head. */
-function drawMap(id, entry, values, words, scale) {
+function drawMap(id, entry, values, words, scale, ends = () => undefined) {
   const run = runOf(entry), rows = run.layers.map((_, row) => values.slice(row * run.heads, (row + 1) * run.heads));
-  const text = rows.map((row, r) => Array.from(row, (value, h) => `layer ${run.layers[r]}, head ${h}<br>${words} ${Number.isNaN(value) ? "no query counts" : shown(value, scale.signed)}`));
+  const text = rows.map((row, r) => Array.from(row, (value, h) => `layer ${run.layers[r]}, head ${h}<br>${words} ${Number.isNaN(value) ? "no query counts" : shown(value, scale.signed)}${besideEnds(ends(run.layers[r], h))}`));
   at(id).style.height = `${Math.min(Math.max(run.layers.length * 11, 130), 900) + 80}px`;
   draw(id, [{
     type: "heatmap", z: rows, text, hovertemplate: "%{text}<extra></extra>", hoverongaps: false,
@@ -213,7 +234,8 @@ function showMap(part, entry, values, scale, title) {
   if (!entry) return;
   at(`${id}-title`).textContent = values ? title : `${title}: not measured at k = ${chosen.topk}`;
   at(id).hidden = !values;
-  if (values) drawMap(id, entry, values, part === "difference" ? "difference" : METRICS[chosen.metric].title.toLowerCase(), scale);
+  if (values) drawMap(id, entry, values, part === "difference" ? "difference" : METRICS[chosen.metric].title.toLowerCase(), scale,
+    part === "difference" ? undefined : (layer, head) => endsWithin(entry, chosen.metric, chosen.topk, layer, head));
 }
 
 function sayHead(layer = chosen.layer, head = chosen.head) {
@@ -222,21 +244,36 @@ function sayHead(layer = chosen.layer, head = chosen.head) {
   const say = (entry) => {
     const value = cell(entry, grid(entry, metric, topk), layer, head);
     if (Number.isNaN(value)) return `${entry.label} –`;
-    return `${entry.label} ${shown(value)} (std ${shown(cell(entry, grid(entry, metric, topk, "std"), layer, head))} over queries)`;
+    return `${entry.label} ${shown(value)}${besideEnds(endsWithin(entry, metric, topk, layer, head))} (std ${shown(cell(entry, grid(entry, metric, topk, "std"), layer, head))} over queries)`;
   };
   const queries = cell(method, grid(method, metric, topk, "count"), layer, head);
   at("readout").textContent = `Layer ${layer}, head ${head} (${moduleOf(method, layer)}), ${METRICS[metric].title.toLowerCase()} at k = ${topk}: `
-    + [method, other].filter(Boolean).map(say).join("; ") + (queries > 0 ? `; ${counted(queries, "query").replace("querys", "queries")}.` : ".");
+    + [method, other].filter(Boolean).map(say).join("; ") + (queries > 0 ? `; ${countedQueries(queries)}.` : ".");
 }
 
 /** The points of a method's curve within the scope: at the budgets asked for, and between them. */
 function curve(entry, metric, against, values = mean) {
+  if (along(against)) return curveAlong(entry, metric, against, values);
   const points = new Map(), place = (topk) => (against === "topk" ? topk : mean(within(entry, grid(entry, against, topk))));
   if (against === "topk")
     (entry.curves[metric] ?? []).forEach((start, i) => start !== null && points.set(entry.curve_topk[i], { asked: false, values: within(entry, slice(entry, start)) }));
-  for (const topk of entry.topk) points.set(topk, { asked: true, values: within(entry, grid(entry, metric, topk)) });
+  for (const topk of entry.topk) points.set(topk, { asked: true, values: within(entry, grid(entry, metric, topk)), ends: endsWithin(entry, metric, topk) });
   return [...points].map(([topk, point]) => ({ topk, x: place(topk), y: values(point.values), ...point }))
     .filter(({ x, y, values: some }) => some.length && Number.isFinite(x) && Number.isFinite(y)).sort((a, b) => a.topk - b.topk);
+}
+
+/** The same at the chosen budget, bucket by bucket of the queries on an axis. */
+function curveAlong(entry, metric, axis, values) {
+  const run = runOf(entry), start = entry.along[axis]?.[metric]?.[chosen.topk];
+  if (start === undefined) return [];
+  const { heads, axes } = run.along, { firsts, queries } = axes[axis], size = run.layers.length * heads;
+  return firsts.map((first, i) => {
+    const grid = figures.subarray(start + i * size, start + (i + 1) * size), last = Math.max(first, 2 * first - 1);
+    const some = within(entry, grid, chosen.layer, heads < run.heads ? null : chosen.head, heads);
+    const numbers = `${axis} ${first === last ? first : `${first} to ${last}`}`;
+    return { topk: chosen.topk, asked: true, values: some, x: Math.max(0.5, (first + last) / 2), y: values(some),
+      at: `k = ${chosen.topk}, ${numbers} (${countedQueries(queries[chosen.topk][i])})` };
+  }).filter(({ values: some }) => some.length);
 }
 
 function lineOf(entry, points, axes) {
@@ -245,7 +282,7 @@ function lineOf(entry, points, axes) {
     type: "scatter", mode: "lines+markers", name: plain(entry.label), x: points.map((p) => p.x), y: points.map((p) => p.y),
     line: { color: colourOf(entry), dash: DASHES[entry.style.dashes][0], width: first ? 3 : second ? 2.5 : 1.4 },
     marker: { color: colourOf(entry), symbol: MARKERS[entry.style.marker][0], opacity: 1, line: { width: 0 }, size: points.map((p) => (p.asked ? (first ? 8 : 6) : 0)) },
-    text: points.map((p) => `${plain(entry.label)}<br>k = ${p.topk}<br>${axes} ${shown(p.y)}${p.cost === undefined ? "" : `<br>bytes ${shown(p.cost)}`}`),
+    text: points.map((p) => `${plain(entry.label)}<br>${p.at ?? `k = ${p.topk}`}<br>${axes} ${shown(p.y)}${besideEnds(p.ends)}${p.cost === undefined ? "" : `<br>bytes ${shown(p.cost)}`}`),
     hovertemplate: "%{text}<extra></extra>", opacity: first || second ? 1 : 0.8,
   };
 }
@@ -258,23 +295,38 @@ function drawn() {
 
 function drawCurves() {
   const { against } = chosen;
-  at("curves-title").textContent = `Curves: ${scopeWords()}`;
-  const method = index.entries[chosen.method];
-  const spreads = within(method, grid(method, "recall", chosen.topk) ?? grid(method, "attention_fraction", chosen.topk)).length > 1;
-  at("curves-caption").textContent = `Against ${against === "topk" ? "the budget" : against === "density" ? "keys attended over keys visible" : "bytes read over those of full attention"}; markers are the budgets asked for; where a method's choices nest, its line goes through the budgets between them. Each k has the queries from ${countedFrom(runOf(method).facts)} on, so that a curve may fall.`
-    + (spreads ? ` The band is 10 to 90 % of the heads under ${method.label}.` : "");
-  for (const metric of ["attention_fraction", "recall", "error_norm"]) {
-    const traces = spreads ? band(method, metric, against) : [];
+  const method = index.entries[chosen.method], run = runOf(method), buckets = along(against);
+  at("curves-title").textContent = `Curves: ${scopeWords()}${buckets ? `, k = ${chosen.topk}` : ""}`;
+  const spreads = curve(method, "attention_fraction", against).some((point) => point.values.length > 1);
+  const known = !buckets && CURVED.some((metric) => endsWithin(method, metric, chosen.topk));
+  at("curves-caption").textContent = `Against ${AGAINST[against].words}; ${buckets ? alongWords(run, against) : `markers are the budgets asked for; where a method's choices nest, its line goes through the budgets between them. Each k has the queries from ${countedFrom(run.facts)} on, so that a curve may fall.`}`
+    + (spreads ? ` The ${known ? "pale band" : "band"} is 10 to 90 % of the ${buckets && run.along.heads < run.heads ? "layers' means" : "heads"} under ${method.label}.` : "")
+    + (known ? ` ${intervalWords()}` : "");
+  for (const metric of CURVED) {
+    const traces = spreads ? band(method, metric, against) : [], lines = [];
     for (const entry of drawn()) {
       const points = curve(entry, metric, against);
-      if (points.length) traces.push(lineOf(entry, points, METRICS[metric].title.toLowerCase()));
+      if (points.length) lines.push(lineOf(entry, points, METRICS[metric].title.toLowerCase()));
+      if (isChosen(entry)) traces.push(...interval95(entry, points));
     }
+    traces.push(...lines);
     draw(`curve-${metric}`, traces, {
-      xaxis: { title: { text: AGAINST[against] }, ...logarithmic(traces, against === "topk") },
+      xaxis: { title: { text: AGAINST[against].title }, ...(buckets ? doubling(traces) : logarithmic(traces, against === "topk")) },
       yaxis: { title: { text: METRICS[metric].axis }, ...(METRICS[metric].most ? { range: [-0.02, 1.03] } : { rangemode: "tozero" }) },
       annotations: nothing(traces),
     });
   }
+}
+
+/** What the buckets of an axis are, and what of them the page does not hold. */
+function alongWords(run, axis) {
+  const { axes, heads } = run.along, { protocol = "all" } = run.facts;
+  if (!axes[axis]) return "these results hold no figures by it: an earlier version made them.";
+  const from = protocol.startsWith("prefix") ? `A distance is counted from the prefix of the protocol ${protocol}.`
+    : `Under the protocol ${protocol} a distance is counted from where fitted states were last built anew; methods that fit nothing do not depend on it.`;
+  return "a marker is the mean of a bucket of queries, each twice as long as the one before."
+    + (axis === "distance" ? ` ${from}` : "")
+    + (heads < run.heads ? " Of so many figures the page holds means over heads only." : "");
 }
 
 function band(entry, metric, against) {
@@ -284,6 +336,20 @@ function band(entry, metric, against) {
   const line = (points, rest) => ({ type: "scatter", mode: "lines", x: points.map((p) => p.x), y: points.map((p) => p.y), line: { width: 0 }, hoverinfo: "skip", ...rest });
   const { r, g, b } = components(colourOf(entry));
   return [line(low, {}), line(high, { fill: "tonexty", fillcolor: `rgba(${r},${g},${b},0.14)` })];
+}
+
+const isChosen = (entry) => [chosen.method, chosen.other].includes(index.entries.indexOf(entry));
+const intervalWords = () => `The darker bands are 95 % intervals of ${chosen.other === null ? "its mean" : "both chosen methods' means"} over ${sequencesWords()}.`;
+
+/** The band of the intervals that points have. */
+function interval95(entry, points) {
+  const some = points.filter((point) => point.ends), x = some.map((point) => point.x);
+  if (some.length < 2) return [];
+  const { r, g, b } = components(colourOf(entry));
+  return [{
+    type: "scatter", mode: "lines", line: { width: 0 }, hoverinfo: "skip", fill: "toself", fillcolor: `rgba(${r},${g},${b},0.3)`, meta: "interval",
+    x: [...x, ...[...x].reverse()], y: [...some.map((p) => p.ends[0]), ...some.map((p) => p.ends[1]).reverse()],
+  }];
 }
 
 function components(colour) {
@@ -304,6 +370,16 @@ function logarithmic(traces, budgets = false) {
   return { type: "log", tickvals: ticks, ticktext: ticks.map(String), range: [Math.log10(least) - margin, Math.log10(most) + margin] };
 }
 
+/** A logarithmic axis of buckets that double, with a tick where some of them begin; 0 is left of 1. */
+function doubling(traces) {
+  const values = traces.flatMap((trace) => trace.x);
+  if (!values.length) return { type: "log" };
+  const least = Math.floor(Math.log2(values.reduce((a, b) => Math.min(a, b)))), most = Math.ceil(Math.log2(values.reduce((a, b) => Math.max(a, b))));
+  const step = Math.ceil((most - least + 1) / 7), powers = [...Array(most - least + 1).keys()].map((i) => least + i).filter((power) => (most - power) % step === 0);
+  const [low, high] = [least, most].map((power) => power * Math.log10(2)), margin = 0.04 * (high - low) + 0.05;
+  return { type: "log", tickvals: powers.map((power) => 2 ** power), ticktext: powers.map((power) => String(Math.floor(2 ** power))), range: [low - margin, high + margin] };
+}
+
 const nothing = (traces) => traces.length ? [] : [{ text: "not measured here", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5, font: { color: theme("faint") } }];
 
 function drawCosts() {
@@ -313,7 +389,7 @@ function drawCosts() {
     ["cost-lost", "attention_fraction", LOST, (y) => 1 - y],
   ]) {
     const lines = drawn().filter((entry) => !entry.derived)
-      .map((entry) => [entry, curve(entry, metric, "bytes_ratio").map((p) => ({ ...p, y: of(p.y), cost: p.x }))])
+      .map((entry) => [entry, curve(entry, metric, "bytes_ratio").map((p) => ({ ...p, y: of(p.y), cost: p.x, ends: undefined }))])
       .filter(([, points]) => points.length);
     const front = [];
     for (const point of lines.flatMap(([, points]) => points).sort((a, b) => a.x - b.x || a.y - b.y))
@@ -324,7 +400,7 @@ function drawCosts() {
       line: { color: theme("front"), width: 9, shape: "hv" }, hoverinfo: "skip",
     });
     draw(id, traces, {
-      xaxis: { title: { text: AGAINST.bytes_ratio }, ...logarithmic(traces) },
+      xaxis: { title: { text: AGAINST.bytes_ratio.title }, ...logarithmic(traces) },
       yaxis: { title: { text: info.axis }, rangemode: "tozero" }, annotations: nothing(traces),
     });
   }
@@ -338,7 +414,7 @@ function drawLayers() {
     const run = runOf(entry), values = grid(entry, metric, topk);
     if (!values) continue;
     const points = run.layers.map((layer) => ({ layer, heads: within(entry, values, layer, null) })).filter((p) => p.heads.length)
-      .map(({ layer, heads }) => ({ topk, asked: run.layers.length <= 40, x: layer, y: mean(heads), std: spread(heads) }));
+      .map(({ layer, heads }) => ({ topk, asked: run.layers.length <= 40, x: layer, y: mean(heads), std: spread(heads), ends: endsWithin(entry, metric, topk, layer, null) }));
     const line = lineOf(entry, points, info.title.toLowerCase());
     line.text = line.text.map((text, i) => `${text} (std ${shown(points[i].std)})<br>layer ${points[i].x}`);
     if (entry === index.entries[chosen.method]) {
@@ -346,8 +422,12 @@ function drawLayers() {
       const edge = (sign, rest) => ({ type: "scatter", mode: "lines", x: line.x, y: points.map((p) => Math.max(0, Math.min(info.most ?? Infinity, p.y + sign * p.std))), line: { width: 0 }, hoverinfo: "skip", ...rest });
       traces.push(edge(-1, {}), edge(1, { fill: "tonexty", fillcolor: `rgba(${r},${g},${b},0.14)` }));
     }
+    if (isChosen(entry)) traces.push(...interval95(entry, points));
     traces.push(line);
   }
+  const method = index.entries[chosen.method];
+  at("layers-caption").textContent = `Mean over a layer's heads; the pale band is one standard deviation across the heads of ${method.label}.`
+    + (runOf(method).layers.some((layer) => endsWithin(method, metric, topk, layer, null)) ? ` ${intervalWords()}` : "");
   draw("layers-plot", traces, {
     xaxis: { title: { text: "layer" }, tickformat: "d", range: [Math.min(...layers) - 0.5, Math.max(...layers) + 0.5], ...(layers.length > 16 ? { nticks: 16 } : { dtick: 1 }) },
     yaxis: { title: { text: info.axis }, ...(info.most ? { range: [-0.02, 1.03] } : { rangemode: "tozero" }) },
@@ -380,7 +460,7 @@ function tabulate(id, columns, rows, rowClass = () => "") {
       else head.removeAttribute("aria-sort");
     });
     body.replaceChildren(...sorted.map((row) => element("tr", row.cells.map((value, i) => {
-      const beside = value?.ends ? shownEnds(value.ends) : value?.std === undefined ? "" : `± ${shown(value.std)}`;
+      const beside = `${value?.std === undefined ? "" : `± ${shown(value.std)}`}${besideEnds(value?.ends)}`.trim();
       const spread = beside ? [" ", element("span", beside, { class: "spread" })] : [];
       return element("td", [value?.text ?? (typeof value === "number" ? String(value) : value), ...spread], columns[i].words ? { class: "words" } : {});
     }), { class: rowClass(row) })));
@@ -436,13 +516,16 @@ function tabulateComparison() {
 
 function tabulateLayers() {
   const method = index.entries[chosen.method], other = index.entries[chosen.other], { metric, topk } = chosen, run = runOf(method);
-  at("layers-table-title").textContent = `Layers under ${method.label} at k = ${topk}: mean ± standard deviation across heads`;
+  at("layers-table-title").textContent = `Layers under ${method.label} at k = ${topk}: mean ± standard deviation across heads${Object.keys(run.ends.layer).length ? " [95 % interval over sequences]" : ""}`;
   const metrics = Object.keys(METRICS).filter((name) => grid(method, name, topk));
   const columns = [{ title: "Layer" }, { title: "Module", words: true }, ...metrics.map((name) => METRICS[name])];
   if (other) columns.push({ title: `${METRICS[metric].title}, difference to ${other.label}` });
   tabulate("layers-table", columns, run.layers.map((layer, row) => {
     const of = (entry, name) => within(entry, grid(entry, name, topk), layer, null);
-    const cells = metrics.map((name) => of(method, name)).map((heads) => ({ ...figure(mean(heads)), ...(heads.length ? { std: spread(heads) } : {}) }));
+    const cells = metrics.map((name) => {
+      const heads = of(method, name);
+      return { ...figure(mean(heads)), ...(heads.length ? { std: spread(heads), ends: endsWithin(method, name, topk, layer, null) } : {}) };
+    });
     if (other) cells.push(figure(mean(of(method, metric)) - mean(of(other, metric)), true));
     return { layer, cells: [layer, run.modules[row], ...cells] };
   }), (row) => (row.layer === chosen.layer ? "chosen" : ""));
@@ -533,7 +616,7 @@ function describeDrawn() {
       part.textContent = text;
       svg.append(part);
     }
-    return element("label", [box, svg, element("span", entry.label)], i === chosen.method || i === chosen.other ? { class: "chosen" } : {});
+    return element("label", [box, svg, element("span", breakable(entry.label), { title: entry.label })], i === chosen.method || i === chosen.other ? { class: "chosen" } : {});
   }));
 }
 
@@ -544,6 +627,7 @@ function drawLines() {
 }
 
 function show() {
+  for (const id of ["method", "other"]) at(id).title = index.entries[chosen[id]]?.label ?? ""; // a box cuts it off
   for (const i of [chosen.method, chosen.other]) if (i !== null) chosen.drawn.add(i);
   tabulateMethods();
   tabulateComparison();

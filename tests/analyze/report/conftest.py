@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import METRICS, Results
-from retrace.analyze.results import WITH_INTERVAL
+from retrace.analyze.buckets import AXES
+from retrace.analyze.results import POSITION_COLUMNS, WITH_INTERVAL
 
 SEQUENCE_COUNTS = [1000, 2000, 4792]
 """Queries that count, by sequence."""
@@ -30,9 +31,11 @@ def random_results(
     seed: int = 0,
     task: str = "text",
     sequences: bool = False,
+    positions: Sequence[int] = (),
 ) -> Results:
     """Random figures of every metric; none where no query counts, at the budgets in `empty`.
-    Those of single sequences are others, where there are any."""
+    Those of single sequences, and of buckets that begin at these positions, are others, where
+    there are any."""
     generator = np.random.default_rng(seed)
 
     def table(metrics: Sequence[str], budgets: Sequence[int]) -> pd.DataFrame:
@@ -65,15 +68,23 @@ def random_results(
         "history": [{"when": "2026-11-25T00:55:42Z", "device": "cpu", "threads": 2}],
     }  # fmt: skip
     metrics, curves = table(list(METRICS), topk), table(CURVED, curve)
-    if not sequences:
-        return Results(metrics, curves, run)
+    results = Results(metrics, curves, run)
     kept = metrics[metrics["metric"].isin(WITH_INTERVAL) & (metrics["count"] > 0)]
-    keys = ["method", "layer", "module", "head", "topk", "metric"]
-    parts = [
-        kept[keys].assign(sequence=s, count=n, mean=generator.random(len(kept)))
-        for s, n in enumerate(SEQUENCE_COUNTS)
-    ]
-    return Results(metrics, curves, run, pd.concat(parts, ignore_index=True))
+    kept = kept[["method", "layer", "module", "head", "topk", "metric"]]
+    if sequences:
+        parts = [
+            kept.assign(sequence=s, count=n, mean=generator.random(len(kept)))
+            for s, n in enumerate(SEQUENCE_COUNTS)
+        ]
+        results.sequences = pd.concat(parts, ignore_index=True)
+    if positions:
+        parts = [
+            kept.assign(axis=axis, first=first, mean=generator.random(len(kept)), count=first + 1)
+            for axis in AXES
+            for first in positions
+        ]
+        results.positions = pd.concat(parts).assign(std=0.1).astype(POSITION_COLUMNS)
+    return results
 
 
 class Parts(HTMLParser):

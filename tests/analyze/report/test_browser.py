@@ -22,6 +22,7 @@ Make = Callable[..., Results]
 Open = Callable[..., Page]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 LAYERS, HEADS, TOPK = [0, 1, 3, 4], 5, [5, 10, 50]
+FIRSTS = [0, 1, 4, 8, 512]
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
 
@@ -40,7 +41,8 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def results(made: Make) -> Results:
     methods = ["exact", "quest", "loki:basis=own"]
-    return made(LAYERS, HEADS, methods, TOPK, range(1, 51), empty=[50], sequences=True)
+    more: dict[str, Any] = {"sequences": True, "positions": FIRSTS}
+    return made(LAYERS, HEADS, methods, TOPK, range(1, 51), empty=[50], **more)
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def number(text: str) -> float:
     return float("nan") if bare == "\u2013" else float(bare)
 
 
-def ends(text: str) -> list[float]:
+def ends_of(text: str) -> list[float]:
     """An interval as the page shows it."""
     return [number(end) for end in text[text.index("[") + 1 : -1].split(", ")]
 
@@ -145,7 +147,7 @@ def test_tables_hold_the_figures_of_the_results(open_page: Open, results: Result
             layers, table[f"Mean {title}"], table[f"Std {title}"], strict=True
         ):
             assert number(row[column]) == pytest.approx(mean, abs=1e-4)
-            assert float(row[column].split(" ± ")[1]) == pytest.approx(std, abs=1e-4)
+            assert number(row[column].split(" ± ")[1]) == pytest.approx(std, abs=1e-4)
 
 
 def test_another_method_and_metric_change_the_heat_map(open_page: Open, results: Results) -> None:
@@ -182,7 +184,7 @@ def test_intervals_over_sequences(open_page: Open, results: Results) -> None:
             [wanted] = results.intervals("model", methods=row[:1], topk=[10], metrics=[metric])[
                 ["low", "high"]
             ].to_numpy()
-            np.testing.assert_allclose(ends(row[column]), wanted, atol=1e-4)
+            np.testing.assert_allclose(ends_of(row[column]), wanted, atol=1e-4)
     # Either way round, a difference is that of the pairs of sequences.
     for method, other in (("loki:basis=own", "quest"), ("quest", "loki:basis=own")):
         shown.select_option("#method", label=method)
@@ -192,9 +194,82 @@ def test_intervals_over_sequences(open_page: Open, results: Results) -> None:
             metric = row[0].lower().replace(" ", "_")
             if metric in WITH_INTERVAL:
                 wanted = less.loc[(10, metric), ["low", "high"]]
-                np.testing.assert_allclose(ends(row[4]), wanted.astype(float), atol=1e-4)
+                np.testing.assert_allclose(ends_of(row[4]), wanted.astype(float), atol=1e-4)
             else:
                 assert row[4] == "\u2013"
+
+
+def bands_of(shown: Page, plot: str) -> list[tuple[list[float], list[float]]]:
+    """The bands of intervals in a plot: x and y around each."""
+    bands: list[tuple[list[float], list[float]]] = shown.eval_on_selector(
+        f"#{plot}",
+        "p => p.data.filter(t => t.meta === 'interval').map(t => [[...t.x], [...t.y]])",
+    )
+    return bands
+
+
+def test_bands_of_intervals(open_page: Open, results: Results) -> None:
+    """Of the two chosen methods, in the scope of the curves: low ends forth, high ends back."""
+    shown = open_page({"r": results})
+    shown.select_option("#topk", "10")
+    for layer, head, over in (("", "", "model"), ("3", "", "layer"), ("3", "2", "head")):
+        shown.select_option("#layer", layer)
+        shown.select_option("#head", head)
+        known = results.intervals(over, metrics=["recall"])
+        if layer:
+            known = of(known, layer=3)
+        if head:
+            known = of(known, head=2)
+        bands = bands_of(shown, "curve-recall")
+        assert len(bands) == 2
+        for (x, y), method in zip(bands, ("exact", "quest"), strict=True):
+            wanted = of(known, method=method).set_index("topk")
+            assert x == [5, 10, 10, 5]
+            ends = [*wanted.loc[[5, 10], "low"], *wanted.loc[[10, 5], "high"]]
+            np.testing.assert_allclose(y, ends, rtol=1e-4)
+        caption = shown.text_content("#curves-caption") or ""
+        assert "95 % intervals" in caption and "3 sequences, too few" in caption
+    low, high = known.set_index(["method", "topk"]).loc[("quest", 10), ["low", "high"]]
+    shown.select_option("#metric", label="Recall")
+    assert f"[{low:.4f}, {high:.4f}]" in (shown.text_content("#readout") or "")
+    # A layer's mean, in the plot of layers and in its table.
+    known = results.intervals("layer", methods=["quest"], topk=[10], metrics=["recall"])
+    [_, (x, y)] = bands_of(shown, "layers-plot")
+    assert x == [*LAYERS, *reversed(LAYERS)]
+    np.testing.assert_allclose(y, [*known["low"], *reversed(known["high"])], rtol=1e-4)
+    for row, wanted in zip(rows_of(shown, "layers-table"), known.itertuples(), strict=True):
+        np.testing.assert_allclose(ends_of(row[2]), [wanted.low, wanted.high], atol=1e-4)
+    # A head over all layers has none, nor has a curve over positions.
+    shown.select_option("#layer", "")
+    assert bands_of(shown, "curve-recall") == []
+    shown.select_option("#head", "")
+    shown.select_option("#against", "position")
+    assert bands_of(shown, "curve-recall") == []
+
+
+def test_without_sequences_there_is_no_interval(open_page: Open, made: Make) -> None:
+    shown = open_page({"r": made([0], 2, ["exact", "quest"], [5, 10], [5])})
+    for plot in ("curve-recall", "layers-plot"):
+        assert bands_of(shown, plot) == []
+    assert "95 %" not in (shown.text_content("#curves-caption") or "")
+    assert "[" not in (shown.text_content("#layers-table") or "")
+
+
+LONG = "a-method:" + ",".join(f"parameter_{i}=value_{i}" for i in range(12))
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_long_specs_are_short_in_the_legend(
+    open_page: Open, made: Make, viewport: dict[str, int]
+) -> None:
+    shown = open_page({"r": made([0], 2, ["exact", "quest", LONG], [5], [5])}, viewport)
+    entry = shown.locator("#legend-entries span").last
+    assert entry.text_content() == LONG == entry.get_attribute("title")
+    box, short = entry.bounding_box(), shown.locator("#legend-entries span").nth(1).bounding_box()
+    assert box and short and short["height"] < box["height"] < 2.5 * short["height"]
+    assert box["x"] + box["width"] <= viewport["width"]
+    shown.select_option("#method", label=LONG)
+    assert shown.get_attribute("#method", "title") == LONG
 
 
 def test_a_cell_tells_its_figure(open_page: Open, results: Results) -> None:
@@ -237,6 +312,58 @@ def test_a_cell_leads_to_the_curves_of_its_head(open_page: Open, results: Result
     rows = of(results.metrics, method="quest", **head).query("topk < 50")
     for got, metric in ((x, "bytes_ratio"), (y, "error_norm")):
         np.testing.assert_allclose(got, of(rows, metric=metric)["mean"], rtol=2e-5)
+
+
+@pytest.mark.parametrize(("axis", "name"), [("position", "position"), ("distance", "prefix")])
+def test_curves_against_position_and_distance(
+    open_page: Open, results: Results, axis: str, name: str
+) -> None:
+    shown = open_page({"r": results})
+    shown.select_option("#topk", "10")
+    shown.select_option("#against", axis)
+    assert name in (shown.locator("#curve-recall .xtitle").text_content() or "")
+    rows = of(results.positions, axis=axis, topk=10)
+    for metric in WITH_INTERVAL:
+        wanted = of(rows, metric=metric).groupby(["method", "first"], observed=True)["mean"].mean()
+        lines = lines_of(shown, f"curve-{metric}")
+        assert set(lines) == set(results.methods())
+        for method, (x, y) in lines.items():
+            np.testing.assert_allclose(y, wanted[method], rtol=1e-3)
+            # In the middle of the bucket, 0 left of 1.
+            assert x == [0.5, 1, 5.5, 11.5, 767.5]
+    shown.select_option("#layer", "3")
+    shown.select_option("#head", "2")
+    assert shown.text_content("#curves-title") == "Curves: layer 3, head 2, k = 10"
+    rows = of(rows, layer=3, head=2, metric="recall")
+    _, y = lines_of(shown, "curve-recall")["quest"]
+    np.testing.assert_allclose(y, of(rows, method="quest")["mean"], rtol=1e-3)
+    said = " ".join(shown.eval_on_selector("#curve-recall", "p => p.data.at(-1).text"))
+    assert f"k = 10, {axis} 4 to 7 (5 queries)" in said
+    shown.select_option("#topk", "50")  # which no query counts for
+    assert lines_of(shown, "curve-recall") == {}
+    assert "not measured here" in (shown.text_content("#curve-recall") or "")
+
+
+def test_results_without_figures_by_position(open_page: Open, made: Make) -> None:
+    shown = open_page({"r": made([0], 2, ["exact", "quest"], [5], [5])})
+    shown.select_option("#against", "position")
+    assert "an earlier version made them" in (shown.text_content("#curves-caption") or "")
+    assert lines_of(shown, "curve-recall") == {}
+
+
+def test_of_too_many_figures_there_are_means_over_heads(
+    open_page: Open, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrace.analyze.report.along.FIGURES", len(results.positions) - 1)
+    shown = open_page({"r": results})
+    shown.select_option("#topk", "10")
+    shown.select_option("#against", "position")
+    shown.select_option("#layer", "3")
+    shown.select_option("#head", "2")
+    assert "means over heads only" in (shown.text_content("#curves-caption") or "")
+    rows = of(results.positions, axis="position", topk=10, layer=3, metric="recall", method="quest")
+    _, y = lines_of(shown, "curve-recall")["quest"]
+    np.testing.assert_allclose(y, rows.groupby("first")["mean"].mean(), rtol=1e-3)
 
 
 def test_the_front_is_of_what_nothing_beats(open_page: Open, results: Results) -> None:
@@ -376,12 +503,16 @@ def test_every_size(
     topk: list[int],
     empty: list[int],
 ) -> None:
-    shown = open_page({"r": made(layers, heads, methods, topk, topk, empty=empty)})
+    more: dict[str, Any] = {"positions": [64, 128]} if heads == 1 else {}
+    shown = open_page({"r": made(layers, heads, methods, topk, topk, empty=empty, **more)})
     assert len(rows_of(shown, "layers-table")) == len(layers)
     assert shown.evaluate("document.documentElement.scrollWidth") <= DESKTOP["width"]
     shown.click("#show-all")
     drawn = lines_of(shown, "curve-recall")
     assert set(drawn) == (set() if empty else set(methods))
+    shown.select_option("#against", "position")
+    drawn = lines_of(shown, "curve-recall")
+    assert set(drawn) == (set(methods) if more and not empty else set())
 
 
 def test_results_of_different_queries_are_told(open_page: Open, made: Make) -> None:

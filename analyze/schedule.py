@@ -40,12 +40,13 @@ def finished(
                 except RetraceError:
                     raise
                 except Exception as error:
-                    if attempts[key] < ATTEMPTS:
+                    death = _death(error, attempts[key])
+                    if death is None and attempts[key] == ATTEMPTS:
+                        raise
+                    if death is None:
                         running[pool.submit(_alone, calls[key])] = key
                         continue
-                    if not _is_death(error):
-                        raise
-                    answer = BrokenExecutor(str(error))
+                    answer = death
                 yield key, answer
     finally:
         for future in running:
@@ -55,12 +56,11 @@ def finished(
 def name_missing(layer: int, sequence: int, death: BrokenExecutor) -> None:
     """Warn that a layer of a sequence is missing, since its workers ended time after time."""
     log.warning(
-        "Layer %d of sequence %d is missing: %s, %d times. If that is for want of memory, "
-        "fewer --workers take less.",
+        "Layer %d of sequence %d is missing: %s. If that is for want of memory, fewer --workers "
+        "take less.",
         layer,
         sequence,
         death,
-        ATTEMPTS,
     )
 
 
@@ -69,10 +69,15 @@ def none_left(deaths: Iterable[str]) -> RetraceError:
     return RetraceError(f"Nothing could be replayed: {', '.join(sorted(set(deaths)))}.")
 
 
-def _is_death(error: Exception) -> bool:
-    """Whether a worker died, or as many as Dask allows."""
-    killed = getattr(sys.modules.get("distributed"), "KilledWorker", BrokenExecutor)
-    return isinstance(error, BrokenExecutor | killed)
+def _death(error: Exception, attempts: int) -> BrokenExecutor | None:
+    """What is said of a call that ended its workers, once it was tried often enough."""
+    dask = sys.modules.get("distributed")
+    if dask is not None and isinstance(error, dask.KilledWorker):  # after trying it by itself
+        count = error.allowed_failures + 1
+        return BrokenExecutor(f"{count} workers of the Dask cluster died of it")
+    if isinstance(error, BrokenExecutor) and attempts == ATTEMPTS:
+        return BrokenExecutor(f"{error}, {attempts} times")
+    return None
 
 
 def _alone(call: Callable[[], T]) -> T:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from retrace.analyze.libraries import optional
+from retrace.analyze.cluster import cluster
 from retrace.analyze.processes import Processes
 from retrace.traces import RetraceError
 
@@ -54,7 +54,7 @@ def start_workers(
     several = worker_count(device, work, count)
     as_fast = several <= BUSY_THREADS or work < WORTH_PROCESSES
     if isinstance(executor, str):
-        with _cluster(executor) as (pool, cores):
+        with cluster(executor) as (pool, cores):
             yield pool, cores
     elif executor is not None:
         yield executor, several
@@ -67,28 +67,6 @@ def start_workers(
             yield processes, several
         finally:
             processes.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _cluster(address: str) -> Iterator[tuple[Executor, int]]:
-    """The workers of the Dask cluster whose scheduler is at an address, and their cores.
-
-    Raises:
-        RetraceError: dask.distributed is not installed, or no scheduler answers there.
-    """
-    distributed = optional(
-        "distributed", "pip install 'retrace-attention[cluster]'", "A Dask cluster"
-    )
-    try:
-        client = distributed.Client(address, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise RetraceError(f"No Dask scheduler answers at {address} ({error}).") from error
-    with client:
-        executor = client.get_executor(pure=False)
-        try:
-            yield executor, sum(client.ncores().values())
-        finally:
-            executor.shutdown(wait=False)  # what is left is not wanted
 
 
 def worker_count(device: torch.device, work: float, asked: int | None = None) -> int:

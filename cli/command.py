@@ -13,6 +13,8 @@ TYPED = "retrace.cli.typed"
 """Where a context keeps what the user typed."""
 INTERRUPTED = 130
 """Exit code of a shell's command that Ctrl-C ended."""
+UNHEARD = ("asyncio", "distributed.client")
+"""Loggers of libraries that show tracebacks of errors which are raised as well."""
 
 
 class Command(click.Command):
@@ -33,6 +35,8 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        for name in UNHEARD:
+            logging.getLogger(name).disabled = True
         try:
             with warnings_on_stderr():
                 return super().invoke(ctx)

@@ -1,13 +1,16 @@
 """A Dask cluster comes to the same bytes as one worker."""
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from retrace.analyze import analyze
+from retrace.analyze.schedule import finished
 from retrace.traces import RetraceError, Trace
 
 distributed = pytest.importorskip("distributed", reason="needs the extra cluster")
@@ -17,7 +20,7 @@ distributed = pytest.importorskip("distributed", reason="needs the extra cluster
 def scheduler() -> Iterator[str]:
     """The address of a cluster of two processes on this machine."""
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50
+        n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=50
     ) as cluster:
         yield cluster.scheduler_address
 
@@ -48,6 +51,75 @@ def test_the_same_bytes(
     for table in ("metrics.parquet", "curves.parquet", "positions.parquet"):
         bytes_of = [(tmp_path / name / table).read_bytes() for name in ("one", "cluster")]
         assert bytes_of[0] == bytes_of[1]
+
+
+def run(trace: Trace, out: Path, **settings: Any) -> list[tuple[int, int]]:
+    """Analyze, and tell what was told of progress."""
+    told: list[tuple[int, int]] = []
+    show = settings.pop("progress", lambda done, total: None)
+
+    def progress(done: int, total: int) -> None:
+        told.append((done, total))
+        show(done, total)
+
+    settings |= {"out": out, "keep_exact": False, "min_context": 10, "progress": progress}
+    analyze(trace, ["exact", "window"], [2, 5], **settings)
+    return told
+
+
+CLUSTER = """
+import distributed, threading
+cluster = distributed.LocalCluster(
+    n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0"
+)
+print(cluster.scheduler_address, flush=True)
+threading.Event().wait()
+"""
+
+
+def test_a_scheduler_that_is_killed(
+    make_trace: Callable[..., Trace], rules: Any, tmp_path: Path, scheduler: str
+) -> None:
+    import dask
+
+    trace = make_trace([rules(), rules(window=9)], [53, 24, 40])
+    run(trace, tmp_path / "one", workers=1)
+    with subprocess.Popen([sys.executable, "-c", CLUSTER], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+
+        def kill(done: int, total: int) -> None:
+            if done == 2:
+                other.kill()
+
+        with (
+            dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+            pytest.raises(RetraceError, match=r"is gone\. What is finished is kept"),
+        ):
+            address = other.stdout.readline().decode().strip()
+            run(trace, tmp_path / "r", executor=address, progress=kill)
+    kept = len(list((tmp_path / "r").glob(".parts/*/*.npz")))
+    assert kept >= 2
+    told = run(trace, tmp_path / "r", executor=scheduler)
+    assert told[0] == (kept, 6)
+    figures = [(tmp_path / name / "metrics.parquet").read_bytes() for name in ("one", "r")]
+    assert figures[0] == figures[1]
+
+
+def test_a_unit_that_dask_gave_up() -> None:
+    from distributed.scheduler import WorkerState
+
+    class Giving(Executor):
+        def submit(self, *call: Any) -> Future[Any]:  # type: ignore[override]
+            calls.append(call)
+            future: Future[Any] = Future()
+            worker = WorkerState.__new__(WorkerState)
+            future.set_exception(distributed.KilledWorker("task", worker, 3))
+            return future
+
+    calls: list[Any] = []
+    [(key, answer)] = finished(Giving(), {"unit": int})
+    assert (key, str(answer)) == ("unit", "4 workers of the Dask cluster died of it")
+    assert len(calls) == 1
 
 
 def test_no_scheduler(make_trace: Callable[..., Trace], rules: Any) -> None:

@@ -18,7 +18,7 @@ from retrace.capture.plan import Plan
 from retrace.capture.queue import Figures, WriteQueue
 from retrace.capture.ranks import Meeting
 from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
-from retrace.traces import Location, RetraceError, Trace, TraceWriter, open_trace
+from retrace.traces import Location, RetraceError, Trace, TraceWriter, UnreachableError, open_trace
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def record(
     ours = batches[meeting.ranks.rank :: meeting.ranks.size]
     try:
         _record_batches(model, layers, plan, ours, approximator, done, writer, meeting, show)
+    except UnreachableError:
+        raise  # what is there cannot be told
     except RetraceError:
         alone = meeting.ranks.size == 1
         if alone and not output.resumes and not open_trace(output.writing).sequences:

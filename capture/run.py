@@ -28,7 +28,7 @@ from retrace.capture.reading import (
 )
 from retrace.capture.record import Progress, ShowProgress, record
 from retrace.capture.settings import CaptureSettings
-from retrace.traces import RetraceError, Trace, locate, open_trace
+from retrace.traces import RetraceError, Trace, UnreachableError, locate, open_trace
 
 
 def capture(
@@ -177,9 +177,14 @@ def _capture(
 
 @contextlib.contextmanager
 def _explained(output: Output) -> Iterator[None]:
-    """A full memory or disk, as one line that says how to go on."""
+    """A full memory or disk, or a store that is gone, as one line that says how to go on."""
     try:
         yield
+    except UnreachableError as error:
+        raise UnreachableError(
+            f"{error} What is finished is kept: give the same command with --resume (without "
+            "--overwrite)."
+        ) from error
     except torch.OutOfMemoryError as error:
         raise RetraceError(
             "The device has too little memory: lower --batch-size or --max-length, or choose "

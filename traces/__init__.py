@@ -1,6 +1,6 @@
 """Traces: the queries, keys and values of a model, in a Zarr store that any client can read."""
 
-from retrace.traces.errors import DamageError, RetraceError
+from retrace.traces.errors import DamageError, RetraceError, UnreachableError
 from retrace.traces.location import Location, RemoteLocation, beside, locate
 from retrace.traces.noted import noted
 from retrace.traces.reader import Layer, Trace, find_traces, half_begun, open_trace
@@ -22,6 +22,7 @@ __all__ = [
     "Rotation",
     "Trace",
     "TraceWriter",
+    "UnreachableError",
     "Verification",
     "beside",
     "create_trace",

@@ -8,6 +8,10 @@ class RetraceError(ValueError):
     """
 
 
+class UnreachableError(RetraceError):
+    """What is stored under a URL cannot be read or written, now or at all."""
+
+
 class DamageError(RetraceError):
     """Something of a trace is not as it was written, or was written by what is no capture."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore
 
-from retrace.traces.errors import RetraceError
+from retrace.traces.errors import RetraceError, UnreachableError
 
 
 class RemoteLocation:
@@ -116,7 +116,7 @@ def explained(place: Location) -> Iterator[None]:
                 "`pip install 'retrace-attention[remote]'`, for others the one of fsspec."
             ) from error
         words = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RetraceError(
+        raise UnreachableError(
             f"{place} cannot be reached ({words}): check the URL, and the credentials and "
             "endpoint in the environment (for s3:// AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
             "AWS_ENDPOINT_URL)."

@@ -46,7 +46,8 @@ class TraceWriter:
     def __init__(self, path: Location) -> None:
         self.path = path
         store = open_store(path, read_only=False)
-        self._group = zarr.open_group(store, mode="r+", use_consolidated=False, zarr_format=3)
+        with explained(path):
+            self._group = zarr.open_group(store, mode="r+", use_consolidated=False, zarr_format=3)
         self._tensors: dict[str, zarr.Array[Any]] = {}  # opened once: each costs a read
 
     def write_layer(
@@ -105,7 +106,7 @@ class TraceWriter:
 
     def close(self) -> None:
         """Write the consolidated metadata of a trace that will not grow any more."""
-        with warnings.catch_warnings():
+        with explained(self.path), warnings.catch_warnings():
             # Consolidated metadata is an extension of Zarr v3; readers without it lose nothing.
             warnings.simplefilter("ignore")
             zarr.consolidate_metadata(self._group.store)
@@ -120,7 +121,8 @@ class TraceWriter:
         return self._tensors[key]
 
     def _array(self, name: str) -> "zarr.Array[Any]":
-        array = self._group[name]
+        with explained(self.path):
+            array = self._group[name]
         assert isinstance(array, zarr.Array)
         return array
 
@@ -264,8 +266,15 @@ def _create_small_arrays(
     """The arrays with one chunk per sequence; all but `nll`, `kl` and `done` are filled at once."""
     count = len(tokens)
 
+    # Nothing is written twice: of two writes to an object store the first may arrive last, when it
+    # timed out and was given up.
     def create(
-        name: str, axes: tuple[str, ...], extent: tuple[int, ...], dtype: str, fill: Any
+        name: str,
+        axes: tuple[str, ...],
+        extent: tuple[int, ...],
+        dtype: str,
+        fill: Any,
+        attributes: dict[str, Any] | None = None,
     ) -> "zarr.Array[Any]":
         return group.create_array(
             name,
@@ -275,6 +284,7 @@ def _create_small_arrays(
             fill_value=fill,
             compressors=(Crc32cCodec(),),
             dimension_names=("sequence", *axes),
+            attributes=attributes,
         )
 
     positions = max(len(t) for t in tokens)
@@ -282,8 +292,7 @@ def _create_small_arrays(
     token_array = create("tokens", ("position",), (positions,), "int32", -1)
     length_array = create("length", (), (), "int32", 0)
     query_array = create("query_positions", ("query_position",), (queries,), "int32", -1)
-    phase_array = create("phase", ("position",), (positions,), "int8", -1)
-    phase_array.attrs["codes"] = PHASES
+    phase_array = create("phase", ("position",), (positions,), "int8", -1, {"codes": PHASES})
     for name in ("nll", "kl") if diverges else ("nll",):
         create(name, ("position",), (positions,), "float32", float("nan"))
     create("done", (), (), "bool", False)
@@ -303,8 +312,7 @@ def _create_layer(
     queries: int,
     dtype: str,
 ) -> None:
-    layer_group = group.require_group(f"layers/{layer}")
-    layer_group.attrs.update(rules.to_attributes())
+    layer_group = group.create_group(f"layers/{layer}", attributes=rules.to_attributes())
     shapes = {
         "query": (rules.heads, queries, rules.key_dim),
         "key": (rules.kv_heads, positions, rules.key_dim),

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from retrace.capture import Progress, capture
-from retrace.traces import RemoteLocation, RetraceError, find_traces, open_trace, verify_trace
+from retrace.traces import (
+    RemoteLocation,
+    RetraceError,
+    UnreachableError,
+    find_traces,
+    open_trace,
+    verify_trace,
+)
 
 pytest.importorskip("s3fs", reason="s3fs, of the extra `remote`, is not installed")
 server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
@@ -111,6 +118,20 @@ def test_a_store_that_fails_in_the_middle(
     assert found.whole and set(found.finished) <= {0, 1}
     assert capture(model, **options, resume=True).sequences == (0, 1, 2)
     assert verify_trace(url).whole
+
+
+def test_a_store_that_fails_at_the_very_end(
+    bucket: str, model_folder: Any, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(store: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    url, model = f"{bucket}/closing.zarr", str(model_folder("mistral"))
+    options: dict[str, Any] = {"text": [text_file], "limit": 1, "max_length": 40, "out": url}
+    with monkeypatch.context() as patch, pytest.raises(UnreachableError, match=r"--resume"):
+        patch.setattr("zarr.consolidate_metadata", denied)
+        capture(model, **options)
+    assert capture(model, **options, resume=True).sequences == (0,)
 
 
 def test_damage_is_named(bucket: str, model_folder: Any, text_file: Path) -> None:

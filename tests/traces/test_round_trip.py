@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from zarr.storage import LocalStore
 
 from retrace.traces import create_trace, open_trace, to_numpy, to_torch
 from retrace.traces import writer as trace_writer
@@ -133,3 +134,18 @@ def test_another_dtype_is_not_converted(make_plan: MakePlan, tmp_path: Path) -> 
     writer = create_trace(tmp_path / "t.zarr", **plan.arguments)
     with pytest.raises(TypeError, match=r"float32.*float16"):
         writer.write_layer(0, 0, *(t.astype(np.float32) for t in plan.tensors[0, 0]))
+
+
+def test_what_is_created_is_written_once(
+    make_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object store may apply the first of two writes last."""
+    put, written = LocalStore.set, dict[str, bytes]()
+
+    async def note(self: LocalStore, key: str, value: Any) -> None:
+        assert written.setdefault(key, value.to_bytes()) == value.to_bytes()
+        await put(self, key, value)
+
+    monkeypatch.setattr(LocalStore, "set", note)
+    create_trace(tmp_path / "t.zarr", **make_plan().arguments)
+    assert {"zarr.json", "phase/zarr.json", "layers/3/zarr.json"} <= written.keys()

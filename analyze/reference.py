@@ -1,6 +1,8 @@
 """The exact answers that every method is measured against, computed once and kept."""
 
+import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from retrace.analyze import kernels
 from retrace.analyze.archives import read_arrays, write_arrays
 from retrace.analyze.top import top
 from retrace.analyze.unit import Block, Unit
+
+log = logging.getLogger("retrace")
 
 KEPT_RANKS = 128
 """Ranks kept for later runs, so that a larger budget does not repeat the pass."""
@@ -93,9 +97,12 @@ class ReferenceStore:
         return kept if kept.answers(unit, ranks) else None
 
     def save(self, digest: str, layer: int, references: "KeptReferences") -> None:
-        """Keep the answers for a layer of a sequence."""
+        """Keep the answers for a layer of a sequence, if there is room and leave to write."""
         if self._folder is not None:
-            write_arrays(self._path(digest, layer), vars(references))
+            try:
+                write_arrays(self._path(digest, layer), vars(references))
+            except OSError as error:
+                _not_kept(self._folder, error.strerror)
 
     def _path(self, digest: str, layer: int) -> Path:
         assert self._folder is not None
@@ -167,6 +174,12 @@ class KeptReferences:
     def _heads(block: Block) -> slice:
         group = block.unit.group
         return slice(group.kv_head * group.rules.group, (group.kv_head + 1) * group.rules.group)
+
+
+@lru_cache
+def _not_kept(folder: Path, cause: str | None) -> None:
+    """Say so, once: the next layer and sequence will fare no better."""
+    log.warning("Exact answers are not kept in %s for later runs: %s.", folder, cause)
 
 
 def _are_keys(ids: npt.NDArray[np.uint16 | np.int32], keys: int) -> bool:

@@ -48,15 +48,26 @@ class Command(click.Command):
                 raise
             raise click.UsageError(str(error), ctx) from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            words = _words(error)
+            if words is None:
                 raise
-            place = f" ({error.filename})" if error.filename else ""
-            raise click.UsageError(
-                f"The disk is full{place}: make room, or write elsewhere with --out.", ctx
-            ) from error
+            raise click.UsageError(words, ctx) from error
         except KeyboardInterrupt:
             click.echo(f"\nInterrupted. {self.interrupted}".rstrip(), err=True)
             ctx.exit(INTERRUPTED)
+
+
+def _words(error: OSError) -> str | None:
+    """What an error of the system means; None where nobody but us can mend it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f" ({error.filename})" if error.filename else ""
+        return f"The disk is full{place}: make room, or write elsewhere with --out."
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
+        return (
+            f"{error.filename}: {error.strerror}. Choose another place, with --out for what is "
+            "written."
+        )
+    return None
 
 
 @contextmanager

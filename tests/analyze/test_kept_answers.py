@@ -1,5 +1,7 @@
 """Exact answers kept beside the trace for later runs."""
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +82,28 @@ def test_damaged_answers_are_computed_anew(make_trace: MakeTrace, rules: Any, da
             path.unlink()
     assert_equal(run(trace), wanted)
     assert_equal(run(trace), wanted)
+
+
+def test_a_folder_that_takes_no_more(
+    make_trace: MakeTrace,
+    rules: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refused(path: Path, arrays: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    trace = make_trace(rules(), name="own")
+    wanted = run(trace)
+    first, *others = kept_files(trace)
+    first.unlink()
+    monkeypatch.setattr("retrace.analyze.reference.write_arrays", refused)
+    assert_equal(run(trace), wanted)
+    assert caplog.messages == [
+        f"Exact answers are not kept in {trace.path.with_name('own.exact')} for later runs: "
+        "Read-only file system."
+    ]
+    assert kept_files(trace) == others
 
 
 def test_another_capture_of_the_same_name(make_trace: MakeTrace, rules: Any) -> None:

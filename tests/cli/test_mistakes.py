@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +114,18 @@ def test_a_full_disk(run: Run, trace: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("retrace.analyze.results.Results.save", full)
     line = error(run("analyze", trace, "--topk", "5", code=2))
     assert "disk is full" in line and "metrics.parquet" in line
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_place_that_is_not_ours(
+    run: Run, trace: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refused(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number), "results/tiny/.parts")
+
+    monkeypatch.setattr("retrace.analyze.results.Results.save", refused)
+    line = error(run("analyze", trace, "--topk", "5", code=2))
+    assert f"results/tiny/.parts: {os.strerror(number)}" in line and "--out" in line
 
 
 def test_another_error_is_a_bug(run: Run, trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

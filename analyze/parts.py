@@ -25,6 +25,7 @@ from retrace.analyze.replay import Plan, Replayed, Tally
 from retrace.analyze.results import METRICS
 from retrace.analyze.settings import Settings
 from retrace.analyze.states import Cost, Protocol
+from retrace.analyze.untrusted import read_facts
 from retrace.traces import RetraceError, open_trace
 from retrace.traces.durable import make_folder, written_whole
 
@@ -210,12 +211,13 @@ class KeptParts:
 def _job_of(file: Path) -> Job:
     """The run that a `job.json` names, which anybody may have written."""
     try:
-        return Job.from_json(json.loads(file.read_text(encoding="utf-8")))
+        return Job.from_json(read_facts(file))
     except RetraceError:
         raise
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise RetraceError(
-            f"{file} names no run as `retrace analyze --part` does: remove it, and run it again."
+            f"{file} is not as retrace wrote it ({' '.join(str(error).split())}): remove "
+            f"{file.parent} and run it again."
         ) from error
 
 

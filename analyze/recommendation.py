@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import pandas as pd
 
+from retrace.analyze.untrusted import read_facts
 from retrace.traces import RetraceError
 from retrace.traces.durable import written_whole
 
@@ -145,8 +146,8 @@ class Recommendation:
             RetraceError: it is none, or of another format.
         """
         try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            content = read_facts(Path(file))
+        except (OSError, ValueError, RecursionError) as error:
             raise RetraceError(f"{file} is not a recommendation ({error}).") from error
         return cls.from_json(content)
 

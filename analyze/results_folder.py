@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from retrace.analyze.checked import DIGESTS, checked_facts, checked_table
+from retrace.analyze.untrusted import read_facts, read_table
 from retrace.traces import RetraceError
 from retrace.traces.durable import make_folder, sync_all, sync_path
 
@@ -55,7 +56,7 @@ def load(
         RetraceError: it is no results folder, its files do not belong together, or one was changed.
     """
     try:
-        run = checked_facts(json.loads(_file(folder, "run.json").read_text(encoding="utf-8")))
+        run = checked_facts(read_facts(_file(folder, "run.json")))
         digests = run.pop(DIGESTS, {})  # of earlier versions there are none
         tables = {}
         for name, wanted in columns.items():
@@ -65,7 +66,7 @@ def load(
                 continue
             if digest is not None and _digest(file) != digest:
                 raise ValueError(f"{file.name} is not what was written")
-            tables[name] = checked_table(pd.read_parquet(file), wanted, file.name)
+            tables[name] = checked_table(read_table(file, wanted), wanted, file.name)
     except (OSError, ValueError, RecursionError) as error:
         words = " ".join(str(error).split())
         raise RetraceError(f"{folder} is not a results folder of retrace ({words}).") from error

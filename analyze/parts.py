@@ -141,11 +141,9 @@ class KeptParts:
 
     def begin(self) -> None:
         """Say which run the parts are of."""
-        file = self._folder / "job.json"
-        if not file.exists():
-            make_folder(self._folder)
-            with written_whole(file, writer=str(os.getpid())) as opened:
-                opened.write(json.dumps(self._job.to_json(), indent=2).encode())
+        make_folder(self._folder)
+        with written_whole(self._folder / "job.json", writer=str(os.getpid())) as opened:
+            opened.write(json.dumps(self._job.to_json(), indent=2).encode())
 
     def load(self, task: tuple[int, int]) -> Part | None:
         """The part of a layer and sequence; None if it is not there, or damaged."""

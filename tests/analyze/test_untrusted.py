@@ -188,5 +188,6 @@ def test_parts_whose_run_is_not_as_written(
     job.write_text(raw)
     with pytest.raises(RetraceError, match="is not as retrace wrote it"):
         merge([out])
-    with pytest.raises(RetraceError, match="is not as retrace wrote it"):
-        analyze(trace, ["exact"], [2], out=out, part=(2, 2), keep_exact=False, workers=1)
+    # The next part of that run says again what run it is.
+    analyze(trace, ["exact"], [2], out=out, part=(2, 2), keep_exact=False, workers=1)
+    merge([out])

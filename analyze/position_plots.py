@@ -47,7 +47,7 @@ def _along(results: "Results", axis: str) -> Figure:
         budgets = [budgets[0], budgets[len(budgets) // 2], budgets[-1]]
     methods = results.methods()
     styles = styles_of(methods)
-    figure = Figure(figsize=(max(3.4 * len(budgets), 5.0), 7.2), layout="constrained")
+    figure = Figure(figsize=(max(3.4 * len(budgets), 5.0), 6.0), layout="constrained")
     space(figure)
     figure.suptitle(
         f"By {LABELS[axis]}, in buckets that double: mean over heads and layers\n"
@@ -74,7 +74,6 @@ def _along(results: "Results", axis: str) -> Figure:
             )
         if not drawn:
             say_nothing_counts(axes)
-        axes.set_ylim(0.0, 1.02 if metric != "error_norm" else None)
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize="small")
         if row == 0:
@@ -83,6 +82,9 @@ def _along(results: "Results", axis: str) -> Figure:
             axes.set_ylabel(TITLES[metric], fontsize="small")
         if row == len(BUCKETED) - 1:
             axes.set_xlabel(LABELS[axis], fontsize="small")
+    # When all panels of a row have their lines: limits that are set no longer follow them.
+    for metric, axes in zip(BUCKETED, panels[:, 0], strict=True):
+        axes.set_ylim(0.0, 1.02 if metric != "error_norm" else None)
     _label_buckets(panels[0, 0], sorted(int(first) for first in rows["first"].unique()))
     legend(figure, *panels.flat)
     return figure

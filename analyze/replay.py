@@ -99,12 +99,14 @@ class Tally:
                 if places is not None:
                     moments = moments.spread(places, len(budgets))
                 known[metric] = known[metric].merge(moments) if metric in known else moments
+        by_bucket = tallied.by_bucket
         if asked != self.topk:
             ours = [self.topk.index(k) for k in asked]
-            spread = {a: m.spread(ours, len(self.topk), 1) for a, m in tallied.by_bucket.items()}
-            self._merge_buckets(spread)
-        else:
-            self._merge_buckets(tallied.by_bucket)
+            by_bucket = {
+                axis: moments.spread(ours, len(self.topk), axis=1)
+                for axis, moments in by_bucket.items()
+            }
+        self._merge_buckets(by_bucket)
 
     def merge(self, other: "Tally") -> None:
         """Add another sequence's queries."""

@@ -136,7 +136,7 @@ def test_figures_over_positions(tmp_path: Path) -> None:
     rows = results.metrics[results.metrics["metric"].isin(BUCKETED)]
     generator = np.random.default_rng(1)
     results.positions = pd.concat(
-        rows.assign(axis=axis, first=first, mean=generator.random(len(rows)), count=9)
+        rows.assign(axis=axis, first=first, mean=rows["topk"] / 50 * generator.random(), count=9)
         for axis, firsts in (("position", [50, 64, 128]), ("distance", [0, 1, 2, 4]))
         for first in firsts
     ).astype(POSITION_COLUMNS)
@@ -150,5 +150,6 @@ def test_figures_over_positions(tmp_path: Path) -> None:
         for line, method in zip(axes.lines, ["exact", "quest"], strict=True):
             np.testing.assert_allclose(line.get_ydata(), of["distance", metric, k, method])
             assert list(line.get_xdata()) == [0.5, 1, 2.5, 5.5]
+            assert max(line.get_ydata()) <= axes.get_ylim()[1]
     names = {file.name for file in draw_all(results, tmp_path / "plots")}
     assert {"by-position.png", "by-distance.png"} <= names

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from retrace.analyze.parts import KeptParts, Part
+from retrace.analyze.parts import KeptParts, Part, finished_runs
 from retrace.analyze.profile import Clock
 from retrace.analyze.results import Results
 from retrace.analyze.run import earlier
@@ -28,12 +28,15 @@ def merge(folders: Sequence[str | Path]) -> Results:
         raise RetraceError(
             f"{', '.join(map(str, places))} holds no parts: `retrace analyze --part` makes them."
         )
-    merged = [_whole(kept) for kept in runs.values()]
     results = earlier(places[0])
+    # Of a merge that was killed when it had saved, some parts may be gone already.
+    saved = set() if results is None else finished_runs(results.run)
+    merged = [_whole(kept) for digest, kept in runs.items() if digest not in saved]
     for newer in merged:
         results = newer if results is None else results.merged(newer)
     assert results is not None
-    results.save(places[0])
+    if merged:
+        results.save(places[0])
     for everywhere in runs.values():
         for kept in everywhere:
             kept.clear()

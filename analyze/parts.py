@@ -4,8 +4,9 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -197,13 +198,30 @@ class KeptParts:
 
     def clear(self) -> None:
         """Remove them."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        with suppress(OSError):  # other runs have parts there, or there are none
-            self._folder.parent.rmdir()
+        _remove(self._folder)
 
     def _file(self, task: tuple[int, int]) -> Path:
         layer, sequence = task
         return self._folder / f"{layer}.{sequence}.npz"
+
+
+def finished_runs(run: Mapping[str, Any]) -> set[str]:
+    """The digests of the runs that are whole in some results, by their facts."""
+    digests = (entry.get("whole") for entry in run["history"])
+    return {d for d in digests if isinstance(d, str) and re.fullmatch("[0-9a-f]{32}", d)}
+
+
+def clear_finished(results: Path, run: Mapping[str, Any]) -> None:
+    """Remove the parts of every run that is whole in a folder's results: it may have been killed
+    before it came to that."""
+    for digest in finished_runs(run):
+        _remove(results / PARTS / digest)
+
+
+def _remove(parts: Path) -> None:
+    shutil.rmtree(parts, ignore_errors=True)
+    with suppress(OSError):  # other runs have parts there, or there are none
+        parts.parent.rmdir()
 
 
 def _job_of(file: Path) -> Job:

@@ -12,7 +12,7 @@ import torch
 from retrace.analyze.causality import check_causality
 from retrace.analyze.damage import without_damaged
 from retrace.analyze.methods.registry import MethodSpec, missing_libraries, parse_specs
-from retrace.analyze.parts import PARTS, Job, KeptParts
+from retrace.analyze.parts import PARTS, Job, KeptParts, clear_finished
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Plan, Replayed
@@ -106,14 +106,7 @@ def analyze(
         assert before is not None and folder is not None
         # What a run that was killed at its very end did not come to.
         finish_saving(folder)
-        if part is None:
-            there = ((spec, before.topk(str(spec))) for spec in specs)
-            whole = tuple(
-                Replayed(spec, tuple(k for k in _budgets(topk) if k in known))
-                for spec, known in there
-            )
-            job = Job(settings, Plan(whole, settings.protocol, min_context), target)
-            KeptParts(folder, job).clear()
+        clear_finished(folder, before.run)
         return before
     clock = Clock(target, wait=profile)
     if every:
@@ -133,12 +126,11 @@ def analyze(
         return results
     if before is not None:
         results = before.merged(results)
-    if folder is not None and kept is not None:
+    if folder is not None:
         if overwrite:
             _clear_plots(folder)
         results.save(folder)
-        if not missing:
-            kept.clear()
+        clear_finished(folder, results.run)
     return results
 
 

@@ -91,6 +91,8 @@ def tabulate(
             {
                 "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "methods": {str(m.spec): list(m.topk) for m in plan.methods},
+                # Whose parts are of no more use.
+                "whole": job.digest if len(parts) == len(job.tasks) else None,
                 "device": _device_name(job.device),
                 "threads": torch.get_num_threads(),
                 "profile": spent,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrace.analyze import Results, analyze
+from retrace.analyze import Results, analyze, merge
 from retrace.traces import RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]
@@ -140,7 +140,7 @@ def test_killed_while_it_saves(
     assert set(left.run["methods"]) == set(left.methods())
     assert set(left.methods()) in ({"exact"}, {"exact", "window"})
     run(folder)
-    assert sorted(p.name for p in folder.iterdir() if p.name != ".parts") == sorted(FILES)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
     for name, frame in tables(once).items():
         pd.testing.assert_frame_equal(tables(folder)[name], frame)
         assert np.isfinite(frame["mean"]).any()
@@ -153,3 +153,56 @@ def test_killed_while_it_saves_for_the_first_time(trace: Trace, folder: Path) ->
     (folder / ".saving" / "run.json").write_text("{")
     analyze(trace, ["exact"], [2], out=folder, keep_exact=False, workers=1)
     assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("later", [["exact", "window"], ["exact"], ["exact", "quest"]])
+@pytest.mark.parametrize("removed", [0, 1])
+def test_parts_of_a_run_killed_when_it_had_saved(
+    trace: Trace, folder: Path, monkeypatch: pytest.MonkeyPatch, later: list[str], removed: int
+) -> None:
+    """Whatever the next run is asked for, it removes them, and none of a run that is not over."""
+
+    def dying(path: Path, **options: Any) -> None:
+        if path.parent.name != ".parts" or not path.exists():
+            return
+        for file in sorted(path.iterdir(), reverse=True)[:removed]:
+            file.unlink()
+        raise Killed
+
+    def run(methods: list[str], **options: Any) -> Results:
+        return analyze(trace, methods, [2], out=folder, keep_exact=False, workers=1, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", dying)
+        run(["window"])
+    run(["sparq"], part=(1, 2))
+    assert len(list((folder / ".parts").iterdir())) == 2
+    run(later)
+    (unfinished,) = (folder / ".parts").iterdir()
+    assert "sparq" in (unfinished / "job.json").read_text()
+    run(["sparq"], part=(2, 2))
+    assert "sparq" in merge([folder]).methods()
+    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+
+
+def test_a_merge_killed_when_it_had_saved(
+    trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for i, folder in enumerate(folders, start=1):
+        analyze(trace, ["exact"], [2], out=folder, part=(i, 2), keep_exact=False, workers=1)
+    remove, removals = shutil.rmtree, 0
+
+    def dying(path: Path, **options: Any) -> None:
+        nonlocal removals
+        removals += path.parent.name == ".parts"
+        if removals == 2:
+            raise Killed
+        remove(path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", dying)
+        merge(folders)
+    assert merge(folders).methods() == ["exact"]
+    assert sorted(p.name for p in folders[0].iterdir()) == sorted(FILES)
+    assert not any(folders[1].iterdir())

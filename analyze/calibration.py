@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.archives import read_arrays, write_arrays
-from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.methods.base import LearnedLike, ScoreMethod
 from retrace.analyze.methods.registry import MethodSpec, parse_specs
 from retrace.analyze.past import Past
 from retrace.analyze.schedule import finished
@@ -146,7 +146,8 @@ def learned(
     # What is learned of all together is learned, and kept, once.
     once = kv_heads if spec.method.learns == "kv head" else 1
     found = None if file is None else _load(file, once)
-    if found is not None:
+    like = spec.method.learned_like(trace.layer(layer).rules, len(trace.layers))
+    if found is not None and all(_is_like(own, like) for own in found):
         return found * (kv_heads // once)
     neighbours = [Neighbours.of_trace(trace, sequence, device) for sequence in sequences]
     arrays = []
@@ -196,6 +197,18 @@ def _load(file: Path, kv_heads: int) -> Learned | None:
             return None
         found[int(kv_head)][own] = torch.from_numpy(array)
     return found
+
+
+def _is_like(own: dict[str, Tensor], like: LearnedLike | None) -> bool:
+    """Whether this is what a method learns, as far as the method says."""
+    if like is None:
+        return True
+    return own.keys() == like.keys() and all(
+        own[name].dtype == dtype
+        and own[name].ndim == len(sizes)
+        and all(size in (None, n) for size, n in zip(sizes, own[name].shape, strict=True))
+        for name, (dtype, sizes) in like.items()
+    )
 
 
 def _save(file: Path, learned: Sequence[dict[str, Tensor]]) -> None:

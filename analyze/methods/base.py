@@ -13,10 +13,11 @@ the layer scales them, so that their products with keys are logits (before a sof
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from retrace.analyze.budget import Budget
@@ -25,9 +26,11 @@ from retrace.analyze.libraries import optional
 from retrace.analyze.past import Past
 from retrace.analyze.pooling import RULES
 from retrace.analyze.unit import HeadGroup
-from retrace.traces import RetraceError
+from retrace.traces import LayerRules, RetraceError
 
 Learns = Literal["kv head", "layer", "model"]
+LearnedLike = Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]]
+"""Dtype and sizes of learned tensors by name; None where a size depends on the data."""
 
 POOL = {"help": "how heads agree on one selection", "choices": RULES}
 KEEP = {"help": "keys always attended, within the budget: sink:4+recent:64"}
@@ -103,6 +106,11 @@ class Method:
         """What the method learns of one layer and kv head from whole sequences, which no method of
         the run is then evaluated on. `build` finds it as `past.calibration`. Gradients work."""
         raise NotImplementedError(f"{type(self).__name__} is calibrated and must define this.")
+
+    def learned_like(self, rules: LayerRules, layers: int) -> LearnedLike | None:
+        """What `calibrate` gives for a layer of these rules, in a trace of so many layers. Of what
+        is kept beside the trace, what is different is learned anew; with None nothing is known."""
+        return None
 
     def build(self, past: Past) -> Any:
         """The state for a past's keys; the past itself if not defined.

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.methods.base import LearnedLike, ScoreMethod
 from retrace.analyze.past import Past
 from retrace.analyze.quantise import rounded
 from retrace.analyze.unit import HeadGroup
+from retrace.traces import LayerRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,10 @@ class DoubleSparsity(ScoreMethod):
             total += (keys if self.rank_by == "key" else queries).sum(dim=-2)
         count = sum(len(past.query_positions) for past in pasts)
         return {"magnitude": total / count}
+
+    def learned_like(self, rules: LayerRules, layers: int) -> LearnedLike:
+        """What `calibrate` gives."""
+        return {"magnitude": (torch.float64, (rules.group, rules.key_dim))}
 
     def build(self, past: Past) -> Any:
         """The channels of each head (group, channels read) and the keys there, rounded

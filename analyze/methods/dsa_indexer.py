@@ -10,11 +10,12 @@ from torch.nn.functional import layer_norm, relu
 
 from retrace.analyze.attention import visible
 from retrace.analyze.hashing import hadamard, padded
-from retrace.analyze.methods.base import Learns, ScoreMethod
+from retrace.analyze.methods.base import LearnedLike, Learns, ScoreMethod
 from retrace.analyze.past import Past
 from retrace.analyze.quantise import fp8
 from retrace.analyze.training import descend, drawn_queries
 from retrace.analyze.unit import HeadGroup
+from retrace.traces import LayerRules
 
 RATE = 1e-3
 SCALE_BYTES = 4
@@ -60,6 +61,18 @@ class DSAIndexer(ScoreMethod):
         descent = torch.optim.Adam(weights.values(), lr=RATE)
         descend(descent, self.steps, lambda: self._loss(weights, pasts, random))
         return {name: w.detach() for name, w in weights.items()}
+
+    def learned_like(self, rules: LayerRules, layers: int) -> LearnedLike:
+        """What `calibrate` gives."""
+        asked, held = rules.heads * rules.key_dim, rules.kv_heads * rules.key_dim
+        sizes = {
+            "query": (asked, self.heads * self.channels),
+            "key": (held, self.channels),
+            "weight": (asked + 1, self.heads),
+            "gain": (self.channels,),
+            "bias": (self.channels,),
+        }
+        return {name: (torch.float32, size) for name, size in sizes.items()}
 
     def _loss(
         self, weights: Mapping[str, Tensor], pasts: Sequence[Past], random: torch.Generator

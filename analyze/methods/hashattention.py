@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from retrace.analyze.attention import visible
 from retrace.analyze.hashing import signs
-from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.methods.base import LearnedLike, ScoreMethod
 from retrace.analyze.past import Past
 from retrace.analyze.training import descend, drawn_queries, initial_weights, network
 from retrace.analyze.unit import HeadGroup
+from retrace.traces import LayerRules
 
 RATE = 3e-3
 
@@ -56,6 +58,15 @@ class HashAttention(ScoreMethod):
         descent = torch.optim.Adam([w.requires_grad_() for w in weights.values()], lr=RATE)
         descend(descent, self.steps, lambda: self._loss(weights, pasts, random))
         return {name: w.detach() for name, w in weights.items()}
+
+    def learned_like(self, rules: LayerRules, layers: int) -> LearnedLike:
+        """What `calibrate` gives."""
+        sizes = (rules.key_dim, self.hidden, self.hidden, self.bits)
+        return {
+            f"{side}.{i}": (torch.float32, (rules.group, inputs + 1, outputs))
+            for side in ("query", "key")
+            for i, (inputs, outputs) in enumerate(pairwise(sizes))
+        }
 
     def _loss(
         self, weights: Mapping[str, Tensor], pasts: Sequence[Past], random: torch.Generator

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from retrace.analyze.attention import visible
 from retrace.analyze.hashing import signs
-from retrace.analyze.methods.base import POOL, ScoreMethod
+from retrace.analyze.methods.base import POOL, LearnedLike, ScoreMethod
 from retrace.analyze.past import Past
 from retrace.analyze.training import descend
 from retrace.analyze.unit import HeadGroup
+from retrace.traces import LayerRules
 
 TOP_SHARE = 0.1
 """Of a query's keys: its best, with labels that fall evenly from 20 to 1; others have -1."""
@@ -52,6 +53,10 @@ class HATA(ScoreMethod):
         descent = torch.optim.SGD([weights], lr=RATE, momentum=MOMENTUM)
         descend(descent, self.steps, lambda: self._loss(weights, pasts, random))
         return {"weights": weights.detach().to(pasts[0].keys)}
+
+    def learned_like(self, rules: LayerRules, layers: int) -> LearnedLike:
+        """What `calibrate` gives."""
+        return {"weights": (torch.float32, (rules.key_dim, self.bits))}
 
     def _loss(self, weights: Tensor, pasts: Sequence[Past], random: torch.Generator) -> Tensor:
         """For `batch` queries of a sequence, both drawn; in float64, since the norm has no slope to

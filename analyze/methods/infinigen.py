@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.budget import Budget
-from retrace.analyze.methods.base import BUDGET, ScoreMethod
+from retrace.analyze.methods.base import BUDGET, LearnedLike, ScoreMethod
 from retrace.analyze.past import Past
 from retrace.analyze.unit import HeadGroup
-from retrace.traces import RetraceError
+from retrace.traces import LayerRules, RetraceError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,10 @@ class InfiniGen(ScoreMethod):
         gram = torch.stack([(q := past.queries.double()).mT @ q for past in pasts]).sum(dim=0)
         # eigh sorts ascending.
         return {"skew": torch.linalg.eigh(gram).eigenvectors.flip(-1)}
+
+    def learned_like(self, rules: LayerRules, layers: int) -> LearnedLike:
+        """What `calibrate` gives."""
+        return {"skew": (torch.float64, (rules.group, rules.key_dim, rules.key_dim))}
 
     def build(self, past: Past) -> Any:
         """The chosen columns of each head's skew (group, channels, columns) and the keys in them

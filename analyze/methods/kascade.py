@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import POOL, Learns, ScoreMethod
+from retrace.analyze.methods.base import POOL, LearnedLike, Learns, ScoreMethod
 from retrace.analyze.output import visible_logits
 from retrace.analyze.past import Past
 from retrace.analyze.top import top
 from retrace.analyze.unit import HeadGroup
-from retrace.traces import RetraceError
+from retrace.traces import LayerRules, RetraceError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,11 @@ class Kascade(ScoreMethod):
         # NumPy's argmax leaves ties to the first.
         heads = served[row, torch.arange(len(layers))].numpy().argmax(axis=1)
         return {"layers": layers, "anchor": layers[row], "heads": torch.from_numpy(heads)}
+
+    def learned_like(self, rules: LayerRules, layers: int) -> LearnedLike:
+        """What `calibrate` gives."""
+        sizes = {"layers": (layers,), "anchor": (layers,), "heads": (layers, rules.kv_heads)}
+        return {name: (torch.int64, size) for name, size in sizes.items()}
 
     def _served(self, past: Past) -> Tensor:
         """How well a choice serves (anchor, layer, the anchor's kv heads, the layer's)."""

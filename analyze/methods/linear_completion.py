@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.attention import softcap, visible
-from retrace.analyze.methods.base import AttendMethod
+from retrace.analyze.methods.base import AttendMethod, LearnedLike
 from retrace.analyze.output import attended_ids, marked, merged, part, visible_logits
 from retrace.analyze.past import Past
 from retrace.analyze.top import top
 from retrace.analyze.training import descend, drawn_queries
 from retrace.analyze.unit import HeadGroup
+from retrace.traces import LayerRules
 
 RATE = 3e-2
 
@@ -61,6 +62,15 @@ class LinearCompletion(AttendMethod):
         descent = torch.optim.Adam(maps.values(), lr=RATE)
         descend(descent, self.steps, lambda: self._loss(maps, pasts, random))
         return {name: m.detach() for name, m in maps.items()}
+
+    def learned_like(self, rules: LayerRules, layers: int) -> LearnedLike:
+        """What `calibrate` gives."""
+        sizes = {
+            "query": (rules.group, rules.key_dim, self.features),
+            "key": (rules.key_dim, self.features),
+            "offset": (rules.group, 1, self.features),
+        }
+        return {name: (torch.float32, size) for name, size in sizes.items()}
 
     def _loss(
         self, maps: Mapping[str, Tensor], pasts: Sequence[Past], random: torch.Generator

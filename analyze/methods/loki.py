@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.methods.base import LearnedLike, ScoreMethod
 from retrace.analyze.past import Past
 from retrace.analyze.unit import HeadGroup
+from retrace.traces import LayerRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,10 @@ class Loki(ScoreMethod):
     def calibrate(self, pasts: Sequence[Past]) -> dict[str, Tensor]:
         """The components of all sequences' keys together, most variance first."""
         return {"components": _components([past.keys for past in pasts])}
+
+    def learned_like(self, rules: LayerRules, layers: int) -> LearnedLike:
+        """What `calibrate` gives."""
+        return {"components": (torch.float32, (rules.key_dim, rules.key_dim))}
 
     def build(self, past: Past) -> Any:
         """The basis (channels, rank) and the keys rotated into it."""

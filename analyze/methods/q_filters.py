@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import EvictionMethod
+from retrace.analyze.methods.base import EvictionMethod, LearnedLike
 from retrace.analyze.past import Past
+from retrace.traces import LayerRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,10 @@ class QFilters(EvictionMethod):
         direction = torch.linalg.eigh(queries.T @ queries).eigenvectors[:, -1]
         along = (queries.mean(dim=0) * direction).sum()
         return {"direction": torch.where(along < 0, -direction, direction)}
+
+    def learned_like(self, rules: LayerRules, layers: int) -> LearnedLike:
+        """What `calibrate` gives."""
+        return {"direction": (torch.float64, (rules.key_dim,))}
 
     def importance(self, past: Past) -> Tensor:
         """k.direction (keys,)"""

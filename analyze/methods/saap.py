@@ -10,10 +10,11 @@ from torch import Tensor
 from retrace.analyze.attention import visible
 from retrace.analyze.clusters import kmeans, nearest
 from retrace.analyze.keep import Keep
-from retrace.analyze.methods.base import KEEP, ScoreMethod
+from retrace.analyze.methods.base import KEEP, LearnedLike, ScoreMethod
 from retrace.analyze.past import Past
 from retrace.analyze.training import descend, drawn_queries, initial_weights, network
 from retrace.analyze.unit import HeadGroup
+from retrace.traces import LayerRules
 
 RATE = 3e-3
 LAYERS = 2
@@ -65,6 +66,16 @@ class SAAP(ScoreMethod):
 
         descend(descent, self.steps, loss)
         return {"centroids": centroids} | {str(i): w.detach() for i, w in enumerate(weights)}
+
+    def learned_like(self, rules: LayerRules, layers: int) -> LearnedLike:
+        """What `calibrate` gives."""
+        # There are fewer parts where there are fewer keys.
+        sizes = {
+            "centroids": (None, rules.key_dim),
+            "0": (rules.group, rules.key_dim + 1, self.hidden),
+            "1": (rules.group, self.hidden + 1, None),
+        }
+        return {name: (torch.float32, size) for name, size in sizes.items()}
 
     def build(self, past: Past) -> Any:
         """The past, and the part of each key (keys,)."""

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
-from retrace.analyze import Results, analyze, calibrate
-from retrace.analyze.calibration import calibrations
+from retrace.analyze import Results, analyze, calibrate, parse_spec, parse_specs
+from retrace.analyze.archives import read_arrays, write_arrays
+from retrace.analyze.calibration import calibration, calibrations
 from retrace.analyze.methods.loki import Loki
-from retrace.traces import RetraceError, Trace
+from retrace.traces import RetraceError, Rotation, Trace
 
 MakeTrace = Callable[..., Trace]
 
@@ -167,3 +170,55 @@ def test_any_executor_learns_the_same(trace: Trace) -> None:
     assert several == one
     assert [file.read_bytes() for file in several] == learnt
     assert told == [(0, 2), (1, 2), (2, 2)]
+
+
+CALIBRATED = [spec.name for spec in parse_specs(["all"])[0] if spec.method.calibrated]
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_what_is_learned_is_as_the_method_says(
+    make_trace: MakeTrace, rules: Any, name: str
+) -> None:
+    """Of every installed method: or what it keeps would be learned anew each time."""
+    rotation = Rotation((1.0, 0.3))
+    layer = rules(heads=4, kv_heads=2, key_dim=8, value_dim=6, rotation=rotation)
+    trace = make_trace([layer, layer], [40, 30], name="own")
+    trained = "steps" in parse_spec(name).parameters
+    (spec,), _ = parse_specs([f"{name}:steps=1" if trained else name])
+    found = calibration(trace, spec, (0, 1), (0, 1), torch.device("cpu"), keep=False)
+    like = spec.method.learned_like(layer, 2)
+    assert like is not None
+    for own in found.values():
+        assert own.keys() == like.keys()
+        for known, (dtype, sizes) in like.items():
+            assert own[known].dtype == dtype
+            shape = own[known].shape
+            assert shape == tuple(n if s is None else s for s, n in zip(sizes, shape, strict=True))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda array: array[:, :1],
+        lambda array: array[None],
+        lambda array: array.astype(np.float64),
+        lambda array: array[:0],
+    ],
+    ids=["narrower", "deeper", "wider numbers", "empty"],
+)
+def test_what_was_kept_with_another_shape_is_learned_anew(
+    make_trace: MakeTrace, rules: Any, tmp_path: Path, spoil: Callable[[Any], Any]
+) -> None:
+    trace = make_trace(rules(), [40, 30], name="own")
+
+    def run(out: str) -> pd.DataFrame:
+        return analyze(trace, ["loki"], [2], out=tmp_path / out, workers=1).metrics
+
+    whole = run("a")
+    (file,) = calibrations(trace).iterdir()
+    before = file.read_bytes()
+    arrays = read_arrays(file)
+    assert arrays is not None
+    write_arrays(file, arrays | {"1.components": spoil(arrays["1.components"])})
+    pd.testing.assert_frame_equal(run("b"), whole)
+    assert file.read_bytes() == before

@@ -18,6 +18,7 @@ from retrace.analyze.tasks import Progress
 from retrace.analyze.top import top
 from retrace.analyze.unit import BLOCK_ELEMENTS, HeadGroup, Unit, load_units
 from retrace.traces import Location, RetraceError, Trace, open_trace
+from retrace.traces.durable import make_folder, sync_all, sync_path, written_whole
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -111,7 +112,7 @@ def export(
         there = ", ".join(map(str, trace.sequences))
         raise RetraceError(f"There is no sequence {missing[0]}; there are {there}.")
     target, write, folder = choose_device(device), WRITERS[form], Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tasks = [(i, s) for i in choose_layers(trace, layers) for s in chosen]
     written = []
     for done, (layer, sequence) in enumerate(tasks):
@@ -213,14 +214,14 @@ def _facts(vectors: VectorSet) -> dict[str, Any]:
 
 def _write_hdf5(vectors: VectorSet, place: Path) -> Path:
     h5py = optional("h5py", "pip install 'retrace-attention[export]'", "An HDF5 file")
-    aside = place.with_name(f".{place.name}.partial")
-    arrays = equal_norms(vectors)
+    arrays, file = equal_norms(vectors), place.with_name(f"{place.name}.hdf5")
     layout = {"type": "dense", "point_type": "float", "dimension": arrays["train"].shape[1]}
-    with h5py.File(aside, "w") as file:
-        file.attrs.update(_facts(vectors) | layout | {"distance": "angular"})
+    # By its name, since the library reads again what it has written.
+    with written_whole(file) as opened, h5py.File(opened.name, "w") as held:
+        held.attrs.update(_facts(vectors) | layout | {"distance": "angular"})
         for name, array in arrays.items():
-            file.create_dataset(name, data=array)
-    return aside.replace(place.with_name(f"{place.name}.hdf5"))
+            held.create_dataset(name, data=array)
+    return file
 
 
 def _write_fvecs(vectors: VectorSet, place: Path) -> Path:
@@ -246,15 +247,18 @@ def _write_numpy(vectors: VectorSet, place: Path) -> Path:
 
 
 def _folder(vectors: VectorSet, place: Path, write: Callable[[Path], None]) -> Path:
-    """A folder that is there whole or not at all."""
+    """A folder that is there whole and for good, or not at all."""
     aside = place.with_name(f".{place.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     write(aside)
     (aside / "facts.json").write_text(json.dumps(_facts(vectors), indent=2) + "\n")
+    sync_all(aside)
     if place.is_dir():
         shutil.rmtree(place)
-    return aside.replace(place)
+    aside.replace(place)
+    sync_path(place.parent)
+    return place
 
 
 WRITERS: dict[str, Callable[[VectorSet, Path], Path]] = {

@@ -28,6 +28,7 @@ from retrace.capture.reading import Reading, like_reference, read_reference
 from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
+from retrace.traces.durable import make_folder, written_whole
 
 FIGURES = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio")
 """Of replay, each the mean over layers and heads."""
@@ -59,15 +60,12 @@ class Evaluation:
 
     def save(self, folder: Path) -> None:
         """Write `evaluation.parquet`, `evaluation.md` and `evaluation.json`, each whole."""
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / ".evaluation.partial"
-        self.points.to_parquet(aside, index=False)
-        aside.replace(folder / FILES[0])
-        for name, text in zip(
-            FILES[1:], (self.markdown(), json.dumps(self.facts, indent=2) + "\n"), strict=True
-        ):
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(folder / name)
+        facts = json.dumps(self.facts, indent=2) + "\n"
+        contents = self.points.to_parquet(index=False), self.markdown().encode(), facts.encode()
+        make_folder(folder)
+        for name, content in zip(FILES, contents, strict=True):
+            with written_whole(folder / name) as file:
+                file.write(content)
 
     @classmethod
     def load(cls, folder: Path) -> Self:

@@ -25,9 +25,9 @@ from retrace.capture.reading import like_reference, read_text
 from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, TASKS, CaptureSettings
 from retrace.traces import Location, RetraceError, Trace, noted, open_trace
+from retrace.traces.durable import make_folder, written_whole
 
 FILES = ("scores.parquet", "documents.parquet", "scores.md", "scores.json")
-PARTIAL = ".scores.partial"
 EXACT = "exact attention"
 """The model as it is, in the column of methods; its budget is 0."""
 POINT = ["method", "topk"]
@@ -99,17 +99,13 @@ class TaskEvaluation:
     def save(self, folder: Path) -> None:
         """Write `scores.parquet`, `documents.parquet`, `scores.md` and `scores.json`, each whole,
         the scores last: where they are, everything is."""
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / PARTIAL
-        for name, text in (
-            (FILES[3], json.dumps(self.facts, indent=2) + "\n"),
-            (FILES[2], self.markdown()),
-        ):
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(folder / name)
-        for name, frame in ((FILES[1], self.documents), (FILES[0], self.scores)):
-            frame.to_parquet(aside, index=False)
-            aside.replace(folder / name)
+        facts = json.dumps(self.facts, indent=2) + "\n"
+        tables = (frame.to_parquet(index=False) for frame in (self.scores, self.documents))
+        contents = zip(FILES, (*tables, self.markdown().encode(), facts.encode()), strict=True)
+        make_folder(folder)
+        for name, content in reversed(list(contents)):
+            with written_whole(folder / name) as file:
+                file.write(content)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -314,7 +310,7 @@ def _earlier(folder: Path | None, facts: dict[str, Any], overwrite: bool) -> Tas
     if folder is None or overwrite or not folder.exists():
         return none
     there = {file.name for file in folder.iterdir()}
-    if FILES[0] not in there and there <= {*FILES, PARTIAL}:
+    if FILES[0] not in there and {name.removesuffix(".partial") for name in there} <= {*FILES}:
         return none  # empty, or of a run that ended before its first scores
     found = TaskEvaluation.load(folder)
     different = [

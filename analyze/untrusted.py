@@ -16,9 +16,9 @@ CODECS = {"SNAPPY", "UNCOMPRESSED"}
 """How tables are written: they unpack to at most 22 times their bytes, others to anything."""
 ENCODINGS = {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"}
 """Likewise; of others, each value may repeat the one before at no cost."""
-ROWS, TEXT = 1 << 16, 1 << 24
+ROWS, TEXT = 1 << 20, 1 << 24
 """Rows and bytes of text that any table may have."""
-ROWS_PER_BYTE, TEXT_PER_BYTE = 8, 1 << 10
+ROWS_PER_BYTE, TEXT_PER_BYTE = 16, 1 << 10
 """And those besides for each of its file's bytes. Values that repeat cost nothing, but figures
 differ: of tables of results one byte stands for less than a row."""
 

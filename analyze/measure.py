@@ -13,7 +13,7 @@ from retrace.analyze.reference import Reference
 from retrace.analyze.selection import Selection
 from retrace.analyze.unit import Block
 
-GATHERED_VALUES = 1 << 21
+GATHERED_VALUES = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Elements of values gathered at once when outputs are computed."""
 
 
@@ -67,21 +67,19 @@ class ExactBlock:
         return part
 
     @cached_property
-    def _rank_of_keys(self) -> Tensor:
-        """The rank of every key (group, queries, keys + 1), so that a list looks its ranks up."""
-        ids, end = self.reference.ids, self.block.end
-        shape = (*ids.shape[:2], end + 1)
-        ranks = torch.full(shape, self.no_rank, dtype=torch.int32, device=ids.device)
-        # The id -1 lands on a last column that stands for no key.
-        order = torch.arange(self.no_rank, dtype=torch.int32, device=ids.device).expand(ids.shape)
-        ranks.scatter_(-1, torch.where(ids < 0, end, ids), order)
-        ranks[..., -1] = self.no_rank
-        return ranks
+    def _best_in_order(self) -> tuple[Tensor, Tensor]:
+        """The best keys of each query (group, queries, ranks) in ascending order, and the rank of
+        each, so that a list finds its ranks without a table of all keys."""
+        # The id -1 stands behind all keys.
+        ids = torch.where(self.reference.ids < 0, self.block.end, self.reference.ids)
+        return ids.sort(dim=-1)
 
     def ranks(self, ids: Tensor) -> Tensor:
         """Exact rank of each key (group, queries, any); `no_rank` beyond those known."""
-        places = torch.where(ids < 0, self.block.end, ids)
-        return self._rank_of_keys.gather(-1, places)
+        best, rank = self._best_in_order
+        ids = ids.expand(len(best), -1, -1).contiguous()
+        place = torch.searchsorted(best, ids).clamp(max=self.no_rank - 1)
+        return torch.where(best.gather(-1, place) == ids, rank.gather(-1, place), self.no_rank)
 
     def probabilities(self, ids: Tensor) -> Tensor:
         """Exact probability of each key (group, queries, any) float64; 0 for the id -1."""
@@ -349,7 +347,7 @@ def outputs(
 def _row_slices(ids: Tensor, channels: int) -> list[slice]:
     """Slices of the queries, so small that the values gathered for one stay within bounds."""
     group, rows, listed = ids.shape
-    step = max(1, GATHERED_VALUES // max(1, group * listed * channels))
+    step = max(1, GATHERED_VALUES[ids.device.type] // max(1, group * listed * channels))
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
@@ -378,14 +376,16 @@ def _union(block: Block, selection: Selection, attended: Tensor) -> Tensor:
     if heads == 1:
         return attended[:, 0]
     first_point = _first_budget(attended, listed).expand(heads, rows, -1)
-    # Of the heads that list a key, the one that attends it at the smallest budget counts it.
+    # Of the heads that list a key, the one that attends it at the smallest budget counts it: the
+    # first of equal keys, in order of keys and then of budgets and heads.
     owner = first_point * heads + torch.arange(heads, device=ids.device)[:, None, None]
-    flat = torch.where(ids < 0, block.end, ids).movedim(0, 1).reshape(rows, -1)
-    claims = owner.movedim(0, 1).reshape(rows, -1)
-    least = torch.full((rows, block.end + 1), claims.numel(), device=ids.device)
-    least.scatter_reduce_(-1, flat, claims, "amin")
-    counted = (least.gather(-1, flat) == claims) & (flat < block.end)
+    claims = (len(attended) + 1) * heads
+    claimed = torch.where(ids < 0, block.end, ids) * claims + owner
+    claimed = claimed.movedim(0, 1).reshape(rows, -1).sort(dim=-1).values
+    key = claimed // claims
+    counted = key < block.end
+    counted[:, 1:] &= key[:, 1:] != key[:, :-1]
     points = len(attended)
     tally = torch.zeros(rows, points + 1, dtype=torch.int64, device=ids.device)
-    tally.scatter_add_(-1, claims // heads, counted.to(torch.int64))
+    tally.scatter_add_(-1, claimed % claims // heads, counted.to(torch.int64))
     return tally[:, :points].cumsum(dim=-1).movedim(-1, 0)

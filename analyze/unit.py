@@ -201,7 +201,7 @@ class Block:
     @cached_property
     def visible_count(self) -> Tensor:
         """How many keys each query sees (queries,)."""
-        return self.visible.sum(dim=-1)
+        return self.positions - first_visible(self.positions, self.unit.group.rules) + 1
 
     @cached_property
     def scores(self) -> Tensor:

@@ -16,7 +16,7 @@ from retrace.analyze.libraries import optional
 from retrace.analyze.scope import choose_device, choose_layers
 from retrace.analyze.tasks import Progress
 from retrace.analyze.top import top
-from retrace.analyze.unit import BLOCK_ELEMENTS, HeadGroup, Unit, load_units
+from retrace.analyze.unit import HeadGroup, Unit, load_units, scores_at_once
 from retrace.traces import Location, RetraceError, Trace, open_trace
 from retrace.traces.durable import make_folder, sync_all, sync_path, written_whole
 
@@ -170,7 +170,7 @@ def _nearest(queries: Tensor, keys: Tensor, seen: Tensor, count: int) -> tuple[T
     In float64, so that rounding to float32 orders no two keys.
     """
     wide, places = keys.double(), torch.arange(len(keys), device=keys.device)
-    rows = max(1, BLOCK_ELEMENTS[keys.device.type] // len(keys))
+    rows = max(1, scores_at_once(keys.device) // len(keys))
     blocks = zip(torch.split(queries, rows), torch.split(seen, rows), strict=True)
     found = [
         top((block.double() @ wide.T).masked_fill_(places >= limit[:, None], -torch.inf), count)

@@ -13,8 +13,8 @@ from retrace.analyze.reference import Reference
 from retrace.analyze.selection import Selection
 from retrace.analyze.unit import Block
 
-GATHERED_VALUES = {"cpu": 1 << 21, "cuda": 1 << 27}
-"""Elements of values gathered at once when outputs are computed."""
+GATHERED = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Numbers held at once when outputs are computed: values of listed keys, and their weights."""
 
 
 @dataclass(frozen=True)
@@ -314,27 +314,24 @@ def outputs(
             divided by their sum, otherwise any that keeps the probabilities in range.
         points: indices into `selection.ks`.
     """
-    attended = selection.attended[points].movedim(0, -1)[..., None]
-    width = min(int(attended.max()), selection.ids.shape[-1])
-    places = torch.arange(width, device=attended.device)
-    # float64, since the probabilities of what was selected may all be tiny.
-    weights = probability[..., None, :width] * (places < attended)
-    if not selection.true_denominator:
-        total = weights.sum(dim=-1, keepdim=True)
-        if block.unit.sinks is not None:
-            sink = block.unit.sinks[:, None] - log_normalizer
-            total = total + sink.double().exp()[..., None, None]
-        weights = weights / total.masked_fill(total == 0, 1.0)
-    weights = weights.to(block.unit.values.dtype)
-    ids = selection.ids[..., :width].clamp(min=0)
-    output = torch.cat(
-        [
-            # (group, queries, points, listed) @ (group, queries, listed, value channels)
-            weights[:, rows] @ block.unit.values[ids[:, rows]]
-            for rows in _row_slices(ids, block.unit.values.shape[1])
-        ],
-        dim=1,
-    )
+    ids, attended = selection.ids, selection.attended[points].movedim(0, -1)[..., None]
+    width = min(int(attended.max()), ids.shape[-1])
+    ids, probability = ids[..., :width].clamp(min=0), probability[..., None, :width]
+    attended = attended.expand(-1, ids.shape[1], -1, -1)
+    besides = torch.zeros_like(probability[..., :1])
+    if block.unit.sinks is not None:
+        besides = (block.unit.sinks[:, None] - log_normalizer).double().exp()[..., None, None]
+    places = torch.arange(width, device=ids.device)
+    values, parts = block.unit.values, []
+    for rows in _row_slices(ids, values.shape[1] + 2 * len(points)):
+        # float64, since the probabilities of what was selected may all be tiny.
+        weights = probability[:, rows] * (places < attended[:, rows])
+        if not selection.true_denominator:
+            total = weights.sum(dim=-1, keepdim=True) + besides[:, rows]
+            weights = weights / total.masked_fill(total == 0, 1.0)
+        # (group, queries, points, listed) @ (group, queries, listed, value channels)
+        parts.append(weights.to(values.dtype) @ values[ids[:, rows]])
+    output = torch.cat(parts, dim=1)
     if selection.estimates is not None:
         # SparQ Attention (arXiv:2312.04985), eq. 7: the mean value stands for the mass left out.
         share = _at(_prefixes(selection.estimates), selection.attended[points])
@@ -344,10 +341,10 @@ def outputs(
     return output.movedim(2, 0)
 
 
-def _row_slices(ids: Tensor, channels: int) -> list[slice]:
-    """Slices of the queries, so small that the values gathered for one stay within bounds."""
+def _row_slices(ids: Tensor, numbers: int) -> list[slice]:
+    """Slices of the queries, so small that so many numbers for each listed id are within bounds."""
     group, rows, listed = ids.shape
-    step = max(1, GATHERED_VALUES[ids.device.type] // max(1, group * listed * channels))
+    step = max(1, GATHERED[ids.device.type] // max(1, group * listed * numbers))
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 

@@ -10,14 +10,28 @@ from torch import Tensor
 from retrace.analyze.attention import first_visible, score, softcap, visible
 from retrace.traces import Layer, LayerRules, Trace, to_torch
 
-BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Scores held at once: what stays in a CPU's cache, or fills a GPU."""
+CPU_SCORES = 1 << 19
+"""Scores held at once: what stays in a CPU's cache."""
+GPU_BYTES_PER_SCORE = 128
+"""Memory of a GPU for each score held at once there. A method takes about 10 bytes for one, and few
+take 30; the fewer there are at once, the longer the GPU waits for Python: at 131,072 positions and
+2^26 scores for nine tenths of the time."""
 LEAST_ROWS = 16
 """Queries of a block at the least, however long the context: each reads all keys and values."""
 READ_BYTES = 1 << 26
 """Tensors read at once: a long sequence's kv head by kv head, a short one's in few requests."""
 GATHER_COST = 8
 """How many times dearer a gathered key is than one of a whole matrix of scores."""
+
+
+def scores_at_once(device: torch.device) -> int:
+    """How many scores a device holds at once."""
+    if device.type == "cpu":
+        return CPU_SCORES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    # A power of two, the same for GPUs of about the same memory: figures depend on it in their last
+    # bits.
+    return 1 << (memory // GPU_BYTES_PER_SCORE).bit_length() - 1
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ class Unit:
         begin at the first query of all, so that they are the same whatever the position."""
         row_elements = len(self.queries) * len(self.keys)
         if elements is None:
-            elements = max(BLOCK_ELEMENTS[self.keys.device.type], LEAST_ROWS * row_elements)
+            elements = max(scores_at_once(self.keys.device), LEAST_ROWS * row_elements)
         start = int(torch.searchsorted(self.positions, first_position))
         rows = max(1, elements // row_elements)
         if start == len(self.positions):

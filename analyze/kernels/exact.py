@@ -13,7 +13,7 @@ from retrace.analyze.kernels.lists import MOST_RANKS, capacity_for, turns_for
 from retrace.analyze.kernels.order import order
 from retrace.analyze.kernels.tiles import tiles_for
 from retrace.analyze.top import top
-from retrace.analyze.unit import BLOCK_ELEMENTS, Block
+from retrace.analyze.unit import Block, scores_at_once
 
 ROWS = 1 << 17
 """Queries of all heads that have group maxima and candidates at one time."""
@@ -105,7 +105,7 @@ def _repair(ids: Tensor, inputs: Inputs, wrong: Tensor) -> None:
     """Rank all keys of the queries that are marked (group, queries)."""
     keys = inputs.keys.float().T
     places = torch.arange(keys.shape[1], device=keys.device)
-    step = max(1, BLOCK_ELEMENTS[keys.device.type] // len(places))
+    step = max(1, scores_at_once(keys.device) // len(places))
     for head, row in (part.unbind(1) for part in wrong.nonzero().split(step)):
         products = inputs.queries[head, row].float() @ keys
         hidden = places > inputs.positions[row, None]

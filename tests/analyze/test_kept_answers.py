@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import analyze
-from retrace.analyze.unit import BLOCK_ELEMENTS
 from retrace.traces import LayerRules, Trace, open_trace
 
 MakeTrace = Callable[..., Trace]
@@ -129,7 +128,7 @@ def test_kept_answers_change_no_bit(
     make_trace: MakeTrace, rules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not on a grid, where products are exact in whatever order they are summed."""
-    monkeypatch.setitem(BLOCK_ELEMENTS, "cpu", 1 << 13)  # several blocks
+    monkeypatch.setattr("retrace.analyze.unit.CPU_SCORES", 1 << 13)  # several blocks
     draw = np.random.default_rng(0).normal
     lengths = (211, 150)
     tensors = {

@@ -11,23 +11,30 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mounts import enlarge, small_disk
+
 METHODS = ("exact", "quest:page=8", "sparq", "loki")
 TOPK = (2, 8)
 
 
-def analyze_here(trace: str, out: str, log: str) -> None:
+def analyze_here(trace: str, out: str, log: str, settings: dict[str, Any]) -> None:
     """One run, in a process of its own; notes in `log` how many units it reports as finished."""
     from retrace.analyze import analyze
+    from retrace.traces import RetraceError
 
     notes = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def show(done: int, total: int) -> None:
-        os.write(
-            notes, (json.dumps({"done": done, "of": total, "at": time.time()}) + "\n").encode()
-        )
+    def note(**facts: Any) -> None:
+        os.write(notes, (json.dumps({**facts, "at": time.time()}) + "\n").encode())
 
-    analyze(trace, METHODS, TOPK, out=out, workers=1, progress=show)
-    os.write(notes, (json.dumps({"complete": True, "at": time.time()}) + "\n").encode())
+    def show(done: int, total: int) -> None:
+        note(done=done, of=total)
+
+    try:
+        analyze(trace, METHODS, TOPK, out=out, progress=show, **{"workers": 1, **settings})
+        note(complete=True)
+    except (RetraceError, OSError) as error:
+        note(line=str(error))
 
 
 class Runs:
@@ -36,7 +43,13 @@ class Runs:
     def __init__(self, folder: Path, trace: Path) -> None:
         self.folder, self.trace = folder, trace
         folder.mkdir()
-        self._processes = multiprocessing.get_context("forkserver")
+        self.processes = multiprocessing.get_context("forkserver")
+        self.run(self.begin("warm"))  # what only the first run waits for
+        place, begun = self.begin("whole"), time.time()
+        noted = self.run(place)
+        self.seconds: float = noted[-1]["at"] - begun
+        self.units: int = noted[0]["of"]
+        self.whole = (place / "r" / "metrics.parquet").read_bytes()
 
     def begin(self, name: str) -> Path:
         """A copy of the trace, beside which exact answers and calibrations will be kept."""
@@ -45,44 +58,81 @@ class Runs:
         shutil.copytree(self.trace, place / "t.zarr")
         return place
 
-    def run(self, place: Path, kill_after: float | None = None) -> list[dict[str, Any]]:
-        """What a run noted until it ended, or was ended after so many seconds."""
-        log = place / "log"
-        log.unlink(missing_ok=True)
-        arguments = (str(place / "t.zarr"), str(place / "r"), str(log))
-        process = self._processes.Process(target=analyze_here, args=arguments)
+    def run(
+        self,
+        place: Path,
+        *,
+        kill_after: float | None = None,
+        kill_when: tuple[int, float] | None = None,
+        **settings: Any,
+    ) -> list[dict[str, Any]]:
+        """What a run noted until it ended, or was ended: after so many seconds, or so many seconds
+        after it has finished so many units."""
+        (place / "log").unlink(missing_ok=True)
+        names = [str(place / name) for name in ("t.zarr", "r", "log")]
+        process = self.processes.Process(target=analyze_here, args=(*names, settings))
         process.start()
+        if kill_when is not None:
+            units, kill_after = kill_when
+            while process.is_alive() and self.finished(place) < units:
+                time.sleep(0.01)
         process.join(kill_after)
         process.kill()
         process.join()
-        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return self.noted(place)
+
+    def noted(self, place: Path) -> list[dict[str, Any]]:
+        """What the last run has noted until now."""
+        log = place / "log"
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def finished(self, place: Path) -> int:
+        """How many units the last run has reported as finished; -1 before it begins with them."""
+        return max((line.get("done", -1) for line in self.noted(place)), default=-1)
 
 
-def kills(runs: Runs, count: int) -> dict[str, Any]:
-    """Runs killed, each at its own moment, and gone on with."""
-    runs.run(runs.begin("warm"))  # what only the first run waits for
-    place, begun = runs.begin("whole"), time.time()
-    noted = runs.run(place)
-    seconds, units = noted[-1]["at"] - begun, noted[0]["of"]
-    whole = (place / "r" / "metrics.parquet").read_bytes()
+def kills(runs: Runs, count: int, workers: int) -> list[dict[str, Any]]:
+    """Runs killed, each at its own moment, and gone on with by one worker."""
     rng, outcomes = random.Random(2), []
     for index in range(count):
         place = runs.begin(f"killed-{index}")
-        noted = runs.run(place, kill_after=seconds * (index + rng.random()) / count)
-        reported = max((line.get("done", 0) for line in noted), default=0)
-        resumed = runs.run(place)
-        kept = next((line["done"] for line in resumed if "done" in line), units)
-        again = (place / "r" / "metrics.parquet").read_bytes()
-        outcomes.append(
-            {
-                "reported": reported,
-                "lost": max(0, reported - kept),
-                "same": bool(resumed) and "complete" in resumed[-1] and again == whole,
-                "left": sorted(f.name for f in (place / "r").iterdir() if f.name[0] == "."),
-            }
-        )
+        part = (index + rng.random()) / count  # one in each equal part, so that none is missed
+        if workers == 1:
+            noted = runs.run(place, kill_after=runs.seconds * part)
+        else:  # most of their time is that of processes which start
+            moment = int(runs.units * part), rng.random() / 5
+            noted = runs.run(place, kill_when=moment, workers=workers)
+        outcomes.append(check_after(runs, place, noted))
         shutil.rmtree(place)
-    return {"seconds": seconds, "units": units, "outcomes": outcomes}
+    return outcomes
+
+
+def full_disks(runs: Runs) -> list[dict[str, Any]]:
+    """Runs whose results folder is a disk that is too small, gone on with when there is room."""
+    outcomes = []
+    for pages in (1, 4, 8, 16, 32, 48):
+        place = runs.begin(f"full-{pages}")
+        with small_disk(place / "r", pages * 4096) as there:
+            if there:
+                noted = runs.run(place)
+                enlarge(place / "r", 1 << 26)
+                outcomes.append(check_after(runs, place, noted))
+    return outcomes
+
+
+def check_after(runs: Runs, place: Path, noted: list[dict[str, Any]]) -> dict[str, Any]:
+    """What an interrupted run left, and whether one worker goes on to the same figures."""
+    reported = max((line.get("done", 0) for line in noted), default=0)
+    resumed = runs.run(place)
+    kept = next((line["done"] for line in resumed if "done" in line), runs.units)
+    return {
+        "reported": reported,
+        "lost": max(0, reported - kept),
+        "same": (place / "r" / "metrics.parquet").read_bytes() == runs.whole,
+        "left": sorted(f.name for f in (place / "r").iterdir() if f.name[0] == "."),
+        "line": next((line["line"] for line in noted if "line" in line), None),
+    }
 
 
 def deaths(runs: Runs, workers: int, every: float) -> dict[str, Any]:
@@ -107,27 +157,31 @@ def deaths(runs: Runs, workers: int, every: float) -> dict[str, Any]:
         finally:
             over.set()
             killer.join()
-    whole = (runs.folder / "whole" / "r" / "metrics.parquet").read_bytes()
-    same = (place / "r" / "metrics.parquet").read_bytes() == whole
+    same = (place / "r" / "metrics.parquet").read_bytes() == runs.whole
     return {"killed": killed, "missing": len(found.run["missing"]), "same": same}
 
 
-def report(found: dict[str, Any], died: list[tuple[str, dict[str, Any]]]) -> list[str]:
+def report(
+    runs: Runs, found: dict[str, list[dict[str, Any]]], died: list[tuple[str, dict[str, Any]]]
+) -> list[str]:
     """The figures in Markdown."""
-    outcomes = found["outcomes"]
-    reported = [outcome["reported"] for outcome in outcomes]
     lines = [
-        "",
-        f"`analyze` of {', '.join(METHODS)} at {len(TOPK)} budgets, {found['units']} units (a "
-        f"layer of a sequence), {found['seconds']:.1f} s when it is left alone, exact answers kept "
-        "beside the trace:",
+        f"`analyze` of {', '.join(METHODS)} at {len(TOPK)} budgets, {runs.units} units (a layer of "
+        f"a sequence), {runs.seconds:.1f} s when it is left alone, exact answers kept beside the "
+        "trace:",
         "",
         "| fault | runs | units reported as finished | of those, lost | runs that left something "
         "unfinished | gone on with to the same metrics.parquet |",
         "|---|---:|---|---:|---:|---:|",
-        f"| kill -9 | {len(outcomes)} | {min(reported)} to {max(reported)} "
-        f"| {sum(o['lost'] for o in outcomes)} | {sum(bool(o['left']) for o in outcomes)} "
-        f"| {sum(o['same'] for o in outcomes)} |",
+    ]
+    for fault, outcomes in found.items():
+        reported = [outcome["reported"] for outcome in outcomes]
+        lines.append(
+            f"| {fault} | {len(outcomes)} "
+            f"| {min(reported)} to {max(reported)} | {sum(o['lost'] for o in outcomes)} "
+            f"| {sum(bool(o['left']) for o in outcomes)} | {sum(o['same'] for o in outcomes)} |"
+        )
+    lines += [
         "",
         "| workers | killed meanwhile | units missing | same metrics.parquet as one worker |",
         "|---|---:|---:|---|",

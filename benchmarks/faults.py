@@ -7,7 +7,8 @@ SIGKILL at a moment drawn at random, or whose disk fills up. After each the trac
 the capture had reported as finished must be there, and the same capture with `resume` must come to
 the bytes of one that was never interrupted. Then chunks of a whole trace are spoilt, one at a time,
 and `verify_trace` must name the very array and sequence. Runs of `analyze` are killed likewise and
-gone on with, and so are workers of one (`analyze_faults.py`).
+gone on with, and so are workers of one (`analyze_faults.py`) and parts of a Dask cluster
+(`cluster_faults.py`).
 
 Nothing but time depends on the machine; where in a capture a moment falls, does.
 """
@@ -15,6 +16,7 @@ Nothing but time depends on the machine; where in a capture a moment falls, does
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,17 +24,18 @@ import platform
 import random
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import analyze_faults
+import cluster_faults
 from architectures import TEXT, save_tiny_model
+from mounts import small_disk
 
 SEQUENCES = 12
 LENGTH = 200
@@ -86,19 +89,20 @@ class Captures:
         self.folder = folder
         save_tiny_model("mistral", folder / "model")
         (folder / "text.txt").write_text(TEXT * 3)
+        os.environ |= cluster_faults.ENVIRONMENT
         # The server finds modules by the environment alone.
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         self._processes = multiprocessing.get_context("forkserver")
+        self._numbers = itertools.count()
         self._processes.set_forkserver_preload(
-            ["architectures", "retrace.capture.run", "retrace.analyze.run"]
+            ["architectures", "retrace.capture.run", "retrace.analyze.run", "distributed"]
         )
 
     def run(
         self, trace: Path, *, resume: bool = False, kill_after: float | None = None, **fault: Any
     ) -> list[dict[str, Any]]:
         """What a capture noted until it ended, or was ended after so many seconds."""
-        log = self.folder / "log"
-        log.unlink(missing_ok=True)
+        log = self.folder / f"log-{next(self._numbers)}"
         arguments = (str(self.folder), str(trace), str(log), resume, fault)
         process = self._processes.Process(target=capture_here, args=arguments)
         process.start()
@@ -107,6 +111,11 @@ class Captures:
         process.join()
         noted = log.read_text().splitlines() if log.exists() else []
         return [json.loads(line) for line in noted]
+
+    def analyses(self) -> analyze_faults.Runs:
+        """Runs of `analyze` over copies of a trace of that model."""
+        folder = self.folder / f"runs-{len(list(self.folder.glob('runs-*')))}"
+        return analyze_faults.Runs(folder, self.folder / "first")
 
 
 def digest(trace: Path) -> str:
@@ -153,26 +162,12 @@ def kills(captures: Captures, whole: str, seconds: float, count: int) -> list[di
     return outcomes
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path | None]:
-    """A file system of `size` bytes; None where none can be mounted."""
-    place = folder / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-    mounted = shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
-    try:
-        yield place if mounted else None
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(place)], check=True)
-
-
 def full_disks(captures: Captures, whole: str, size: int) -> list[dict[str, Any]]:
     """Captures whose disk was filled by another program after some sequences."""
     outcomes = []
-    with small_disk(captures.folder, 4 * size) as disk:
-        for after in range(0, SEQUENCES, 2) if disk else ():
-            assert disk is not None
+    disk = captures.folder / "disk"
+    with small_disk(disk, 4 * size) as there:
+        for after in range(0, SEQUENCES, 2) if there else ():
             noted = captures.run(disk / "t", fills_after=after)
             (disk / "filler").unlink(missing_ok=True)
             outcomes.append(check_after(captures, disk / "t", noted, whole))
@@ -186,6 +181,22 @@ def small_files(captures: Captures, whole: str) -> list[dict[str, Any]]:
     for size in (4_000, 8_000, 15_000, 20_000):
         trace = captures.folder / f"small-{size}"
         noted = captures.run(trace, file_bytes=size)
+        outcomes.append(check_after(captures, trace, noted, whole))
+        shutil.rmtree(trace, ignore_errors=True)
+    return outcomes
+
+
+def rivals(captures: Captures, whole: str, count: int) -> list[dict[str, Any]]:
+    """Captures into the trace that another one is writing, which goes on."""
+    outcomes = []
+    for index in range(count):
+        trace = captures.folder / f"rivals-{index}"
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(captures.run, trace)
+            while not trace.exists():
+                time.sleep(0.01)
+            noted = captures.run(trace, resume=True)
+            first.result()
         outcomes.append(check_after(captures, trace, noted, whole))
         shutil.rmtree(trace, ignore_errors=True)
     return outcomes
@@ -223,48 +234,79 @@ def spoils(trace: Path, count: int) -> Counter[str]:
     return named
 
 
+def capture_section(captures: Captures, count: int) -> list[str]:
+    """Captures that end early, and chunks that are spoilt."""
+    trace, begun = captures.folder / "whole", time.time()
+    noted = captures.run(trace)
+    assert noted[-1]["stage"] == "complete", noted
+    seconds, whole = noted[-1]["at"] - begun, digest(trace)
+    size = sum(f.stat().st_size for f in trace.rglob("*") if f.is_file())
+    rows = {
+        "kill -9": kills(captures, whole, seconds, count),
+        "full disk (tmpfs)": full_disks(captures, whole, size),
+        "no larger file (RLIMIT_FSIZE)": small_files(captures, whole),
+        "another capture is writing": rivals(captures, whole, 3),
+    }
+    return report(rows, spoils(trace, 2 * count), seconds, size)
+
+
+def analyze_section(captures: Captures, count: int) -> list[str]:
+    """Runs of `analyze` that end early, or whose workers do."""
+    runs = captures.analyses()
+    found = {
+        f"kill -9, {workers} worker{'s' * (workers > 1)}": analyze_faults.kills(
+            runs, count, workers
+        )
+        for workers in (1, 4)
+    }
+    found["full disk (tmpfs)"] = analyze_faults.full_disks(runs)
+    died = [("4, one killed every 3 seconds", analyze_faults.deaths(runs, workers=4, every=3))]
+    return analyze_faults.report(runs, found, died)
+
+
+def cluster_section(captures: Captures, count: int) -> list[str]:
+    """Parts of a Dask cluster that die."""
+    return cluster_faults.report(cluster_faults.all_faults(captures.analyses(), count))
+
+
+SECTIONS = {
+    "capture": capture_section,
+    "analyze": analyze_section,
+    "cluster": cluster_section,
+}
+
+
 def main() -> None:
-    """Run all of it, print a table, and write it where asked."""
+    """Run all of it, or some sections; print tables, and write them where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--spoils", type=int, default=90)
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="all by default")
+    parser.add_argument("--count", type=int, default=50, help="how often each fault is tried")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    sections = arguments.sections or list(SECTIONS)
+    lines = [
+        "# Faults",
+        "",
+        f"`{' '.join(['python benchmarks/faults.py', *sys.argv[1:]])}` on {platform.machine()}, "
+        f"{platform.system()}, Python {platform.python_version()}.",
+    ]
     with tempfile.TemporaryDirectory() as temporary:
         captures = Captures(Path(temporary))
         captures.run(captures.folder / "first")  # what only the first run waits for
-        trace, begun = captures.folder / "whole", time.time()
-        noted = captures.run(trace)
-        assert noted[-1]["stage"] == "complete", noted
-        seconds, whole = noted[-1]["at"] - begun, digest(trace)
-        size = sum(f.stat().st_size for f in trace.rglob("*") if f.is_file())
-        rows = {
-            "kill -9": kills(captures, whole, seconds, arguments.kills),
-            "full disk (tmpfs)": full_disks(captures, whole, size),
-            "no larger file (RLIMIT_FSIZE)": small_files(captures, whole),
-        }
-        text = report(rows, spoils(trace, arguments.spoils), seconds, size)
-        runs = analyze_faults.Runs(captures.folder / "runs", trace)
-        found = analyze_faults.kills(runs, arguments.kills)
-        died = [
-            ("4, one killed every 2 seconds", analyze_faults.deaths(runs, workers=4, every=2)),
-        ]
-        text = "\n".join([text, *analyze_faults.report(found, died)])
-    print(text)
+        for section in sections:
+            lines += ["", *SECTIONS[section](captures, arguments.count)]
+    print("\n".join(lines))
     if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def report(
     rows: dict[str, list[dict[str, Any]]], named: Counter[str], seconds: float, size: int
-) -> str:
+) -> list[str]:
     """The figures in Markdown."""
     lines = [
-        "# Faults",
-        "",
-        f"`python benchmarks/faults.py` on {platform.machine()}, {platform.system()}, Python "
-        f"{platform.python_version()}: a random model of 2 layers over {SEQUENCES} sequences of "
-        f"{LENGTH} tokens, {size / 1e6:.1f} MB, {seconds:.1f} s a capture when it is left alone.",
+        f"`capture` of a random model of 2 layers over {SEQUENCES} sequences of {LENGTH} tokens, "
+        f"{size / 1e6:.1f} MB, {seconds:.1f} s when it is left alone:",
         "",
         "| fault | captures | ended while | finished sequences left | of those reported, lost | "
         "damaged arrays | unfinished files left | resumed to the same bytes |",
@@ -297,13 +339,14 @@ def report(
     lines += ["", "What the captures said that could still say something:", ""]
     for line, count in said.most_common():
         lines.append(f"- {count} times: {line}")
-    return "\n".join(lines)
+    return lines
 
 
 def _placeless(line: str) -> str:
     """A line with names of temporary folders left out."""
     return " ".join(
-        "TRACE" if word.startswith(tempfile.gettempdir()) else word for word in line.split()
+        f"TRACE{':' * word.endswith(':')}" if word.startswith(tempfile.gettempdir()) else word
+        for word in line.split()
     )
 
 

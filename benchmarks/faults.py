@@ -8,7 +8,7 @@ the capture had reported as finished must be there, and the same capture with `r
 the bytes of one that was never interrupted. Then chunks of a whole trace are spoilt, one at a time,
 and `verify_trace` must name the very array and sequence. Runs of `analyze` are killed likewise and
 gone on with, and so are workers of one (`analyze_faults.py`) and parts of a Dask cluster
-(`cluster_faults.py`).
+(`cluster_faults.py`), and commands are given where nothing can be written (`read_only_faults.py`).
 
 Nothing but time depends on the machine; where in a capture a moment falls, does.
 """
@@ -34,6 +34,7 @@ from typing import Any
 
 import analyze_faults
 import cluster_faults
+import read_only_faults
 from architectures import TEXT, save_tiny_model
 from mounts import small_disk
 
@@ -269,17 +270,30 @@ def cluster_section(captures: Captures, count: int) -> list[str]:
     return cluster_faults.report(cluster_faults.all_faults(captures.analyses(), count))
 
 
+def read_only_section(captures: Captures, count: int) -> list[str]:
+    """Places that cannot be written."""
+    text = captures.folder / "text.txt"
+    return read_only_faults.tried(captures.analyses(), captures.folder / "model", text)
+
+
 SECTIONS = {
     "capture": capture_section,
     "analyze": analyze_section,
     "cluster": cluster_section,
+    "read-only": read_only_section,
 }
 
 
 def main() -> None:
     """Run all of it, or some sections; print tables, and write them where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="all by default")
+    parser.add_argument(
+        "sections",
+        nargs="*",
+        metavar="SECTION",
+        choices=[*SECTIONS, []],
+        help=f"{', '.join(SECTIONS)}; all by default",
+    )
     parser.add_argument("--count", type=int, default=50, help="how often each fault is tried")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """A method in place of exact attention: what a layer gives when it attends by it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from retrace.analyze.attention import log_normalizer
 from retrace.analyze.calibration import calibration
 from retrace.analyze.measure import outputs
-from retrace.analyze.methods.registry import MethodSpec, parse_spec
+from retrace.analyze.methods.registry import MethodSpec, recorded_spec
 from retrace.analyze.scope import choose_calibration
 from retrace.analyze.select import select
 from retrace.analyze.selection import Selection
@@ -37,11 +37,12 @@ class Approximation:
     calibration: Calibration = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of_run(cls, run: Trace) -> "Approximation":
-        """The one that a trace was captured with, not calibrated.
+    def of_run(cls, run: Trace, named: Sequence[str]) -> "Approximation":
+        """The one that a trace was captured with, not calibrated; `named` are the loose files of
+        methods that may be run.
 
         Raises:
-            RetraceError: it was captured with exact attention.
+            RetraceError: it was captured with exact attention, or by another loose file.
         """
         if not _is_approximate(run):
             raise RetraceError(
@@ -63,7 +64,7 @@ class Approximation:
                     f"{run.path}: its method's {name} is {told[name]}, not 1 or more."
                 )
         return cls(
-            parse_spec(told["method"]),
+            recorded_spec(told["method"], named),
             told["topk"],
             told["from_position"],
             frozenset(told["dense_layers"]),

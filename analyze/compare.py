@@ -74,6 +74,7 @@ def compare(
     exact: Trace | str | Location,
     runs: Sequence[Trace | str | Location],
     *,
+    methods: Sequence[str] = (),
     layers: Sequence[int] | None = None,
     device: str = "auto",
     workers: int | None = None,
@@ -85,6 +86,8 @@ def compare(
     Args:
         exact: the trace of the exact run.
         runs: traces captured with `approximate`, of the same tokens and layers.
+        methods: specs of methods in loose files, such as `./mine.py:Mine`, that were in the loop:
+            a file is run only where it is named here.
         layers: indices of the layers; all recorded ones if None.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         workers: processes that share the layers of sequences, as in `analyze`; figures are the same
@@ -99,7 +102,7 @@ def compare(
     others = [run if isinstance(run, Trace) else open_trace(run) for run in runs]
     check_exact(exact)
     indices, target = choose_layers(exact, layers), choose_device(device)
-    paired = [_paired(exact, other) for other in others]
+    paired = [_paired(exact, other, methods) for other in others]
     work = PASSES * sum(scores(exact, indices, run.sequences) for run in paired)
     with start_workers(target, workers, work, executor) as (pool, _):
         paired = [run.calibrated(exact, indices, target, pool) for run in paired]
@@ -164,9 +167,9 @@ class _Run:
         return self.approximation.first_position(self._prompts[sequence])
 
 
-def _paired(exact: Trace, other: Trace) -> _Run:
+def _paired(exact: Trace, other: Trace, methods: Sequence[str]) -> _Run:
     """A run of the same tokens as the exact one's."""
-    run = _Run(other, Approximation.of_run(other))
+    run = _Run(other, Approximation.of_run(other, methods))
     if other.layers != exact.layers:
         raise RetraceError(f"{other.path} holds other layers than {exact.path}.")
     for sequence in other.sequences:

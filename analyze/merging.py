@@ -11,10 +11,15 @@ from retrace.analyze.tabulate import tabulate
 from retrace.traces import RetraceError
 
 
-def merge(folders: Sequence[str | Path]) -> Results:
+def merge(folders: Sequence[str | Path], *, methods: Sequence[str] = ()) -> Results:
     """Results of parts that `analyze(..., part=(i, n))` left in some folders, as one run's.
 
     They are written into the first folder, beside those that it holds, and the parts are removed.
+
+    Args:
+        folders: results folders.
+        methods: specs of methods in loose files, such as `./mine.py:Mine`, that the parts are of:
+            a file is run only where it is named here.
 
     Raises:
         RetraceError: there are no parts, or some are missing.
@@ -22,7 +27,7 @@ def merge(folders: Sequence[str | Path]) -> Results:
     places = [Path(folder) for folder in folders]
     runs: dict[str, list[KeptParts]] = {}
     for place in places:
-        for kept in KeptParts.all_in(place):
+        for kept in KeptParts.all_in(place, methods):
             runs.setdefault(kept.job.digest, []).append(kept)
     if not runs:
         raise RetraceError(

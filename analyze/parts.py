@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ import torch
 
 from retrace.analyze.archives import Arrays, read_arrays, write_arrays
 from retrace.analyze.buckets import AXES, BUCKETED
-from retrace.analyze.methods.registry import same_spec
+from retrace.analyze.methods.registry import recorded_spec
 from retrace.analyze.moments import Moments
 from retrace.analyze.profile import Charge, Clock
 from retrace.analyze.replay import Plan, Replayed, Tally
@@ -91,8 +91,9 @@ class Job:
         }
 
     @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> Self:
-        """The same run, without what its methods learned."""
+    def from_json(cls, facts: dict[str, Any], named: Sequence[str]) -> Self:
+        """The same run, without what its methods learned; `named` are the loose files of methods
+        that may be run."""
         trace = open_trace(facts["trace"]).without(dict(facts["left_out"]))
         trace.sequences = tuple(facts["sequences"])  # not those that were captured since
         settings = Settings(
@@ -103,7 +104,7 @@ class Job:
             tuple(facts["calibration"]),
         )
         methods = tuple(
-            Replayed(same_spec(text, digest), tuple(topk))
+            Replayed(recorded_spec(text, named, digest), tuple(topk))
             for text, digest, topk in facts["methods"]
         )
         plan = Plan(methods, settings.protocol, settings.min_context)
@@ -120,14 +121,14 @@ class KeptParts:
         self._folder = results / PARTS / job.digest
 
     @classmethod
-    def all_in(cls, results: Path) -> Iterator["KeptParts"]:
-        """Those of every run that has parts in a results folder.
+    def all_in(cls, results: Path, named: Sequence[str]) -> Iterator["KeptParts"]:
+        """Those of every run that has parts in a results folder; `named` as in `merge`.
 
         Raises:
             RetraceError: the trace or a method is not what it was.
         """
         for file in sorted((results / PARTS).glob("*/job.json")):
-            job = _job_of(file)
+            job = _job_of(file, named)
             if job.digest != file.parent.name:
                 raise RetraceError(
                     f"{file.parent} holds parts of a run over another state of "
@@ -224,10 +225,10 @@ def _remove(parts: Path) -> None:
         parts.parent.rmdir()
 
 
-def _job_of(file: Path) -> Job:
+def _job_of(file: Path, named: Sequence[str]) -> Job:
     """The run that a `job.json` names, which anybody may have written."""
     try:
-        return Job.from_json(read_facts(file))
+        return Job.from_json(read_facts(file), named)
     except RetraceError:
         raise
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:

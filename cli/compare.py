@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from retrace.cli.command import Command
-from retrace.cli.parameters import DEVICE, FORMAT, LAYERS, SCHEDULER, WORKERS
+from retrace.cli.parameters import DEVICE, FORMAT, LAYERS, LOOSE_METHODS, SCHEDULER, WORKERS
 from retrace.cli.progress import busy, progress_bar
 from retrace.cli.screen import note, plural, print_json, print_table
 
@@ -28,6 +28,7 @@ Example:
     metavar="FOLDER",
     help="Folder for the results; results/<EXACT>-drift by default.",
 )
+@LOOSE_METHODS
 @LAYERS
 @DEVICE
 @WORKERS

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from retrace.cli.command import Command
+from retrace.cli.parameters import LOOSE_METHODS
 from retrace.cli.progress import busy
 from retrace.cli.screen import note, plural
 
@@ -19,13 +20,14 @@ Example:
   retrace merge results/t""",
 )
 @click.argument("folders", type=click.Path(path_type=Path), nargs=-1, required=True)
+@LOOSE_METHODS
 @click.option("--no-plots", is_flag=True, help="Draw no plots.")
-def command(folders: tuple[Path, ...], no_plots: bool) -> None:
+def command(folders: tuple[Path, ...], methods: tuple[str, ...], no_plots: bool) -> None:
     """Put the parts in FOLDERS together to the results of one run, in the first of them."""
     from retrace.analyze import merge
 
     with busy("Merging"):
-        results = merge(folders)
+        results = merge(folders, methods=methods)
     click.echo(folders[0])
     note(f"Results: {folders[0]} ({plural(len(results.methods()), 'method')})")
     if not no_plots:

@@ -154,6 +154,16 @@ PROTOCOL = click.option(
 )
 """Of the commands that replay methods."""
 
+LOOSE_METHODS = click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="FILE.py:NAME",
+    help="A file of a method that was replayed or in the loop: it is run only where it is named. "
+    "May be repeated.",
+)
+"""Of the commands that read from data which methods there were."""
+
 NO_CACHE = click.option(
     "--no-cache",
     is_flag=True,

@@ -88,6 +88,36 @@ def parse_spec(text: str) -> MethodSpec:
     return MethodSpec(name, _make(method_class(name), name, _read_parameters(parameters, name)))
 
 
+def recorded_spec(text: str, named: Sequence[str], source_digest: str | None = None) -> MethodSpec:
+    """The method that a trace or the parts of a run name.
+
+    Those are data that anybody may have written: a loose file that they name is run only if the
+    user named it too.
+
+    Args:
+        text: the spec.
+        named: specs of loose files, as the user gave them; their parameters do not matter.
+        source_digest: what the file was like, where that is recorded too.
+
+    Raises:
+        RetraceError: what `parse_spec` raises, or a file that the user did not name, or that was
+            edited since.
+    """
+    recorded = _LOOSE.fullmatch(text)
+    if recorded is None:
+        return parse_spec(text)
+    file, name = Path(recorded["path"]).name, recorded["name"]
+    for loose in filter(None, map(_LOOSE.fullmatch, named)):
+        path = Path(loose["path"])
+        if (path.name, loose["name"]) == (file, name):
+            spec = _loose_method(path, name, recorded["parameters"] or "")
+            return spec if source_digest is None else _unedited(spec, source_digest)
+    raise RetraceError(
+        f"The method {file}:{name} is code of a file, which is run only where you name it: add "
+        f"--method PATH/{file}:{name}."
+    )
+
+
 @cache
 def same_spec(text: str, source_digest: str | None) -> MethodSpec:
     """The method that a spec named before.
@@ -95,7 +125,10 @@ def same_spec(text: str, source_digest: str | None) -> MethodSpec:
     Raises:
         RetraceError: its loose file is gone or is another since.
     """
-    spec = parse_spec(text)
+    return _unedited(parse_spec(text), source_digest)
+
+
+def _unedited(spec: MethodSpec, source_digest: str | None) -> MethodSpec:
     if spec.source_digest != source_digest:
         raise RetraceError(f"{spec.file} was edited since the run began: run it again.")
     return spec

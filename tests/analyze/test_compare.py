@@ -205,3 +205,14 @@ def test_what_ends_its_workers_is_missing(
     assert set(fewer["layer"]) == {1}
     assert fewer["run"].nunique() == 1
     assert set(fewer["count"] - cut["count"][fewer.index]) == {33}
+
+
+def test_a_method_file_is_run_only_where_it_is_named(pair: Any, tmp_path: Path) -> None:
+    exact, run, _ = pair
+    file = tmp_path / "mine.py"
+    file.write_text("from retrace.analyze.methods.window import Window as Mine\n")
+    say(run, {"max_length": 40, "approximation": {**TOLD, "method": f"{file}:Mine"}})
+    with pytest.raises(RetraceError, match=r"add --method PATH/mine\.py:Mine"):
+        compare(exact.path, [run.path])
+    drift = compare(exact.path, [run.path], methods=[f"{file}:Mine"])
+    assert list(drift.runs["method"]) == ["mine.py:Mine"]

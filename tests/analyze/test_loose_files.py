@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import Keep, analyze, parse_spec
+from retrace.analyze.methods.registry import recorded_spec
 from retrace.traces import RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]
@@ -134,3 +135,19 @@ def test_mistakes(write_methods: Any, spec: str, message: str) -> None:
 def test_file_that_does_not_run(write_methods: Any) -> None:
     with pytest.raises(RetraceError, match=r"could not be loaded: ZeroDivisionError"):
         parse_spec(f"{write_methods('1 / 0')}:Mine")
+
+
+def test_data_run_no_file(write_methods: Any, tmp_path: Path) -> None:
+    path, ran = Path(write_methods(OLDEST)), tmp_path / "ran"
+    path.write_text(f"open({str(ran)!r}, 'w').close()\n{path.read_text()}")
+    recorded = f"{path}:Oldest:slope=2.0"
+    for named in ([], ["quest"], [f"{path}:Other"], [f"{path.with_name('other.py')}:Oldest"]):
+        with pytest.raises(RetraceError, match=r"add --method PATH/mine\.py:Oldest"):
+            recorded_spec(recorded, named)
+    assert not ran.exists()
+    spec = recorded_spec("long/gone/mine.py:Oldest:slope=2.0", ["quest", f"{path}:Oldest"])
+    assert ran.exists()
+    assert spec.parameters["slope"] == 2.0
+    assert recorded_spec(recorded, [f"{path}:Oldest"], spec.source_digest).file == path
+    with pytest.raises(RetraceError, match="was edited since"):
+        recorded_spec(recorded, [f"{path}:Oldest"], "0" * 64)

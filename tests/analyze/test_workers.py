@@ -313,7 +313,9 @@ def test_damaged_parts_are_replayed(trace: Trace, probe: Any, tmp_path: Path, on
 def test_parts_and_merge(trace: Trace, probe: Any, tmp_path: Path, one: Any) -> None:
     for i, name in enumerate(("a", "b", "a", "b"), start=1):
         run(trace, probe(), tmp_path / name, part=(i, 4), workers=1)
-    results = merge([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(RetraceError, match=r"add --method PATH/mine\.py:Probe"):
+        merge([tmp_path / "a", tmp_path / "b"])
+    results = merge([tmp_path / "a", tmp_path / "b"], methods=[probe()])
     assert figures(tmp_path / "a") == one
     assert not (tmp_path / "b" / ".parts").exists()
     assert results.profile()["Of Wall"].sum() == pytest.approx(1)
@@ -328,9 +330,9 @@ def test_sequences_that_were_left_out_stay_so(trace: Trace, probe: Any, tmp_path
         fewer = trace.without({})
         fewer.sequences = (1, 2)
         run(fewer, probe(), tmp_path / "fewer", part=(i, 2), workers=1)
-    results = merge([tmp_path / "r"])
+    results = merge([tmp_path / "r"], methods=[probe()])
     assert figures(tmp_path / "r") == figures(tmp_path / "whole")
-    assert merge([tmp_path / "fewer"]).run["sequences"] == [1]
+    assert merge([tmp_path / "fewer"], methods=[probe()]).run["sequences"] == [1]
     assert results.run["sequences"] == whole.run["sequences"] == [1]
 
 
@@ -339,7 +341,7 @@ def test_merged_parts_add_to_what_is_there(trace: Trace, probe: Any, tmp_path: P
     analyze(trace, ["exact"], [2], **settings)
     for i in (1, 2):
         analyze(trace, ["exact", probe()], [2], part=(i, 2), **settings)
-    assert merge([tmp_path / "r"]).methods() == ["exact", "mine.py:Probe"]
+    assert merge([tmp_path / "r"], methods=[probe()]).methods() == ["exact", "mine.py:Probe"]
 
 
 @pytest.mark.parametrize(

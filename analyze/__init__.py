@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from retrace.analyze.budget import Budget
     from retrace.analyze.calibration import calibrate
     from retrace.analyze.choosing import recommend
-    from retrace.analyze.estimation import Estimate, estimate
+    from retrace.analyze.estimation import estimate
+    from retrace.analyze.forecast import Estimate
     from retrace.analyze.keep import Keep
     from retrace.analyze.merging import merge
     from retrace.analyze.methods.base import (
@@ -28,7 +29,7 @@ _MODULES = {
     "METRICS": "retrace.analyze.results",
     "AttendMethod": "retrace.analyze.methods.base",
     "Budget": "retrace.analyze.budget",
-    "Estimate": "retrace.analyze.estimation",
+    "Estimate": "retrace.analyze.forecast",
     "EvictionMethod": "retrace.analyze.methods.base",
     "HeadGroup": "retrace.analyze.unit",
     "Keep": "retrace.analyze.keep",

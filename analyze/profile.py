@@ -12,6 +12,7 @@ import torch
 STEPS = (
     "calibration",
     "causality check",
+    "forecast",
     "read",
     "exact answers read",
     "exact pass",
@@ -22,7 +23,7 @@ STEPS = (
 )
 """What time is spent on, in the order in which a run comes to it. `build` makes a method's states,
 `search` chooses keys, and `metrics` compares them with exact attention."""
-BEFORE = STEPS[:2]
+BEFORE = STEPS[:3]
 """What is done before the workers begin."""
 
 

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 
 from retrace.analyze.causality import check_causality
 from retrace.analyze.damage import without_damaged
+from retrace.analyze.forecast import Estimate, forecast
 from retrace.analyze.methods.registry import MethodSpec, missing_libraries, parse_specs
 from retrace.analyze.parts import PARTS, Job, KeptParts, clear_finished
 from retrace.analyze.profile import Clock
@@ -24,7 +25,7 @@ from retrace.analyze.states import Protocol
 from retrace.analyze.tabulate import tabulate
 from retrace.analyze.tasks import Progress, replay_all
 from retrace.analyze.unit import Unit, load_units
-from retrace.analyze.workers import start_workers
+from retrace.analyze.workers import WORTH_PROCESSES, start_workers
 from retrace.traces import Location, RetraceError, Trace, beside, open_trace
 
 log = logging.getLogger("retrace")
@@ -49,6 +50,7 @@ def analyze(
     profile: bool = False,
     skip_damaged: bool = False,
     progress: Progress | None = None,
+    announce: Callable[[Estimate], None] | None = None,
 ) -> Results:
     """Replay methods against a trace, without its model.
 
@@ -86,6 +88,8 @@ def analyze(
             these layers; warnings name them, and the results' facts do. Otherwise damage ends the
             run.
         progress: told how far it is.
+        announce: told what is left to do and how long that will take before it is begun, where it
+            is more than about a minute's work of one core and is done on this machine.
 
     Raises:
         RetraceError: anything the user can mend: an unknown method or layer, budgets larger than
@@ -118,6 +122,10 @@ def analyze(
         kept = None if folder is None else KeptParts(folder, job)
         tasks = job.tasks if part is None else share(job.tasks, *part)
         store = reference_store(trace, keep_exact)
+        if announce is not None and work >= WORTH_PROCESSES and executor is None:
+            left = tasks if kept is None else [at for at in tasks if kept.load(at) is None]
+            with clock.charge("forecast"):
+                announce(forecast(job, left, store, count))
         parts, missing = replay_all(job, tasks, store, clock, pool, kept, progress)
     wall, names = time.perf_counter() - start, [str(method.spec) for method in wanted]
     spent = clock.facts(wall, count, names)

@@ -162,6 +162,7 @@ def command(
             keep_exact=not no_cache,
             profile=profile,
             progress=progress,
+            announce=note_plan,
             part=part,
             **settings,
         )
@@ -180,6 +181,15 @@ def command(
     _note_kept_answers(place)
     if results.run["missing"]:
         click.get_current_context().exit(1)
+
+
+def note_plan(cost: "Estimate") -> None:
+    """Say on stderr what a run will take, before it does."""
+    note(
+        f"Plan: {plural(cost.tasks, 'layer')} of sequences, {plural(cost.units, 'kv head')}; reads "
+        f"{size(cost.bytes)}; {cost.operations:,} operations of the exact pass; about "
+        f"{cost.seconds:,.0f} s on {plural(cost.workers, 'worker')}."
+    )
 
 
 def print_estimate(cost: "Estimate", form: str | None) -> None:

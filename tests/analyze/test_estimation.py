@@ -1,16 +1,18 @@
 """What is foretold of a run is what it then does."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import retrace.analyze.replay as replay
-from retrace.analyze import analyze, estimate
+from retrace.analyze import Estimate, analyze, estimate
 from retrace.traces import Layer, Trace
 
 MakeTrace = Callable[..., Trace]
@@ -92,3 +94,22 @@ def test_nothing_is_written(trace: Trace, tmp_path: Path) -> None:
     half = estimate(trace, ["loki"], [2], out=tmp_path / "r", part=(1, 2), min_context=10)
     assert (half.tasks, half.units) == (3, 6)
     assert set(tmp_path.rglob("*")) == there
+
+
+def test_long_work_is_announced(
+    trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Estimate] = []
+    settings: dict[str, Any] = {"workers": 1, "keep_exact": False, "announce": said.append}
+    short = analyze(trace, METHODS, [4], **settings)
+    assert not said
+    monkeypatch.setattr("retrace.analyze.run.WORTH_PROCESSES", 0)
+    out = tmp_path / "r"
+    first = analyze(trace, METHODS, [4], out=out, part=(1, 2), **settings)
+    rest = estimate(trace, METHODS, [4], out=out, workers=1, keep_exact=False)
+    whole = analyze(trace, METHODS, [4], out=out, **settings)
+    assert [cost.tasks for cost in said] == [5, 4]
+    assert dataclasses.replace(said[1], seconds=rest.seconds) == rest
+    assert 0 < said[1].seconds < 60
+    assert "forecast" in set(first.profile()["Step"])
+    pd.testing.assert_frame_equal(whole.metrics, short.metrics)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrace.analyze import estimation
+from retrace.analyze import forecast
 from retrace.cli.main import main
 from retrace.cli.sweep import command
 
@@ -61,8 +61,8 @@ PIECES = st.one_of(
 @pytest.fixture
 def plan(trace: Path, monkeypatch: pytest.MonkeyPatch, bounded: None) -> Plan:
     """Whether the plan of a settings file is made; it is refused in one line otherwise."""
-    none = estimation._Rates(0, 0, 0, 0)
-    monkeypatch.setattr(estimation, "_measure", lambda *_: none)  # which takes seconds
+    none = forecast._Rates(0, 0, 0, 0)
+    monkeypatch.setattr(forecast, "_measure", lambda *_: none)  # which takes seconds
 
     def plan(text: str | bytes) -> bool:
         Path("run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())

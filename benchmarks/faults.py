@@ -8,7 +8,8 @@ the capture had reported as finished must be there, and the same capture with `r
 the bytes of one that was never interrupted. Then chunks of a whole trace are spoilt, one at a time,
 and `verify_trace` must name the very array and sequence. Runs of `analyze` are killed likewise and
 gone on with, and so are workers of one (`analyze_faults.py`) and parts of a Dask cluster
-(`cluster_faults.py`), and commands are given where nothing can be written (`read_only_faults.py`).
+(`cluster_faults.py`), commands are given where nothing can be written (`read_only_faults.py`), and
+traces are written to and read from an object store that fails (`remote_faults.py`).
 
 Nothing but time depends on the machine; where in a capture a moment falls, does.
 """
@@ -35,6 +36,7 @@ from typing import Any
 import analyze_faults
 import cluster_faults
 import read_only_faults
+import remote_faults
 from architectures import TEXT, save_tiny_model
 from mounts import small_disk
 
@@ -276,11 +278,17 @@ def read_only_section(captures: Captures, count: int) -> list[str]:
     return read_only_faults.tried(captures.analyses(), captures.folder / "model", text)
 
 
+def remote_section(captures: Captures, count: int) -> list[str]:
+    """An object store that fails, at random or for good."""
+    return remote_faults.all_faults(captures.folder, count)
+
+
 SECTIONS = {
     "capture": capture_section,
     "analyze": analyze_section,
     "cluster": cluster_section,
     "read-only": read_only_section,
+    "remote": remote_section,
 }
 
 

@@ -1,5 +1,6 @@
 """A page as a person uses it, in the Chromium of this machine, without a network."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -525,3 +526,34 @@ def test_results_of_different_queries_are_told(open_page: Open, made: Make) -> N
     shown.select_option("#method", label="b: quest")
     shown.select_option("#other", label="a: quest")
     assert shown.text_content("#map-difference-title") == "Difference: b: quest less a: quest"
+
+
+@pytest.mark.skipif(
+    "RETRACE_RESULTS" not in os.environ,
+    reason="RETRACE_RESULTS names no results folder to make docs/report-*.png of",
+)
+def test_pictures(open_page: Open) -> None:
+    """Those of the documentation, of real results with exact, quest and sparq at k = 64."""
+    results = {"r": Results.load(os.environ["RETRACE_RESULTS"])}
+    docs = Path(__file__).parents[3] / "docs"
+    size = {"width": 1180, "height": 720}
+
+    def picture(name: str, section: str, shown: Page, method: str, other: str, **more: str) -> None:
+        chosen = {"method": method, "other": other, "metric": "Attention fraction", "topk": "64"}
+        for select, label in {**chosen, **more}.items():
+            shown.select_option(f"#{select}", label=label)
+        # The form above stays in sight, over what is scrolled under it.
+        shown.evaluate(
+            "id => window.scrollTo(0, document.getElementById(id).getBoundingClientRect().top"
+            " + window.scrollY - document.getElementById('choice').offsetHeight)",
+            section,
+        )
+        shown.wait_for_timeout(500)  # plots are drawn when they come into sight
+        shown.screenshot(path=docs / f"report-{name}.png")
+
+    picture("heads", "heads", open_page(results, size), "quest", "exact")
+    picture("methods", "comparison", open_page(results, size), "sparq", "quest")
+    dark = open_page(results, size, color_scheme="dark")
+    picture("curves", "curves", dark, "sparq", "exact")
+    dark = open_page(results, size, color_scheme="dark")
+    picture("positions", "curves", dark, "sparq", "exact", against="position")

@@ -179,11 +179,14 @@ def test_workers_and_their_deaths_change_nothing(
     tmp_path: Path,
 ) -> None:
     text = DEADLY.format(once=str(tmp_path / "once"), here=os.getpid(), always=False)
-    others = runs(f"{write_methods(text)}:Deadly")
+    named = [f"{write_methods(text)}:Deadly"]
+    others = runs(*named)
     told: list[tuple[int, int]] = []
-    alone = compare(pair[0], others, workers=1)
+    alone = compare(pair[0], others, methods=named, workers=1)
     assert not (tmp_path / "once").exists()
-    shared = compare(pair[0], others, workers=2, progress=lambda *at: told.append(at))
+    shared = compare(
+        pair[0], others, methods=named, workers=2, progress=lambda *at: told.append(at)
+    )
     assert (tmp_path / "once").exists()
     assert tables(shared, tmp_path / "shared") == tables(alone, tmp_path / "alone")
     assert told == [(done, 6) for done in range(1, 7)]  # 2 layers of 2 sequences and of 1
@@ -198,8 +201,9 @@ def test_what_ends_its_workers_is_missing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     text = DEADLY.format(once=str(tmp_path / "once"), here=os.getpid(), always=True)
-    others = runs(f"{write_methods(text)}:Deadly")
-    whole, cut = (compare(pair[0], others, workers=count).layers for count in (1, 2))
+    named = [f"{write_methods(text)}:Deadly"]
+    others = runs(*named)
+    whole, cut = (compare(pair[0], others, methods=named, workers=count).layers for count in (1, 2))
     assert "Layer 1 of sequence 1 is missing: a worker was killed by SIGKILL, 3 t" in caplog.text
     fewer = whole[whole["count"] != cut["count"]]
     assert set(fewer["layer"]) == {1}

@@ -538,9 +538,9 @@ def test_pictures(open_page: Open) -> None:
     docs = Path(__file__).parents[3] / "docs"
     size = {"width": 1180, "height": 720}
 
-    def picture(name: str, section: str, shown: Page, method: str, other: str, **more: str) -> None:
+    def picture(name: str, section: str, shown: Page, method: str, other: str) -> None:
         chosen = {"method": method, "other": other, "metric": "Attention fraction", "topk": "64"}
-        for select, label in {**chosen, **more}.items():
+        for select, label in chosen.items():
             shown.select_option(f"#{select}", label=label)
         # The form above stays in sight, over what is scrolled under it.
         shown.evaluate(
@@ -555,5 +555,3 @@ def test_pictures(open_page: Open) -> None:
     picture("methods", "comparison", open_page(results, size), "sparq", "quest")
     dark = open_page(results, size, color_scheme="dark")
     picture("curves", "curves", dark, "sparq", "exact")
-    dark = open_page(results, size, color_scheme="dark")
-    picture("positions", "curves", dark, "sparq", "exact", against="position")

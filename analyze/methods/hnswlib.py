@@ -53,10 +53,29 @@ class HNSWLib(SearchMethod):
         wanted = min(k, index.element_count)
         state["beam"] = max(self.ef, k)
         index.set_ef(state["beam"])
-        return answers(index.knn_query(rows(queries), wanted, num_threads=1)[0], queries)
+        try:
+            found = index.knn_query(rows(queries), wanted, num_threads=1)[0]
+        except RuntimeError:
+            # Some beam met fewer, for which the library has no answer: of inner products a graph
+            # may fall apart.
+            found = np.stack([_as_many_as_there_are(index, q, wanted) for q in rows(queries)])
+        return answers(found, queries)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """The keys linked to those in the beam, or all, for every head of the group, and links."""
         links = 2 * self.m
         most = min(state["beam"] * links, state["index"].element_count)
         return float(most * group.rules.group * (group.key_bytes + 4 * links))
+
+
+def _as_many_as_there_are(index: Any, query: Any, most: int) -> Any:
+    """The best keys (most,) that a query's beam meets, -1 where these are fewer."""
+    found, met = np.full(most, -1, np.int64), 0
+    while met < most:
+        count = (met + most + 1) // 2
+        try:
+            found[:count] = index.knn_query(query[None], count, num_threads=1)[0][0]
+            met = count
+        except RuntimeError:
+            most = count - 1
+    return found

@@ -15,6 +15,9 @@ AXES = {
 BUCKETED = ("recall", "attention_fraction", "error_norm")
 """Metrics whose means are kept bucket by bucket."""
 
+MOST_BUCKETS = 32
+"""Of an axis: positions and distances are below 2^31."""
+
 
 def buckets_of(positions: Tensor, length: int, protocol: Protocol) -> Tensor:
     """The bucket of each query of a sequence of this length, on every axis (axes, queries) int64.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from retrace.analyze.archives import Arrays, read_arrays, write_arrays
-from retrace.analyze.buckets import AXES, BUCKETED
+from retrace.analyze.buckets import AXES, BUCKETED, MOST_BUCKETS
 from retrace.analyze.methods.registry import recorded_spec
 from retrace.analyze.moments import Moments
 from retrace.analyze.profile import Charge, Clock
@@ -175,6 +175,8 @@ class KeptParts:
             if of not in names or array.dtype != np.float64:
                 raise ValueError(f"{name} is none of a tally's.")
             known[of] = Moments(*array.reshape(3, *shape, heads))
+            if kind == "by_bucket" and len(known[of].count) > MOST_BUCKETS:
+                raise ValueError(f"{name} has more buckets than there are positions for.")
         for tally, (builds, seconds, state_bytes) in zip(tallies, facts["costs"], strict=True):
             tally.cost = Cost(int(builds), float(seconds), int(state_bytes))
         for step, method, seconds in facts["spent"]:

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retrace.analyze import Recommendation, Results, analyze, merge
+from retrace.analyze.archives import read_arrays, write_arrays
 from retrace.analyze.results import COLUMNS
 from retrace.analyze.untrusted import FACTS_BYTES, read_facts, read_table
 from retrace.traces import RetraceError, Trace
@@ -99,6 +100,7 @@ HOSTILE = {
 LIMITED = """
 import resource, sys
 from pathlib import Path
+from retrace.analyze.archives import read_arrays, write_arrays
 from retrace.analyze.untrusted import read_table
 lines = Path("/proc/self/status").read_text().splitlines()
 held = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmSize"))
@@ -192,3 +194,20 @@ def test_parts_whose_run_is_not_as_written(
     # The next part of that run says again what run it is.
     analyze(trace, ["exact"], [2], out=out, part=(2, 2), keep_exact=False, workers=1)
     merge([out])
+
+
+def test_a_part_of_too_many_buckets_is_computed_anew(
+    make_trace: MakeTrace, rules: Any, tmp_path: Path
+) -> None:
+    trace, out = make_trace(rules(), [40, 30]), tmp_path / "p"
+    settings: dict[str, Any] = {"out": out, "keep_exact": False, "workers": 1}
+    analyze(trace, ["exact"], [2], part=(1, 2), **settings)
+    (file,) = out.glob(".parts/*/*.npz")
+    arrays = read_arrays(file)
+    assert arrays is not None
+    name = "0.by_bucket.position"
+    arrays[name] = np.ones((3, 33, *arrays[name].shape[2:]))
+    write_arrays(file, arrays)
+    found = analyze(trace, ["exact"], [2], **settings)
+    whole = analyze(trace, ["exact"], [2], keep_exact=False, workers=1)
+    pd.testing.assert_frame_equal(found.positions, whole.positions)

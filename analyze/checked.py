@@ -1,7 +1,7 @@
 """What a results folder holds, checked for the form that its readers rely on: anybody may have
 written it. What does not fit raises a `ValueError` that says what it is."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -35,11 +35,9 @@ ENTRIES: tuple[tuple[str, type, dict[str, type]], ...] = (
 """Lists and mappings of run.json, and what each of their entries has."""
 
 
-def checked_table(table: pd.DataFrame, columns: Iterable[str], name: str) -> pd.DataFrame:
-    """A table, if it has these columns with what belongs there."""
-    for column in columns:
-        if column not in table:
-            raise ValueError(f"its {name} has no column {column}")
+def checked_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """A table, if its columns hold what belongs there."""
+    for column in map(str, table):
         if len(table) and not KINDS[column](table[column]):
             raise ValueError(f"its {name} holds something else in column {column}")
     return table

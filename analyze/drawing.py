@@ -23,6 +23,11 @@ class Style(NamedTuple):
     dashes: str
     marker: str
 
+    @property
+    def line(self) -> dict[str, Any]:
+        """As arguments of `Axes.plot`."""
+        return {"color": self.colour, "linestyle": self.dashes, "marker": self.marker}
+
 
 EXACT_STYLE = Style("black", "-", "o")
 

@@ -44,9 +44,7 @@ def drift_by_layer(drift: "Drift") -> Figure:
             axes.plot(
                 rows["layer"],
                 rows[tensor],
-                color=style.colour,
-                linestyle=style.dashes,
-                marker=style.marker,
+                **style.line,
                 markersize=3,
                 linewidth=1.2,
                 label=wrapped(str(run), 34),

@@ -53,7 +53,7 @@ def estimate(
     job = Job(settings, plan, target)
     tasks = job.tasks if part is None else share(job.tasks, *part)
     if folder is not None:
-        kept = KeptParts(folder, job)
-        tasks = [at for at in tasks if kept.load(at) is None]
+        there = KeptParts(folder, job).load_all(tasks)
+        tasks = [at for at in tasks if at not in there]
     store = reference_store(trace, keep_exact, create=False)
     return forecast(job, tasks, store, count)

@@ -147,6 +147,10 @@ class KeptParts:
         with written_whole(self._folder / "job.json", writer=str(os.getpid())) as opened:
             opened.write(json.dumps(self._job.to_json(), indent=2).encode())
 
+    def load_all(self, tasks: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Part]:
+        """The parts of these layers and sequences that are there."""
+        return {at: part for at in tasks if (part := self.load(at)) is not None}
+
     def load(self, task: tuple[int, int]) -> Part | None:
         """The part of a layer and sequence; None if it is not there, or damaged."""
         arrays = read_arrays(self._file(task))

@@ -188,9 +188,7 @@ def error_by_bytes(results: "Results") -> Figure:
             axes.plot(
                 points["bytes_ratio"],
                 figures,
-                color=style.colour,
-                linestyle=style.dashes,
-                marker=style.marker,
+                **style.line,
                 markersize=4,
                 linewidth=1.3,
                 label=wrapped(method, 34),

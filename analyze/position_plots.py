@@ -65,9 +65,7 @@ def _along(results: "Results", axis: str) -> Figure:
             axes.plot(
                 [_middle(first) for first in line.index],
                 line,
-                color=style.colour,
-                linestyle=style.dashes,
-                marker=style.marker,
+                **style.line,
                 markersize=3,
                 linewidth=1.3,
                 label=wrapped(method, 34),

@@ -66,7 +66,7 @@ def load(
                 continue
             if digest is not None and _digest(file) != digest:
                 raise ValueError(f"{file.name} is not what was written")
-            tables[name] = checked_table(read_table(file, wanted), wanted, file.name)
+            tables[name] = checked_table(read_table(file, wanted), file.name)
     except (OSError, ValueError, RecursionError) as error:
         words = " ".join(str(error).split())
         raise RetraceError(f"{folder} is not a results folder of retrace ({words}).") from error

@@ -122,11 +122,12 @@ def analyze(
         kept = None if folder is None else KeptParts(folder, job)
         tasks = job.tasks if part is None else share(job.tasks, *part)
         store = reference_store(trace, keep_exact)
+        there = {} if kept is None else kept.load_all(tasks)
         if announce is not None and work >= WORTH_PROCESSES and executor is None:
-            left = tasks if kept is None else [at for at in tasks if kept.load(at) is None]
+            left = [at for at in tasks if at not in there]
             with clock.charge("forecast"):
                 announce(forecast(job, left, store, count))
-        parts, missing = replay_all(job, tasks, store, clock, pool, kept, progress)
+        parts, missing = replay_all(job, tasks, store, clock, pool, there, kept, progress)
     wall, names = time.perf_counter() - start, [str(method.spec) for method in wanted]
     spent = clock.facts(wall, count, names)
     results = tabulate(job, parts, missing, spent)

@@ -1,6 +1,6 @@
 """The tasks of a run: one per layer and sequence, replayed wherever there is a worker."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,16 +42,16 @@ def replay_all(
     store: ReferenceStore,
     clock: Clock,
     pool: Executor,
+    there: Mapping[tuple[int, int], Part],
     kept: KeptParts | None,
     progress: Progress | None,
 ) -> tuple[dict[tuple[int, int], list[Tally]], dict[tuple[int, int], str]]:
     """Every method's tally for each of some layers and sequences, in the order of the tasks, and
     what ended the workers of those that are missing.
 
-    Parts that are kept are not replayed again, and those that are finished are kept at once.
+    Parts that are `there` are not replayed again, and those that are finished are kept at once.
     """
     replayer = Replayer(job.settings.trace, job.device, store, clock.another())
-    there = {} if kept is None else {at: part for at in tasks if (part := kept.load(at))}
     parts = {at: part.tallies for at, part in there.items()}
     missing: dict[tuple[int, int], str] = {}
     if kept is not None:

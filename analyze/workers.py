@@ -29,7 +29,7 @@ def threads(device: torch.device, count: int | None = None) -> Iterator[Executor
     for each other, and on a machine that does other work besides, they wait long. One on a GPU."""
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(
-        count or (1 if device.type == "cuda" else before),
+        count or worker_count(device, work=0.0),
         thread_name_prefix="replay",
         initializer=torch.set_num_threads,
         initargs=(1,),

@@ -137,36 +137,18 @@ def test_arrays_that_longer_work_misses(
     assert answer(*command).exit_code in (1, 2)
 
 
+EVALUATE = ("evaluate", "traces/tiny.zarr", "--method", "window", "--topk", "4")
+CAPTURE = ("capture", "--reference", "traces/tiny.zarr", "--approximate", "window", "--topk", "4")
+
+
 @pytest.mark.parametrize(
     ("command", "attribute"),
     [
-        (("evaluate", "traces/tiny.zarr", "--method", "window", "--topk", "4"), "task"),
-        (("evaluate", "traces/tiny.zarr", "--method", "window", "--topk", "4"), "capture"),
-        (("evaluate", "traces/tiny.zarr", "--method", "window", "--topk", "4"), "tokenizer"),
-        (
-            (
-                "capture",
-                "--reference",
-                "traces/tiny.zarr",
-                "--approximate",
-                "window",
-                "--topk",
-                "4",
-            ),
-            "model",
-        ),
-        (
-            (
-                "capture",
-                "--reference",
-                "traces/tiny.zarr",
-                "--approximate",
-                "window",
-                "--topk",
-                "4",
-            ),
-            "batch_size",
-        ),
+        (EVALUATE, "task"),
+        (EVALUATE, "capture"),
+        (EVALUATE, "tokenizer"),
+        (CAPTURE, "model"),
+        (CAPTURE, "batch_size"),
     ],
 )
 def test_what_only_a_capture_notes(

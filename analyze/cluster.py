@@ -5,11 +5,11 @@ and what is cancelled afterwards ends in tracebacks.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from retrace.analyze.libraries import optional
 from retrace.traces import RetraceError
@@ -18,6 +18,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 log = logging.getLogger("retrace")
+
+PAUSE = 1.0
+"""Seconds between looks at whether a client still has a scheduler."""
 
 
 @contextmanager
@@ -45,7 +48,8 @@ def cluster(address: str) -> Iterator[tuple[Executor, int]]:
                 log.warning(
                     "The Dask scheduler at %s has no workers yet: they are waited for.", address
                 )
-            yield _Cluster(client), cores or 1
+            with Cluster(client) as executor:
+                yield executor, cores or 1
         except Exception as error:
             if isinstance(error, RetraceError) or client.status == "running":
                 raise
@@ -55,27 +59,62 @@ def cluster(address: str) -> Iterator[tuple[Executor, int]]:
             ) from error
 
 
-class _Cluster(Executor):
+class Cluster(Executor):
     """Runs functions on the workers of a client's cluster."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
+        self._pending: set[Future[Any]] = set()
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, name="cluster", daemon=True).start()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run a function that can be pickled. What is not wanted any more ends with the client."""
         ours: Future[T] = Future()
         theirs = self._client.submit(fn, *args, **kwargs, pure=False)
-        theirs.add_done_callback(partial(_pass_on, ours))
+        with self._lock:
+            self._pending.add(ours)
+        theirs.add_done_callback(lambda done: self._settle(ours, lambda: _result(done)))
         return ours
 
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Look after nothing any more."""
+        self._over.set()
 
-def _pass_on(ours: Future[Any], theirs: Any) -> None:
-    """What became of Dask's future, whatever that is: somebody waits for it."""
-    if not ours.set_running_or_notify_cancel():
-        return
-    try:
-        if theirs.cancelled():  # by nobody here
-            raise ConnectionError("the connection to the Dask scheduler was lost")
-        ours.set_result(theirs.result())
-    except BaseException as error:
-        ours.set_exception(error)
+    def _watch(self) -> None:
+        """Settle what waits for a client that gave up: where its thread ends first, Dask calls
+        nobody back."""
+        while not self._over.wait(PAUSE):
+            if self._client.status in ("closing", "closed"):
+                with self._lock:
+                    pending = list(self._pending)
+                for ours in pending:
+                    self._settle(ours, _lost)
+
+    def _settle(self, ours: Future[T], result: Callable[[], T]) -> None:
+        """Give a future the result or what that raises, once: somebody waits for it."""
+        error: BaseException | None = None
+        try:
+            answer = result()  # which may never come, so that it is not claimed before
+        except BaseException as raised:
+            error = raised
+        with self._lock:
+            if ours not in self._pending:
+                return
+            self._pending.remove(ours)
+        if not ours.set_running_or_notify_cancel():
+            return
+        if error is None:
+            ours.set_result(answer)
+        else:
+            ours.set_exception(error)
+
+
+def _result(theirs: Any) -> Any:
+    """What became of Dask's future."""
+    return _lost() if theirs.cancelled() else theirs.result()  # cancelled by nobody here
+
+
+def _lost() -> NoReturn:
+    raise ConnectionError("the connection to the Dask scheduler was lost")

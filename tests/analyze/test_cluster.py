@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from retrace.analyze import analyze
+from retrace.analyze.cluster import PAUSE, Cluster
 from retrace.analyze.schedule import finished
 from retrace.traces import RetraceError, Trace
 
@@ -103,6 +104,39 @@ def test_a_scheduler_that_is_killed(
     assert told[0] == (kept, 6)
     figures = [(tmp_path / name / "metrics.parquet").read_bytes() for name in ("one", "r")]
     assert figures[0] == figures[1]
+
+
+class Silent:
+    """A client that calls nobody back, and a future of it."""
+
+    status = "running"
+
+    def submit(self, *call: Any, **settings: Any) -> "Silent":
+        return self
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        self.callback = callback
+
+    def cancelled(self) -> bool:
+        return False
+
+    def result(self) -> int:
+        return 3
+
+
+def test_a_client_that_gave_up_without_a_word() -> None:
+    client = Silent()
+    with Cluster(client) as executor:
+        futures = [executor.submit(int) for _ in range(3)]
+        client.callback(client)
+        assert futures[2].result(timeout=0) == 3
+        assert futures[1].cancel()
+        assert not wait(futures[:1], timeout=2 * PAUSE).done
+        client.status = "closed"
+        with pytest.raises(ConnectionError, match="the connection to the Dask scheduler was lost"):
+            futures[0].result(timeout=30)
+        client.callback(client)  # late
+        assert futures[2].result(timeout=0) == 3
 
 
 def test_a_unit_that_dask_gave_up() -> None:

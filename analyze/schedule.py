@@ -4,7 +4,8 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
+from concurrent.futures import BrokenExecutor, Executor, Future
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -29,25 +30,35 @@ def finished(
         Exception: what a call raised: at once if the user can mend it, else at its last attempt.
     """
     attempts: Counter[K] = Counter()
-    running = {pool.submit(_alone, call): key for key, call in calls.items()}
+    running: dict[Future[T], K] = {}
+    # Each future comes here by itself: to wait for any of them looks at all of them each time.
+    done: SimpleQueue[Future[T]] = SimpleQueue()
+
+    def submit(key: K) -> None:
+        future = pool.submit(_alone, calls[key])
+        running[future] = key
+        future.add_done_callback(done.put)
+
     try:
+        for key in calls:
+            submit(key)
         while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                key = running.pop(future)
-                attempts[key] += 1
-                try:
-                    answer: T | BrokenExecutor = future.result()
-                except RetraceError:
+            future = done.get()
+            key = running.pop(future)
+            attempts[key] += 1
+            try:
+                answer: T | BrokenExecutor = future.result()
+            except RetraceError:
+                raise
+            except Exception as error:
+                death = _death(error, attempts[key])
+                if death is None and attempts[key] == ATTEMPTS:
                     raise
-                except Exception as error:
-                    death = _death(error, attempts[key])
-                    if death is None and attempts[key] == ATTEMPTS:
-                        raise
-                    if death is None:
-                        running[pool.submit(_alone, calls[key])] = key
-                        continue
-                    answer = death
-                yield key, answer
+                if death is None:
+                    submit(key)
+                    continue
+                answer = death
+            yield key, answer
     finally:
         for future in running:
             future.cancel()

@@ -149,11 +149,11 @@ class Past:
             )
         return rotation
 
-    @staticmethod
     def _turned(
+        self,
         turn: Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.NDArray[Any]],
         vectors: Tensor,
         positions: Tensor,
     ) -> Tensor:
-        turned = turn(vectors.cpu().numpy(), positions.cpu().numpy())
+        turned = turn(vectors.cpu().numpy(), positions.cpu().numpy() + self.unit.first)
         return torch.from_numpy(np.asarray(turned)).to(vectors)

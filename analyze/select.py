@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrace.analyze.attention import first_visible
 from retrace.analyze.compiled.joining import in_order_of_joining
 from retrace.analyze.methods.base import AttendMethod, Method, ScoreMethod, SearchMethod
 from retrace.analyze.pooling import MEAN_QUERY, pool
@@ -293,31 +294,37 @@ def _kept_ids(sink: int, first_given: Tensor | None, block: Block) -> Tensor:
 
 
 def _select_by_search(method: SearchMethod, served: Served, block: Block, k: int) -> Selection:
-    """The index's answer and the keys that it does not hold yet, ranked by exact score."""
-    state, indexed = served.state, served.held
-    since = torch.arange(indexed, block.end, device=block.positions.device)
-    candidates = since.expand(*block.queries.shape[:2], -1)
+    """The index's answer and the visible keys that it does not hold, ranked by exact score."""
+    state, first, indexed = served.state, served.first, served.held
+    positions, group = block.positions, block.unit.group
+    oldest = int(first_visible(positions[:1], group.rules))
+    others = torch.arange(oldest, block.end, device=positions.device)
+    others = others[(others < first) | (others >= indexed)]
+    candidates = others.expand(*block.queries.shape[:2], -1)
     if state is not None:
-        found = method.search(state, block.queries * block.unit.group.rules.scale, k)
+        found = method.search(state, block.queries * group.rules.scale, k)
         if found.dim() != 3 or found.shape[:2] != block.queries.shape[:2]:
             raise RetraceError(
                 f"search() gave shape {tuple(found.shape)}; expected (group, queries, ids) = "
                 f"{(*block.queries.shape[:2], k)}."
             )
-        check_ids(found, block, windowed=False)
+        found = torch.where(found < 0, found, found + first)
+        check_ids(found, block)
         candidates = torch.cat([found, candidates], dim=-1)
     # Ascending, so that a stable sort by score leaves ties to the lower key.
     candidates = _only_visible(candidates, block).sort(dim=-1).values
     order = block.scores_at(candidates).argsort(dim=-1, descending=True, stable=True)
     ids = candidates.gather(-1, order[..., :k])
-    unindexed = (block.positions - indexed + 1) * block.unit.group.key_bytes
+    # All keys of the index are visible to these queries.
+    unindexed = block.visible_count - (indexed - first)
     return Selection(
         (k,),
         ids,
         (ids >= 0).sum(dim=-1)[None],
-        first_given=block.positions.new_full((1, len(block.positions)), indexed),
-        aux_bytes=_aux_bytes(method, state, block) + unindexed,
-        attended_bytes=method.attended_bytes(block.unit.group),
+        sink=first,
+        first_given=positions.new_full((1, len(positions)), indexed),
+        aux_bytes=_aux_bytes(method, state, block) + unindexed * group.key_bytes,
+        attended_bytes=method.attended_bytes(group),
     )
 
 

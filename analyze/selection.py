@@ -63,18 +63,14 @@ def missing_last(ids: Tensor) -> Tensor:
     return ids.gather(-1, (ids < 0).to(torch.uint8).argsort(dim=-1, stable=True))
 
 
-def check_ids(ids: Tensor, block: Block, *, windowed: bool = True) -> None:
+def check_ids(ids: Tensor, block: Block) -> None:
     """Refuse ids (group, queries, any) that a query can't attend, naming the first.
 
-    Those are a future key, one outside the layer's window (unless `windowed` is false: an index
-    does not know of it), and a key that comes twice.
+    Those are a future key, one outside the layer's window, and a key that comes twice.
     """
     positions = block.positions[:, None]
-    if windowed:
-        inside = ids.clamp(0, block.end - 1)
-        seen = block.visible.expand(len(ids), -1, -1).gather(-1, inside) & (ids == inside)
-    else:
-        seen = (ids >= 0) & (ids <= positions)
+    inside = ids.clamp(0, block.end - 1)
+    seen = block.visible.expand(len(ids), -1, -1).gather(-1, inside) & (ids == inside)
     if bool((~seen & (ids != -1)).any()):
         head, row, place = (~seen & (ids != -1)).nonzero()[0].tolist()
         key = int(ids[head, row, place])

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -105,12 +105,19 @@ class Served:
     """Keys that the state was built from."""
     held: int
     """Keys that it holds, those that joined later included."""
+    first: int
+    """Position of the first of them, from which the state counts its keys."""
     heads: tuple[tuple[Unit, Any], ...] = ()
     """Every kv head of the layer with its state, where the method pools over the layer."""
 
 
 class States:
-    """A method's state as the queries of one unit advance."""
+    """A method's state as the queries of one unit advance.
+
+    An index answers with the best of all that it holds. Where a layer has a window or chunks, it
+    holds keys only that every query it answers sees: it is built anew from these as the window
+    moves by a quarter or by the protocol's R, whichever is less, and as a chunk begins.
+    """
 
     def __init__(
         self,
@@ -127,6 +134,7 @@ class States:
         self._pools_layer = isinstance(method, ScoreMethod) and method.pool.startswith(LAYER)
         self._units = self._selecting(unit)
         self._states: tuple[Any, ...] = (None,) * len(self._units)
+        self._first = 0
         self._built = -1
         self._held = 0
         self.cost = Cost()
@@ -155,49 +163,75 @@ class States:
                     self._states[own],
                     self._built,
                     self._held,
+                    self._first,
                     tuple(zip(self._units, self._states, strict=True)) if self._pools_layer else (),
                 )
                 start = row
 
-    def _wanted(self, position: int) -> tuple[int, int]:
-        """How many keys the state at a position is built from, and how many it holds in all."""
+    def _wanted(self, position: int) -> tuple[int, int, int]:
+        """The first key of the state at a position, the end of those that it is built from, and of
+        all that it holds."""
         method, length = self._method, len(self._unit.keys)
         if not method.fitted:
-            return length, length
-        built = self._protocol.built_at(position, length)
+            return 0, length, length
         if isinstance(method, SearchMethod):
-            if method.incremental and self._protocol.prefix is None:
-                built = FIRST_BUILD if position >= FIRST_BUILD else 0
-            return built, built + (position - built) // method.step * method.step if built else 0
+            first, built = self._indexed(method, position)
+            if not first < built <= position:
+                return 0, 0, 0
+            return first, built, built + (position - built) // method.step * method.step
+        built = self._protocol.built_at(position, length)
         if isinstance(method, ScoreMethod) and method.keeps_new:
-            return built, built
+            return 0, built, built
         # Scores of later keys are hidden query by query, so that all may join at once.
-        return built, length if built else 0
+        return 0, built, length if built else 0
 
-    def _advance(self, built: int, held: int) -> None:
+    def _indexed(self, method: SearchMethod, position: int) -> tuple[int, int]:
+        """The first key of the index at a position, and the end of those that it is built from;
+        there is none before that."""
+        protocol, rules = self._protocol, self._unit.group.rules
+        first = rules.first_visible(position)
+        if not first and method.incremental and protocol.prefix is None:
+            return 0, FIRST_BUILD
+        built = protocol.built_at(position, len(self._unit.keys))
+        if not first:
+            return 0, built
+        if rules.window is not None:
+            step = max(1, min(protocol.rebuild, rules.window // 4))
+            first = -(-first // step) * step
+            # Where the window, which is whole when it begins to move, first leaves all before.
+            since = max(first + FIRST_BUILD, first - step + rules.window)
+        elif method.incremental:
+            since = first + FIRST_BUILD
+        else:  # a chunk is a sequence of its own
+            since = first + replace(protocol, prefix=None).built_at(position - first, 0)
+        return first, since if protocol.prefix is None else max(built, since)
+
+    def _advance(self, first: int, built: int, held: int) -> None:
         method = self._method
-        if built == self._built and held == self._held:
+        if (first, built, held) == (self._first, self._built, self._held):
             return
         start = self._seconds()
-        if built != self._built:
+        if (first, built) != (self._first, self._built):
             self._states = (None,) * len(self._units)
-            if built:
-                self._states = tuple(method.build(self._past(u, 0, built)) for u in self._units)
+            if first < built:
+                pasts = (self._past(unit, first, first, built) for unit in self._units)
+                self._states = tuple(map(method.build, pasts))
                 self.cost.builds += 1
-            self._built = self._held = built
+            self._first, self._built, self._held = first, built, built
         if held > self._held:
             self._states = tuple(
-                method.extend(state, self._past(unit, self._held, held))
+                method.extend(state, self._past(unit, first, self._held, held))
                 for unit, state in zip(self._units, self._states, strict=True)
             )
             self._held = held
         self.cost.seconds += self._seconds() - start
         self.cost.state_bytes = max(self.cost.state_bytes, _nbytes(self._states[0], self._unit))
 
-    def _past(self, unit: Unit, start: int, end: int) -> Past:
+    def _past(self, unit: Unit, first: int, start: int, end: int) -> Past:
+        """Positions of a unit from `start` to `end`, counted from `first` on."""
         learned = self._calibration.get((unit.group.layer, unit.group.kv_head), {})
         here = {name: tensor.to(unit.keys.device) for name, tensor in learned.items()}
-        return Past(unit, start, end, here)
+        return Past(unit.since(first), start - first, end - first, here)
 
     def _seconds(self) -> float:
         if self._unit.keys.is_cuda:

@@ -80,6 +80,22 @@ class Unit:
     """The other kv heads and layers of the sequence; None where there is no trace to read."""
     dtype: torch.dtype = torch.float32
     """What the trace holds them in, if that is narrower: they are exact in it."""
+    first: int = 0
+    """Position in the sequence of the first key, from which all others count."""
+
+    def since(self, first: int) -> "Unit":
+        """The unit as if the sequence began at a position, its neighbours too."""
+        if not first:
+            return self
+        neighbours = self.neighbours and self.neighbours.changed(lambda unit: unit.since(first))
+        return replace(
+            self,
+            positions=self.positions - first,
+            keys=self.keys[first:],
+            values=self.values[first:],
+            neighbours=neighbours,
+            first=self.first + first,
+        )
 
     @cached_property
     def mean_values(self) -> Tensor:

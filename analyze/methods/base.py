@@ -216,7 +216,9 @@ class EvictionMethod(ScoreMethod):
 class SearchMethod(Method):
     """A method that answers with key ids, as a vector index does.
 
-    Its state holds keys up to some position; the few that came since are searched exactly.
+    Its state holds keys up to some position; the few that came since are searched exactly. In a
+    layer with a window or chunks it is built anew as these move, from keys that are all visible:
+    its past then begins with the first of them, as if the sequence did, and so do the ids.
     """
 
     fitted: ClassVar[bool] = True
@@ -231,7 +233,7 @@ class SearchMethod(Method):
 
     def search(self, state: Any, queries: Tensor, k: int) -> Tensor:
         """Ids (group, queries, k) int64 of retrieved keys, best first, -1 where there are fewer,
-        for queries (group, queries, channels)."""
+        for queries (group, queries, channels). Ids count from the first key of the past."""
         raise NotImplementedError
 
 

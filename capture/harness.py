@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import io
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -119,7 +118,6 @@ def _sequences(
 ) -> Iterator[tuple[list[int], int]]:
     """(tokens, how many at the end are scored) of the requests, equal ones once."""
     seen: set[Any] = set()
-    documents = WindowCutter(cut.tokenizer, cut.max_length, None)
     for instance in instances:
         kind, arguments = instance.request_type, instance.args
         texts = (kind, *arguments[: 2 if kind == "loglikelihood" else 1])
@@ -127,8 +125,9 @@ def _sequences(
             continue
         seen.add(texts)
         if kind == "loglikelihood_rolling":
-            for window in documents.windows([io.StringIO(arguments[0])]):
-                yield window.tolist(), 0
+            for context, continuation in rolling_windows(cut, arguments[0]):
+                # A document that is to be continued is a prompt.
+                yield context + continuation, 0 if generate else len(continuation)
         elif kind == "loglikelihood":
             context, continuation = encode_pair(cut.tokenizer, arguments[0], arguments[1])
             whole = (context + continuation)[-(cut.max_length + generate) :]
@@ -139,9 +138,33 @@ def _sequences(
             raise RetraceError(f"Requests of the kind {kind} have no text that can be captured.")
 
 
+def rolling_windows(cut: WindowCutter, document: str) -> Iterator[tuple[list[int], list[int]]]:
+    """(context, scored) token ids of each window of a document, as lm-eval-harness cuts it for a
+    model that reads `max_length - 1` positions: each token is scored once, the first after a
+    prefix token, and the last window reaches back for a full context. The harness does not give a
+    model the last token, which a sequence holds as well."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    begin = prefix_token(cut.tokenizer)
+    if begin is None:
+        raise RetraceError(
+            "The tokenizer has no token that begins or ends a text, and lm-eval-harness puts one "
+            "before a document: read it by --text FILE instead."
+        )
+    tokens = encode(cut.tokenizer, document)
+    windows = get_rolling_token_windows(tokens, begin, cut.max_length - 1, context_len=1)
+    yield from map(make_disjoint_window, windows)
+
+
+def prefix_token(tokenizer: Any) -> int | None:
+    """The token that lm-eval-harness puts before a text that has no context: BOS, or else EOS."""
+    begin: int | None = tokenizer.bos_token_id
+    return tokenizer.eos_token_id if begin is None else begin
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids, with the special tokens that the tokenizer puts there by itself, once."""
-    begin = tokenizer.bos_token
+    begin = tokenizer.bos_token or tokenizer.eos_token
     special = {"add_special_tokens": False} if begin and text.startswith(begin) else {}
     tokens: list[int] = tokenizer(text, **special)["input_ids"]
     return tokens
@@ -152,11 +175,11 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
     together and cut where the context alone would end, its trailing spaces belonging to the
     continuation."""
     if not context:
-        begin = tokenizer.bos_token_id
-        begin = tokenizer.eos_token_id if begin is None else begin
+        begin = prefix_token(tokenizer)
         tokens = tokenizer(continuation, add_special_tokens=False)["input_ids"]
-        prefix = [] if begin is None or tokens[:1] == [begin] else [begin]
-        return prefix, tokens
+        if begin is None or tokens[:1] == [begin]:
+            return tokens[:1], tokens[1:]
+        return [begin], tokens
     stripped = context.rstrip()
     whole = encode(tokenizer, context + continuation)
     length = len(encode(tokenizer, stripped))

@@ -124,8 +124,8 @@ def describe(
         "tokenizer": {
             "class": type(tokenizer).__name__,
             "vocabulary": len(tokenizer),
-            "starts_with_bos": reading.starts_with_bos,
-        },
+        }
+        | reading.begins,
         "task": reading.task,
         "capture": {
             "limit": settings.limit,

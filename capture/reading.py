@@ -26,8 +26,9 @@ class Reading:
     """Each task or text with its source, as the trace's attributes have it."""
     max_length: int
     """Positions of the longest sequence that there may be."""
-    starts_with_bos: bool
-    """Whether every sequence starts with the token that begins a text."""
+    begins: dict[str, Any]
+    """What every window of a text begins with, as the attributes of the trace's tokenizer have it:
+    the tokens of the `prefix` (older traces do not say), and whether BOS is among them."""
 
 
 def read_text(
@@ -46,7 +47,10 @@ def read_text(
             for one in sets
         ],
         max_length,
-        cut.starts_with_bos,
+        {
+            "starts_with_bos": checkpoint.tokenizer.bos_token_id in cut.prefix,
+            "prefix": checkpoint.tokenizer.convert_ids_to_tokens(cut.prefix),
+        },
     )
 
 
@@ -75,12 +79,15 @@ def read_reference(trace: Trace, limit: int | None) -> Reading:
             "(--resume)."
         )
     sequences = trace.sequences[:limit]
+    begins = {"starts_with_bos": noted(trace, "tokenizer.starts_with_bos", bool)}
+    if "prefix" in noted(trace, "tokenizer", dict[str, Any]):
+        begins["prefix"] = noted(trace, "tokenizer.prefix", list[str])
     return Reading(
         [trace.tokens(sequence) for sequence in sequences],
         [trace.phase(sequence) for sequence in sequences],
         noted(trace, "task", list[dict[str, Any]]),
         noted(trace, "capture.max_length", int),
-        noted(trace, "tokenizer.starts_with_bos", bool),
+        begins,
     )
 
 

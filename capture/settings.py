@@ -33,9 +33,10 @@ class CaptureSettings:
     tasks: Sequence[str] = ()
     """Tasks whose text the model reads: wikitext, or any of lm-eval-harness, such as hellaswag."""
     text: Sequence[str | Path] = ()
-    """Plain text files (UTF-8) that the model reads, cut into consecutive sequences."""
+    """Text files (UTF-8) that the model reads, cut into consecutive sequences; of .jsonl, .json,
+    .csv, .tsv and .parquet files the `text` of each row is a text."""
     data: str | Path | None = None
-    """Local file or folder (.txt, .jsonl, .parquet) to read the documents of wikitext from."""
+    """Local file or folder (.txt, .jsonl, .parquet, ...) to read the documents of wikitext from."""
     include_path: str | Path | None = None
     """Folder of further task files (.yaml) for lm-eval-harness."""
     num_fewshot: int | None = None

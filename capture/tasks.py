@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
+from retrace.capture.documents import TABLES, open_text, read_texts
 from retrace.capture.hub import datasets_offline, hub_reachable
 from retrace.capture.settings import TASKS, CaptureSettings
 from retrace.traces import PHASES, RetraceError
@@ -22,7 +24,7 @@ Tokens = npt.NDArray[np.int32]
 MARGIN_TOKENS = 64
 """How far the end of a text that is cut short may change the tokens before it, amply."""
 ARTICLE_TITLE = re.compile(r" = [^=\n].* = $")
-LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+DATA_FILES = (".txt", *TABLES)
 
 
 @dataclass(frozen=True)
@@ -105,23 +107,23 @@ def read_sequences(
 class WindowCutter:
     """Turns documents into consecutive windows of 2 to `max_length` tokens.
 
-    Each begins with the tokenizer's BOS token where the tokenizer puts one first by itself. No
-    more of a document is tokenised than is needed for `limit` windows.
+    Each begins with what the tokenizer puts before a text by itself, such as a BOS token. What it
+    puts after one, where it does, is left out: a window may end in the middle of a text. No more of
+    a document is tokenised than is needed for `limit` windows.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, limit: int | None) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._limit = limit
-        begin = tokenizer.bos_token_id
-        by_default = tokenizer("a")["input_ids"]
-        self._prefix = [begin] if begin is not None and by_default[:1] == [begin] else []
-        self._content = max_length - len(self._prefix)
-
-    @property
-    def starts_with_bos(self) -> bool:
-        """Whether each window begins with a BOS token."""
-        return bool(self._prefix)
+        self.prefix = tokens_before_text(tokenizer)
+        """Token ids that each window begins with."""
+        self._content = max_length - len(self.prefix)
+        if self._content < 1:
+            raise RetraceError(
+                f"The tokenizer puts {len(self.prefix)} tokens before a text: sequences of "
+                f"{max_length} have no room for any of it. Raise --max-length."
+            )
 
     def windows(self, documents: Iterable[TextIO]) -> list[Tokens]:
         """Windows (positions,) of the documents, in their order, `limit` at most."""
@@ -130,7 +132,7 @@ class WindowCutter:
             left = None if self._limit is None else self._limit - len(windows)
             tokens = self._first_tokens(document, None if left is None else left * self._content)
             for start in range(0, len(tokens), self._content):
-                window = self._prefix + tokens[start : start + self._content]
+                window = self.prefix + tokens[start : start + self._content]
                 if len(window) >= 2:  # one token alone predicts nothing
                     windows.append(np.array(window, np.int32))
             if self._limit is not None and len(windows) >= self._limit:
@@ -156,12 +158,27 @@ class WindowCutter:
         return tokens
 
 
+def tokens_before_text(tokenizer: Any) -> list[int]:
+    """Ids of the special tokens that a tokenizer puts before every text by itself.
+
+    They precede, in what it gives for "a", what it gives for "a" without special tokens.
+    """
+    whole: list[int] = tokenizer("a")["input_ids"]
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(whole) - len(plain) + 1) if plain else ()
+    for start in starts:
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    # It writes a text otherwise after special tokens.
+    return list(itertools.takewhile(set(tokenizer.all_special_ids).__contains__, whole))
+
+
 def _read_text(path: Path, cut: WindowCutter) -> SequenceSet:
-    try:
-        with path.open(encoding="utf-8") as text:
+    if path.suffix.lower() in TABLES:
+        windows = cut.windows(map(io.StringIO, read_texts(path, "text")))
+    else:
+        with open_text(path) as text:
             windows = cut.windows([text])
-    except UnicodeDecodeError as error:
-        raise RetraceError(f"{path} is not UTF-8 text: {error.reason}.") from error
     if not windows:
         raise RetraceError(f"{path} holds no text: fewer than two tokens.")
     return SequenceSet("text", str(path), windows)
@@ -198,34 +215,22 @@ def _hub_rows(task: str, data: HubData) -> Iterator[str]:
 
 
 def _local_rows(path: Path, data: HubData) -> Iterator[str]:
-    import datasets
-
-    files = _data_files(path, data.split)
-    loader = LOADERS[files[0].suffix]
-    options = {"keep_linebreaks": True} if loader == "text" else {}
-    rows = datasets.load_dataset(
-        loader,
-        data_files=[str(file) for file in files],
-        split="train",
-        streaming=True,  # read as it is needed, with no copy in the cache
-        **options,
-    )
-    for row in rows:
-        if not isinstance(row.get(data.column), str):
-            raise RetraceError(
-                f"{path} has no text in {data.column!r}; its columns: {', '.join(row)}."
-            )
-        yield row[data.column]
+    for file in _data_files(path, data.split):
+        if file.suffix == ".txt":
+            with open_text(file) as lines:
+                yield from lines
+        else:
+            yield from read_texts(file, data.column)
 
 
 def _data_files(path: Path, split: str) -> list[Path]:
     """The data files at a path; of a folder those of the split, where their names tell."""
     if path.is_file():
-        files = [path] if path.suffix in LOADERS else []
+        files = [path] if path.suffix in DATA_FILES else []
     else:
-        files = sorted(file for file in path.rglob("*") if file.suffix in LOADERS)
+        files = sorted(file for file in path.rglob("*") if file.suffix in DATA_FILES)
         files = [file for file in files if split in file.stem] or files
         files = [file for file in files if file.suffix == files[0].suffix]
     if not files:
-        raise RetraceError(f"{path} holds no data: expected {', '.join(LOADERS)}.")
+        raise RetraceError(f"{path} holds no data: expected {', '.join(DATA_FILES)}.")
     return files

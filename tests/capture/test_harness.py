@@ -16,7 +16,7 @@ from retrace.traces import PHASES, RetraceError
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("needs `pip install 'retrace-attention[lm-eval]'`", allow_module_level=True)
 
-from retrace.capture.harness import Harness, encode_pair
+from retrace.capture.harness import Harness, encode_pair, rolling_windows
 
 # Packages that lm-eval-harness brings warn of their own future.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -28,7 +28,8 @@ class Characters:
     def __init__(self, bos: bool = False) -> None:
         self.bos_token = "^" if bos else None
         self.bos_token_id = ord("^") if bos else None
-        self.eos_token_id = ord("$")
+        self.eos_token = "$"
+        self.eos_token_id: int | None = ord("$")
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         begin = "^" if self.bos_token and add_special_tokens else ""
@@ -95,7 +96,12 @@ CHOICES = {
 
 @pytest.mark.parametrize(
     ("context", "continuation", "expected"),
-    [("a b", " c", ("a b", " c")), ("a  ", "c", ("a", "  c")), ("", "c", ("$", "c"))],
+    [
+        ("a b", " c", ("a b", " c")),
+        ("a  ", "c", ("a", "  c")),
+        ("", "c", ("$", "c")),
+        ("", "$c", ("$", "c")),
+    ],
 )
 def test_pairs(context: str, continuation: str, expected: tuple[str, str]) -> None:
     pair = encode_pair(Characters(), context, continuation)
@@ -167,10 +173,56 @@ ROLLING = {
 
 
 def test_rolling(task: Callable[..., Path]) -> None:
-    folder = task([{"page": "abcdefgh"}, {"page": "ijk"}, {"page": "lm"}], **ROLLING)
-    # The limit is of documents: two of them, which make three windows.
-    assert texts(read(folder, limit=2, max_length=5)) == ["abcde|", "fgh|", "ijk|"]
-    assert texts(read(folder, limit=1, max_length=5, bos=True)) == ["^abcd|", "^efgh|"]
+    folder = task([{"page": "abcdefghij"}, {"page": "klm"}, {"page": "no"}], **ROLLING)
+    # The limit is of documents: two of them, which make four windows.
+    expected = ["$|abcd", "d|efgh", "fgh|ij", "$|klm"]
+    assert texts(read(folder, limit=2, max_length=5)) == expected
+    # As there, a tokenizer that puts BOS before each text has two of them.
+    expected = ["^|^abc", "c|defg", "fg|hij"]
+    assert texts(read(folder, limit=1, max_length=5, bos=True)) == expected
+    # To be continued: prompts, which nothing of is scored.
+    assert texts(read(folder, limit=2, max_length=15, generate=4)) == ["$abcdefghij|", "$klm|"]
+
+
+def test_a_document_that_nothing_begins() -> None:
+    tokenizer = Characters()
+    tokenizer.eos_token_id = None
+    with pytest.raises(RetraceError, match="no token that begins or ends a text"):
+        list(rolling_windows(WindowCutter(tokenizer, 5, None), "abc"))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_rolling_as_the_harness_reads(
+    bos: bool, task: Callable[..., Path], model_folder: Any, tmp_path: Path
+) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = model_folder("llama", bos=bos)
+    pages = ["hello", "abcdefghijklmnopqrstuvwxyz"]
+    trace = capture(
+        str(folder),
+        tasks=["local"],
+        include_path=task([{"page": page} for page in pages], **ROLLING),
+        max_length=16,
+        out=tmp_path / "t",
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    harness = HFLM(
+        pretrained=model,
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        max_length=15,
+        batch_size=1,
+    )
+    asked = [Instance("loglikelihood_rolling", {}, (page,), 0) for page in pages]
+    expected = harness.loglikelihood_rolling(asked, disable_tqdm=True)
+    found = [
+        -float(trace.nll(s)[:-1][trace.phase(s)[1:] == PHASES["continuation"]].sum())
+        for s in trace.sequences
+    ]
+    assert found[0] == pytest.approx(expected[0], abs=1e-3)
+    assert sum(found[1:]) == pytest.approx(expected[1], abs=1e-3)
 
 
 PROMPTS = {

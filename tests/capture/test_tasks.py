@@ -1,5 +1,6 @@
 """Texts and documents as sequences of tokens."""
 
+import csv
 import io
 import json
 import time
@@ -11,7 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrace.capture import CaptureSettings, capture
-from retrace.capture.tasks import WindowCutter, articles, read_sequences
+from retrace.capture.tasks import (
+    WindowCutter,
+    articles,
+    read_sequences,
+    tokens_before_text,
+)
 from retrace.traces import RetraceError
 
 
@@ -53,6 +59,41 @@ def test_windows(text: str, options: dict[str, Any], expected: list[str]) -> Non
     assert windows(text, 3, **options) == expected
 
 
+class Around:
+    """A character is a token, with tokens before and after each text."""
+
+    all_special_ids = (1, 2)
+
+    def __init__(self, before: str, after: str = "", joined: bool = False) -> None:
+        self.before, self.after, self.joined = before, after, joined
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        if not add_special_tokens:
+            return {"input_ids": [ord(character) for character in text]}
+        text = text.upper() if self.joined else text
+        return {"input_ids": [ord(c) for c in self.before + text + self.after]}
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["", "text differs"])
+@pytest.mark.parametrize("before", ["", "\1", "\1\2", "\1\1"])
+@pytest.mark.parametrize("after", ["", "\2"])
+def test_every_window_begins_as_the_tokenizer_begins_a_text(
+    before: str, after: str, joined: bool
+) -> None:
+    tokenizer = Around(before, after, joined)
+    assert tokens_before_text(tokenizer) == list(map(ord, before))
+    found = WindowCutter(tokenizer, 4, None).windows([io.StringIO("abcde")])
+    content = 4 - len(before)
+    parts = ["abcde"[i : i + content] for i in range(0, 5, content)]
+    texts = ["".join(map(chr, window)) for window in found]
+    assert texts == [before + part for part in parts if len(before + part) > 1]
+
+
+def test_no_room_for_text() -> None:
+    with pytest.raises(RetraceError, match=r"2 tokens before a text.*--max-length"):
+        WindowCutter(Around("\1\2"), 2, None)
+
+
 def test_no_more_is_tokenised_than_needed() -> None:
     tokenizer = CountingTokenizer()
     WindowCutter(tokenizer, 100, limit=2).windows([io.StringIO("a" * 1_000_000)])
@@ -87,13 +128,16 @@ def write_data(folder: Path, kind: str) -> Path:
         path.write_text("".join(row or "\n" for row in ROWS))
     elif kind == "jsonl":
         path.write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS))
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["text"], *([row] for row in ROWS)])
     else:
         pq.write_table(pa.table({"text": ROWS}), path)
     path.with_name(f"valid-00000.{kind}").write_bytes(path.read_bytes())
     return path
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("whole_folder", [False, True], ids=["file", "folder"])
 def test_local_data(kind: str, whole_folder: bool, tmp_path: Path) -> None:
     path = write_data(tmp_path, kind)
@@ -109,18 +153,7 @@ def test_data_without_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"title": "a", "page": "b"}\n')
     settings = CaptureSettings(pretrained="x", tasks=["wikitext"], data=path)
-    with pytest.raises(RetraceError, match="no text in 'text'; its columns: title, page"):
-        read_sequences(settings, WindowCutter(CountingTokenizer(), 10, None))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [(b"", "holds no text"), (b"a\xff", "is not UTF-8 text")]
-)
-def test_unreadable_text(content: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(content)
-    settings = CaptureSettings(pretrained="x", text=[path])
-    with pytest.raises(RetraceError, match=message):
+    with pytest.raises(RetraceError, match=r"no text in 'text' .*its columns: title, page"):
         read_sequences(settings, WindowCutter(CountingTokenizer(), 10, None))
 
 
@@ -153,6 +186,7 @@ def test_tasks_and_texts_in_one_trace(
         {"task": "text", "source": str(text_file), "sequences": 2},
     ]
     assert trace.attributes["tokenizer"]["starts_with_bos"] is bos
+    assert trace.attributes["tokenizer"]["prefix"] == (["<s>"] if bos else [])
     assert [int(trace.tokens(s)[0] == 1) for s in range(4)] == [int(bos)] * 4
     text = text_file.read_text()
     assert len(trace.tokens(2)) == 30

@@ -27,7 +27,10 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     PreTrainedTokenizerFast,
 )
@@ -103,6 +106,16 @@ LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+PATCHES = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+CLIP = {"model_type": "clip_vision_model", **PATCHES}
+SECTIONS = {"mrope_section": [2, 3, 3]}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "afmoe": {**EXPERTS, "num_dense_layers": 1, "sliding_window": 8, "layer_types": SLIDING},
     "apertus": {},
@@ -218,6 +231,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "conv_L_cache": 3,
     },
     "llama": {},
+    "llava": {"text_config": {"model_type": "llama"}, "vision_config": CLIP},
     "llama4_text": {
         "attention_chunk_size": 8,
         "num_local_experts": 2,
@@ -230,6 +244,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "minimax": {**EXPERTS, "layer_types": ["linear_attention", "full_attention"]},
     "ministral": {"sliding_window": 8, "layer_types": SLIDING},
     "mistral": {"sliding_window": 8},
+    "mistral3": {
+        "text_config": {"model_type": "mistral", "sliding_window": 8},
+        "vision_config": {"model_type": "pixtral", **PATCHES},
+    },
     "mixtral": {**EXPERTS},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512},
     "nemotron": {},
@@ -244,6 +262,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 8},
     "phimoe": {"sliding_window": 8, "num_local_experts": 2},
     "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen2_5_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **SECTIONS}},
+        "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64},
+    },
     "qwen2_moe": {
         **EXPERTS,
         "sliding_window": 8,
@@ -265,6 +287,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 32,
         "layer_types": ["linear_attention"] * 3 + ["full_attention"],
     },
+    "qwen3_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **SECTIONS}},
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "deepstack_visual_indexes": [0],
+        },
+    },
     "recurrent_gemma": {
         "num_hidden_layers": 3,
         "num_key_value_heads": 1,
@@ -274,6 +307,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "seed_oss": {},
     "smollm3": {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
+    "smolvlm": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": {"model_type": "smolvlm_vision", **PATCHES},
+    },
     "stablelm": {},
     "starcoder2": {"sliding_window": 8},
     "t5": {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4},
@@ -295,7 +332,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "adapter_rank": 8,
     },
 }
-"""What the configuration of each family differs in from `SIZES`; None leaves one of these out."""
+"""What the configuration of each family differs in from `SIZES`; None leaves one of these out.
+Language models inside a vision-language model have one of their own: `text_config`."""
 
 TEXT = " ".join(
     f"The {n} birds sang {n * n} songs, and then {n % 7} of them slept." for n in range(60)
@@ -336,21 +374,34 @@ def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
 
 def save_tiny_model(model_type: str, folder: Path, *, bos: bool = False, **changes: Any) -> None:
     """Save a tiny random model of an architecture and its tokenizer, as a user would have them."""
-    options = {**SIZES, **ARCHITECTURES.get(model_type, {}), **changes}
-    config = CONFIG_MAPPING[model_type](**{k: v for k, v in options.items() if v is not None})
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    own = ARCHITECTURES.get(model_type, {})
+    text = {**SIZES, **own.get("text_config", own), **changes}
+    options = {k: v for k, v in text.items() if v is not None}
+    if "text_config" in own:
+        options = {**own, "text_config": options}
+    config = CONFIG_MAPPING[model_type](**options)
     torch.manual_seed(0)
-    model: Any = (AutoModelForCausalLM if causal else AutoModelForSeq2SeqLM).from_config(config)
+    model: Any = _class_of(config).from_config(config)
     model.save_pretrained(folder)
     byte_tokenizer(bos).save_pretrained(folder)
+
+
+def _class_of(config: Any) -> Any:
+    """What loads a model of this configuration with a head for language."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    wrapped = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if wrapped else AutoModelForSeq2SeqLM
 
 
 def plain_outputs(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
     """Output (positions, heads, value channels) of the model's own plain attention for token ids
     (positions,), in float64, by the path of the attention module."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model: Any = (
+        _class_of(AutoConfig.from_pretrained(folder))
+        .from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        .eval()
+    )
     paths = {module: path for path, module in model.named_modules()}
     outputs: dict[str, Tensor] = {}
     with contextlib.ExitStack() as patches, torch.inference_mode():

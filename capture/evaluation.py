@@ -23,7 +23,12 @@ from retrace.capture.check import examine
 from retrace.capture.exact_runs import ExactRuns
 from retrace.capture.interface import observed_attention
 from retrace.capture.likelihood import likelihoods
-from retrace.capture.models import input_device, open_checkpoint, quiet_libraries
+from retrace.capture.models import (
+    check_vocabulary,
+    input_device,
+    open_checkpoint,
+    quiet_libraries,
+)
 from retrace.capture.reading import Reading, like_reference, read_reference
 from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import CaptureSettings
@@ -231,6 +236,7 @@ class _Loop:
         self._prompts = dict(zip(exact.sequences, prompts(reading.phases), strict=True))
         self._model = open_checkpoint(settings).load(settings.dtype, settings.device)
         self._exact_runs = ExactRuns(self._model)
+        check_vocabulary(self._model, reading.tokens)
         longest = max(reading.tokens, key=len)
         self._layers: dict[int, AttentionLayer] = dict(examine(self._model, longest))
 

@@ -5,17 +5,27 @@ import functools
 import importlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 from retrace.capture.hub import hub_reachable
+from retrace.capture.lengths import longest_context
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import RetraceError
 
@@ -39,18 +49,18 @@ class Checkpoint:
     @property
     def max_positions(self) -> int | None:
         """Most positions that the model was made for, where its configuration says."""
-        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return most if isinstance(most, int) and most > 0 else None
+        return longest_context(self.config.get_text_config())
 
     def load(self, dtype: str, device: str) -> Any:
         """The model with its weights, in evaluation mode on the device."""
         target = find_device(device)
         with _explained(self.pretrained, reachable=True), _reading_gguf_with(self._read_gguf):
-            load: Any = AutoModelForCausalLM.from_pretrained
+            load: Any = _class_of(self.config).from_pretrained
             model, loading = load(
                 self._location,
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype),
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **self._options,
             )
         if self._read_gguf is not None:
@@ -61,7 +71,29 @@ class Checkpoint:
                 f"{self.pretrained} lacks {len(missing)} of the weights of {type(model).__name__}, "
                 f"{missing[0]} first: it is incomplete, or another kind of model."
             )
+        if loading["mismatched_keys"]:
+            name, found, expected = min(loading["mismatched_keys"])
+            raise RetraceError(
+                f"{self.pretrained}: its weight {name} has shape {tuple(found)}, and by its "
+                f"configuration would have {tuple(expected)}: one of the two is of another model."
+            )
         return model.to(target).eval()
+
+
+def _class_of(config: Any) -> Any:
+    """What loads a model of this configuration.
+
+    Where none is known for causal language models, that for language models inside a
+    vision-language model: such a one reads text alone like any other.
+    """
+    brought = getattr(config, "auto_map", None) or {}
+    for known, auto in (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+    ):
+        if type(config) in known or auto.__name__ in brought:
+            return auto
+    return AutoModelForCausalLM  # which says that there is none
 
 
 def open_checkpoint(settings: CaptureSettings) -> Checkpoint:
@@ -112,6 +144,20 @@ def input_device(model: Any) -> torch.device:
     device: torch.device = model.get_input_embeddings().weight.device
     # Weights that accelerate keeps elsewhere until they are needed; it moves inputs after them.
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def check_vocabulary(model: Any, tokens: Iterable[npt.NDArray[np.int32]]) -> None:
+    """Refuse token ids (positions,) that the model has no embedding for.
+
+    On a GPU they would end CUDA for the whole process.
+    """
+    known = int(model.get_input_embeddings().weight.shape[0])
+    largest = max(int(ids.max()) for ids in tokens)
+    if largest >= known:
+        raise RetraceError(
+            f"The tokenizer gives token {largest}, and {type(model).__name__} has embeddings for "
+            f"{known} tokens, from 0: the tokenizer is of another model."
+        )
 
 
 @contextlib.contextmanager
@@ -242,6 +288,23 @@ def _explained(
             f"{pretrained} holds no {part} that transformers {transformers.__version__} can "
             f"load: {_first_line(error)}"
         ) from error
+    except torch.OutOfMemoryError:
+        raise  # told by who asked for the model
+    except Exception as error:
+        # transformers checks configurations and weights by many means, each with its own error.
+        raise RetraceError(
+            f"{pretrained} cannot be loaded as a {part} by transformers "
+            f"{transformers.__version__}: {type(error).__name__}: {_explanation(error)}"
+        ) from error
+
+
+def _explanation(error: Exception) -> str:
+    """What an error says, in one line, with what led to it."""
+    told = " ".join(str(error).split()) or type(error).__name__
+    cause = error.__cause__
+    if cause is not None and str(cause) not in str(error):
+        told = f"{told} ({' '.join(str(cause).split())})"
+    return told if len(told) <= 300 else told[:297] + "..."
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from retrace.capture.interface import AttentionCall, observed_attention
+from retrace.capture.lengths import CHANGES_WITH_LENGTH
 from retrace.capture.recorder import AttentionLayer
 from retrace.traces import Rotation
 
@@ -26,8 +27,6 @@ float32 whatever they compute else in."""
 LEAST_POSITIONS = 8
 """In fewer, another encoding might fit by chance."""
 COMPARED_POSITIONS = 64
-CHANGES_WITH_LENGTH = ("dynamic", "longrope")
-"""Kinds of rotary embedding whose frequencies depend on how long the sequence is."""
 
 
 class LayerInputs:

@@ -15,7 +15,12 @@ from retrace.capture.check import examine
 from retrace.capture.decode import continue_sequences
 from retrace.capture.harness import Harness
 from retrace.capture.lock import locked
-from retrace.capture.models import find_device, open_checkpoint, quiet_libraries
+from retrace.capture.models import (
+    check_vocabulary,
+    find_device,
+    open_checkpoint,
+    quiet_libraries,
+)
 from retrace.capture.output import Output
 from retrace.capture.plan import Plan, describe, recorded_layers
 from retrace.capture.queries import parse_queries
@@ -137,6 +142,7 @@ def _capture(
         model = checkpoint.load(settings.dtype, settings.device)
         show(Progress("checking"))
         tokens, phases = reading.tokens, reading.phases
+        check_vocabulary(model, tokens)
         # The longest shows what shorter ones hide: a window, say. What will be generated is not
         # known yet, but any tokens will do.
         longest = max(tokens, key=len)

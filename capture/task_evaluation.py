@@ -20,7 +20,7 @@ from retrace.analyze.scope import choose_calibration
 from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
 from retrace.capture.harness import Harness
-from retrace.capture.models import open_checkpoint, quiet_libraries
+from retrace.capture.models import check_vocabulary, open_checkpoint, quiet_libraries
 from retrace.capture.reading import like_reference, read_text
 from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, TASKS, CaptureSettings
@@ -339,6 +339,7 @@ class _Scorer:
         self._settings = dataclasses.replace(settings, max_length=most)
         reading = read_text(self._settings, checkpoint, self._harness)
         model = checkpoint.load(settings.dtype, settings.device)
+        check_vocabulary(model, reading.tokens)
         self._model = HarnessModel(model, checkpoint.tokenizer, most)
         longest = max(reading.tokens, key=len)
         # What will be generated is not known yet, but any tokens will do.

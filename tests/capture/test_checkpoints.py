@@ -44,6 +44,31 @@ def be_another_kind(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
 
 
+def change_the_configuration(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def say_null_for_a_number(folder: Path) -> None:
+    change_the_configuration(folder, max_position_embeddings=None)
+
+
+def say_text_for_a_number(folder: Path) -> None:
+    change_the_configuration(folder, rms_norm_eps="small")
+
+
+def say_other_shapes(folder: Path) -> None:
+    change_the_configuration(folder, num_key_value_heads=1)
+
+
+def cut_the_vocabulary(folder: Path) -> None:
+    change_the_configuration(folder, vocab_size=100)
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][:100].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -52,6 +77,13 @@ def be_another_kind(folder: Path) -> None:
         (drop_the_tokenizer, "holds no tokenizer"),
         (bring_code, "--trust-remote-code"),
         (be_another_kind, r"holds no causal language model .*T5Config"),
+        (say_null_for_a_number, "max_position_embeddings"),
+        (say_text_for_a_number, "rms_norm_eps"),
+        (
+            say_other_shapes,
+            r"layers\.0\.self_attn\.k_proj\.weight has shape \(32, 64\).*\(16, 64\)",
+        ),
+        (cut_the_vocabulary, r"gives token \d+, and LlamaForCausalLM has embeddings for 100"),
     ],
 )
 def test_refused(spoil: Any, message: str, folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -41,12 +41,13 @@ class Drift:
 
     layers: pd.DataFrame
     """Tidy: one row per (run, layer, module, head, tensor, metric) with mean, std and count over
-    positions. `error` is ||x' - x|| / ||x||, `cosine` that of the angle between x' and x; heads of
-    keys and values are kv heads, and `output` is what the layer gave before its projection."""
+    positions, from where the method begins. `error` is ||x' - x|| / ||x||, `cosine` that of the
+    angle between x' and x; heads of keys and values are kv heads, and `output` is what the layer
+    gave before its projection."""
     likelihoods: pd.DataFrame
-    """One row per (run, sequence, position): `exact` and `approximate` negative log-likelihood of
-    the next token, in nats, `difference`, and `kl`, the divergence of the next token's distribution
-    from the exact model's."""
+    """One row per (run, sequence, position), from where the method begins: `exact` and
+    `approximate` negative log-likelihood of the next token, in nats, `difference`, and `kl`, the
+    divergence of the next token's distribution from the exact model's."""
     runs: pd.DataFrame
     """One row per run: method, topk, perplexity, exact_perplexity, the mean `difference` of the
     likelihoods in nats with a bootstrap interval over sequences (`low`, `high`; NaN with one
@@ -82,6 +83,9 @@ def compare(
     progress: Callable[[int, int], None] | None = None,
 ) -> Drift:
     """Compare runs of a model with a method in the loop with the exact run over the same tokens.
+
+    All figures are of the queries that the method answers: positions before it begins, which the
+    exact model reads, are left out.
 
     Args:
         exact: the trace of the exact run.
@@ -139,9 +143,13 @@ class _Run:
 
     @property
     def sequences(self) -> list[int]:
-        """Those that the method has not learnt from."""
+        """Those that the method has not learnt from, as far as it predicts a token of them."""
         learnt = self.approximation.calibration_sequences
-        return [s for s in self.trace.sequences if s not in learnt]
+        return [
+            s
+            for s in self.trace.sequences
+            if s not in learnt and self.first(s) < self.trace.length(s) - 1
+        ]
 
     def calibrated(
         self, exact: Trace, layers: tuple[int, ...], device: torch.device, pool: Executor
@@ -162,9 +170,13 @@ class _Run:
         sequences = self.trace.sequences
         return dict(zip(sequences, prompts([self.trace.phase(s) for s in sequences]), strict=True))
 
-    def first(self, sequence: int) -> int | None:
-        """The first approximate position; None where all are and there is no prefix."""
+    def prefix(self, sequence: int) -> int | None:
+        """How many positions the exact model reads; None where there is no prefix."""
         return self.approximation.first_position(self._prompts[sequence])
+
+    def first(self, sequence: int) -> int:
+        """The first position whose query the method answers."""
+        return self.prefix(sequence) or 0
 
 
 def _paired(exact: Trace, other: Trace, methods: Sequence[str]) -> _Run:
@@ -181,6 +193,8 @@ def _paired(exact: Trace, other: Trace, methods: Sequence[str]) -> _Run:
                 f"{other.path} has another sequence {sequence} than {exact.path}: capture it with "
                 f"--reference {exact.path}."
             )
+    if not run.sequences:
+        raise RetraceError(f"{other.path} has no sequence in which its method predicts a token.")
     return run
 
 
@@ -197,6 +211,8 @@ def _likelihoods(name: str, exact: Trace, run: _Run) -> pd.DataFrame:
     frames = []
     for sequence in run.sequences:
         before, after = (t.nll(sequence).astype(np.float64) for t in (exact, run.trace))
+        counted = slice(run.first(sequence), -1)  # the last position predicts nothing
+        kl = run.trace.kl(sequence)
         frame = pd.DataFrame(
             {
                 "run": name,
@@ -205,10 +221,10 @@ def _likelihoods(name: str, exact: Trace, run: _Run) -> pd.DataFrame:
                 "exact": before,
                 "approximate": after,
                 "difference": after - before,
-                "kl": np.nan if (kl := run.trace.kl(sequence)) is None else kl.astype(np.float64),
+                "kl": np.nan if kl is None else kl.astype(np.float64),
             }
         )
-        frames.append(frame.dropna(subset="difference"))
+        frames.append(frame[counted].dropna(subset="difference"))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -266,12 +282,13 @@ def _layer_drift(
     """How far a layer of a sequence has drifted."""
     pairs: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     units = [load_units(trace.layer(index), sequence, device) for trace in (exact, run.trace)]
-    answer = _answer(run, index, sequence)
+    answer, first = _answer(run, index, sequence), run.first(sequence)
     for before, after in zip(*units, strict=True):
-        pairs["query"].append((before.queries, after.queries))
-        pairs["key"].append((before.keys[None], after.keys[None]))
-        pairs["value"].append((before.values[None], after.values[None]))
-        pairs["output"].append((_exact(before), answer(after)))
+        row = int(torch.searchsorted(before.positions, first))
+        pairs["query"].append((before.queries[:, row:], after.queries[:, row:]))
+        pairs["key"].append((before.keys[None, first:], after.keys[None, first:]))
+        pairs["value"].append((before.values[None, first:], after.values[None, first:]))
+        pairs["output"].append((_exact(before)[:, row:], answer(after)[:, row:]))
     found: Distances = {}
     for tensor, parts in pairs.items():
         x, y = (torch.cat(side).double() for side in zip(*parts, strict=True))
@@ -304,13 +321,13 @@ def _answer(run: _Run, index: int, sequence: int) -> Answer:
     chosen = run.approximation
     if index in chosen.dense_layers:
         return _exact
-    first = run.first(sequence)
+    prefix, first = run.prefix(sequence), run.first(sequence)
 
     def answer(unit: Unit) -> Tensor:
         output = _exact(unit)
-        row = int(torch.searchsorted(unit.positions, first or 0))
+        row = int(torch.searchsorted(unit.positions, first))
         if row < output.shape[1]:
-            output[:, row:] = chosen.output(chosen.states(unit, first), unit, first or 0)
+            output[:, row:] = chosen.output(chosen.states(unit, prefix), unit, first)
         return output
 
     return answer

@@ -38,6 +38,8 @@ from retrace.traces.durable import make_folder, written_whole
 FIGURES = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio")
 """Of replay, each the mean over layers and heads."""
 FILES = ("evaluation.parquet", "evaluation.md", "evaluation.json")
+BEFORE = {"counted_from": 0}
+"""What held of evaluations that do not say it: the exact positions before a method were counted."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much."""
@@ -48,9 +50,10 @@ class Evaluation:
     """What methods in the loop come to, point by point."""
 
     points: pd.DataFrame
-    """One row per (method, topk): perplexity, exact_perplexity, the mean `difference` of the
-    negative log-likelihoods in nats with a bootstrap interval over sequences (`low`, `high`; NaN
-    with one sequence), the mean `kl` of next tokens from the exact model, and replay's figures."""
+    """One row per (method, topk), over the tokens that the method predicts: perplexity,
+    exact_perplexity, the mean `difference` of the negative log-likelihoods in nats with a bootstrap
+    interval over sequences (`low`, `high`; NaN with one sequence), the mean `kl` of next tokens
+    from the exact model, and replay's figures."""
     facts: dict[str, Any]
     """What must be equal for points to stand in one table, and the version that made them."""
 
@@ -102,8 +105,8 @@ def evaluate(
 
     The model reads the trace's tokens with a method in place of exact attention, as `capture` does
     with `approximate`. Beside what that costs stand the figures that replay gives for the method
-    and budget on the exact trace, over the same queries: all of them, or those from
-    `from_position` on.
+    and budget on the exact trace. Both are of the queries that the method answers: all of them, or
+    those from `from_position` on (and replay's of those that the trace kept).
 
     Args:
         exact: the trace of the exact run.
@@ -130,9 +133,16 @@ def evaluate(
     first = _first_position(from_position, prompts(reading.phases))
     learns = any(spec.method.calibrated for spec in specs)
     held_out = choose_calibration(exact, None) if learns else ()
+    longest = max(exact.length(s) for s in exact.sequences if s not in held_out)
+    if (first or 0) >= longest - 1:
+        raise RetraceError(
+            f"The method would begin at position {first}, and predict nothing: the longest "
+            f"sequence has {longest} tokens. Name an earlier one (--from-position)."
+        )
     facts = {
         "trace": [exact.digest(s) for s in exact.sequences],
         "from_position": first,
+        "counted_from": first or 0,
         "dense_layers": sorted(set(dense_layers)),
         "calibration": list(held_out),
         "retrace": version("retrace-attention"),
@@ -170,7 +180,7 @@ def evaluate(
     )
     show("Loading the model", 0, 1)
     with quiet_libraries():
-        loop = _Loop(exact, reading, like_reference(exact, settings), held_out)
+        loop = _Loop(exact, reading, like_reference(exact, settings), held_out, first or 0)
     show("Loading the model", 1, 1)
     total = len(wanted) * len(loop.sequences)
     for place, (spec, k) in enumerate(wanted):
@@ -208,9 +218,8 @@ def _earlier(folder: Path | None, facts: dict[str, Any], overwrite: bool) -> Eva
     if not (folder / FILES[2]).exists() and (folder / "replay").exists():
         return none  # ended before the first point
     found = Evaluation.load(folder)
-    different = [
-        name for name in facts if name != "retrace" and found.facts.get(name) != facts[name]
-    ]
+    known = BEFORE | found.facts
+    different = [name for name in facts if name != "retrace" and known.get(name) != facts[name]]
     if different:
         raise RetraceError(
             f"{folder} holds points of another {' and '.join(different)}: choose another folder "
@@ -228,10 +237,14 @@ class _Loop:
         reading: Reading,
         settings: CaptureSettings,
         calibration: Sequence[int],
+        first: int,
     ) -> None:
         self._exact = exact
         self._settings = settings
-        self.sequences = [s for s in exact.sequences if s not in calibration]
+        self._first = first
+        self.sequences = [
+            s for s in exact.sequences if s not in calibration and first < exact.length(s) - 1
+        ]
         self._tokens = dict(zip(exact.sequences, reading.tokens, strict=True))
         self._prompts = dict(zip(exact.sequences, prompts(reading.phases), strict=True))
         self._model = open_checkpoint(settings).load(settings.dtype, settings.device)
@@ -241,8 +254,8 @@ class _Loop:
         self._layers: dict[int, AttentionLayer] = dict(examine(self._model, longest))
 
     def run(self, spec: MethodSpec, k: int) -> Iterator[tuple[float, float, float, int]]:
-        """For each sequence: the sums over its tokens of the exact and of the approximate negative
-        log-likelihood and of the divergence, and how many tokens those are."""
+        """For each sequence: the sums over the tokens that the method predicts of the exact and of
+        the approximate negative log-likelihood and of the divergence, and how many those are."""
         settings = dataclasses.replace(self._settings, approximate=str(spec), topk=k)
         approximation = prepare(spec, settings, self._layers, self._exact)
         approximator = Approximator(approximation, self._layers)
@@ -259,8 +272,9 @@ class _Loop:
                     self._model, tokens.to(input_device(self._model)), prompt, exactly
                 )
             assert kl is not None
-            before = self._exact.nll(sequence)[:-1].astype(np.float64)
-            after, apart = (figures[0, :-1].double().numpy() for figures in (nll, kl))
+            counted = slice(self._first, -1)  # the last position predicts nothing
+            before = self._exact.nll(sequence)[counted].astype(np.float64)
+            after, apart = (figures[0, counted].double().numpy() for figures in (nll, kl))
             yield float(before.sum()), float(after.sum()), float(apart.sum()), len(before)
 
 

@@ -46,7 +46,8 @@ def command(
     """Compare runs of a model with a method in the loop (APPROXIMATE) with the EXACT run.
 
     For every layer: how far queries, keys, values and the attention output have drifted. For each
-    run: perplexity, and what the method costs in likelihood with an interval over sequences.
+    run: perplexity, and what the method costs in likelihood with an interval over sequences. All
+    are of the positions that the method answers, which --from-position was given the first of.
     """
     from retrace.analyze.compare import TENSORS, compare
     from retrace.traces import locate

@@ -136,7 +136,7 @@ def _evaluate_trace(
     if format == "json":
         print_json(rows)
     else:
-        _print(rows)
+        _print(rows, evaluation.facts["counted_from"])
     note(f"Results: {out}")
     if not no_plots:
         from retrace.capture.evaluation_plot import draw_evaluation
@@ -186,7 +186,7 @@ def _evaluate_tasks(
     note(f"Results: {out}")
 
 
-def _print(rows: list[dict[Any, Any]]) -> None:
+def _print(rows: list[dict[Any, Any]], first: int) -> None:
     lines = [
         [
             f"{row['method']}, {row['topk']}",
@@ -201,5 +201,6 @@ def _print(rows: list[dict[Any, Any]]) -> None:
     ]
     columns = ["Method, top-k", "Perplexity", "NLL difference", "95 % interval", "KL"]
     columns += ["Error norm", "Attention fraction", "Recall", "Bytes ratio"]
-    title = f"In the loop, and by replay (exact perplexity {rows[0]['exact_perplexity']:.2f})"
+    part = f" from position {first} on" if first else ""
+    title = f"In the loop, and by replay{part} (exact perplexity {rows[0]['exact_perplexity']:.2f})"
     print_table(columns, lines, title=title)

@@ -1,5 +1,6 @@
 """Drift of a run with a method in the loop, against a plain computation from both traces."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -112,6 +113,42 @@ def test_likelihoods_are_paired(pair: tuple[Trace, Trace, dict[Any, Any]], tmp_p
         "runs.csv",
     }
     assert all(file.stat().st_size > 10_000 for file in draw_drift(drift, tmp_path / "plots"))
+
+
+@pytest.mark.parametrize("first", [1, 20, 38])
+def test_what_the_exact_model_reads_is_not_counted(
+    first: int, pair: tuple[Trace, Trace, dict[Any, Any]]
+) -> None:
+    exact, run, given = pair
+    say(run, {"max_length": 40, "approximation": {**TOLD, "from_position": first}})
+    drift = compare(exact.path, [run.path])
+    sequences = [s for s in (0, 1) if first < exact.length(s) - 1]
+    rows = drift.layers[drift.layers["metric"] == "error"]
+    rows = rows.set_index(["layer", "tensor", "head"])
+    for layer, place in itertools.product(range(2), range(2)):
+        tensor = ("query", "key")[place]
+        x, y = (
+            np.concatenate([given[n][layer, s][place][1, first:] for s in sequences]).astype(float)
+            for n in ("exact", "run")
+        )
+        errors = np.linalg.norm(y - x, axis=-1) / np.linalg.norm(x, axis=-1)
+        assert rows.loc[(layer, tensor, 1), "count"] == len(errors)
+        np.testing.assert_allclose(rows.loc[(layer, tensor, 1), "mean"], errors.mean(), rtol=1e-5)
+        assert rows.loc[(layer, "output", 1), "count"] == len(errors)
+    after, before = (
+        np.concatenate([t.nll(s)[first:-1] for s in sequences]).astype(float) for t in (run, exact)
+    )
+    [summary] = drift.runs.to_dict("records")
+    np.testing.assert_allclose(summary["difference"], (after - before).mean(), rtol=1e-6)
+    np.testing.assert_allclose(summary["perplexity"], np.exp(after.mean()), rtol=1e-6)
+    assert drift.likelihoods["position"].min() == first
+
+
+def test_a_method_that_begins_after_the_end(pair: tuple[Trace, Trace, dict[Any, Any]]) -> None:
+    exact, run, _ = pair
+    say(run, {"max_length": 40, "approximation": {**TOLD, "from_position": 39}})
+    with pytest.raises(RetraceError, match="no sequence in which its method predicts"):
+        compare(exact.path, [run.path])
 
 
 def test_what_is_no_pair_is_refused(

@@ -1,5 +1,6 @@
 """Methods in the loop, point by point, beside replay."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,36 @@ def test_a_point_is_what_a_captured_run_comes_to(exact: Trace, folder: str, tmp_
         assert few[name] == pytest.approx(mean, rel=1e-6), name
 
 
+def test_what_the_exact_model_reads_is_not_counted(
+    exact: Trace, folder: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"from_position": 20}
+    found = point(evaluate(exact, ["window"], [2], **options, out=tmp_path / "e"), "window", 2)
+    run = capture(
+        folder, reference=exact.path, approximate="window", topk=2, **options, out=tmp_path / "run"
+    )
+    after, before = (
+        np.concatenate([t.nll(s).astype(float) for s in exact.sequences]).reshape(3, LENGTH)
+        for t in (run, exact)
+    )
+    np.testing.assert_allclose(after[:, :20], before[:, :20], atol=1e-5)  # which the model read
+    expected = (after - before)[:, 20:-1].mean()
+    assert abs(expected) > 1e-3
+    assert found["difference"] == pytest.approx(expected, abs=1e-6)
+    assert found["perplexity"] == pytest.approx(np.exp(after[:, 20:-1].mean()), rel=1e-6)
+    [told] = compare(exact, [run]).runs.to_dict("records")
+    for name in ("perplexity", "exact_perplexity", "difference", "low", "high", "kl"):
+        assert found[name] == pytest.approx(told[name], rel=1e-4, abs=1e-6), name
+    # Points of a folder that was written when the exact positions were counted too.
+    facts = tmp_path / "e" / "evaluation.json"
+    old = {k: v for k, v in json.loads(facts.read_text()).items() if k != "counted_from"}
+    facts.write_text(json.dumps(old))
+    with pytest.raises(RetraceError, match="holds points of another counted_from"):
+        evaluate(exact, ["window"], [3], **options, out=tmp_path / "e")
+    with pytest.raises(RetraceError, match=r"predict nothing.*has 50 tokens"):
+        evaluate(exact, ["window"], [3], from_position=LENGTH - 1)
+
+
 def test_points_that_are_there_are_not_run_again(
     exact: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +134,7 @@ def test_decoding(folder: str, text_file: Path, tmp_path: Path) -> None:
     run = capture(
         folder, reference=decoded.path, approximate="h2o", topk=5, out=tmp_path / "run.zarr"
     )
-    difference = np.nanmean(run.nll(0).astype(float) - decoded.nll(0).astype(float))
+    difference = np.nanmean(run.nll(0)[30:].astype(float) - decoded.nll(0)[30:].astype(float))
     assert point(found, "h2o", 5)["difference"] == pytest.approx(difference, abs=1e-6)
     replayed = analyze(decoded, ["h2o"], [5], protocol="prefix:30", min_context=30).metrics
     errors = replayed.loc[replayed["metric"] == "error_norm", "mean"]

@@ -182,7 +182,10 @@ def choose_and_verify(
         "verify": list(verify),
         "calibration": results.run["calibration"] or [],
         "methods": {
-            method: {k: results.run["methods"][method][k] for k in ("name", "parameters", "source")}
+            method: {
+                k: results.run["methods"][method][k]
+                for k in ("name", "parameters", "source", "charged")
+            }
             for method in methods
         },
         "topk": results.topk(PROBE),

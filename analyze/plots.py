@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from retrace.analyze.costs import with_charge
 from retrace.analyze.drawing import (
     Style,
     counted_words,
@@ -191,7 +192,7 @@ def error_by_bytes(results: "Results") -> Figure:
                 **style.line,
                 markersize=4,
                 linewidth=1.3,
-                label=wrapped(method, 34),
+                label=wrapped(with_charge(results.run, method), 34),
             )
     for axes, label in zip(
         panels, ("||o - o'|| / ||o|| of the output o", "attention mass lost"), strict=True

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import pandas as pd
 
+from retrace.analyze.costs import with_charge
 from retrace.analyze.untrusted import read_facts
 from retrace.traces import RetraceError
 from retrace.traces.durable import written_whole
@@ -164,7 +165,8 @@ class Recommendation:
             {
                 "Classes": heads["class"].agg(", ".join),
                 "Method": [
-                    f"{m}, {k}" if k else m for m, k in found[SETTING].itertuples(index=False)
+                    with_charge(self.facts, m, f"{m}, {k}" if k else m)
+                    for m, k in found[SETTING].itertuples(index=False)
                 ],
                 "Bytes Ratio": found["bytes_ratio"],
                 "Bound": heads["bound"].agg(worst),

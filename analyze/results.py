@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import pandas as pd
 
+from retrace.analyze.costs import NOT_CHARGED, is_charged
 from retrace.analyze.intervals import OVER, differences, intervals
 from retrace.analyze.profile import profile_table
 from retrace.analyze.results_folder import load, save
@@ -264,10 +265,16 @@ class Results:
         known = self.intervals("model", methods=methods, topk=topk, metrics=WITH_INTERVAL)
         ends = _brackets(known, ["method", "topk", "metric"])
         names = [*WITH_INTERVAL, "density", "bytes_ratio"]
+
+        def beside(name: str, method: str, k: int) -> str:
+            if name == "bytes_ratio" and not is_charged(self.run, method):
+                return f"({NOT_CHARGED})"
+            return ends.get((method, k, name), "")
+
         lines = [
             [f"{method}, {k}"]
             + [
-                f"{means[name][(method, k)]:.4f} {ends.get((method, k, name), '')}".strip()
+                f"{means[name][(method, k)]:.4f} {beside(name, method, k)}".strip()
                 for name in names
             ]
             for method in methods or self.methods()

@@ -20,6 +20,7 @@ from retrace.analyze.replay import Plan, Replayed
 from retrace.analyze.results import PLOTS, Results
 from retrace.analyze.results_folder import SAVING, finish_saving
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
+from retrace.analyze.select import CostError
 from retrace.analyze.settings import Settings
 from retrace.analyze.states import Protocol
 from retrace.analyze.tabulate import tabulate
@@ -112,6 +113,14 @@ def analyze(
         finish_saving(folder)
         clear_finished(folder, before.run)
         return before
+    for spec in specs:
+        if not spec.method.charged:
+            log.warning(
+                "%s: index not charged. Its bytes are those of the keys and values that it attends "
+                "and nothing else: say what finding them reads by aux_bytes, or by holds_keys "
+                "(True: every key, False: nothing).",
+                spec,
+            )
     clock = Clock(target, wait=profile)
     if every:
         _name_missing_libraries()
@@ -257,7 +266,8 @@ def _ready(
     pool: Executor,
 ) -> tuple[Replayed, ...]:
     """The methods, calibrated and tried on the longest sequence's first unit before any time is
-    spent. A method that cannot run here is left out with a warning if it is optional."""
+    spent. A method that cannot run here is left out with a warning if it is optional, and so is one
+    whose bytes are none, where there are others."""
     trace = settings.trace
     longest = max(settings.sequences, key=trace.length)
     with clock.charge("causality check"):
@@ -272,7 +282,8 @@ def _ready(
             with torch.inference_mode(), clock.charge("causality check", name):
                 _try(settings, method, unit)
         except RetraceError as error:
-            if name not in optional:
+            alone = len(methods) == 1 or not isinstance(error, CostError)
+            if name not in optional and alone:
                 raise RetraceError(f"{name} {error}") from error
             log.warning("Left out: %s %s", name, error)
         else:

@@ -1,5 +1,6 @@
 """How each level of method turns its answer into a selection."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,17 @@ from retrace.analyze.attention import first_visible
 from retrace.analyze.compiled.joining import in_order_of_joining
 from retrace.analyze.methods.base import AttendMethod, Method, ScoreMethod, SearchMethod
 from retrace.analyze.pooling import MEAN_QUERY, pool
-from retrace.analyze.selection import Selection, check_finite, check_ids, missing_last
+from retrace.analyze.selection import Selection, check_finite, check_ids, missing_last, where
 from retrace.analyze.states import Served
 from retrace.analyze.top import top
 from retrace.analyze.unit import Block
 from retrace.traces import RetraceError
+
+COUNTED = "bytes are counted, from 0 on."
+
+
+class CostError(RetraceError):
+    """A method counts its bytes in numbers that none can be."""
 
 
 def select(method: Method, served: Served, block: Block, ks: Sequence[int]) -> list[Selection]:
@@ -370,4 +377,12 @@ def _aux_bytes(method: Method, state: Any, block: Block) -> Tensor:
     if state is None:
         return torch.zeros_like(block.visible_count)
     read = method.aux_bytes(state, block.visible_count, block.unit.group)
-    return torch.as_tensor(read, device=block.positions.device).expand(len(block.positions))
+    read = torch.as_tensor(read, device=block.positions.device).expand(len(block.positions))
+    wrong = ~read.isfinite() | (read < 0)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise CostError(f"aux_bytes() gave {float(read[row])} at {where(block, 0, row)}: {COUNTED}")
+    each = float(method.attended_bytes(block.unit.group))
+    if not 0 <= each < math.inf:
+        raise CostError(f"attended_bytes() gave {each}: {COUNTED}")
+    return read

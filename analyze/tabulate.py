@@ -69,6 +69,7 @@ def tabulate(
                 "parameters": m.spec.parameters,
                 "source": type(m.spec.method).source,
                 "source_digest": m.spec.source_digest,
+                "charged": m.spec.method.charged,
                 "calibration": settings.calibration_digest(m.spec),
                 "state": _cost([of_layer[i] for of_layer in tallies.values()]),
             }

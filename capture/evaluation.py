@@ -14,6 +14,7 @@ import torch
 
 from retrace.analyze import Results, analyze, parse_specs
 from retrace.analyze.approximate import check_exact
+from retrace.analyze.costs import is_charged
 from retrace.analyze.intervals import interval_of_mean
 from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.results import markdown_table
@@ -53,7 +54,8 @@ class Evaluation:
     """One row per (method, topk), over the tokens that the method predicts: perplexity,
     exact_perplexity, the mean `difference` of the negative log-likelihoods in nats with a bootstrap
     interval over sequences (`low`, `high`; NaN with one sequence), the mean `kl` of next tokens
-    from the exact model, and replay's figures."""
+    from the exact model, and replay's figures; `charged` is whether the bytes are all that the
+    method reads."""
     facts: dict[str, Any]
     """What must be equal for points to stand in one table, and the version that made them."""
 
@@ -191,6 +193,7 @@ def evaluate(
             sums.append(one)
             show("Evaluating", place * len(loop.sequences) + len(sums), total)
         row |= _cost(np.array(sums)) | _figures(replayed, str(spec), k)
+        row["charged"] = is_charged(replayed.run, str(spec))
         points = [*found.points.to_dict("records"), row]
         found = Evaluation(pd.DataFrame(points), facts)
         if folder is not None:

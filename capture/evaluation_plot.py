@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from retrace.analyze.costs import NOT_CHARGED
 from retrace.analyze.drawing import label_outer, legend, panel_grid, styles_of, wrapped
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ def loss_by_replay(evaluation: "Evaluation") -> Figure:
     figure, panels = panel_grid(len(AGAINST), width=3.2, height=3.2, share_x=False)
     figure.suptitle("Loss of likelihood in the loop, nats per token", fontsize="medium")
     styles = styles_of(points["method"].unique())
+    charged = points["charged"] if "charged" in points else points["method"].notna()
+    labels = {
+        str(method): str(method) if rows.all() else f"{method} ({NOT_CHARGED})"
+        for method, rows in charged.groupby(points["method"])
+    }
     for axes, (name, label) in zip(panels, AGAINST.items(), strict=True):
         for method, rows in points.groupby("method", sort=False):
             across = rows[name] if name in ("error_norm", "bytes_ratio") else 1 - rows[name]
@@ -49,7 +55,7 @@ def loss_by_replay(evaluation: "Evaluation") -> Figure:
                 marker=style.marker,
                 markersize=4,
                 linewidth=1.0,
-                label=wrapped(str(method), 34),
+                label=wrapped(labels[str(method)], 34),
             )
         if name != "recall":  # of exact attention nothing is missed
             axes.set_xscale("log")

@@ -139,7 +139,7 @@ def command(
     from retrace.analyze import analyze, estimate, parse_specs
     from retrace.traces import locate
 
-    specs, _ = parse_specs(method)
+    specs, every = parse_specs(method)
     place = newest_trace() if trace is None else locate(trace)
     out = Path("results", place.stem) if out is None else out
     if dry_run:
@@ -179,7 +179,8 @@ def command(
             plots = results.plot(out / "plots")
         note(f"Plots: {out / 'plots'} ({plural(len(plots), 'picture')})")
     _note_kept_answers(place)
-    if results.run["missing"]:
+    named = {str(spec) for spec in specs} - every
+    if results.run["missing"] or not named <= set(there):
         click.get_current_context().exit(1)
 
 
@@ -228,9 +229,13 @@ def print_results(
 ) -> None:
     """Print what these methods came to at these budgets; others that the folder holds are not
     asked for."""
+    from retrace.analyze.costs import is_charged
+
     if form in ("json", "csv"):
         rows = results.metrics
         rows = rows[rows["method"].isin(list(methods)) & rows["topk"].isin(list(topk))]
+        charged = {method: is_charged(results.run, method) for method in methods}
+        rows = rows.assign(charged=rows["method"].map(charged))
         if form == "json":
             print_json(rows.to_dict("records"))
         else:

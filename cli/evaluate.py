@@ -187,6 +187,8 @@ def _evaluate_tasks(
 
 
 def _print(rows: list[dict[Any, Any]], first: int) -> None:
+    from retrace.analyze.costs import NOT_CHARGED
+
     lines = [
         [
             f"{row['method']}, {row['topk']}",
@@ -195,7 +197,7 @@ def _print(rows: list[dict[Any, Any]], first: int) -> None:
             "-" if math.isnan(row["low"]) else f"{row['low']:+.4f} to {row['high']:+.4f}",
             f"{row['kl']:.4f}",
             *(f"{row[name]:.4f}" for name in ("error_norm", "attention_fraction", "recall")),
-            f"{row['bytes_ratio']:.4f}",
+            f"{row['bytes_ratio']:.4f}" + ("" if row.get("charged", True) else f" ({NOT_CHARGED})"),
         ]
         for row in rows
     ]

@@ -150,19 +150,23 @@ def _in_words(found: "Recommendation") -> list[tuple[str, str]]:
             "Full attention",
             f"{kept} of {len(found.kv_heads)} kv heads, where nothing tried meets it",
         ),
-        ("One setting", _one_setting(facts["one_setting"], metric)),
+        ("One setting", _one_setting(facts, metric)),
         ("Head classes", ", ".join(f"{n} {name}" for name, n in classes.items())),
     ]
     return [line for line in lines if line[0] != "Full attention" or kept]
 
 
-def _one_setting(one: dict[str, Any] | None, metric: str) -> str:
+def _one_setting(facts: dict[str, Any], metric: str) -> str:
     """What the same for all heads costs, its mean meeting the target."""
+    from retrace.analyze.costs import with_charge
+
+    one = facts["one_setting"]
     if one is None:
         return "none tried meets it with its mean over all heads"
     verify = one["mean"]["verify"]
     return (
-        f"for all heads, its mean meeting the target: {one['method']}, top-k {one['topk']}, bytes "
+        f"for all heads, its mean meeting the target: {with_charge(facts, one['method'])}, top-k "
+        f"{one['topk']}, bytes "
         f"{verify['bytes_ratio']['mean']:.1%}, {metric} {_figure(verify[metric])} when verified"
     )
 

@@ -52,8 +52,11 @@ class Method:
     """Name of the optional dependency that it needs, as in `retrace-attention[faiss]`."""
     install: ClassVar[str | None] = None
     """The command that installs that, where an extra cannot."""
-    holds_keys: ClassVar[bool] = False
-    """Whether finding reads every key in full, so that the selected ones are there already."""
+    holds_keys: ClassVar[bool | None] = None
+    """Whether finding reads every key in full, so that the selected ones are there already: True is
+    charged for all keys, unless `aux_bytes` says otherwise, and False for nothing but what is
+    selected. A method that says neither this nor `aux_bytes` is told apart: its index is not
+    charged."""
     across_layers: ClassVar[bool] = False
     """Whether `build` reads layers below its own."""
     learns: ClassVar[Learns] = "kv head"
@@ -72,6 +75,16 @@ class Method:
     def calibrated(self) -> bool:
         """Whether `build` needs what `calibrate` gives."""
         return False
+
+    @property
+    def reads_all_keys(self) -> bool | None:
+        """What `holds_keys` says."""
+        return self.holds_keys
+
+    @property
+    def charged(self) -> bool:
+        """Whether the method says what finding its keys reads."""
+        return self.reads_all_keys is not None or type(self).aux_bytes is not Method.aux_bytes
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -130,13 +143,16 @@ class Method:
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """Bytes of the state that a query's whole group reads, for the number of keys that each
-        query sees (queries,)."""
-        return 0.0
+        query sees (queries,): finite, and not negative.
+
+        By default all keys, in a method that `holds_keys`, else nothing.
+        """
+        return keys * group.key_bytes if self.reads_all_keys else 0.0
 
     def attended_bytes(self, group: HeadGroup) -> float:
         """Bytes of one attended key and its value, read once for all heads of the group that attend
         it."""
-        return group.value_bytes + (0 if self.holds_keys else group.key_bytes)
+        return group.value_bytes + (0 if self.reads_all_keys else group.key_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +212,7 @@ class EvictionMethod(ScoreMethod):
 
     fitted: ClassVar[bool] = True
     keeps_new: ClassVar[bool] = True
+    holds_keys: ClassVar[bool | None] = False
 
     def importance(self, past: Past) -> Tensor:
         """One number per key (keys,), or (group, keys) where heads of a group differ."""

@@ -21,6 +21,7 @@ class Dense(AttendMethod):
 
     source: ClassVar[str] = "definition"
     complete: ClassVar[bool] = True
+    holds_keys: ClassVar[bool | None] = False
 
     def attend(
         self, state: Past, queries: Tensor, positions: Tensor, k: int

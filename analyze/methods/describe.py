@@ -35,7 +35,6 @@ def describe(name: str, method: Method) -> dict[str, Any]:
     extra, install, installed, and its parameters with defaults and help."""
     kind = type(method)
     summary, _, details = (inspect.getdoc(kind) or "").partition("\n\n")
-    cost = kind.__dict__.get("aux_bytes")
     return {
         "name": name,
         "level": next((level for level, base in LEVELS.items() if isinstance(method, base)), ""),
@@ -44,7 +43,7 @@ def describe(name: str, method: Method) -> dict[str, Any]:
         "source": method.source,
         "fitted": method.fitted,
         "calibrated": method.calibrated,
-        "reads": inspect.getdoc(cost) if cost is not None else None,
+        "reads": _reads(method),
         "extra": method.extra,
         "install": method.install_command(),
         "installed": method.is_installed(),
@@ -59,6 +58,15 @@ def describe(name: str, method: Method) -> dict[str, Any]:
             for field in parameter_fields(kind)
         ],
     }
+
+
+def _reads(method: Method) -> str | None:
+    """What a method reads to find keys; None if nothing."""
+    if not method.charged:
+        return "what it does not say"
+    if type(method).aux_bytes is not Method.aux_bytes:
+        return inspect.getdoc(type(method).aux_bytes)
+    return "All keys, which are read to rank them." if method.reads_all_keys else None
 
 
 def state_words(facts: dict[str, Any]) -> str:

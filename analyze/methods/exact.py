@@ -1,14 +1,13 @@
 """Exact attention over the k keys of largest score: what every other method is measured by."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from retrace.analyze.attention import softcap
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +22,9 @@ class Exact(ScoreMethod):
     """
 
     source: ClassVar[str] = "definition"
-    holds_keys: ClassVar[bool] = True
+    holds_keys: ClassVar[bool | None] = True
 
     def scores(self, state: Past, queries: Tensor, positions: Tensor) -> Tensor:
         """softcap(scale * q.k) as the layer defines it."""
         keys = state.keys[: int(positions[-1]) + 1]
         return softcap(queries @ keys.T, state.group.rules)
-
-    def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """All keys, which are read to rank them."""
-        return keys * group.key_bytes

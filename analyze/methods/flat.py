@@ -23,7 +23,7 @@ class Flat(SearchMethod):
     extra: ClassVar[str | None] = "faiss"
     incremental: ClassVar[bool] = True
     complete: ClassVar[bool] = True
-    holds_keys: ClassVar[bool] = True
+    holds_keys: ClassVar[bool | None] = True
 
     def build(self, past: Past) -> Any:
         """The keys."""

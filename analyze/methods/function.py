@@ -26,11 +26,21 @@ class Function(AttendMethod):
     are not used. If the function takes a keyword `topk`, it is called once per budget with it;
     otherwise its one answer stands for all budgets. Queries come scaled so that the usual
     1 / sqrt(channels) inside the function gives the layer's own scale.
+
+    What it reads to find its keys is said by an attribute of the function: `holds_keys` is True
+    where it multiplies queries with all keys, and False where it reads only what it attends. For
+    anything between take a class with `aux_bytes`.
     """
 
     source: ClassVar[str] = "a function of yours"
 
     function: AttentionFunction = field(metadata={"help": "the function"})
+
+    @property
+    def reads_all_keys(self) -> bool | None:
+        """What an attribute `holds_keys` of the function says, if it has one."""
+        said = getattr(self.function, "holds_keys", None)
+        return None if said is None else bool(said)
 
     def attend(
         self, state: Past, queries: Tensor, positions: Tensor, k: int

@@ -35,7 +35,7 @@ class LinearCompletion(AttendMethod):
     source: ClassVar[str] = "arXiv:2604.05438 (top-k and fixed-size linear completion)"
     calibrated: ClassVar[bool] = True
     complete: ClassVar[bool] = True
-    holds_keys: ClassVar[bool] = True
+    holds_keys: ClassVar[bool | None] = True
 
     features: int = field(default=32, metadata={"help": "features of a query and of a key"})
     sink: int = field(default=4, metadata={"help": "first keys, always exact", "least": 0})

@@ -10,7 +10,6 @@ from retrace.analyze.draws import uniform
 from retrace.analyze.methods.base import AttendMethod
 from retrace.analyze.output import visible_logits
 from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +21,7 @@ class OracleSample(AttendMethod):
     """
 
     source: ClassVar[str] = "arXiv:2410.16179 (MagicPIG), section 3.2"
-    holds_keys: ClassVar[bool] = True
+    holds_keys: ClassVar[bool | None] = True
 
     seed: int = field(default=0, metadata={"help": "of the random numbers", "least": 0})
 
@@ -46,7 +45,3 @@ class OracleSample(AttendMethod):
         often, ids = counts.sort(dim=-1, descending=True, stable=True)
         ids = ids.masked_fill(often == 0, -1)[..., :most]
         return counts / k @ state.values[: logits.shape[-1]], ids
-
-    def aux_bytes(self, state: Past, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """All keys, which are read for their probabilities."""
-        return keys * group.key_bytes

@@ -9,7 +9,6 @@ from torch import Tensor
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.output import merged, part, visible_logits
 from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class OracleValue(ScoreMethod):
     """
 
     source: ClassVar[str] = "arXiv:2512.07647 (output error of a selection)"
-    holds_keys: ClassVar[bool] = True
+    holds_keys: ClassVar[bool | None] = True
 
     distance: str = field(
         default="output",
@@ -43,7 +42,3 @@ class OracleValue(ScoreMethod):
             squared = squared - 2 * output @ values.T + output.square().sum(dim=-1, keepdim=True)
         # Never quite zero, so that a full budget attends every key.
         return logits + 0.5 * torch.log(squared.clamp(min=1e-30))
-
-    def aux_bytes(self, state: Past, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """All keys, which are read to rank them."""
-        return keys * group.key_bytes

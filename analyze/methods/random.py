@@ -15,6 +15,7 @@ class Random(ScoreMethod):
     """k visible keys, uniformly at random and anew for each query; recall is k / n on average."""
 
     source: ClassVar[str] = "definition"
+    holds_keys: ClassVar[bool | None] = False
 
     seed: int = field(default=0, metadata={"help": "of the random numbers", "least": 0})
 

@@ -11,7 +11,6 @@ from retrace.analyze.methods.base import AttendMethod
 from retrace.analyze.output import attended_ids, marked, merged, part, visible_logits
 from retrace.analyze.past import Past
 from retrace.analyze.top import top
-from retrace.analyze.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class VAttention(AttendMethod):
     """
 
     source: ClassVar[str] = "arXiv:2510.05688 (vAttention), section 4; xAlg-ai/sparse-attention-hub"
-    holds_keys: ClassVar[bool] = True
+    holds_keys: ClassVar[bool | None] = True
 
     sink: int = field(default=128, metadata={"help": "first keys always attended", "least": 0})
     recent: int = field(default=128, metadata={"help": "last keys always attended", "least": 0})
@@ -51,10 +50,6 @@ class VAttention(AttendMethod):
         weighted = torch.where(drawn, attended - chance.log()[..., None], attended)
         output = merged([part(weighted, state.values[: logits.shape[-1]])], state.unit.sinks)
         return output, attended_ids(attended)
-
-    def aux_bytes(self, state: Past, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """All keys, which are read to find the k best."""
-        return keys * group.key_bytes
 
     def _split(self, logits: Tensor, positions: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Which keys are attended for sure, and which are the rest: bool, like logits."""

@@ -20,6 +20,8 @@ class Window(ScoreMethod):
 
     source: ClassVar[str] = "arXiv:2309.17453 (StreamingLLM), section 3.2"
 
+    holds_keys: ClassVar[bool | None] = False
+
     keep: Keep = field(default=Keep(sink=4, recent=1), metadata=KEEP)
 
     def build(self, past: Past) -> Any:

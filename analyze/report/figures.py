@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from retrace.analyze.costs import with_charge
 from retrace.analyze.drawing import DASHES, EXACT_STYLE, Style, styles_of
 from retrace.analyze.report.along import along, fit
 from retrace.analyze.report.intervals import ends_within, intervals_of
@@ -46,7 +47,7 @@ def figures_of(results: Mapping[str, Results], packed: Packed) -> dict[str, Any]
     """
     entries = [entry for run, name in enumerate(results) for entry in _entries(run, results[name])]
     runs = list(results.values())
-    labels = _labels(entries, list(results))
+    labels = _labels(entries, results)
     styles = _styles(entries, labels)
     points = _curve_points(entries, runs)
     grids = [_Grids.of(run, points, packed) for run in runs]
@@ -87,9 +88,13 @@ def _entries(run: int, results: Results) -> Iterator[Entry]:
         yield Entry(run, method, False)
 
 
-def _labels(entries: list[Entry], names: list[str]) -> list[str]:
-    """A method's spec; of several results also which."""
-    words = [f"{e.method} (top k of the scores)" if e.derived else e.method for e in entries]
+def _labels(entries: list[Entry], results: Mapping[str, Results]) -> list[str]:
+    """A method's spec, with what is not charged; of several results also which."""
+    names, runs = list(results), [one.run for one in results.values()]
+    words = [
+        f"{e.method} (top k of the scores)" if e.derived else with_charge(runs[e.run], e.method)
+        for e in entries
+    ]
     if len(names) == 1:
         return words
     return [f"{names[e.run]}: {word}" for e, word in zip(entries, words, strict=True)]

@@ -47,8 +47,8 @@ def test_nothing_is_overlooked() -> None:
     assert len(COMMANDS) == 2
 
 
-def test_a_method_takes_fifteen_lines() -> None:
-    assert len(FILES["knorm.py"].splitlines()) <= 15
+def test_a_method_takes_eighteen_lines() -> None:
+    assert len(FILES["knorm.py"].splitlines()) <= 18
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["python", "xarray", "zarr"])

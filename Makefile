@@ -4,7 +4,9 @@ BIN := $(VENV)/bin
 DEMO := build/demo
 PREDICTION := build/prediction
 
-.PHONY: demo prediction test lint types pytest format clean
+COMMANDS := tests/cli tests/analyze/test_recommendation.py tests/analyze/test_export.py
+
+.PHONY: demo prediction test lint types pytest oldest newest format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +47,20 @@ types: $(VENV)/installed
 # what a folder's tests share but once, and when done takes over part of another's.
 pytest: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+## The commands with the oldest versions of all that pyproject.toml names, before a release; TORCH names
+## another version of torch where that one cannot be had.
+oldest:
+	rm -rf build/oldest && mkdir -p build && $(PYTHON) -m venv build/oldest
+	.ci/oldest $(if $(TORCH),torch==$(TORCH)) > build/oldest.txt
+	build/oldest/bin/pip install --quiet -c build/oldest.txt -e '.[all]' pytest hypothesis
+	build/oldest/bin/pytest -W default $(COMMANDS)
+
+## The same with the newest, of this Python (PYTHON=python3.13).
+newest:
+	rm -rf build/newest && mkdir -p build && $(PYTHON) -m venv build/newest
+	build/newest/bin/pip install --quiet $(if $(TORCH),torch==$(TORCH)) -e '.[all]' pytest hypothesis
+	build/newest/bin/pytest -W default $(COMMANDS)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix

@@ -105,7 +105,7 @@ class Recommendation:
                 }
                 for row in rows.to_dict("records")
             ]
-            layers.append({"layer": layer, "module": module, "kv_heads": groups})
+            layers.append({"layer": int(layer), "module": module, "kv_heads": groups})
         return {**self.facts, "layers": layers}
 
     @classmethod

@@ -13,7 +13,12 @@ import numpy as np
 from zarr.core.common import JSON, ZarrFormat
 from zarr.core.dtype.common import DTypeConfig_V2, DTypeJSON, HasEndianness, HasItemSize
 from zarr.core.dtype.wrapper import TBaseDType
-from zarr.dtype import DataTypeValidationError, Float32, ZDType, data_type_registry
+from zarr.dtype import Float32, ZDType, data_type_registry
+
+try:
+    from zarr.errors import DataTypeValidationError  # type: ignore[attr-defined]
+except ImportError:  # before zarr 3.3, which moved it
+    from zarr.dtype import DataTypeValidationError
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 

@@ -1,6 +1,6 @@
 """A method in place of exact attention: what a layer gives when it attends by it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from retrace.analyze.attention import log_normalizer
 from retrace.analyze.calibration import calibration
+from retrace.analyze.hooks import naming
 from retrace.analyze.measure import outputs
 from retrace.analyze.methods.registry import MethodSpec, recorded_spec
 from retrace.analyze.scope import choose_calibration
 from retrace.analyze.select import select
 from retrace.analyze.selection import Selection
 from retrace.analyze.states import Calibration, Protocol, States
-from retrace.analyze.unit import Block, Unit
+from retrace.analyze.unit import Block, Unit, intact
 from retrace.traces import RetraceError, Trace, noted
 
 
@@ -121,15 +122,21 @@ class Approximation:
     def output(self, states: States, unit: Unit, first: int) -> Tensor:
         """Attention output (group, queries, value channels) float32 of a unit's queries from
         position `first` on, each over the keys that the method selects for it."""
-        method, parts = self.spec.method, []
+        with naming(self.spec), intact(unit):
+            output = torch.cat([*self._outputs(states, unit, first)], dim=1)
+            states.check_calibration()
+        return output
+
+    def _outputs(self, states: States, unit: Unit, first: int) -> Iterator[Tensor]:
+        """The same, block by block."""
+        method = self.spec.method
         for whole in unit.blocks(first):
             begin = int(torch.searchsorted(whole.positions, first))
             block = whole.part(slice(begin, len(whole.positions)))
             for served in states.serve(block):
                 part = block.part(served.rows)
                 [selection] = select(method, served, part, (self.topk,))
-                parts.append(_output(part, selection))
-        return torch.cat(parts, dim=1)
+                yield _output(part, selection)
 
 
 def check_exact(trace: Trace) -> None:

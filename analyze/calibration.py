@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import fields, replace
 from functools import partial
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.archives import read_arrays, write_arrays
-from retrace.analyze.methods.base import LearnedLike, ScoreMethod
+from retrace.analyze.hooks import calling, naming
+from retrace.analyze.methods.base import LearnedLike, Method, ScoreMethod
 from retrace.analyze.methods.registry import MethodSpec, parse_specs
-from retrace.analyze.past import Past
+from retrace.analyze.past import Past, last_of
 from retrace.analyze.schedule import finished
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.states import Calibration
-from retrace.analyze.unit import Neighbours
+from retrace.analyze.unit import Neighbours, intact
 from retrace.analyze.workers import start_workers, threads
 from retrace.traces import Location, RetraceError, Trace, beside, open_trace, to_numpy
 
@@ -157,12 +158,24 @@ def learned(
             Past(replace(unit, neighbours=n), 0, len(unit.keys))
             for unit, n in zip(units, neighbours, strict=True)
         ]
-        with torch.inference_mode(False):
-            given = spec.method.calibrate(pasts)
-        arrays.append({name: tensor.detach().cpu() for name, tensor in given.items()})
+        with torch.inference_mode(False), naming(spec), intact(*(past.unit for past in pasts)):
+            arrays.append(_calibrated(spec.method, pasts))
     if file is not None:
         _save(file, arrays)
     return tuple(arrays) * (kv_heads // once)
+
+
+def _calibrated(method: Method, pasts: Sequence[Past]) -> dict[str, Tensor]:
+    """What a method learns of one kv head, on the CPU."""
+
+    with calling("calibrate()", lambda: last_of(pasts[0])):
+        given = method.calibrate(pasts)
+    if not isinstance(given, Mapping) or not all(isinstance(t, Tensor) for t in given.values()):
+        raise RetraceError(
+            f"calibrate() gave no mapping of names to tensors at {last_of(pasts[0])}."
+        )
+    # A copy, or it would keep what it is a part of.
+    return {str(name): tensor.detach().cpu().clone() for name, tensor in given.items()}
 
 
 def _keep_learned(*given: Any) -> None:

@@ -9,7 +9,7 @@ from retrace.analyze.methods.base import Method
 from retrace.analyze.select import select
 from retrace.analyze.selection import Selection, where
 from retrace.analyze.states import Calibration, Protocol, States
-from retrace.analyze.unit import Block, Unit
+from retrace.analyze.unit import Block, Unit, intact
 from retrace.traces import RetraceError
 
 PROBES = (0.3, 0.6, 0.9)
@@ -34,11 +34,15 @@ def check_causality(
 
     def answer(unit: Unit, row: int) -> list[Selection]:
         block = Block(unit, slice(row, row + 1))
-        return [
-            selection
-            for served in States(method, unit, protocol, calibration).serve(block)
-            for selection in select(method, served, block.part(served.rows), ks)
-        ]
+        states = States(method, unit, protocol, calibration)
+        with intact(unit):
+            found = [
+                selection
+                for served in states.serve(block)
+                for selection in select(method, served, block.part(served.rows), ks)
+            ]
+            states.check_calibration()
+        return found
 
     first_row = int(torch.searchsorted(unit.positions, first_position))
     rows = len(unit.positions) - first_row

@@ -157,3 +157,8 @@ class Past:
     ) -> Tensor:
         turned = turn(vectors.cpu().numpy(), positions.cpu().numpy() + self.unit.first)
         return torch.from_numpy(np.asarray(turned)).to(vectors)
+
+
+def last_of(past: Past) -> str:
+    """Names the last position of a past."""
+    return past.group.place(past.unit.first + past.end - 1)

@@ -1,12 +1,14 @@
 """The replay engine: one exact pass over a layer and sequence, shared by methods and budgets."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from retrace.analyze.buckets import buckets_of
+from retrace.analyze.hooks import naming
 from retrace.analyze.measure import ExactBlock, Tallied, tally
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.methods.exact import Exact
@@ -21,9 +23,10 @@ from retrace.analyze.reference import (
     exact_pass,
     holds_no_scores,
 )
+from retrace.analyze.seals import WrittenInto
 from retrace.analyze.select import select
 from retrace.analyze.states import Calibration, Cost, Protocol, States
-from retrace.analyze.unit import Block, Unit, load_units
+from retrace.analyze.unit import Block, Unit, intact, load_units
 from retrace.traces import RetraceError, Trace
 
 EXACT = Exact()
@@ -163,11 +166,48 @@ def replay(
                 kept = store.load(digest, layer, unit, plan.ranks)
         if store.active and kept is None and fresh is None:
             fresh = KeptReferences.allocate(unit, max(plan.ranks, KEPT_RANKS))
-        heads.append(replay_unit(unit, plan, kept, fresh, clock))
+        again = partial(_again, trace, unit)
+        heads.append(_replay_intact(unit, plan, kept, fresh, clock, again))
     if fresh is not None:
         with clock.charge("exact answers kept"):
             store.save(digest, layer, fresh)
     return [_whole_layer(tallies) for tallies in zip(*heads, strict=True)]
+
+
+def _again(trace: Trace, unit: Unit) -> Unit:
+    """A unit, read anew."""
+    group = unit.group
+    layer = trace.layer(group.layer)
+    units = load_units(layer, group.sequence, unit.keys.device)
+    return next(unit for unit in units if unit.group.kv_head == group.kv_head)
+
+
+def _replay_intact(
+    unit: Unit,
+    plan: Plan,
+    kept: KeptReferences | None,
+    fresh: KeptReferences | None,
+    clock: Clock,
+    again: Callable[[], Unit],
+) -> list[Tally]:
+    """`replay_unit`, less whatever comes of a unit that a method wrote into: that method is named,
+    by replaying each alone on a unit of its own, which `again` reads."""
+    try:
+        with intact(unit):
+            return replay_unit(unit, plan, kept, fresh, clock)
+    except WrittenInto as error:
+        asked = [method for method in plan.methods if method.spec.method != EXACT]
+        for method in asked if len(asked) > 1 else ():
+            own = again()
+            try:
+                with intact(own):
+                    replay_unit(own, replace(plan, methods=(method,)), None, None, clock.another())
+            except WrittenInto as alone:
+                raise RetraceError(f"{method.spec} {alone}") from None
+            except RetraceError:
+                continue  # another mistake, perhaps, of a method that wrote nothing
+        names = " or ".join(str(method.spec) for method in asked)
+        raise RetraceError(f"{names} {error}") from None
 
 
 def replay_unit(
@@ -205,8 +245,11 @@ def replay_unit(
             # Kept or not, the same ranks: probabilities of further keys are taken otherwise.
             exact = ExactBlock(block.part(rows), reference.part(rows, plan.ranks))
         for method, found, state in zip(plan.methods, tallies, states, strict=True):
-            _replay_method(method, exact, buckets, state, plan, found, clock)
+            with naming(method.spec):
+                _replay_method(method, exact, buckets, state, plan, found, clock)
     for method, found, state in zip(plan.methods, tallies, states, strict=True):
+        with naming(method.spec):
+            state.check_calibration()
         clock.seconds[Charge("build", str(method.spec))] += state.cost.seconds
         found.cost = state.cost
         _fill_missing(found, unit.group.rules.group)
@@ -257,14 +300,11 @@ def _replay_method(
                 continue
             with clock.charge("metrics", name):
                 part = exact.part(slice(rows.start + start, rows.stop))
-            try:
-                with clock.charge("search", name):
-                    if method.spec.method == EXACT:
-                        selections = [part.selection(ks)]
-                    else:
-                        selections = select(method.spec.method, served, part.block, ks)
-            except RetraceError as error:
-                raise RetraceError(f"{method.spec} {error}") from error
+            with clock.charge("search", name):
+                if method.spec.method == EXACT:
+                    selections = [part.selection(ks)]
+                else:
+                    selections = select(method.spec.method, served, part.block, ks)
             with clock.charge("metrics", name):
                 for selection in selections:
                     points = [i for i, k in enumerate(selection.ks) if k in method.topk]

@@ -12,6 +12,7 @@ import torch
 from retrace.analyze.causality import check_causality
 from retrace.analyze.damage import without_damaged
 from retrace.analyze.forecast import Estimate, forecast
+from retrace.analyze.hooks import naming
 from retrace.analyze.methods.registry import MethodSpec, missing_libraries, parse_specs
 from retrace.analyze.parts import PARTS, Job, KeptParts, clear_finished
 from retrace.analyze.profile import Clock
@@ -268,10 +269,13 @@ def _ready(
     """The methods, calibrated and tried on the longest sequence's first unit before any time is
     spent. A method that cannot run here is left out with a warning if it is optional, and so is one
     whose bytes are none, where there are others."""
-    trace = settings.trace
-    longest = max(settings.sequences, key=trace.length)
-    with clock.charge("causality check"):
-        unit = next(load_units(trace.layer(settings.layers[0]), longest, device))
+    longest = max(settings.sequences, key=settings.trace.length)
+
+    def first_unit() -> Unit:
+        with clock.charge("causality check"):
+            return next(load_units(settings.trace.layer(settings.layers[0]), longest, device))
+
+    unit = first_unit()
     ready = []
     for method in methods:
         name = str(method.spec)
@@ -279,13 +283,14 @@ def _ready(
             if method.spec.method.calibrated:
                 with clock.charge("calibration", name):
                     method = settings.calibrated(method, device, keep, pool)
-            with torch.inference_mode(), clock.charge("causality check", name):
+            with torch.inference_mode(), clock.charge("causality check", name), naming(name):
                 _try(settings, method, unit)
         except RetraceError as error:
             alone = len(methods) == 1 or not isinstance(error, CostError)
             if name not in optional and alone:
-                raise RetraceError(f"{name} {error}") from error
-            log.warning("Left out: %s %s", name, error)
+                raise
+            log.warning("Left out: %s", error)
+            unit = first_unit()  # whatever the method did to it
         else:
             ready.append(method)
     if not ready:
@@ -296,9 +301,10 @@ def _ready(
 def _try(settings: Settings, method: Replayed, unit: Unit) -> None:
     plan = Plan((), settings.protocol, settings.min_context)
     first = plan.first_counted(method.topk[0], len(unit.keys))
-    if first <= int(unit.positions[-1]):
-        least = [method.topk[0]]
-        check_causality(method.spec.method, unit, plan.protocol, least, first, method.calibration)
+    if first > int(unit.positions[-1]):
+        return
+    least = [method.topk[0]]
+    check_causality(method.spec.method, unit, plan.protocol, least, first, method.calibration)
 
 
 def reference_store(trace: Trace, keep: bool, create: bool = True) -> ReferenceStore:

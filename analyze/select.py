@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retrace.analyze.attention import first_visible
 from retrace.analyze.compiled.joining import in_order_of_joining
+from retrace.analyze.hooks import calling, key_ids, numbers
 from retrace.analyze.methods.base import AttendMethod, Method, ScoreMethod, SearchMethod
 from retrace.analyze.pooling import MEAN_QUERY, pool
 from retrace.analyze.selection import Selection, check_finite, check_ids, missing_last, where
@@ -102,7 +103,21 @@ def _rank(method: ScoreMethod, served: Served, block: Block, k: int) -> _Ranked:
 def _allowances(method: ScoreMethod, state: Any, ks: Sequence[int], block: Block) -> Tensor:
     """Keys of each budget (budgets, group or 1, 1); the budgets themselves without a state."""
     budgets = torch.tensor(ks, device=block.positions.device)[:, None, None]
-    return budgets if state is None else method.allowance(state, budgets)
+    if state is None:
+        return budgets
+    with calling("allowance()", lambda: where(block)):
+        allowed = method.allowance(state, budgets)
+    allowed = key_ids(allowed, "allowance()", lambda: where(block), block.positions)
+    heads = len(block.queries)
+    if allowed.dim() != 3 or not all(
+        size in sizes
+        for size, sizes in zip(allowed.shape, ((len(ks),), (1, heads), (1,)), strict=True)
+    ):
+        raise RetraceError(
+            f"allowance() gave shape {tuple(allowed.shape)} at {where(block)}; expected (budgets, "
+            f"group or 1, 1) = {(len(ks), heads, 1)}."
+        )
+    return allowed
 
 
 def _visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
@@ -113,14 +128,16 @@ def _visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
     queries = block.queries * block.unit.group.rules.scale
     if method.pool == MEAN_QUERY:
         queries = queries.mean(dim=0, keepdim=True)
-    scores = method.scores(state, queries, block.positions)
+    with calling("scores()", lambda: where(block)):
+        scores = method.scores(state, queries, block.positions.clone())
+    scores = numbers(scores, "scores()", lambda: where(block), queries)
     units = -(-block.end // method.unit_size)
     expected = (*queries.shape[:2], units)
     short = scores.shape[-1] < units and not method.keeps_new
     if scores.dim() != 3 or scores.shape[:2] != expected[:2] or short:
         raise RetraceError(
-            f"scores() gave shape {tuple(scores.shape)}; expected (group, queries, units) = "
-            f"{expected}, or more units."
+            f"scores() gave shape {tuple(scores.shape)} at {where(block)}; expected (group, "
+            f"queries, units) = {expected}, or more units."
         )
     if scores.shape[-1] < units:
         missing = (0, units - scores.shape[-1])
@@ -309,11 +326,14 @@ def _select_by_search(method: SearchMethod, served: Served, block: Block, k: int
     others = others[(others < first) | (others >= indexed)]
     candidates = others.expand(*block.queries.shape[:2], -1)
     if state is not None:
-        found = method.search(state, block.queries * group.rules.scale, k)
+        queries = block.queries * group.rules.scale
+        with calling("search()", lambda: where(block)):
+            found = method.search(state, queries, k)
+        found = key_ids(found, "search()", lambda: where(block), queries)
         if found.dim() != 3 or found.shape[:2] != block.queries.shape[:2]:
             raise RetraceError(
-                f"search() gave shape {tuple(found.shape)}; expected (group, queries, ids) = "
-                f"{(*block.queries.shape[:2], k)}."
+                f"search() gave shape {tuple(found.shape)} at {where(block)}; expected (group, "
+                f"queries, ids) = {(*block.queries.shape[:2], k)}."
             )
         found = torch.where(found < 0, found, found + first)
         check_ids(found, block)
@@ -340,12 +360,22 @@ def _select_by_attend(method: AttendMethod, state: Any, block: Block, k: int) ->
     if state is None:
         return _exact_best(block, k)
     queries = block.queries * block.unit.group.rules.scale
-    output, ids = method.attend(state, queries, block.positions, k)
+    with calling("attend()", lambda: where(block)):
+        answer = method.attend(state, queries, block.positions.clone(), k)
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise RetraceError(f"attend() gave no pair of output and ids at {where(block)}.")
+    output = numbers(answer[0], "attend()", lambda: where(block), queries)
+    ids = key_ids(answer[1], "attend()", lambda: where(block), queries)
     expected = (*block.queries.shape[:2], block.unit.values.shape[1])
     if output.shape != expected:
         raise RetraceError(
-            f"attend() gave an output of shape {tuple(output.shape)}; expected "
+            f"attend() gave an output of shape {tuple(output.shape)} at {where(block)}; expected "
             f"(group, queries, value channels) = {expected}."
+        )
+    if ids.dim() != 3 or ids.shape[:2] != expected[:2]:
+        raise RetraceError(
+            f"attend() gave ids of shape {tuple(ids.shape)} at {where(block)}; expected (group, "
+            f"queries, any), with {expected[:2]} in front."
         )
     check_finite(output, "attend()", block)
     check_ids(ids, block)
@@ -354,7 +384,7 @@ def _select_by_attend(method: AttendMethod, state: Any, block: Block, k: int) ->
         (k,),
         ids,
         (ids >= 0).sum(dim=-1)[None],
-        output=output[None],
+        output=output[None].clone(),  # the method may use its tensor again
         aux_bytes=_aux_bytes(method, state, block),
         attended_bytes=method.attended_bytes(block.unit.group),
     )
@@ -376,8 +406,10 @@ def _aux_bytes(method: Method, state: Any, block: Block) -> Tensor:
     """Bytes of the state read per query of the group (queries,)."""
     if state is None:
         return torch.zeros_like(block.visible_count)
-    read = method.aux_bytes(state, block.visible_count, block.unit.group)
-    read = torch.as_tensor(read, device=block.positions.device).expand(len(block.positions))
+    with calling("aux_bytes()", lambda: where(block)):
+        read = method.aux_bytes(state, block.visible_count.clone(), block.unit.group)
+        read = torch.as_tensor(read, device=block.positions.device)
+        read = read.expand(len(block.positions)).clone()
     wrong = ~read.isfinite() | (read < 0)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])

@@ -105,10 +105,6 @@ def check_finite(tensor: Tensor, name: str, block: Block) -> None:
         raise RetraceError(f"{name} gave NaN at {where(block, head, row)}.")
 
 
-def where(block: Block, head: int, row: int) -> str:
+def where(block: Block, head: int = 0, row: int = 0) -> str:
     """Names a query of a block, `head` being its place in the group."""
-    group = block.unit.group
-    return (
-        f"layer {group.layer}, head {group.kv_head * group.rules.group + head}, "
-        f"sequence {group.sequence}, position {int(block.positions[row])}"
-    )
+    return block.unit.group.place(int(block.positions[row]), head)

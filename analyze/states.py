@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrace.analyze.hooks import calling
 from retrace.analyze.methods.base import Method, ScoreMethod, SearchMethod
-from retrace.analyze.past import Past
+from retrace.analyze.past import Past, last_of
 from retrace.analyze.pooling import LAYER
+from retrace.analyze.seals import Seal, WrittenInto
 from retrace.analyze.unit import Block, Unit
 from retrace.traces import RetraceError
 
@@ -130,6 +132,9 @@ class States:
         self._protocol = protocol
         self._unit = unit
         self._calibration = calibration or {}
+        # A copy for each kv head, or threads would share what a method writes into them.
+        self._learned: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._seals: list[Seal] = []
         # The heads of a layer that select together have a state each.
         self._pools_layer = isinstance(method, ScoreMethod) and method.pool.startswith(LAYER)
         self._units = self._selecting(unit)
@@ -207,7 +212,6 @@ class States:
         return first, since if protocol.prefix is None else max(built, since)
 
     def _advance(self, first: int, built: int, held: int) -> None:
-        method = self._method
         if (first, built, held) == (self._first, self._built, self._held):
             return
         start = self._seconds()
@@ -215,28 +219,55 @@ class States:
             self._states = (None,) * len(self._units)
             if first < built:
                 pasts = (self._past(unit, first, first, built) for unit in self._units)
-                self._states = tuple(map(method.build, pasts))
+                self._states = tuple(map(self._build, pasts))
                 self.cost.builds += 1
             self._first, self._built, self._held = first, built, built
         if held > self._held:
             self._states = tuple(
-                method.extend(state, self._past(unit, first, self._held, held))
+                self._extend(state, self._past(unit, first, self._held, held))
                 for unit, state in zip(self._units, self._states, strict=True)
             )
             self._held = held
         self.cost.seconds += self._seconds() - start
         self.cost.state_bytes = max(self.cost.state_bytes, _nbytes(self._states[0], self._unit))
 
+    def _build(self, past: Past) -> Any:
+        with calling("build()", lambda: last_of(past)):
+            state = self._method.build(past)
+        return _state(state, "build()", past)
+
+    def _extend(self, state: Any, new: Past) -> Any:
+        with calling("extend()", lambda: last_of(new)):
+            state = self._method.extend(state, new)
+        return _state(state, "extend()", new)
+
     def _past(self, unit: Unit, first: int, start: int, end: int) -> Past:
         """Positions of a unit from `start` to `end`, counted from `first` on."""
-        learned = self._calibration.get((unit.group.layer, unit.group.kv_head), {})
-        here = {name: tensor.to(unit.keys.device) for name, tensor in learned.items()}
+        place = unit.group.layer, unit.group.kv_head
+        if place not in self._learned:
+            learned = self._calibration.get(place, {})
+            copies = {n: t.to(unit.keys.device, copy=True) for n, t in learned.items()}
+            self._seals.append(Seal({f"past.calibration[{n!r}]": t for n, t in copies.items()}))
+            self._learned[place] = copies
+        here = dict(self._learned[place])
         return Past(unit.since(first), start - first, end - first, here)
+
+    def check_calibration(self) -> None:
+        """Refuse a method that wrote into what it had learned."""
+        for seal in self._seals:
+            for what in seal.broken():
+                raise WrittenInto.tensor(what)
 
     def _seconds(self) -> float:
         if self._unit.keys.is_cuda:
             torch.cuda.synchronize(self._unit.keys.device)
         return time.perf_counter()
+
+
+def _state(state: Any, hook: str, past: Past) -> Any:
+    if state is None:  # which would stand for no state, and be answered by exact search
+        raise RetraceError(f"{hook} gave None at {last_of(past)}; expected a state to go on with.")
+    return state
 
 
 def _nbytes(state: Any, unit: Unit) -> int:

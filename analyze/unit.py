@@ -1,14 +1,17 @@
 """The unit of work: one kv head of one layer and sequence; and a block of its queries."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from retrace.analyze.attention import first_visible, score, softcap, visible
-from retrace.traces import Layer, LayerRules, Trace, to_torch
+from retrace.analyze.seals import Seal, WrittenInto
+from retrace.traces import Layer, LayerRules, RetraceError, Trace, to_torch
 
 CPU_SCORES = 1 << 19
 """Scores held at once: what stays in a CPU's cache."""
@@ -49,6 +52,13 @@ class HeadGroup:
     def heads(self) -> slice:
         """The query heads of the group, among the layer's."""
         return slice(self.kv_head * self.rules.group, (self.kv_head + 1) * self.rules.group)
+
+    def place(self, position: int, head: int = 0) -> str:
+        """Names a position as one of the heads sees it, by its place in the group."""
+        return (
+            f"layer {self.layer}, head {self.heads.start + head}, sequence {self.sequence}, "
+            f"position {position}"
+        )
 
     @property
     def key_bytes(self) -> int:
@@ -96,6 +106,14 @@ class Unit:
             neighbours=neighbours,
             first=self.first + first,
         )
+
+    def seal(self) -> Seal:
+        """What tells whether its tensors are still as they are now."""
+        group = self.group
+        place = f"layer {group.layer}, kv head {group.kv_head}, sequence {group.sequence}"
+        tensors = {name: getattr(self, name) for name in ("keys", "values", "queries", "positions")}
+        tensors |= {} if self.sinks is None else {"sinks": self.sinks}
+        return Seal({f"the {name} of {place}": tensor for name, tensor in tensors.items()})
 
     @cached_property
     def mean_values(self) -> Tensor:
@@ -185,8 +203,11 @@ class Neighbours:
     def __init__(self, layers: tuple[int, ...], read: Callable[[int], Iterable[Unit]]) -> None:
         self.layers = layers
         """Indices of the layers, ascending."""
+        self.asked: set[int] = set()
+        """Those that were asked for."""
         self._read = read
         self._known: dict[int, tuple[Unit, ...]] = {}
+        self._seals: list[Seal] = []
 
     @classmethod
     def of_trace(cls, trace: Trace, sequence: int, device: torch.device) -> "Neighbours":
@@ -195,15 +216,46 @@ class Neighbours:
 
     def units(self, layer: int) -> tuple[Unit, ...]:
         """Every kv head of a layer, in order."""
+        self.asked.add(layer)
         if layer not in self._known:
             # Without their neighbours, or a cycle would keep the tensors until it is found.
-            alone = (replace(unit, neighbours=None) for unit in self._read(layer))
-            self._known[layer] = tuple(alone)
+            alone = tuple(replace(unit, neighbours=None) for unit in self._read(layer))
+            self._seals += [unit.seal() for unit in alone]
+            self._known[layer] = alone
         return self._known[layer]
+
+    def broken(self) -> Iterator[str]:
+        """Names of tensors that were written into since they were read."""
+        for seal in self._seals:
+            yield from seal.broken()
 
     def changed(self, change: Callable[[Unit], Unit]) -> "Neighbours":
         """The same, each unit changed when it is read."""
         return Neighbours(self.layers, lambda layer: map(change, self.units(layer)))
+
+
+@contextmanager
+def intact(*units: Unit) -> Iterator[None]:
+    """Refuse that anything is written into what methods are handed of some units, and of the other
+    heads and layers through them.
+
+    Raises:
+        WrittenInto: something was; in place of any other mistake that may follow from it.
+    """
+    seals = [unit.seal() for unit in units]
+
+    def written() -> str | None:
+        others = (unit.neighbours.broken() for unit in units if unit.neighbours is not None)
+        return next(chain(*(seal.broken() for seal in seals), *others), None)
+
+    try:
+        yield
+    except RetraceError:
+        if (what := written()) is not None:
+            raise WrittenInto.tensor(what) from None
+        raise
+    if (what := written()) is not None:
+        raise WrittenInto.tensor(what)
 
 
 class Block:

@@ -110,7 +110,8 @@ class Approximator:
         if index in self._seen:
             self._seen[index].add(call)
         else:
-            self._seen[index] = _Seen(call.query, call.key, call.value)
+            # Copies: a state may write into what it was built from as long as the model decodes.
+            self._seen[index] = _Seen(call.query.clone(), call.key.clone(), call.value.clone())
         return self._seen[index]
 
     def _approximate(self, seen: _Seen, row: int, unit: Unit, first: int) -> Tensor:

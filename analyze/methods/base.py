@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.budget import Budget
+from retrace.analyze.hooks import calling, numbers
 from retrace.analyze.keep import Keep
 from retrace.analyze.libraries import optional
-from retrace.analyze.past import Past
+from retrace.analyze.past import Past, last_of
 from retrace.analyze.pooling import RULES
 from retrace.analyze.unit import HeadGroup
 from retrace.traces import LayerRules, RetraceError
@@ -220,8 +221,16 @@ class EvictionMethod(ScoreMethod):
 
     def build(self, past: Past) -> Any:
         """The importance of each key (group or 1, keys)."""
-        importance = self.importance(past)
-        return importance.view(-1, importance.shape[-1])
+        with calling("importance()", lambda: last_of(past)):
+            importance = self.importance(past)
+        importance = numbers(importance, "importance()", lambda: last_of(past), past.keys)
+        keys, heads = len(past.keys), past.group.rules.group
+        if importance.shape not in ((keys,), (1, keys), (heads, keys)):
+            raise RetraceError(
+                f"importance() gave shape {tuple(importance.shape)} at {last_of(past)}; expected "
+                f"(keys,) or (group, keys) = {(heads, keys)}."
+            )
+        return importance.reshape(-1, keys)
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """The same for every query."""

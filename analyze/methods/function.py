@@ -11,6 +11,7 @@ from torch import Tensor
 from retrace.analyze.attention import visible
 from retrace.analyze.methods.base import AttendMethod
 from retrace.analyze.past import Past
+from retrace.traces import RetraceError
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None, Tensor]]
 
@@ -53,7 +54,7 @@ class Function(AttendMethod):
         mask = torch.zeros(hidden.shape, device=keys.device)
         mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)[None, None]
         budget = {"topk": k} if "topk" in inspect.signature(self.function).parameters else {}
-        output, _, ids = self.function(
+        answer = self.function(
             queries[None] * queries.shape[-1] ** 0.5,
             keys[:end].expand(shape),
             values[:end].expand(shape),
@@ -61,4 +62,7 @@ class Function(AttendMethod):
             None,
             **budget,
         )
-        return output[0], ids[0].to(torch.int64)
+        if not isinstance(answer, tuple) or len(answer) != 3:
+            raise RetraceError("gave no triple of output, scores and ids.")
+        output, _, ids = answer
+        return output[0], ids[0]

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
@@ -40,8 +40,9 @@ DTYPE = r"[<|][biuf][1248]"
 """Numbers; never objects, which would be unpickled."""
 
 
-def read_arrays(path: Path) -> Arrays | None:
-    """The arrays of an archive, by name; None if it is not there, or is damaged.
+def read_arrays(path: Path, names: Collection[str] | None = None) -> Arrays | None:
+    """The arrays of an archive, or those of these names, by name; None if it is not there, or is
+    damaged.
 
     They take no more memory than the file has bytes, and nothing of it is run.
     """
@@ -54,7 +55,10 @@ def read_arrays(path: Path) -> Arrays | None:
             if sum(entry.file_size for entry in entries) > size.st_size:
                 return None
             return {
-                entry.filename.removesuffix(".npy"): _array(archive, entry) for entry in entries
+                name: _array(archive, entry)
+                for entry in entries
+                for name in (entry.filename.removesuffix(".npy"),)
+                if names is None or name in names
             }
     except DAMAGED:
         return None

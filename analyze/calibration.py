@@ -19,6 +19,7 @@ from retrace.analyze.hooks import calling, naming
 from retrace.analyze.methods.base import LearnedLike, Method, ScoreMethod
 from retrace.analyze.methods.registry import MethodSpec, parse_specs
 from retrace.analyze.past import Past, last_of
+from retrace.analyze.provenance import code_digest
 from retrace.analyze.schedule import finished
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.states import Calibration
@@ -108,16 +109,17 @@ def calibration(
     device: torch.device,
     keep: bool,
     pool: Executor | None = None,
+    again: bool = False,
 ) -> Calibration:
     """What a method learns of these layers, by the workers of the pool or threads; nothing where it
-    needs no calibration."""
+    needs no calibration. With `again` nothing that is on disk is taken for it."""
     if not spec.method.calibrated:
         return {}
     if pool is None:
         with threads(device) as pool:
-            return calibration(trace, spec, sequences, layers, device, keep, pool)
+            return calibration(trace, spec, sequences, layers, device, keep, pool, again)
     once = trace.layers[:1] if spec.method.learns == "model" else layers
-    calls = {i: partial(learned, trace, spec, sequences, i, device, keep) for i in once}
+    calls = {i: partial(learned, trace, spec, sequences, i, device, keep, again) for i in once}
     found: dict[int, Learned] = {}
     for layer, heads in finished(pool, calls):
         if isinstance(heads, BrokenExecutor):
@@ -138,15 +140,17 @@ def learned(
     layer: int,
     device: torch.device,
     keep: bool = True,
+    again: bool = False,
 ) -> Learned:
     """What a method learns of one layer from some sequences, from disk if it is there. The device
     learns; what it learns is on the CPU, since a worker's device may not be there elsewhere."""
-    folder = calibrations(trace) if keep else None
+    # Of code that nobody can look at, what was learnt may not be what it would learn now.
+    folder = calibrations(trace) if keep and spec.code.digest is not None else None
     file = None if folder is None else folder / calibration_name(trace, spec, sequences, layer)
     kv_heads = trace.layer(layer).rules.kv_heads
     # What is learned of all together is learned, and kept, once.
     once = kv_heads if spec.method.learns == "kv head" else 1
-    found = None if file is None else _load(file, once)
+    found = None if file is None or again else _load(file, once)
     like = spec.method.learned_like(trace.layer(layer).rules, len(trace.layers))
     if found is not None and all(_is_like(own, like) for own in found):
         return found * (kv_heads // once)
@@ -190,7 +194,8 @@ def calibration_name(trace: Trace, spec: MethodSpec, sequences: Sequence[int], l
     afterwards = {f.name for f in fields(ScoreMethod)}
     facts = {
         "retrace": version("retrace-attention"),
-        "method": [method.__module__, method.__qualname__, spec.source_digest],
+        "method": [method.__module__, method.__qualname__, spec.code.digest],
+        "learning": code_digest("retrace.analyze.calibration"),
         "parameters": {k: v for k, v in spec.parameters.items() if k not in afterwards},
         "sequences": [trace.digest(sequence) for sequence in sequences],
         "layer": layer,

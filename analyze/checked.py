@@ -49,6 +49,9 @@ def checked_facts(run: Any) -> dict[str, Any]:
         raise ValueError("its run.json is no object")
     if not isinstance(run.get(DIGESTS, {}), dict):
         raise ValueError(f"its run.json has no {DIGESTS} as retrace writes them")
+    outdated = run.get("outdated", [])
+    if not isinstance(outdated, list) or not all(isinstance(m, str) for m in outdated):
+        raise ValueError("its run.json has no outdated as retrace writes them")
     for name, kind, needed in ENTRIES:
         held: Any = run.get(name, kind() if name == "missing" else None)
         entries = held.values() if isinstance(held, dict) else held

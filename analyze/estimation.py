@@ -8,7 +8,7 @@ from retrace.analyze.forecast import Estimate, forecast
 from retrace.analyze.methods.registry import parse_specs
 from retrace.analyze.parts import Job, KeptParts
 from retrace.analyze.replay import Plan
-from retrace.analyze.run import earlier, reference_store, settle, share
+from retrace.analyze.run import earlier, reference_store, refuse_other_things, settle, share
 from retrace.analyze.scope import choose_device, choose_layers
 from retrace.analyze.workers import worker_count
 from retrace.traces import Location, Trace, open_trace
@@ -29,6 +29,7 @@ def estimate(
     part: tuple[int, int] | None = None,
     keep_exact: bool = True,
     overwrite: bool = False,
+    again: bool = False,
     skip_damaged: bool = False,
 ) -> Estimate:
     """What `analyze` with the same arguments will take, by `forecast`; nothing is written.
@@ -41,10 +42,21 @@ def estimate(
         trace = without_damaged(trace, choose_layers(trace, layers))
     specs, _ = parse_specs(methods)
     folder = None if out is None else Path(out)
+    if folder is not None and overwrite:
+        refuse_other_things(folder)
     before = None if folder is None or overwrite else earlier(folder)
     target = choose_device(device)
     settings, wanted, _ = settle(
-        trace, specs, topk, folder, before, protocol, min_context, layers, calibration_sequences
+        trace,
+        specs,
+        topk,
+        folder,
+        before,
+        protocol,
+        min_context,
+        layers,
+        calibration_sequences,
+        again,
     )
     count = worker_count(target, settings.scores() * len(wanted), workers)
     if not wanted:
@@ -52,7 +64,7 @@ def estimate(
     plan = Plan(tuple(wanted), settings.protocol, min_context)
     job = Job(settings, plan, target)
     tasks = job.tasks if part is None else share(job.tasks, *part)
-    if folder is not None:
+    if folder is not None and not again:
         there = KeptParts(folder, job).load_all(tasks)
         tasks = [at for at in tasks if at not in there]
     store = reference_store(trace, keep_exact, create=False)

@@ -9,6 +9,7 @@ from retrace.analyze.results import Results
 from retrace.analyze.run import earlier
 from retrace.analyze.tabulate import tabulate
 from retrace.traces import RetraceError
+from retrace.traces.lock import locked_folder
 
 
 def merge(folders: Sequence[str | Path], *, methods: Sequence[str] = ()) -> Results:
@@ -25,6 +26,13 @@ def merge(folders: Sequence[str | Path], *, methods: Sequence[str] = ()) -> Resu
         RetraceError: there are no parts, or some are missing.
     """
     places = [Path(folder) for folder in folders]
+    with locked_folder(places[0]) as refusal:
+        if refusal is not None:
+            raise refusal
+        return _merged(places, methods)
+
+
+def _merged(places: Sequence[Path], methods: Sequence[str]) -> Results:
     runs: dict[str, list[KeptParts]] = {}
     for place in places:
         for kept in KeptParts.all_in(place, methods):

@@ -1,7 +1,6 @@
 """What is finished of a run, kept in its results folder until all of it is."""
 
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -62,11 +62,13 @@ class Job:
             "retrace": version("retrace-attention"),
             "device": self.device.type,
             **self.settings.facts(),
+            "engine": self.settings.engine,
             "methods": [
                 [
                     str(method.spec),
                     method.spec.parameters,
-                    method.spec.source_digest or _source_digest(type(method.spec.method)),
+                    # What nobody can look at is never the same again.
+                    method.spec.code.digest or uuid4().hex,
                     self.settings.calibration_digest(method.spec),
                     method.topk,
                 ]
@@ -86,7 +88,7 @@ class Job:
             "min_context": self.settings.min_context,
             "layers": self.settings.layers,
             "calibration": self.settings.calibration,
-            "methods": [[m.spec.place, m.spec.source_digest, m.topk] for m in self.plan.methods],
+            "methods": [[m.spec.place, m.topk] for m in self.plan.methods],
             "device": str(self.device),
         }
 
@@ -104,8 +106,7 @@ class Job:
             tuple(facts["calibration"]),
         )
         methods = tuple(
-            Replayed(recorded_spec(text, named, digest), tuple(topk))
-            for text, digest, topk in facts["methods"]
+            Replayed(recorded_spec(text, named), tuple(topk)) for text, *_, topk in facts["methods"]
         )
         plan = Plan(methods, settings.protocol, settings.min_context)
         return cls(settings, plan, torch.device(facts["device"]))
@@ -242,8 +243,3 @@ def _job_of(file: Path, named: Sequence[str]) -> Job:
             f"{file} is not as retrace wrote it ({' '.join(str(error).split())}): remove "
             f"{file.parent} and run it again."
         ) from error
-
-
-def _source_digest(method: type) -> str:
-    """SHA-256 of the file that an installed method comes from."""
-    return hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()

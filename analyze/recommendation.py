@@ -95,7 +95,7 @@ class Recommendation:
         """All of it, as the file has it."""
         layers: list[dict[str, Any]] = []
         heads = {at: rows for at, rows in self.heads.groupby(GROUP)}
-        for (layer, module), rows in self.kv_heads.groupby(["layer", "module"], sort=False):
+        for (_, module), rows in self.kv_heads.groupby(["layer", "module"], sort=False):
             groups = [
                 {
                     **{name: row[name] for name in ("kv_head", *SETTING, "chosen", "bytes_ratio")},
@@ -105,7 +105,9 @@ class Recommendation:
                 }
                 for row in rows.to_dict("records")
             ]
-            layers.append({"layer": int(layer), "module": module, "kv_heads": groups})
+            layers.append(
+                {"layer": int(rows["layer"].iloc[0]), "module": module, "kv_heads": groups}
+            )
         return {**self.facts, "layers": layers}
 
     @classmethod

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from retrace.analyze import kernels
-from retrace.analyze.archives import read_arrays, write_arrays
+from retrace.analyze.archives import Arrays, read_arrays, write_arrays
+from retrace.analyze.provenance import code_digest
 from retrace.analyze.top import top
 from retrace.analyze.unit import Block, Unit
 
@@ -70,15 +71,21 @@ class ReferenceStore:
     """Exact answers on disk, one file per layer and sequence, beside the trace.
 
     A file holds the answers of all queries of a layer and sequence and is named after the
-    sequence's digest, so that it can't be taken for another capture's.
+    sequence's digest, so that it can't be taken for another capture's. It says which code they come
+    from, too, so that none outlives a change of the exact pass.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        # Here, so that workers need not look: of 64 hex digits, 32 bytes.
+        digest = "" if folder is None else code_digest(__name__)
+        self._code = np.frombuffer(bytes.fromhex(digest), np.uint8)
 
     def holds(self, digest: str, layer: int) -> bool:
         """Whether there are answers for a layer of a sequence."""
-        return self._folder is not None and self._path(digest, layer).exists()
+        if self._folder is None:
+            return False
+        return self._is_of_now(read_arrays(self._path(digest, layer), {"code"}) or {})
 
     @property
     def active(self) -> bool:
@@ -91,8 +98,11 @@ class ReferenceStore:
         if self._folder is None:
             return None
         arrays = read_arrays(self._path(digest, layer))
-        if arrays is None or arrays.keys() != {"ids", "log_normalizer", "output"}:
-            return None  # not there, or damaged: computed anew
+        if arrays is None or not self._is_of_now(arrays):
+            return None  # not there, damaged, or of other code: computed anew
+        del arrays["code"]
+        if arrays.keys() != {"ids", "log_normalizer", "output"}:
+            return None
         kept = KeptReferences(**arrays)
         return kept if kept.answers(unit, ranks) else None
 
@@ -100,9 +110,12 @@ class ReferenceStore:
         """Keep the answers for a layer of a sequence, if there is room and leave to write."""
         if self._folder is not None:
             try:
-                write_arrays(self._path(digest, layer), vars(references))
+                write_arrays(self._path(digest, layer), {"code": self._code, **vars(references)})
             except OSError as error:
                 _not_kept(self._folder, error.strerror)
+
+    def _is_of_now(self, arrays: Arrays) -> bool:
+        return np.array_equal(arrays.get("code", np.empty(0)), self._code)
 
     def _path(self, digest: str, layer: int) -> Path:
         assert self._folder is not None

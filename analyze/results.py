@@ -1,6 +1,6 @@
 """Results: tidy tables of every figure, the run's facts, and how they are kept in a folder."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -226,6 +226,12 @@ class Results:
         budgets = self.metrics.loc[self.metrics["method"] == method, "topk"].unique()
         return sorted(int(k) for k in budgets)
 
+    def when(self, method: str, topk: int) -> str:
+        """When a method was measured at a budget, as `2026-11-30T08:00:00Z`; empty if no run says
+        so."""
+        runs = [run for run in self.run["history"] if topk in run["methods"].get(method, ())]
+        return str(runs[-1]["when"]) if runs else ""
+
     def incomplete(self, method: str) -> set[int]:
         """The budgets of a method whose figures lack some layers of sequences."""
         lacks = (entry["methods"].get(method, ()) for entry in self.run.get("missing", ()))
@@ -298,7 +304,10 @@ class Results:
     def markdown(self) -> str:
         """The summary and the table of every method and budget, as Markdown; layers with the 95 %
         intervals of their means over sequences, where there are several."""
-        parts = [f"### {self.summary_title()}\n\n{markdown_table(self.summary())}\n"]
+        parts = []
+        if outdated := self.run.get("outdated"):
+            parts.append(f"Figures of other code than the rest: {', '.join(outdated)}.\n")
+        parts.append(f"### {self.summary_title()}\n\n{markdown_table(self.summary())}\n")
         shown = ("recall", "error_norm")
         known = self.intervals("layer", metrics=shown)
         ends = _brackets(known, ["method", "topk", "metric", "module"])
@@ -338,6 +347,7 @@ class Results:
 
         methods = {**self.run["methods"], **newer.run["methods"]}
         run = {**self.run, **newer.run, "methods": methods}
+        run["outdated"] = [m for m in self.run.get("outdated", ()) if m not in newer.run["methods"]]
         run["missing"] = [*self._still_missing(newer), *newer.run["missing"]]
         run["history"] = [*self.run["history"], *newer.run["history"]]
         return Results(
@@ -361,7 +371,7 @@ class Results:
                 entries.append({**entry, "methods": methods})
         return entries
 
-    def without(self, methods: set[str]) -> "Results":
+    def without(self, methods: Collection[str]) -> "Results":
         """These results less some methods."""
         run = dict(self.run)
         run["methods"] = {m: v for m, v in self.run["methods"].items() if m not in methods}

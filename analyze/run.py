@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,13 +14,14 @@ from retrace.analyze.causality import check_causality
 from retrace.analyze.damage import without_damaged
 from retrace.analyze.forecast import Estimate, forecast
 from retrace.analyze.hooks import naming
+from retrace.analyze.kept import note_kept, outdated_among, outdated_besides
 from retrace.analyze.methods.registry import MethodSpec, missing_libraries, parse_specs
 from retrace.analyze.parts import PARTS, Job, KeptParts, clear_finished
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Plan, Replayed
 from retrace.analyze.results import PLOTS, Results
-from retrace.analyze.results_folder import SAVING, finish_saving
+from retrace.analyze.results_folder import SAVED, SAVING, finish_saving
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.select import CostError
 from retrace.analyze.settings import Settings
@@ -29,8 +31,14 @@ from retrace.analyze.tasks import Progress, replay_all
 from retrace.analyze.unit import Unit, load_units
 from retrace.analyze.workers import WORTH_PROCESSES, start_workers
 from retrace.traces import Location, RetraceError, Trace, beside, open_trace
+from retrace.traces.lock import LOCK, locked_folder
 
 log = logging.getLogger("retrace")
+
+BEGUN = {PARTS, SAVING, LOCK}
+"""What is in a folder before there are results."""
+OWN = {"metrics.parquet", SAVED}
+"""What only results of retrace have."""
 
 
 def analyze(
@@ -49,6 +57,7 @@ def analyze(
     part: tuple[int, int] | None = None,
     keep_exact: bool = True,
     overwrite: bool = False,
+    again: bool = False,
     profile: bool = False,
     skip_damaged: bool = False,
     progress: Progress | None = None,
@@ -63,8 +72,10 @@ def analyze(
             which warnings name.
         topk: budgets: keys per query and head.
         out: folder for the results. What is there already for this trace and these settings is
-            kept and not computed again, and each layer of a sequence is kept once it is finished,
-            so that the same call goes on from there. None keeps the results in memory only.
+            kept and not computed again, as long as it comes from the same code
+            (`retrace.analyze.provenance`), and each layer of a sequence is kept once it is
+            finished, so that the same call goes on from there. None keeps the results in memory
+            only.
         protocol: `all`, `all:R`, `prefix:P`; see `retrace.analyze.states.Protocol`.
         min_context: the first position that counts; 10 k for budget k if None.
         layers: indices of the layers to replay; all recorded ones if None.
@@ -84,6 +95,9 @@ def analyze(
         keep_exact: keep the exact answers, and what methods learn, beside a trace on a local disk,
             so that they are computed once however often it is analyzed.
         overwrite: throw away what is in `out`.
+        again: compute these methods again at every budget that `out` holds or that is asked for,
+            and what they learn, though nothing that they depend on is known to have changed: for
+            what nobody sees, such as files that they read and do not name in `reads`.
         profile: wait for a GPU after every step, so that `Results.profile` tells what each takes;
             without a GPU it does so anyway.
         skip_damaged: read all first, and leave out the sequences of which something is damaged in
@@ -103,54 +117,81 @@ def analyze(
         trace = without_damaged(trace, choose_layers(trace, layers))
     specs, every = parse_specs(methods)
     folder = None if out is None else Path(out)
-    before = None if folder is None or overwrite else earlier(folder)
-    target = choose_device(device)
-    settings, wanted, before = settle(
-        trace, specs, topk, folder, before, protocol, min_context, layers, calibration_sequences
+    writing: AbstractContextManager[RetraceError | None] = (
+        nullcontext() if folder is None else locked_folder(folder, shared=part is not None)
     )
-    if not wanted:
-        assert before is not None and folder is not None
-        # What a run that was killed at its very end did not come to.
-        finish_saving(folder)
-        clear_finished(folder, before.run)
-        return before
-    for spec in specs:
-        if not spec.method.charged:
-            log.warning(
-                "%s: index not charged. Its bytes are those of the keys and values that it attends "
-                "and nothing else: say what finding them reads by aux_bytes, or by holds_keys "
-                "(True: every key, False: nothing).",
-                spec,
-            )
-    clock = Clock(target, wait=profile)
-    if every:
-        _name_missing_libraries()
-    work = settings.scores() * len(wanted)
-    with start_workers(target, workers, work, executor) as (pool, count):
-        ready = _ready(settings, wanted, every, target, keep_exact, clock, pool)
-        job = Job(settings, Plan(ready, settings.protocol, min_context), target)
-        kept = None if folder is None else KeptParts(folder, job)
-        tasks = job.tasks if part is None else share(job.tasks, *part)
-        store = reference_store(trace, keep_exact)
-        there = {} if kept is None else kept.load_all(tasks)
-        if announce is not None and work >= WORTH_PROCESSES and executor is None:
-            left = [at for at in tasks if at not in there]
-            with clock.charge("forecast"):
-                announce(forecast(job, left, store, count))
-        parts, missing = replay_all(job, tasks, store, clock, pool, there, kept, progress)
-    wall, names = time.perf_counter() - start, [str(method.spec) for method in wanted]
-    spent = clock.facts(wall, count, names)
-    results = tabulate(job, parts, missing, spent)
-    if part is not None:
+    with writing as refusal:
+        if folder is not None and overwrite:
+            refuse_other_things(folder)
+        before = None if folder is None or overwrite else earlier(folder)
+        noted = [] if before is None else before.run.get("outdated", [])
+        target = choose_device(device)
+        settings, wanted, before = settle(
+            trace,
+            specs,
+            topk,
+            folder,
+            before,
+            protocol,
+            min_context,
+            layers,
+            calibration_sequences,
+            again,
+        )
+        if refusal is not None and (wanted or part is not None):
+            raise refusal
+        if not wanted:
+            assert before is not None and folder is not None
+            if refusal is None:
+                # What a run that was killed at its very end did not come to.
+                finish_saving(folder)
+                if before.run["outdated"] != noted:
+                    before.save(folder)
+                clear_finished(folder, before.run)
+            return before
+        for spec in specs:
+            if not spec.method.charged:
+                log.warning(
+                    "%s: index not charged. Its bytes are those of the keys and values that it "
+                    "attends and nothing else: say what finding them reads by aux_bytes, or by "
+                    "holds_keys (True: every key, False: nothing).",
+                    spec,
+                )
+        clock = Clock(target, wait=profile)
+        if every:
+            _name_missing_libraries()
+        work = settings.scores() * len(wanted)
+        with start_workers(target, workers, work, executor) as (pool, count):
+            ready = _ready(settings, wanted, every, target, keep_exact, again, clock, pool)
+            job = Job(settings, Plan(ready, settings.protocol, min_context), target)
+            kept = None if folder is None else KeptParts(folder, job)
+            tasks = job.tasks if part is None else share(job.tasks, *part)
+            store = reference_store(trace, keep_exact)
+            there = {} if kept is None or again else kept.load_all(tasks)
+            if there:
+                log.info(
+                    "kept: %d of %d layers of sequences of a run that was interrupted",
+                    len(there),
+                    len(tasks),
+                )
+            if announce is not None and work >= WORTH_PROCESSES and executor is None:
+                left = [at for at in tasks if at not in there]
+                with clock.charge("forecast"):
+                    announce(forecast(job, left, store, count))
+            parts, missing = replay_all(job, tasks, store, clock, pool, there, kept, progress)
+        wall, names = time.perf_counter() - start, [str(method.spec) for method in wanted]
+        spent = clock.facts(wall, count, names)
+        results = tabulate(job, parts, missing, spent)
+        if part is not None:
+            return results
+        if before is not None:
+            results = before.merged(results)
+        if folder is not None:
+            if overwrite:
+                _clear_plots(folder)
+            results.save(folder)
+            clear_finished(folder, results.run)
         return results
-    if before is not None:
-        results = before.merged(results)
-    if folder is not None:
-        if overwrite:
-            _clear_plots(folder)
-        results.save(folder)
-        clear_finished(folder, results.run)
-    return results
 
 
 def settle(
@@ -163,6 +204,7 @@ def settle(
     min_context: int | None,
     layers: Sequence[int] | None,
     calibration_sequences: Sequence[int] | None,
+    again: bool = False,
 ) -> tuple[Settings, list[Replayed], Results | None]:
     """What a run into a folder with some results `before` comes to: what all its methods share,
     the methods and budgets that are not there yet, and what is there less what is outdated."""
@@ -176,7 +218,7 @@ def settle(
     budgets = settings.countable(_budgets(topk))
     if folder is not None and before is not None:
         settings.check_same(before, folder)
-    return settings, *_still_wanted(specs, budgets, before)
+    return settings, *_still_wanted(settings, specs, budgets, before, again)
 
 
 def exact_answers(trace: Location) -> Path | None:
@@ -206,15 +248,34 @@ def _held_out(
 
 def earlier(folder: Path) -> Results | None:
     """The results that are in the folder; None where there are at most parts of some."""
-    begun = {PARTS, SAVING}
-    if not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= begun):
+    names = _names_in(folder)
+    if names <= BEGUN:
         return None
+    if not names & OWN:
+        raise _other_things(folder)
     try:
         return Results.load(folder)
     except RetraceError as error:
         raise RetraceError(
             f"{error} Choose another with --out, or replace it with --overwrite."
         ) from error
+
+
+def refuse_other_things(folder: Path) -> None:
+    """Refuse to replace what retrace did not write."""
+    names = _names_in(folder)
+    if not names <= BEGUN and not names & OWN:
+        raise _other_things(folder)
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _other_things(folder: Path) -> RetraceError:
+    return RetraceError(
+        f"{folder} is not empty, and no results folder of retrace: choose another with --out."
+    )
 
 
 def share(tasks: list[tuple[int, int]], index: int, count: int) -> list[tuple[int, int]]:
@@ -229,24 +290,39 @@ def share(tasks: list[tuple[int, int]], index: int, count: int) -> list[tuple[in
 
 
 def _still_wanted(
-    specs: list[MethodSpec], budgets: tuple[int, ...], before: Results | None
+    settings: Settings,
+    specs: list[MethodSpec],
+    budgets: tuple[int, ...],
+    before: Results | None,
+    again: bool,
 ) -> tuple[list[Replayed], Results | None]:
     """The methods and budgets that are not there yet, and what is there less what is outdated."""
     if before is None:
         return [Replayed(spec, budgets) for spec in specs], None
-    known = before.run["methods"]
-    outdated = {
-        str(spec)
-        for spec in specs
-        if str(spec) in known and known[str(spec)].get("source_digest") != spec.source_digest
-    }
-    before = before.without(outdated)
+    asked = {str(spec): spec for spec in specs}
+    made = {name: settings.made_by(spec) for name, spec in asked.items()}
+    outdated = outdated_among(made, before.run["methods"])
     wanted = []
-    for spec in specs:
-        there = set(before.topk(str(spec))) - before.incomplete(str(spec))
-        missing = tuple(k for k in budgets if k not in there)
+    for name, spec in asked.items():
+        held = set(before.topk(name))
+        if again and name not in outdated:
+            missing = tuple(sorted({*budgets, *held}))
+        else:
+            there = set() if name in outdated else held - before.incomplete(name)
+            missing = tuple(k for k in budgets if k not in there)
         if missing:
             wanted.append(Replayed(spec, missing))
+    computed = {(str(method.spec), k) for method in wanted for k in method.topk}
+    note_kept(
+        (name, k, before.when(name, k))
+        for name in asked
+        for k in budgets
+        if (name, k) not in computed
+    )
+    before = before.without(asked.keys() if again else outdated)
+    before.run["outdated"] = outdated_besides(
+        specs, before.run["methods"], settings.made_by, settings.engine
+    )
     return wanted, before
 
 
@@ -263,6 +339,7 @@ def _ready(
     optional: frozenset[str],
     device: torch.device,
     keep: bool,
+    again: bool,
     clock: Clock,
     pool: Executor,
 ) -> tuple[Replayed, ...]:
@@ -282,7 +359,7 @@ def _ready(
         try:
             if method.spec.method.calibrated:
                 with clock.charge("calibration", name):
-                    method = settings.calibrated(method, device, keep, pool)
+                    method = settings.calibrated(method, device, keep, pool, again)
             with torch.inference_mode(), clock.charge("causality check", name), naming(name):
                 _try(settings, method, unit)
         except RetraceError as error:

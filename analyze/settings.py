@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from retrace.analyze.calibration import calibration, calibration_name
 from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.provenance import engine
 from retrace.analyze.replay import Plan, Replayed
 from retrace.analyze.results import Results
 from retrace.analyze.scope import scores
@@ -110,13 +112,32 @@ class Settings:
             )
 
     def calibrated(
-        self, method: Replayed, device: torch.device, keep: bool, pool: Executor
+        self,
+        method: Replayed,
+        device: torch.device,
+        keep: bool,
+        pool: Executor,
+        again: bool = False,
     ) -> Replayed:
         """The method with what it learns of every layer, by the workers of the pool."""
         given = calibration(
-            self.trace, method.spec, self.calibration, self.layers, device, keep, pool
+            self.trace, method.spec, self.calibration, self.layers, device, keep, pool, again
         )
         return replace(method, calibration=given)
+
+    @cached_property
+    def engine(self) -> str:
+        """Names the code of retrace that the run's figures come from."""
+        return engine()
+
+    def made_by(self, spec: MethodSpec) -> dict[str, str | None]:
+        """What a method's figures come from besides what all methods of the run share; where one of
+        these is another, the figures are of no more use."""
+        return {
+            "code": spec.code.digest,
+            "engine": self.engine,
+            "calibration": self.calibration_digest(spec),
+        }
 
     def calibration_digest(self, spec: MethodSpec) -> str | None:
         """Names what a method learnt, and from what."""

@@ -68,13 +68,13 @@ def tabulate(
                 "name": m.spec.name,
                 "parameters": m.spec.parameters,
                 "source": type(m.spec.method).source,
-                "source_digest": m.spec.source_digest,
                 "charged": m.spec.method.charged,
-                "calibration": settings.calibration_digest(m.spec),
+                **settings.made_by(m.spec),
                 "state": _cost([of_layer[i] for of_layer in tallies.values()]),
             }
             for i, m in enumerate(plan.methods)
         },
+        "outdated": [],  # methods of a folder that other code gave
         "damaged_sequences": [
             {"sequence": sequence, "cause": cause}
             for sequence, cause in settings.trace.left_out.items()

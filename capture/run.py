@@ -14,7 +14,6 @@ from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
 from retrace.capture.decode import continue_sequences
 from retrace.capture.harness import Harness
-from retrace.capture.lock import locked
 from retrace.capture.models import (
     check_vocabulary,
     find_device,
@@ -34,6 +33,7 @@ from retrace.capture.reading import (
 from retrace.capture.record import Progress, ShowProgress, record
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import RetraceError, Trace, UnreachableError, locate, open_trace
+from retrace.traces.lock import locked
 
 
 def capture(

@@ -9,6 +9,7 @@ import click
 from retrace.cli.command import Command
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import (
+    AGAIN,
     DEVICE,
     LAYERS,
     NO_CACHE,
@@ -64,7 +65,7 @@ Example:
     type=click.Path(path_type=Path),
     metavar="FOLDER",
     help="Folder for the results; results/<trace> by default. What it holds already is not "
-    "computed again.",
+    "computed again, unless the code that it comes from changed.",
 )
 @PROTOCOL
 @click.option(
@@ -93,6 +94,7 @@ Example:
     "--out; `retrace merge` puts the parts together.",
 )
 @NO_CACHE
+@AGAIN
 @click.option("--overwrite", is_flag=True, help="Throw away the results that --out holds.")
 @click.option(
     "--format",

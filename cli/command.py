@@ -72,15 +72,19 @@ def _words(error: OSError) -> str | None:
 
 @contextmanager
 def warnings_on_stderr() -> Iterator[None]:
-    """Show what retrace logs as a warning as one line on stderr."""
-    logger, handler = logging.getLogger("retrace"), _Lines(logging.WARNING)
+    """Show what retrace logs as one line on stderr each, warnings as such."""
+    logger, handler = logging.getLogger("retrace"), _Lines(logging.INFO)
+    before = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
+        logger.setLevel(before)
         logger.removeHandler(handler)
 
 
 class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"{record.levelname.capitalize()}: {record.getMessage()}", err=True)
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.capitalize()}: "
+        click.echo(f"{level}{record.getMessage()}", err=True)

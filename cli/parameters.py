@@ -164,6 +164,14 @@ LOOSE_METHODS = click.option(
 )
 """Of the commands that read from data which methods there were."""
 
+AGAIN = click.option(
+    "--again",
+    is_flag=True,
+    help="Compute the methods named again at all budgets that --out holds of them, and what they "
+    "learn, though nothing that they depend on is known to have changed.",
+)
+"""Of the commands that keep what they computed."""
+
 NO_CACHE = click.option(
     "--no-cache",
     is_flag=True,

@@ -58,6 +58,10 @@ class Method:
     charged for all keys, unless `aux_bytes` says otherwise, and False for nothing but what is
     selected. A method that says neither this nor `aux_bytes` is told apart: its index is not
     charged."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Files and folders that figures depend on besides code, such as weights, from the folder of
+    the class's own file on: where one of them has changed, what is kept is computed again. A
+    property, where parameters name them. What the file imports counts without being named."""
     across_layers: ClassVar[bool] = False
     """Whether `build` reads layers below its own."""
     learns: ClassVar[Learns] = "kv head"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,6 +18,7 @@ from retrace.analyze.budget import Budget
 from retrace.analyze.keep import Keep
 from retrace.analyze.methods.base import Method
 from retrace.analyze.methods.function import Function
+from retrace.analyze.provenance import LOOSE, Code, code_of_method
 from retrace.traces import RetraceError
 
 ENTRY_POINTS = "retrace.methods"
@@ -39,15 +40,17 @@ class MethodSpec:
         self,
         name: str,
         method: Method,
-        source_digest: str | None = None,
         file: Path | None = None,
     ) -> None:
         self.name = name
         self.method = method
-        self.source_digest = source_digest
-        """SHA-256 of the loose file that the method comes from."""
         self.file = file
-        """That file."""
+        """The loose file that the method comes from."""
+
+    @cached_property
+    def code(self) -> Code:
+        """The code that the method is, when it was first looked at."""
+        return code_of_method(self.method)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -73,7 +76,7 @@ class MethodSpec:
         return str(self) if self.file is None else f"{self.file.parent}/{self}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return same_spec, (self.place, self.source_digest)
+        return same_spec, (self.place, self.code.sources_digest)
 
 
 def parse_spec(text: str) -> MethodSpec:
@@ -88,7 +91,12 @@ def parse_spec(text: str) -> MethodSpec:
     return MethodSpec(name, _make(method_class(name), name, _read_parameters(parameters, name)))
 
 
-def recorded_spec(text: str, named: Sequence[str], source_digest: str | None = None) -> MethodSpec:
+def is_loose(text: str) -> bool:
+    """Whether a spec names a method of a loose file."""
+    return _LOOSE.fullmatch(text) is not None
+
+
+def recorded_spec(text: str, named: Sequence[str]) -> MethodSpec:
     """The method that a trace or the parts of a run name.
 
     Those are data that anybody may have written: a loose file that they name is run only if the
@@ -97,11 +105,9 @@ def recorded_spec(text: str, named: Sequence[str], source_digest: str | None = N
     Args:
         text: the spec.
         named: specs of loose files, as the user gave them; their parameters do not matter.
-        source_digest: what the file was like, where that is recorded too.
 
     Raises:
-        RetraceError: what `parse_spec` raises, or a file that the user did not name, or that was
-            edited since.
+        RetraceError: what `parse_spec` raises, or a file that the user did not name.
     """
     recorded = _LOOSE.fullmatch(text)
     if recorded is None:
@@ -110,8 +116,7 @@ def recorded_spec(text: str, named: Sequence[str], source_digest: str | None = N
     for loose in filter(None, map(_LOOSE.fullmatch, named)):
         path = Path(loose["path"])
         if (path.name, loose["name"]) == (file, name):
-            spec = _loose_method(path, name, recorded["parameters"] or "")
-            return spec if source_digest is None else _unedited(spec, source_digest)
+            return _loose_method(path, name, recorded["parameters"] or "")
     raise RetraceError(
         f"The method {file}:{name} is code of a file, which is run only where you name it: add "
         f"--method PATH/{file}:{name}."
@@ -119,18 +124,18 @@ def recorded_spec(text: str, named: Sequence[str], source_digest: str | None = N
 
 
 @cache
-def same_spec(text: str, source_digest: str | None) -> MethodSpec:
-    """The method that a spec named before.
+def same_spec(text: str, sources_digest: str) -> MethodSpec:
+    """The method that a spec named before, in another process.
 
     Raises:
-        RetraceError: its loose file is gone or is another since.
+        RetraceError: a file of its code is gone or is another here.
     """
-    return _unedited(parse_spec(text), source_digest)
-
-
-def _unedited(spec: MethodSpec, source_digest: str | None) -> MethodSpec:
-    if spec.source_digest != source_digest:
-        raise RetraceError(f"{spec.file} was edited since the run began: run it again.")
+    spec = parse_spec(text)
+    if spec.code.sources_digest != sources_digest:
+        raise RetraceError(
+            f"The code of {spec}, or what it imports, was edited since the run began, or is "
+            "another on this worker: run it again."
+        )
     return spec
 
 
@@ -156,7 +161,8 @@ def parse_specs(texts: Sequence[str]) -> tuple[list[MethodSpec], frozenset[str]]
         raise RetraceError("No method is named; `retrace methods` lists them.")
     unique: dict[str, MethodSpec] = {}
     for spec in [*named, *every]:
-        if unique.setdefault(str(spec), spec).source_digest != spec.source_digest:
+        first = unique.setdefault(str(spec), spec)
+        if first is not spec and first.code != spec.code:
             raise RetraceError(f"Two different files have a method {spec}: rename one of them.")
     return list(unique.values()), frozenset(map(str, every)) - frozenset(map(str, named))
 
@@ -294,12 +300,12 @@ def _loose_method(path: Path, name: str, parameters: str) -> MethodSpec:
     if not path.is_file():
         raise RetraceError(f"There is no file {path} to load the method {name} from.")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    spec = importlib.util.spec_from_file_location(f"retrace_loose_{digest[:16]}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up annotations that are text
+    place = importlib.util.spec_from_file_location(f"{LOOSE}{digest[:16]}", path)
+    assert place is not None and place.loader is not None
+    module = importlib.util.module_from_spec(place)
+    sys.modules[place.name] = module  # where dataclasses look up annotations that are text
     try:
-        spec.loader.exec_module(module)
+        place.loader.exec_module(module)
     except Exception as error:
         raise RetraceError(f"{path} could not be loaded: {error!r}.") from error
     found = getattr(module, name, None)
@@ -313,4 +319,6 @@ def _loose_method(path: Path, name: str, parameters: str) -> MethodSpec:
     else:
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise RetraceError(f"{path} has no method or function {name!r}.{nearest(name, names)}")
-    return MethodSpec(label, method, digest, path.absolute())
+    spec = MethodSpec(label, method, path.absolute())
+    _ = spec.code  # as it is now that it is run
+    return spec

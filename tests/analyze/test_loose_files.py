@@ -148,6 +148,4 @@ def test_data_run_no_file(write_methods: Any, tmp_path: Path) -> None:
     spec = recorded_spec("long/gone/mine.py:Oldest:slope=2.0", ["quest", f"{path}:Oldest"])
     assert ran.exists()
     assert spec.parameters["slope"] == 2.0
-    assert recorded_spec(recorded, [f"{path}:Oldest"], spec.source_digest).file == path
-    with pytest.raises(RetraceError, match="was edited since"):
-        recorded_spec(recorded, [f"{path}:Oldest"], "0" * 64)
+    assert recorded_spec(recorded, [f"{path}:Oldest"]).file == path

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from retrace.capture import Progress, capture
-from retrace.capture.lock import locked
 from retrace.traces import RemoteLocation, RetraceError, Trace
+from retrace.traces.lock import locked
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from retrace.capture.lock import locked
+from retrace.traces.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

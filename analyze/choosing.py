@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from retrace.analyze.costs import SERVING_ITEMSIZE
 from retrace.analyze.head_classes import BUDGET, CLASSES, PROBE, SHARE, SINKS, head_classes
 from retrace.analyze.methods.registry import parse_specs
 from retrace.analyze.prediction import CONFIDENCE, ENOUGH, upper_bounds
@@ -177,7 +178,7 @@ def choose_and_verify(
         **{name: results.run[name] for name in ("model", "task")},
         "target": {"metric": target.metric, "value": target.value},
         "confidence": CONFIDENCE,
-        **{name: results.run[name] for name in ("protocol", "min_context")},
+        **{name: results.run[name] for name in ("protocol", "min_context", "serving_dtype")},
         "choose": list(choose),
         "verify": list(verify),
         "calibration": results.run["calibration"] or [],
@@ -191,7 +192,7 @@ def choose_and_verify(
         "topk": results.topk(PROBE),
         "classes": {"share": SHARE, "budget": BUDGET, "sinks": SINKS, "keys": CLASSES},
         "kv_bytes_per_position": {
-            str(i): (rules.key_dim + rules.value_dim) * trace.dtype.itemsize
+            str(i): (rules.key_dim + rules.value_dim) * SERVING_ITEMSIZE
             for i in group
             for rules in (trace.layer(i).rules,)
         },

@@ -1,9 +1,28 @@
-"""What is said wherever bytes stand: what is not charged."""
+"""What bytes are counted in, and what is said wherever they stand.
+
+Bytes are those that one query's group of heads reads of its own sequence's cache and of what the
+method keeps beside it. What is learned, drawn or fitted to turn a query into what the method
+compares (projections, networks, hyperplanes, chosen channels) is read by each query too, and
+charged: a server that decodes several sequences at once reads what they share once for all of them,
+and comes to less. Single numbers, such as a threshold, are not.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+SERVING_DTYPE = "bfloat16"
+"""What caches are served in, whatever a trace holds: ratios would follow the trace's dtype."""
+SERVING_ITEMSIZE = 2
+"""Bytes of one element."""
 NOT_CHARGED = "index not charged"
+
+
+def serving_words(run: Mapping[str, Any]) -> str:
+    """What the bytes of a run are those of. Earlier versions counted in the trace's own dtype, and
+    no projections."""
+    if "serving_dtype" in run:
+        return f"of a cache in {run['serving_dtype']}"
+    return f"of a cache in the trace's {run.get('dtype', 'dtype')}, without projections"
 
 
 def is_charged(run: Mapping[str, Any], method: str) -> bool:

@@ -99,7 +99,7 @@ def _work(plan: Plan, layer: Layer, sequence: int, store: ReferenceStore) -> _Wo
     positions = torch.from_numpy(layer.query_positions(sequence).astype("int64"))
     none = torch.empty(())
     unit = Unit(  # of the right shape, and no memory
-        HeadGroup(layer.index, sequence, 0, rules, trace.dtype.itemsize),
+        HeadGroup(layer.index, sequence, 0, rules),
         none.expand(rules.group, len(positions), rules.key_dim),
         positions,
         none.expand(length, rules.key_dim),

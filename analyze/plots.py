@@ -17,7 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from retrace.analyze.costs import with_charge
+from retrace.analyze.costs import serving_words, with_charge
 from retrace.analyze.drawing import (
     Style,
     counted_words,
@@ -203,7 +203,8 @@ def error_by_bytes(results: "Results") -> Figure:
         axes.grid(alpha=0.25)
         if means.empty:
             say_nothing_counts(axes)
-    label_outer(panels, "bytes read over those of full attention", "mean")
+    read = f"bytes read over those of full attention,\n{serving_words(results.run)}"
+    label_outer(panels, read, "mean")
     legend(figure, *panels)
     return figure
 

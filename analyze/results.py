@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import pandas as pd
 
-from retrace.analyze.costs import NOT_CHARGED, is_charged
+from retrace.analyze.costs import NOT_CHARGED, is_charged, serving_words
 from retrace.analyze.intervals import OVER, differences, intervals
 from retrace.analyze.profile import profile_table
 from retrace.analyze.results_folder import load, save
@@ -299,7 +299,7 @@ class Results:
             brackets = "no intervals, which take more than one sequence"
         else:
             return SUMMARY
-        return f"{SUMMARY} ({brackets})"
+        return f"{SUMMARY} ({brackets}; bytes {serving_words(self.run)})"
 
     def markdown(self) -> str:
         """The summary and the table of every method and budget, as Markdown; layers with the 95 %

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from retrace.analyze.calibration import calibration, calibration_name
+from retrace.analyze.costs import SERVING_DTYPE
 from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.provenance import engine
 from retrace.analyze.replay import Plan, Replayed
@@ -95,6 +96,7 @@ class Settings:
             "min_context": self.min_context,
             "layers": list(self.layers),
             "calibration": list(self.calibration) or None,
+            "serving_dtype": SERVING_DTYPE,
         }
 
     def check_same(self, before: Results, folder: Path) -> None:

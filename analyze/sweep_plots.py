@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from retrace.analyze.costs import NOT_CHARGED, is_charged
+from retrace.analyze.costs import NOT_CHARGED, is_charged, serving_words
 from retrace.analyze.drawing import counted_words, legend, say_nothing_counts, space
 
 if TYPE_CHECKING:
@@ -103,9 +103,12 @@ def _over_values(
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize="small")
         if number == 0:
-            charged = metric != "bytes_ratio" or is_charged(results.run, methods[0])
-            less = "" if charged else f"\n({NOT_CHARGED})"
-            axes.set_title(SHOWN[metric] + less, fontsize="small")
+            title = SHOWN[metric]
+            if metric == "bytes_ratio":
+                title += f",\n{serving_words(results.run)}"
+                if not is_charged(results.run, methods[0]):
+                    title += f"\n({NOT_CHARGED})"
+            axes.set_title(title, fontsize="small")
         if number == len(shown) - 1:
             axes.set_xlabel(parameter)
     for axes, table in zip(panels[:, 0], shown, strict=True):

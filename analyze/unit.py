@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.attention import first_visible, score, softcap, visible
+from retrace.analyze.costs import SERVING_ITEMSIZE
 from retrace.analyze.seals import Seal, WrittenInto
 from retrace.traces import Layer, LayerRules, RetraceError, Trace, to_torch
 
@@ -45,8 +46,8 @@ class HeadGroup:
     sequence: int
     kv_head: int
     rules: LayerRules
-    itemsize: int
-    """Bytes of one stored element of the trace."""
+    itemsize: int = SERVING_ITEMSIZE
+    """Bytes of one element as it is served, whatever the trace holds."""
 
     @property
     def heads(self) -> slice:
@@ -179,9 +180,8 @@ def make_units(
     values (kv_heads, positions, value channels) of any dtype, kv head by kv head: of a whole layer,
     or of its kv heads from one on."""
     queries, keys, values = tensors
-    itemsize = queries.dtype.itemsize
     for i in range(len(keys)):
-        group = HeadGroup(layer, sequence, first_kv_head + i, rules, itemsize)
+        group = HeadGroup(layer, sequence, first_kv_head + i, rules)
         sinks = None
         if rules.sinks is not None:
             sinks = torch.tensor(rules.sinks[group.heads], device=queries.device)
@@ -193,7 +193,7 @@ def make_units(
             values[i].float(),
             sinks,
             neighbours,
-            queries.dtype if itemsize < torch.float32.itemsize else torch.float32,
+            queries.dtype if queries.dtype.itemsize < torch.float32.itemsize else torch.float32,
         )
 
 

@@ -160,8 +160,7 @@ def _units(arguments: argparse.Namespace, positions: int | None) -> list[Unit]:
         values = random(length, channels)
         tensors = [t.to(dtype).float() for t in (queries, keys, values)]
         positions = torch.arange(length, device=device)
-        itemsize = dtype.itemsize
-        head_group = HeadGroup(0, 0, kv_head, rules, itemsize)
+        head_group = HeadGroup(0, 0, kv_head, rules)
         unit = Unit(head_group, tensors[0], positions, *tensors[1:], None, dtype=dtype)
         units.append(unit)
     return units

@@ -14,7 +14,7 @@ import torch
 
 from retrace.analyze import Results, analyze, parse_specs
 from retrace.analyze.approximate import check_exact
-from retrace.analyze.costs import is_charged
+from retrace.analyze.costs import SERVING_DTYPE, is_charged
 from retrace.analyze.intervals import interval_of_mean
 from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.results import markdown_table
@@ -147,6 +147,7 @@ def evaluate(
         "counted_from": first or 0,
         "dense_layers": sorted(set(dense_layers)),
         "calibration": list(held_out),
+        "serving_dtype": SERVING_DTYPE,
         "retrace": version("retrace-attention"),
     }
     found = _earlier(folder, facts, overwrite)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from retrace.analyze.costs import NOT_CHARGED
+from retrace.analyze.costs import NOT_CHARGED, SERVING_DTYPE
 from retrace.analyze.drawing import label_outer, legend, panel_grid, styles_of, wrapped
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ AGAINST = {
     "error_norm": "error norm",
     "attention_fraction": "attention mass lost",
     "recall": "keys missed, 1 - recall",
-    "bytes_ratio": "bytes read, of full attention",
+    "bytes_ratio": f"bytes read, of full attention\n(a cache in {SERVING_DTYPE})",
 }
 """Replay's figures, and how the plot names them."""
 LEAST = 1e-4

@@ -187,7 +187,7 @@ def _evaluate_tasks(
 
 
 def _print(rows: list[dict[Any, Any]], first: int) -> None:
-    from retrace.analyze.costs import NOT_CHARGED
+    from retrace.analyze.costs import NOT_CHARGED, SERVING_DTYPE
 
     lines = [
         [
@@ -204,5 +204,8 @@ def _print(rows: list[dict[Any, Any]], first: int) -> None:
     columns = ["Method, top-k", "Perplexity", "NLL difference", "95 % interval", "KL"]
     columns += ["Error norm", "Attention fraction", "Recall", "Bytes ratio"]
     part = f" from position {first} on" if first else ""
-    title = f"In the loop, and by replay{part} (exact perplexity {rows[0]['exact_perplexity']:.2f})"
+    title = (
+        f"In the loop, and by replay{part} (exact perplexity {rows[0]['exact_perplexity']:.2f}; "
+        f"bytes of a cache in {SERVING_DTYPE})"
+    )
     print_table(columns, lines, title=title)

@@ -123,6 +123,8 @@ def command(
 
 def _in_words(found: "Recommendation") -> list[tuple[str, str]]:
     """What the whole comes to."""
+    from retrace.analyze.costs import serving_words
+
     facts = found.facts
     metric, mean = facts["target"]["metric"], facts["mean"]
     total, met = facts["heads"], facts["heads_met"]
@@ -150,6 +152,7 @@ def _in_words(found: "Recommendation") -> list[tuple[str, str]]:
             "Full attention",
             f"{kept} of {len(found.kv_heads)} kv heads, where nothing tried meets it",
         ),
+        ("Bytes", f"over those of full attention, {serving_words(facts)}"),
         ("One setting", _one_setting(facts, metric)),
         ("Head classes", ", ".join(f"{n} {name}" for name, n in classes.items())),
     ]

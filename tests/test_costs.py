@@ -42,7 +42,7 @@ def test_bytes_are_those_of_traces_and_answers(costs: ModuleType) -> None:
         assert model.trace_bytes(tokens, len(kept)) == 32 * size
     none = torch.empty(())
     unit = Unit(
-        HeadGroup(0, 0, 0, rules, 2),
+        HeadGroup(0, 0, 0, rules),
         none.expand(4, len(kept), 128),
         torch.from_numpy(kept),
         none.expand(tokens, 128),

@@ -68,8 +68,9 @@ class DoubleSparsity(ScoreMethod):
         return scores
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """The channels of every key, for each head its own."""
-        return keys * group.rules.group * self._channels(group.rules.key_dim) * self.bits / 8
+        """The channels of every key and which they are, in two bytes, for each head its own."""
+        channels = group.rules.group * self._channels(group.rules.key_dim)
+        return channels * (keys * self.bits / 8 + 2)
 
     def _channels(self, channels: int) -> int:
         return max(1, channels // self.gamma)

@@ -105,9 +105,12 @@ class DSAIndexer(ScoreMethod):
         return scores.expand(len(queries), -1, -1)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """A kv head's share of what the layer reads once: every token's key, a byte a channel, and
-        the scale of it."""
-        return keys * (padded(self.channels) + SCALE_BYTES) / group.rules.kv_heads
+        """A kv head's share of what the layer reads once: every token's key, a byte a channel, with
+        its scale, and the weights that queries meet."""
+        rules = group.rules
+        asked = rules.heads * rules.key_dim
+        weights = self.heads * (asked * self.channels + asked + 1) * group.itemsize
+        return (keys * (padded(self.channels) + SCALE_BYTES) + weights) / rules.kv_heads
 
 
 def _held(weights: Mapping[str, Tensor], past: Past) -> Tensor:

@@ -107,8 +107,10 @@ class HashAttention(ScoreMethod):
         return scores
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """Every key's bits, for each head its own."""
-        return keys * group.rules.group * self.bits / 8
+        """Every key's bits and the network of queries, for each head its own."""
+        sizes = (group.rules.key_dim, self.hidden, self.hidden, self.bits)
+        network = sum((inputs + 1) * outputs for inputs, outputs in pairwise(sizes))
+        return group.rules.group * (keys * self.bits / 8 + network * group.itemsize)
 
 
 def _network(weights: Mapping[str, Tensor], side: str, vectors: Tensor) -> Tensor:

@@ -94,8 +94,8 @@ class HATA(ScoreMethod):
         return scores
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """Every key's bits."""
-        return keys * self.bits / 8
+        """Every key's bits, and W."""
+        return keys * self.bits / 8 + group.rules.key_dim * self.bits * group.itemsize
 
 
 def _labels(logits: Tensor, seen: Tensor) -> Tensor:

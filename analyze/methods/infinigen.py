@@ -72,8 +72,10 @@ class InfiniGen(ScoreMethod):
         return scores
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """The columns of every key, for each head its own."""
-        return keys * group.rules.group * self._count(group.rules.key_dim) * group.itemsize
+        """The columns of every key and of the skew, for each head its own."""
+        channels = group.rules.key_dim
+        columns = group.rules.group * self._count(channels)
+        return (keys + channels) * columns * group.itemsize
 
     def _count(self, channels: int) -> int:
         return max(1, int(channels * self.columns))

@@ -119,8 +119,10 @@ class LinearCompletion(AttendMethod):
         return merged(parts, state.unit.sinks), attended_ids(attended)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """All keys, which are read to rank them, and the sums."""
-        return keys * group.key_bytes + self.features * (group.value_bytes + group.itemsize)
+        """All keys, which are read to rank them, the sums, and each head's map of queries."""
+        sums = self.features * (group.value_bytes + group.itemsize)
+        maps = group.rules.group * self.features * (group.rules.key_dim + 1) * group.itemsize
+        return keys * group.key_bytes + sums + maps
 
 
 def _estimates(maps: Mapping[str, Tensor], queries: Tensor, keys: Tensor) -> Tensor:

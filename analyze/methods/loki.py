@@ -68,8 +68,9 @@ class Loki(ScoreMethod):
         return scores
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """`rank` components of every key."""
-        return keys * self._rank(group.rules.key_dim) * group.itemsize
+        """`rank` components of every key, and the basis."""
+        channels = group.rules.key_dim
+        return (keys + channels) * self._rank(channels) * group.itemsize
 
     def _rank(self, channels: int) -> int:
         return channels // 4 or 1 if self.rank is None else min(self.rank, channels)

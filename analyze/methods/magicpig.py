@@ -85,8 +85,10 @@ class MagicPIG(AttendMethod):
         return (1 - fewer).clamp(min=torch.finfo(one.dtype).eps)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """For each head, `tables` buckets of 4-byte ids, if all buckets are of one size."""
-        return keys * (4.0 * group.rules.group * self.tables / 2.0**self.bits)
+        """For each head, `tables` buckets of 4-byte ids, if all buckets are of one size; and the
+        hyperplanes."""
+        planes = group.rules.key_dim * self.tables * self.bits * group.itemsize
+        return keys * (4.0 * group.rules.group * self.tables / 2.0**self.bits) + planes
 
     def _buckets(self, vectors: Tensor, planes: Tensor) -> Tensor:
         """The bucket in each table (..., tables) of vectors (..., channels)."""

@@ -104,10 +104,11 @@ class ParisKV(ScoreMethod):
         return scores.masked_fill(~candidate, -torch.inf)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """Every key's patterns, and of candidates the 4-bit codes and a 2-byte weight a block."""
+        """Every key's patterns, of candidates the 4-bit codes and a 2-byte weight a block, and the
+        rotation's signs."""
         width = max(BLOCK, padded(group.rules.key_dim))
         read: Tensor = keys * (width / 8 + self._shares(keys)[0] * (width / 2 + width / BLOCK * 2))
-        return read
+        return read + group.rules.key_dim / 8
 
     def _shares(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The shares reranked and covered (queries,) float64, of so many visible keys."""

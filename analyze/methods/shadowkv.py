@@ -25,6 +25,8 @@ class Chunks:
     """(chunks,) bool: attended exactly, and not found by its landmark"""
     low_rank: Tensor
     """(chunks x size, channels): the keys in chunks, as their low rank gives them"""
+    read: dict[str, Tensor] = field(default_factory=dict)
+    """`exact`: how many keys in full each query of the last search read (queries,)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,20 +80,31 @@ class ShadowKV(AttendMethod):
         logits = visible_logits(past, queries, positions, keys)
         attended = (chosen | state.outlier).repeat_interleave(self.chunk, dim=-1)
         logits[..., :held].masked_fill_(~attended, -torch.inf)
+        in_full = torch.nn.functional.pad(exact, (0, logits.shape[-1] - held), value=True)
+        state.read["exact"] = (in_full & ~logits[0].isneginf()).sum(dim=-1)
         output = merged([part(logits, past.values[: logits.shape[-1]])], past.unit.sinks)
         return output, attended_ids(logits)
 
     def aux_bytes(self, state: Chunks, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """The landmarks that are no outliers'."""
-        return float(int((~state.outlier).sum()) * group.key_bytes)
+        """The landmarks that are no outliers', what keys in full take beyond their share of the low
+        rank, and the basis that gives keys back from it."""
+        landmarks = int((~state.outlier).sum()) * group.key_bytes
+        if not self.rank:
+            return float(landmarks)
+        rank = self._rank(group)
+        full = group.key_bytes - rank * group.itemsize / group.rules.kv_heads
+        basis = rank * group.rules.key_dim * group.itemsize
+        read: Tensor = landmarks + state.read["exact"] * full + basis
+        return read
 
     def attended_bytes(self, group: HeadGroup) -> float:
-        """A value and the key's share of the low rank, which kv heads read together; exact keys
-        are charged alike."""
+        """A value and the key's share of the low rank, which kv heads read together."""
         if not self.rank:
             return super().attended_bytes(group)
-        shared = min(self.rank, group.rules.key_dim * group.rules.kv_heads)
-        return group.value_bytes + shared * group.itemsize / group.rules.kv_heads
+        return group.value_bytes + self._rank(group) * group.itemsize / group.rules.kv_heads
+
+    def _rank(self, group: HeadGroup) -> int:
+        return min(self.rank, group.rules.key_dim * group.rules.kv_heads)
 
     def _chosen(self, state: Chunks, queries: Tensor, positions: Tensor, k: int) -> Tensor:
         """Which chunks the group's queries (queries,) choose: bool (queries, chunks)."""

@@ -56,5 +56,6 @@ class SOCKET(ScoreMethod):
         return scores
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """Every key's buckets, and the norm of its value in two bytes."""
-        return keys * (self.tables * self.bits / 8 + 2)
+        """Every key's buckets, the norm of its value in two bytes, and the hyperplanes."""
+        count = self.tables * self.bits
+        return keys * (count / 8 + 2) + group.rules.key_dim * count * group.itemsize

@@ -67,11 +67,12 @@ class ThinK(AttendMethod):
         return output, ids
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """All keys, with the channels that each has left. Where there is a window, as if it began
-        the sequence."""
+        """All keys, with the channels that each has left, and which those are, in a bit each. Where
+        there is a window, as if it began the sequence."""
         channels = group.rules.key_dim
         pruned = keys.clamp(max=state[2]) * self._pruned(channels)
-        read: Tensor = (keys * channels - pruned) * group.itemsize
+        which = channels / 8 if self._pruned(channels) else 0
+        read: Tensor = (keys * channels - pruned) * group.itemsize + which
         return read
 
     def attended_bytes(self, group: HeadGroup) -> float:

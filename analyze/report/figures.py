@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from retrace.analyze.costs import with_charge
+from retrace.analyze.costs import serving_words, with_charge
 from retrace.analyze.drawing import DASHES, EXACT_STYLE, Style, styles_of
 from retrace.analyze.report.along import along, fit
 from retrace.analyze.report.intervals import ends_within, intervals_of
@@ -64,7 +64,8 @@ def figures_of(results: Mapping[str, Results], packed: Packed) -> dict[str, Any]
         "metrics": METRICS,
         "runs": [
             {"name": name, "facts": run.run, "layers": part.layers, "modules": part.modules,
-             "heads": part.heads, "sequences": int(run.sequences["sequence"].nunique()),
+             "heads": part.heads, "served": serving_words(run.run),
+             "sequences": int(run.sequences["sequence"].nunique()),
              "intervals": own, "differences": less, "along": buckets,
              "ends": ends_within(run, part.layers, part.heads, packed)}
             for (name, run), part, own, less, buckets in zip(

@@ -485,7 +485,7 @@ function sequencesWords() {
 function tabulateMethods() {
   const { topk } = chosen, titles = Object.entries(METRICS);
   const some = index.runs.some((run) => Object.keys(run.intervals).length);
-  at("overview-caption").textContent = `Means over layers and heads at k = ${topk}${some ? `, in brackets their 95 % bootstrap intervals over ${sequencesWords()}` : ", without intervals, which take more than one sequence"}. Bytes are those read over those of full attention. Compare methods at equal bytes, not only at equal k.`;
+  at("overview-caption").textContent = `Means over layers and heads at k = ${topk}${some ? `, in brackets their 95 % bootstrap intervals over ${sequencesWords()}` : ", without intervals, which take more than one sequence"}. Bytes are those read over those of full attention, ${[...new Set(index.runs.map((run) => run.served))].join(" or ")}. Compare methods at equal bytes, not only at equal k.`;
   tabulate("methods-table", [{ title: "Method", words: true }, ...titles.map(([, info]) => info)],
     index.entries.map((entry, number) => ({ number, cells: [entry.label, ...titles.map(([metric]) => ({ ...figure(overall(entry, metric, topk)), ends: interval(entry, metric, topk) }))] })),
     (row) => (row.number === chosen.method ? "chosen" : ""));

@@ -143,8 +143,8 @@ def test_what_a_method_says_is_counted(trace: Trace, mine: str) -> None:
     assert found["mine.py:topped"] == pytest.approx(exact, rel=0.01)
     assert found["mine.py:Free"] == found["mine.py:Says:each=0.0"] == dots
     assert found["mine.py:top"] == pytest.approx(dots, rel=0.01)
-    # A byte of the eight channels of a key and of a value, four bytes each.
-    assert found["mine.py:Says"] - dots == pytest.approx(1 / (16 * 4), rel=1e-6)
+    # A byte of the eight channels of a key and of a value, two bytes each.
+    assert found["mine.py:Says"] - dots == pytest.approx(1 / (16 * 2), rel=1e-6)
 
 
 @pytest.mark.parametrize("each", ["-1", "nan", "inf"])

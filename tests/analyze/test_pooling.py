@@ -46,7 +46,7 @@ def test_figures(
             lambda q, k: q.best(POOLED[pool](q), k),
             k,
             first=0,
-            aux=lambda q: len(q.visible) * q.rules.key_dim * 4,
+            aux=lambda q: len(q.visible) * q.rules.key_dim * 2,
             holds_keys=True,
         )
         assert_figures(results, spec, k, figures)

@@ -56,7 +56,7 @@ def test_figures(
         best_pages(page, least),
         k,
         first=0,
-        aux=lambda q: 2 * -(-len(q.visible) // page) * q.rules.key_dim * 4,
+        aux=lambda q: 2 * -(-len(q.visible) // page) * q.rules.key_dim * 2,
     )
     assert_figures(results, results.methods()[0], k, figures)
 

@@ -77,7 +77,7 @@ def test_figures(
         newest_and_best(3),
         k,
         first=0,
-        aux=lambda q: (len(q.visible) * 3 + q.rules.value_dim) * 4,
+        aux=lambda q: (len(q.visible) * 3 + q.rules.value_dim) * 2,
         output=filled(3),
     )
     assert_figures(results, "sparq:rank=3", k, figures)
@@ -90,7 +90,7 @@ def test_without_fill(
     trace = make_trace(layer, [70], tensors={(0, 0): given})
     spec = "sparq:rank=3,output=renorm"
     results = analyze(trace, [spec], [6], min_context=0, keep_exact=False)
-    figures = expected(trace, newest_and_best(3), 6, first=0, aux=lambda q: len(q.visible) * 3 * 4)
+    figures = expected(trace, newest_and_best(3), 6, first=0, aux=lambda q: len(q.visible) * 3 * 2)
     assert_figures(results, results.methods()[0], 6, figures)
 
 

@@ -21,7 +21,7 @@ def a_block(**changes: Any) -> tuple[Block, torch.Generator]:
     generator = torch.Generator().manual_seed(5)
     rules = replace(LayerRules("random", 3, 1, 4, 7, 0.5), **changes)
     unit = Unit(
-        HeadGroup(0, 0, 0, rules, 4),
+        HeadGroup(0, 0, 0, rules),
         torch.randn(3, 41, 4, generator=generator),
         torch.arange(41),
         torch.randn(41, 4, generator=generator) * 3,

@@ -197,6 +197,12 @@ def test_shadowkv(units: list[Unit], rank: int) -> None:
         output = softmax(queries @ held[ids].T) @ unit.values[ids].double().numpy()
         ours = selection.output[0, :, row].numpy()
         np.testing.assert_allclose(ours, output, atol=2e-5)
+        shared = {4 * j + i for j in taken - outliers for i in range(4)} if rank else set()
+        read = (count - 3) * CHANNELS + rank * CHANNELS + len(shared) * (CHANNELS + rank / KV_HEADS)
+        read += (len(ids) - len(shared)) * 2 * CHANNELS
+        aux = torch.as_tensor(selection.aux_bytes)[row]
+        assert selection.attended_bytes is not None
+        assert float(aux) + len(ids) * selection.attended_bytes == pytest.approx(2 * read)
 
 
 def test_squeezed(units: list[Unit]) -> None:

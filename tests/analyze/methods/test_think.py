@@ -46,7 +46,7 @@ def test_figures(
     def aux(query: Any) -> float:
         visible = len(query.visible)
         gone = min(visible, END - RECENT) * (any_rules.key_dim // 2)
-        return float(trace.dtype.itemsize * (visible * any_rules.key_dim - gone))
+        return float(2 * (visible * any_rules.key_dim - gone) + any_rules.key_dim / 8)
 
     spec = f"think:window={WINDOW},recent={RECENT}"
     results = analyze(trace, [spec], [k], protocol=f"prefix:{END}", min_context=0, keep_exact=False)

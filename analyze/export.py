@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retrace.analyze.attention import first_visible
 from retrace.analyze.libraries import optional
 from retrace.analyze.scope import choose_device, choose_layers
 from retrace.analyze.tasks import Progress
@@ -37,8 +38,11 @@ class VectorSet:
     layer's scale turns an inner product into a logit."""
     position: Ids
     """Position of each query in the sequence (queries,)."""
+    first_seen: Ids
+    """The first key that each query may find (queries,): not the sequence's where the layer has a
+    window or chunks."""
     seen: Ids
-    """How many keys, from the first on, each query may find (queries,)."""
+    """How many keys, from that one on, each query may find (queries,)."""
     neighbors: Ids
     """The best of those (queries, neighbours), ties to the lower key, -1 where there are fewer."""
     distances: Floats
@@ -55,7 +59,7 @@ class VectorSet:
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """All of them, by name."""
-        names = ("train", "test", "neighbors", "distances", "position", "seen")
+        names = ("train", "test", "neighbors", "distances", "position", "first_seen", "seen")
         return {name: getattr(self, name) for name in names}
 
 
@@ -77,7 +81,9 @@ def export(
 
     The keys are those before `from_position` and the queries those from there on, which see all of
     them: an index built of a prompt and asked by what is decoded. With `causal` the keys are all of
-    the sequence's, and each query may find those up to its own position only (`seen`).
+    the sequence's, and each query may find those up to its own position only (`seen`). In a layer
+    with a window or chunks a query may find only what it sees (`first_seen`), and one that sees no
+    key is left out; the files of ann-benchmarks know of that only with `causal`.
 
     Args:
         trace: a trace or where it is: a path or a URL.
@@ -100,7 +106,7 @@ def export(
 
     Raises:
         RetraceError: a layer, head or sequence that is not there, a position that leaves no keys or
-            no queries, or a missing library.
+            no queries, a layer whose window a file cannot express, or a missing library.
     """
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     if form not in WRITERS:
@@ -112,8 +118,10 @@ def export(
         there = ", ".join(map(str, trace.sequences))
         raise RetraceError(f"There is no sequence {missing[0]}; there are {there}.")
     target, write, folder = choose_device(device), WRITERS[form], Path(out)
-    make_folder(folder)
     tasks = [(i, s) for i in choose_layers(trace, layers) for s in chosen]
+    if form == "ann-benchmarks" and not causal:
+        _check_all_seen(trace, tasks)
+    make_folder(folder)
     written = []
     for done, (layer, sequence) in enumerate(tasks):
         if progress is not None:
@@ -124,6 +132,26 @@ def export(
     if progress is not None:
         progress(len(tasks), len(tasks))
     return written
+
+
+def _check_all_seen(trace: Trace, tasks: Sequence[tuple[int, int]]) -> None:
+    """Refuse layers of which some query does not see all keys before it: an index that is asked
+    without more words finds any of them."""
+    narrow = {
+        layer
+        for layer, sequence in tasks
+        if trace.layer(layer).rules.first_visible(int(trace.query_positions(sequence)[-1]))
+    }
+    if narrow:
+        wide = ",".join(str(i) for i in trace.layers if i not in narrow)
+        cure = f"other layers (--layers {wide})" if wide else "a trace of other layers"
+        named = ", ".join(map(str, sorted(narrow)))
+        have = f"Layer {named} has" if len(narrow) == 1 else f"Layers {named} have"
+        raise RetraceError(
+            f"{have} a window or chunks, so queries see other keys each, and ann-benchmarks asks "
+            "for the best of all: choose --format numpy or fvecs, which say what each sees, or "
+            f"{cure}."
+        )
 
 
 def _units(
@@ -147,35 +175,46 @@ def vector_set(unit: Unit, from_position: int | None, causal: bool, neighbors: i
             f"Position {first} of sequence {unit.group.sequence}, which has {length}, leaves no "
             "keys or no queries: choose another with from_position."
         )
-    positions, queries = unit.positions[row:], unit.queries[:, row:]
     keys = unit.keys if causal else unit.keys[:first]
-    seen = positions + 1 if causal else torch.full_like(positions, first)
-    heads = len(queries)
-    products, ids = _nearest(queries.flatten(0, 1), keys, seen.repeat(heads), neighbors)
+    begin, end = first_visible(unit.positions, unit.group.rules), unit.positions + 1
+    end = end if causal else end.clamp(max=first)
+    asking = (unit.positions >= first) & (begin < end)
+    if not bool(asking.any()):
+        raise RetraceError(
+            f"No query of layer {unit.group.layer}, sequence {unit.group.sequence} from position "
+            f"{first} on sees any of the keys: choose another with from_position."
+        )
+    queries, heads = unit.queries[:, asking], len(unit.queries)
+    positions, begin, end = (part[asking].repeat(heads) for part in (unit.positions, begin, end))
+    products, ids = _nearest(queries.flatten(0, 1), keys, begin, end, neighbors)
     return VectorSet(
         unit.group,
         keys.cpu().numpy(),
         queries.flatten(0, 1).cpu().numpy(),
-        positions.repeat(heads).cpu().numpy().astype(np.int32),
-        seen.repeat(heads).cpu().numpy().astype(np.int32),
+        positions.cpu().numpy().astype(np.int32),
+        begin.cpu().numpy().astype(np.int32),
+        (end - begin).cpu().numpy().astype(np.int32),
         ids.cpu().numpy().astype(np.int32),
         -products.cpu().numpy().astype(np.float32),
     )
 
 
-def _nearest(queries: Tensor, keys: Tensor, seen: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Inner products (queries, count) float64 with the best of the first `seen` (queries,) keys,
-    and which keys these are; -inf and -1 where there are fewer.
+def _nearest(
+    queries: Tensor, keys: Tensor, begin: Tensor, end: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Inner products (queries, count) float64 with the best of the keys from `begin` to `end`
+    (queries,), and which keys these are; -inf and -1 where there are fewer.
 
     In float64, so that rounding to float32 orders no two keys.
     """
     wide, places = keys.double(), torch.arange(len(keys), device=keys.device)
     rows = max(1, scores_at_once(keys.device) // len(keys))
-    blocks = zip(torch.split(queries, rows), torch.split(seen, rows), strict=True)
-    found = [
-        top((block.double() @ wide.T).masked_fill_(places >= limit[:, None], -torch.inf), count)
-        for block, limit in blocks
-    ]
+    found = []
+    for start in range(0, len(queries), rows):
+        some = slice(start, start + rows)
+        hidden = (places < begin[some, None]) | (places >= end[some, None])
+        products = queries[some].double() @ wide.T
+        found.append(top(products.masked_fill_(hidden, -torch.inf), count))
     return torch.cat([products for products, _ in found]), torch.cat([ids for _, ids in found])
 
 

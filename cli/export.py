@@ -54,7 +54,7 @@ Example:
     "--causal",
     is_flag=True,
     help="All keys of the sequence, of which each query may find those up to its own position: "
-    "the dataset `seen` says how many.",
+    "the dataset `seen` says how many, from `first_seen` on.",
 )
 @click.option(
     "--neighbors",

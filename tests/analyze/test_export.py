@@ -19,8 +19,8 @@ FIRST = 30
 
 @pytest.fixture
 def trace(make_trace: MakeTrace, rules: Any) -> Trace:
-    """A layer with a window, a softcap and sinks, none of which is a matter of vectors."""
-    kind = rules(heads=4, kv_heads=2, window=9, softcap=4.0, sinks=(0.5, -1.0, 2.0, 4.0))
+    """A layer with a softcap and sinks, neither of which is a matter of vectors."""
+    kind = rules(heads=4, kv_heads=2, softcap=4.0, sinks=(0.5, -1.0, 2.0, 4.0))
     return make_trace([kind, kind], [53, 47])
 
 
@@ -87,6 +87,50 @@ def test_sets(trace: Trace, tmp_path: Path, form: str, causal: bool) -> None:
         positions = np.tile(np.arange(FIRST, length), 2)
         np.testing.assert_array_equal(found["position"], positions)
         np.testing.assert_array_equal(found["seen"], positions + 1 if causal else FIRST)
+        assert not found["first_seen"].any()
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["prefix", "causal"])
+@pytest.mark.parametrize("layer", [{"window": 9}, {"chunk": 16}, {"window": 20, "chunk": 48}])
+@pytest.mark.parametrize("form", ["ann-benchmarks", "fvecs", "numpy"])
+def test_a_query_finds_what_it_sees(
+    make_trace: MakeTrace, rules: Any, tmp_path: Path, form: str, layer: Any, causal: bool
+) -> None:
+    layers = [rules(heads=4, kv_heads=2), rules(heads=4, kv_heads=2, **layer)]
+    trace, first = make_trace(layers, [53]), 25
+    options: dict[str, Any] = {"from_position": first, "causal": causal, "neighbors": NEIGHBORS}
+    if form == "ann-benchmarks" and not causal:
+        with pytest.raises(RetraceError, match=r"^Layer 1 has a window .*--layers 0\)\.$"):
+            export(trace, tmp_path / "v", form, **options)
+        assert not (tmp_path / "v").exists()
+        assert len(export(trace, tmp_path / "v", form, layers=[0], **options)) == 2
+        return
+    [file] = export(trace, tmp_path / "v", form, layers=[1], kv_heads=[1], **options)
+    found, tensors = read(form, file), trace.layer(1)
+    keys = np.asarray(tensors.key(0), np.float64)[1]
+    asked = []
+    for head in np.asarray(tensors.query(0), np.float64)[2:4]:
+        for position in range(first, 53):
+            visible = [
+                j
+                for j in range(position + 1 if causal else first)
+                if j > position - layer.get("window", 99)
+                and j >= position - position % layer.get("chunk", 99)
+            ]
+            best = sorted(visible, key=lambda j: (-(keys[j] @ head[position]), j))[:NEIGHBORS]
+            if visible:
+                asked.append((position, visible[0], len(visible), best))
+    assert len(asked) == len(found["position"]) == len(found["test"])
+    for row, (position, begin, count, best) in enumerate(asked):
+        assert found["position"][row] == position
+        assert (found["first_seen"][row], found["seen"][row]) == (begin, count)
+        assert [i for i in found["neighbors"][row] if i >= 0] == best
+
+
+def test_no_query_sees_a_key(make_trace: MakeTrace, rules: Any, tmp_path: Path) -> None:
+    trace = make_trace(rules(chunk=20), [53])
+    with pytest.raises(RetraceError, match="No query of layer 0, sequence 0 from position 40 on"):
+        export(trace, tmp_path, "numpy", from_position=40)
 
 
 def test_fewer_keys_than_neighbors(trace: Trace, tmp_path: Path) -> None:

@@ -2,21 +2,27 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import first_visible
+from retrace.analyze.attention import first_visible, visible
 from retrace.analyze.compiled.joining import in_order_of_joining
 from retrace.analyze.hooks import calling, key_ids, numbers
-from retrace.analyze.methods.base import AttendMethod, Method, ScoreMethod, SearchMethod
+from retrace.analyze.methods.base import (
+    AttendMethod,
+    EvictionMethod,
+    Method,
+    ScoreMethod,
+    SearchMethod,
+)
 from retrace.analyze.pooling import MEAN_QUERY, pool
 from retrace.analyze.selection import Selection, check_finite, check_ids, missing_last, where
 from retrace.analyze.states import Served
 from retrace.analyze.top import top
-from retrace.analyze.unit import Block
+from retrace.analyze.unit import Block, Unit
 from retrace.traces import RetraceError
 
 COUNTED = "bytes are counted, from 0 on."
@@ -35,6 +41,8 @@ def select(method: Method, served: Served, block: Block, ks: Sequence[int]) -> l
         block: the queries.
         ks: the budgets. Those that share one ranked list share a selection.
     """
+    if isinstance(method, EvictionMethod) and served.state is not None:
+        return _select_by_eviction(method, served, block, ks)
     if isinstance(method, ScoreMethod):
         return _select_by_score(method, served, block, ks)
     if isinstance(method, SearchMethod):
@@ -60,6 +68,8 @@ class _Ranked:
     """Keys in a unit."""
     first_new: int | None
     """Keys from here on are attended besides the budget."""
+    evicted: Tensor | None
+    """Keys (keys,) bool that are gone, and so not kept either."""
     aux_bytes: Tensor
     attended_bytes: float
 
@@ -67,26 +77,95 @@ class _Ranked:
 def _select_by_score(
     method: ScoreMethod, served: Served, block: Block, ks: Sequence[int]
 ) -> list[Selection]:
-    """Most methods have one list for all budgets; otherwise there is one per always-kept set."""
-    ranked = _rank(method, served, block, max(ks))
-    sharing: dict[tuple[int, int] | None, list[int]] = {}
+    """Most methods have one list for all budgets."""
+    found = []
+    for own, shared in _sharing(method, ks):
+        ranked = _rank(own, served, block, shared)
+        log_total = _log_total(ranked, block) if method.output == "mean-fill" else None
+        found.append(_compose(own, ranked, log_total, shared, block))
+    return found
+
+
+def _sharing(method: ScoreMethod, ks: Sequence[int]) -> list[tuple[ScoreMethod, tuple[int, ...]]]:
+    """The budgets that share one ranked list, and what the method is under them."""
+    if method.nested:
+        return [(method, tuple(ks))]
+    found: list[tuple[ScoreMethod, tuple[int, ...]]] = []
     for k in ks:
-        sharing.setdefault(None if method.nested else method.keep.at(k), []).append(k)
-    log_total = _log_total(ranked, block) if method.output == "mean-fill" else None
-    return [
-        _compose(method, ranked, log_total, tuple(shared), block) for shared in sharing.values()
-    ]
+        own = method.at(k)
+        if found and found[-1][0] == own and own.keep.at(found[-1][1][0]) == own.keep.at(k):
+            found[-1] = own, (*found[-1][1], k)
+        else:
+            found.append((own, (k,)))
+    return found
 
 
-def _rank(method: ScoreMethod, served: Served, block: Block, k: int) -> _Ranked:
-    """The best units for budgets up to k, by the scores that the method's heads pool."""
+def _select_by_eviction(
+    method: EvictionMethod, served: Served, block: Block, ks: Sequence[int]
+) -> list[Selection]:
+    """What the end of the past leaves, the same for every query since, and all that came later.
+
+    Chosen once: what a later query would choose otherwise, because a layer's window or the recent
+    keys that it keeps have moved on, is gone.
+    """
+    ended = _end_of_past(block.unit, served.built)
+    heads = [(_end_of_past(unit, served.built).unit, state) for unit, state in served.heads]
+    left = _select_by_score(method, replace(served, heads=tuple(heads)), ended, ks)
+    aux = _aux_bytes(method, served.state, block)
+    return [replace(_since(kept, served.built, block), aux_bytes=aux) for kept in left]
+
+
+def _end_of_past(unit: Unit, end: int) -> Block:
+    """A query at the last position before `end`, which sees what the next one will see of the keys
+    so far. What it asks does not matter where keys are judged without it."""
+    last = unit.positions.new_tensor([end - 1])
+    block = Block(
+        replace(unit, queries=torch.zeros_like(unit.queries[:, :1]), positions=last), slice(0, 1)
+    )
+    keys = torch.arange(end, device=last.device)
+    block.__dict__["visible"] = visible(last + 1, keys, unit.group.rules)
+    block.__dict__["visible_count"] = block.visible.sum(dim=-1)
+    return block
+
+
+def _since(left: Selection, built: int, block: Block) -> Selection:
+    """The keys from `built` on, the newest first, and those of a selection (group, 1, listed) that
+    each of the block's queries still sees."""
+    first = torch.full_like(block.positions, built)
+    new = _kept_ids(0, first, block)
+    new_count = (new >= 0).sum(dim=-1)
+    old = _only_visible(left.ids.expand(-1, len(block.positions), -1), block)
+    still = torch.nn.functional.pad((old >= 0).cumsum(dim=-1), (1, 0))
+    ids = torch.cat([new.expand(len(old), -1, -1), old], dim=-1)
+    order = (ids < 0).to(torch.uint8).argsort(dim=-1, stable=True)
+    estimates = left.estimates
+    if estimates is not None:
+        known = estimates.expand(-1, len(block.positions), -1)
+        estimates = torch.cat([known.new_zeros(*known.shape[:2], new.shape[-1]), known], dim=-1)
+        estimates = estimates.gather(-1, order)
+    given = left.first_given
+    return replace(
+        left,
+        ids=ids.gather(-1, order),
+        attended=new_count + _keys_in_pages(still, left.attended),
+        first_given=None if given is None else given.expand(-1, len(block.positions)),
+        besides=new_count[0],
+        estimates=estimates,
+    )
+
+
+def _rank(method: ScoreMethod, served: Served, block: Block, ks: tuple[int, ...]) -> _Ranked:
+    """The best units for some budgets, by the scores that the method's heads pool."""
     size = 1 if served.state is None else method.unit_size
     scores = _visible_scores(method, served.state, block)
     together = scores
     if served.heads:
         peers = [(block.of(unit), state) for unit, state in served.heads]
         together = torch.cat([_visible_scores(method, state, peer) for peer, state in peers])
-    k = int(_allowances(method, served.state, (k,), block).max())
+    if method.pool.endswith("softmax"):
+        # What is kept anyway has no part in what heads agree on.
+        together = together.masked_fill(_kept_units(method, ks[0], size, block), -torch.inf)
+    k = int(_allowances(method, served.state, ks[-1:], block).max())
     most = k if size == 1 else max(method.units(budget) for budget in range(1, k + 1))
     ids = top(pool(method.pool, together), most)[1]
     if size > 1:
@@ -97,7 +176,8 @@ def _rank(method: ScoreMethod, served: Served, block: Block, k: int) -> _Ranked:
     if served.state is None and first_new is None:  # every key is read to rank them
         aux, each = block.visible_count * group.key_bytes, group.value_bytes
     ids = ids.expand(len(block.queries), -1, -1)
-    return _Ranked(served.state, ids, scores, size, first_new, aux, each)
+    evicted = None if served.state is None else method.evicted(served.state, block.end)
+    return _Ranked(served.state, ids, scores, size, first_new, evicted, aux, each)
 
 
 def _allowances(method: ScoreMethod, state: Any, ks: Sequence[int], block: Block) -> Tensor:
@@ -153,9 +233,22 @@ def _visible_units(block: Block, size: int) -> Tensor:
     return block.visible if size == 1 else _keys_in_units(block, size) > 0
 
 
+def _kept_units(method: ScoreMethod, k: int, size: int, block: Block) -> Tensor:
+    """Which units hold only keys that are kept under a budget of k: bool (queries, units)."""
+    sink, recent = method.keep.at(k)
+    keys = torch.arange(block.end, device=block.positions.device)
+    free = block.visible & (keys >= sink) & (keys <= block.positions[:, None] - recent)
+    return ~free if size == 1 else _in_units(free, size) == 0
+
+
 def _keys_in_units(block: Block, size: int) -> Tensor:
     """How many visible keys each unit holds (queries, units)."""
-    padded = torch.nn.functional.pad(block.visible, (0, -block.end % size))
+    return _in_units(block.visible, size)
+
+
+def _in_units(keys: Tensor, size: int) -> Tensor:
+    """How many of some keys, bool (queries, keys), each unit holds (queries, units)."""
+    padded = torch.nn.functional.pad(keys, (0, -keys.shape[-1] % size))
     return padded.view(len(padded), -1, size).sum(dim=-1)
 
 
@@ -183,7 +276,7 @@ def _compose(
     """The always-kept keys in front of the ranked ones, and how many keys each budget attends."""
     ids, size = ranked.ids, ranked.size
     budgets = _allowances(method, ranked.state, ks, block)
-    sink = method.keep.sink
+    sink = method.keep.at(ks[0])[0]
     first_given = _first_given(method, ranked, ks, block)
     most, besides = method.budget.most(budgets, block.visible_count), ids.new_zeros(1)
     if ranked.first_new is not None:
@@ -192,6 +285,8 @@ def _compose(
     kept_count = ids.new_zeros((1, 1, 1))
     if sink or first_given is not None:
         kept = _kept_ids(sink, None if first_given is None else first_given[-1], block)
+        if ranked.evicted is not None:
+            kept = kept.masked_fill(ranked.evicted[kept.clamp(min=0)], -1)
         kept_count = _kept_counts(kept, sink, first_given)
     left = (most - kept_count).clamp(min=0)
     if first_given is not None and len(first_given) > 1:
@@ -242,7 +337,7 @@ def _selection(
         ks,
         listed,
         attended,
-        sink=method.keep.sink,
+        sink=method.keep.at(ks[0])[0],
         first_given=first_given,
         besides=besides,
         estimates=None if log_total is None else _probabilities(ranked, log_total, listed),

@@ -21,8 +21,9 @@ class AdaKV(SnapKV):
     A head that has n of the layer's best is given `floor` k + (1 - `floor`) n, rounded, as in the
     authors' code; with `share=least`, as in kvpress, n is counted among what is left when every
     head has `floor` k, and all heads together keep k each exactly. Heads that share their keys are
-    one. Importance is that of `snapkv` with its defaults, where the authors' scripts observe 32
-    queries and take the maximum of 7 neighbours. Keys that come later are all attended.
+    one. Importance and the window, which takes at most a share of the budget, are those of `snapkv`
+    with its defaults, where the authors' scripts observe 32 queries and take the maximum of 7
+    neighbours. Keys that come later are all attended.
     """
 
     source: ClassVar[str] = "arXiv:2407.11550 (Ada-KV), section 3; FFY0/AdaKV"
@@ -38,10 +39,10 @@ class AdaKV(SnapKV):
         if not 0 <= self.floor <= 1:
             raise RetraceError(f"floor={self.floor}: expected a share between 0 and 1.")
 
-    def build(self, past: Past) -> Any:
+    def judge(self, past: Past) -> Any:
         """The importance of each key (group or 1, keys); for every kv head of the layer the places
         of its keys, ascending, among those of all (kv heads, group or 1, keys); which it is."""
-        heads = [EvictionMethod.build(self, head) for head in past.heads]
+        heads = [SnapKV.judge(self, head) for head in past.heads]
         pooled = torch.stack([pool(self.pool, head[:, None])[:, 0] for head in heads])
         order = pooled.flatten().argsort(descending=True, stable=True)
         places = torch.empty_like(order)
@@ -51,11 +52,11 @@ class AdaKV(SnapKV):
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """The same for every query."""
-        return super().scores(state[0], queries, positions)
+        return EvictionMethod.scores(self, self.judged(state)[0], queries, positions)
 
     def allowance(self, state: Any, ks: Tensor) -> Tensor:
         """The head's part of k keys for each head of the layer."""
-        _, places, own = state
+        _, places, own = self.judged(state)
         ks = ks.flatten()
         heads = places.flatten(0, 1)
         if self.share == "blend":

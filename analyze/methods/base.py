@@ -15,7 +15,7 @@ the layer scales them, so that their products with keys are logits (before a sof
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -34,7 +34,10 @@ LearnedLike = Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]]
 """Dtype and sizes of learned tensors by name; None where a size depends on the data."""
 
 POOL = {"help": "how heads agree on one selection", "choices": RULES}
-KEEP = {"help": "keys always attended, within the budget: sink:4+recent:64"}
+KEEP = {
+    "help": "keys always attended, within the budget: sink:4+recent:64, recent:0.25k for a share "
+    "of it, recent:0.5r of what sinks leave, sink:32<0.25k for at most a share"
+}
 BUDGET = {"help": "which of the k best: k, fraction:0.25, top-p:0.95 or threshold:2.5"}
 OUTPUT = {
     "help": "renorm; mean-fill: the mean value in place of what was left out; true-denominator: "
@@ -99,6 +102,15 @@ class Method:
             choices = f.metadata.get("choices", ())
             if choices and value not in choices:
                 raise RetraceError(f"{f.name}={value!r}: expected one of {', '.join(choices)}.")
+
+    def at(self, k: int) -> Self:
+        """What the method is under a budget of k keys, with the same state: constants that are
+        published for large budgets may have to be smaller for small ones.
+
+        Raises:
+            RetraceError: it is not defined for so few.
+        """
+        return self
 
     @classmethod
     def install_command(cls) -> str | None:
@@ -191,14 +203,28 @@ class ScoreMethod(Method):
         return 1
 
     @property
+    def fixed(self) -> bool:
+        """Whether the method is the same under every budget, so that `at` gives itself."""
+        return type(self).at is Method.at
+
+    @property
     def nested(self) -> bool:
         """Whether what a budget attends a larger one does too, so that one list holds all."""
+        if not self.fixed or self.keep.sink_most is not None:
+            return False
         given_alone = type(self).allowance is ScoreMethod.allowance and self.budget.rule == "k"
-        return not self.keep.recent_share or (given_alone and self.unit_size == 1)
+        # Those that are kept have no part in a softmax.
+        alike = given_alone and self.unit_size == 1 and not self.pool.endswith("softmax")
+        return alike or not self.keep.grows
 
     def units(self, k: int) -> int:
         """How many units a budget of k keys buys."""
         return max(1, k // self.unit_size)
+
+    def evicted(self, state: Any, end: int) -> Tensor | None:
+        """Which of the keys before `end` are gone for good (keys,) bool, so that not even `keep`
+        brings them back; None where none is."""
+        return None
 
     def allowance(self, state: Any, ks: Tensor) -> Tensor:
         """How many keys each head may attend at budgets (budgets, 1, 1), ascending, where heads or
@@ -211,8 +237,12 @@ class ScoreMethod(Method):
 class EvictionMethod(ScoreMethod):
     """A method that keeps the k most important keys of a past, whatever the queries since.
 
-    Keys since then are all attended besides the k, and charged for. Under the protocol
-    `prefix:P` the past ends at P; under `all` it is as if every rebuilding were its end.
+    They are chosen once, at the past's end, among the keys that the next query sees, and what is
+    not chosen is gone: sinks and recent keys that `keep` names are those of the past. Keys since
+    then are all attended besides the k, and charged for: what a budget comes to is its `density`.
+    Under the protocol `prefix:P` the past ends at P. Under `all` every rebuilding is the end of a
+    past of its own, with all keys there as before a model reads its prompt, and on average half of
+    the R positions between two of them are attended besides.
     """
 
     fitted: ClassVar[bool] = True

@@ -29,7 +29,7 @@ class ClusterKV(ScoreMethod):
 
     size: int = field(default=80, metadata={"help": "keys in a cluster, on average"})
     iterations: int = field(default=20, metadata={"help": "rounds of k-means"})
-    keep: Keep = field(default=Keep(sink=16), metadata=KEEP)
+    keep: Keep = field(default=Keep(sink=16, sink_most=0.25), metadata=KEEP)
 
     def build(self, past: Past) -> Any:
         """Centroids (clusters, channels) and each key's cluster (keys,)."""

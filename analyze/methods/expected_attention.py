@@ -34,7 +34,7 @@ class ExpectedAttention(EvictionMethod):
     covariance: bool = field(default=True, metadata={"help": "mind the queries' covariance"})
     norm: bool = field(default=True, metadata={"help": "multiply by the norm of the value"})
     pool: str = field(default="mean", metadata=POOL)
-    keep: Keep = field(default=Keep(sink=4), metadata=KEEP)
+    keep: Keep = field(default=Keep(sink=4, sink_most=0.25), metadata=KEEP)
 
     def importance(self, past: Past) -> Tensor:
         """(softmax(m.k + k.C k / 2) + eps) ||v|| (group, keys)"""

@@ -19,12 +19,12 @@ ROWS = 256
 class H2O(EvictionMethod):
     """Keeps the heavy hitters: the keys that received most attention from all queries so far.
 
-    Half the budget goes to recent keys, as published (a tenth of the sequence each); keys since the
-    past ended are all attended besides the budget and count towards that half. Attention is summed,
-    which favours early keys, since more queries saw them: `mean=true` divides by the number of
-    those queries, as kvpress does (which keeps no recent keys). The published code decides anew
-    with every token and forgets what it dropped; here a past is judged once, at its end, by all its
-    attention. Heads of a group share the mean, since they share a cache.
+    Half the budget goes to the past's last keys, as published (a tenth of the sequence each).
+    Attention is summed, which favours early keys, since more queries saw them: `mean=true` divides
+    by the number of those queries, as kvpress does (which keeps no recent keys). The published code
+    decides anew with every token and forgets what it dropped; here a past is judged once, at its
+    end, by all its attention, and keys since are all attended besides the budget. Heads of a group
+    share the mean, since they share a cache.
     """
 
     source: ClassVar[str] = "arXiv:2306.14048 (H2O), section 4; FMInference/H2O"

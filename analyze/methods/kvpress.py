@@ -3,7 +3,7 @@
 import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class KVPress(EvictionMethod):
 
     `arguments` are those of the press: `kvpress:press=SnapKVPress,arguments=window_size=32`,
     several joined by `+`. How many keys are kept is the budget's to say, not `compression_ratio`'s.
-    Presses that read weights or hidden states are refused. Random numbers begin anew at each state.
+    Presses that read weights or hidden states are refused, and a budget that the window of
+    `SnapKVPress` fills. Random numbers begin anew at each state.
     """
 
     source: ClassVar[str] = "NVIDIA/kvpress 0.5"
@@ -52,6 +53,24 @@ class KVPress(EvictionMethod):
 
     press: str = field(default="KnormPress", metadata={"help": "its class", "choices": PRESSES})
     arguments: str = field(default="", metadata={"help": "of the class, as name=value+name=value"})
+
+    @property
+    def fixed(self) -> bool:
+        """Whether no window sets a least budget."""
+        return not self._window
+
+    def at(self, k: int) -> Self:
+        """The same, where the budget is more than the press keeps whatever it finds."""
+        if 0 < k <= self._window:
+            raise RetraceError(
+                f"keeps the {self._window} keys of its window, which leaves nothing to find of "
+                f"k = {k}: name a larger --topk, or a smaller one as arguments=window_size=N."
+            )
+        return self
+
+    @property
+    def _window(self) -> int:
+        return int(self._arguments().get("window_size", 64)) if self.press == "SnapKVPress" else 0
 
     def importance(self, past: Past) -> Tensor:
         """The press's score of each key (keys,)."""
@@ -86,14 +105,17 @@ class KVPress(EvictionMethod):
         found: Tensor = scores[0, past.group.kv_head]
         return found
 
-    def _press(self) -> Any:
+    def _arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         for part in self.arguments.split("+") if self.arguments else ():
             name, _, value = part.partition("=")
             arguments[name] = float(value) if "." in value else int(value)
+        return arguments
+
+    def _press(self) -> Any:
         kind = getattr(self.library(), self.press)
         try:
-            return kind(**arguments)
+            return kind(**self._arguments())
         except TypeError as error:
             raise RetraceError(f"{self.press}: {error}.") from error
 

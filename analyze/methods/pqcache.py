@@ -19,8 +19,12 @@ class PQCache(ScoreMethod):
 
     A key is cut into `parts`, and each is replaced by one of 2^`bits` centroids, found by k-means
     (Euclidean, as published by default). Later keys are encoded with the centroids as they stand.
-    Softmaxes of the estimates are summed over the group; half the budget goes to recent keys. The
-    published code chooses the rounds of k-means by the time there is.
+    Softmaxes of the estimates, over the keys that are not kept anyway, are summed over the group.
+    What 32 sinks leave of the budget is half recent and half found, as published; the sinks, which
+    the code counts beside a budget that is a share of a long context, take at most a quarter of it
+    here, so that the published number holds from k = 128 on. Sinks are encoded too, and have their
+    part in the centroids only. The published code chooses the rounds of k-means by the time there
+    is.
     """
 
     source: ClassVar[str] = "arXiv:2407.12820 (PQCache), section 3; HugoZHL/PQCache"
@@ -30,7 +34,9 @@ class PQCache(ScoreMethod):
     bits: int = field(default=6, metadata={"help": "bits of a part's code"})
     iterations: int = field(default=20, metadata={"help": "rounds of k-means"})
     pool: str = field(default="sum-softmax", metadata=POOL)
-    keep: Keep = field(default=Keep(sink=32, recent_share=0.5), metadata=KEEP)
+    keep: Keep = field(
+        default=Keep(sink=32, sink_most=0.25, recent_share=0.5, of_rest=True), metadata=KEEP
+    )
 
     def build(self, past: Past) -> Any:
         """Of each part the centroids (centroids, its channels) and every key's code (keys,)."""

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.snapkv import SnapKV
-from retrace.analyze.past import Past
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,31 +15,25 @@ class PyramidKV(SnapKV):
     average.
 
     Besides the window, which every layer keeps, the last layer has one key in `beta` of the mean.
-    The first has no more than there are, and the last then has more. A budget within the window is
-    the same in all layers. Layers are those that the trace holds: a trace of a few spans them.
-    The published code rounds each layer's step down. Keys that come later are all attended.
+    The first has no more than there are, and the last then has more. Layers are those that the
+    trace holds: a trace of a few spans them. Keys that come later are all attended.
+
+    The authors' code rounds the step from one layer to the next down, so that L layers keep up to
+    (L - 1) / 2 keys more than k on average, 14.5 where L is 30, and a larger k can leave a late
+    layer fewer; here each layer's own number is rounded. Where a past is shorter than twice the
+    mean, that code leaves all layers alike.
     """
 
-    source: ClassVar[str] = "arXiv:2406.02069 (PyramidKV), section 4; Zefan-Cai/PyramidKV"
+    source: ClassVar[str] = "arXiv:2406.02069 (PyramidKV), section 4; Zefan-Cai/KVCache-Factory"
 
     beta: int = field(default=20, metadata={"help": "mean budget over the last layer's"})
 
-    def build(self, past: Past) -> Any:
-        """The importance of each key (group or 1, keys), and how deep the layer is: 0 the first,
-        1 the last."""
-        layers = past.layers
-        depth = layers.index(past.group.layer) / (len(layers) - 1) if len(layers) > 1 else 0.5
-        return super().build(past), depth
-
-    def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
-        """The same for every query."""
-        return super().scores(state[0], queries, positions)
-
     def allowance(self, state: Any, ks: Tensor) -> Tensor:
         """The layer's part of k keys for each layer."""
-        importance, depth = state
+        layers, keys = state.past.layers, len(state.past.keys)
+        depth = layers.index(state.past.group.layer) / (len(layers) - 1) if len(layers) > 1 else 0.5
         mean = (ks - self.window).double()
-        first = (mean * (2 - 1 / self.beta)).clamp(max=max(0, importance.shape[-1] - self.window))
+        first = (mean * (2 - 1 / self.beta)).clamp(max=max(0, keys - self.window))
         last = 2 * mean - first
         budget = self.window + first + depth * (last - first)
         return torch.where(mean > 0, budget.round().long(), ks)

@@ -101,6 +101,11 @@ class RocketKV(ScoreMethod):
         scores[..., state.ids[:held]] = of_keys
         return scores
 
+    def evicted(self, state: Stored, end: int) -> Tensor | None:
+        """What the first stage left out."""
+        gone = torch.ones(end, dtype=torch.bool, device=state.ids.device)
+        return gone.index_fill_(0, state.ids[state.ids < end], False)
+
     def aux_bytes(self, state: Stored, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """One extreme of the channels read, for every page of the keys that are left. Where there
         is a window, as if it began the sequence."""

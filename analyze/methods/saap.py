@@ -28,9 +28,9 @@ class SAAP(ScoreMethod):
 
     Centroids and networks are learnt from other sequences, from keys and queries before position
     encoding; the network by cross entropy with the mass in each part. Later keys join the part of
-    the nearest centroid as they come. The first key and the last 2,048 are kept besides: set `keep`
-    lower where the context is short, or everything is. How many parts, how wide the network and how
-    long it trains are chosen here, for contexts of some thousand keys.
+    the nearest centroid as they come. The first key and the last 2,048 are kept, and the latter
+    take at most half the budget: all of them from k = 4,096 on. How many parts, how wide the
+    network and how long it trains are chosen here, for contexts of some thousand keys.
     """
 
     source: ClassVar[str] = "arXiv:2502.08246 (SAAP), section 4"
@@ -42,7 +42,7 @@ class SAAP(ScoreMethod):
     batch: int = field(default=32, metadata={"help": "queries in a step"})
     iterations: int = field(default=10, metadata={"help": "rounds of k-means"})
     seed: int = field(default=0, metadata={"help": "of the training", "least": 0})
-    keep: Keep = field(default=Keep(sink=1, recent=2048), metadata=KEEP)
+    keep: Keep = field(default=Keep(sink=1, recent=2048, recent_most=0.5), metadata=KEEP)
 
     def calibrate(self, pasts: Sequence[Past]) -> dict[str, Tensor]:
         """`centroids` (parts, channels), and the networks' weights `0` and `1`

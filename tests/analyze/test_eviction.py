@@ -1,6 +1,7 @@
 """Methods that keep the k most important keys of a past, and attend all that came since."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,16 @@ class SmallKeys(EvictionMethod):
 
 
 def small_and_new(built_at: Callable[[int], int]) -> Callable[[Any, int], list[int]]:
-    """All visible keys since the past ended, the newest first, and the k smallest before."""
+    """All visible keys since the past ended, the newest first, and what is still seen of the k
+    smallest of those that the first query after it saw."""
 
     def select(query: Any, k: int) -> list[int]:
         end = built_at(query.position)
         new = [int(j) for j in query.visible[::-1] if j >= end]
-        old = [int(j) for j in query.visible if j < end]
+        then = [int(j) for j in replace(query, position=end).visible if j < end]
         norms = (query.keys**2).sum(axis=1)
-        return new + sorted(old, key=lambda j: (norms[j], j))[:k]
+        left = sorted(then, key=lambda j: (norms[j], j))[:k]
+        return new + [j for j in left if j in query.visible]
 
     return select
 

@@ -1,5 +1,6 @@
 """A method in the loop: exact where it can attend everything, and its own elsewhere."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from retrace.analyze import analyze
+from retrace.analyze.select import select
 from retrace.capture import capture
 from retrace.traces import RetraceError, Trace
 
@@ -77,6 +79,35 @@ def test_decoding_with_a_method(captured: Capture, family: str, spec: str) -> No
     difference = np.abs(found.nll(0) - exact.nll(0))[:-1]
     assert difference[:29].max() < 2e-5  # what is read at once is exact
     assert (difference[30:].max() < 2e-5) == (spec == "exact")
+
+
+@pytest.mark.parametrize("spec", ["h2o", "snapkv:keep=recent:4", "tova", "rocketkv:window=2"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_what_is_evicted_is_gone(
+    captured: Capture, family: str, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step by step, in every layer and head: a key of the prompt that is not attended never is."""
+    steps = captured(family, generate=12, limit=1, max_length=42)
+    held: dict[tuple[int, int, int], list[set[int]]] = {}
+
+    def recorded(method: Any, served: Any, block: Any, ks: Any) -> Any:
+        [selection] = found = select(method, served, block, ks)
+        group = block.unit.group
+        attended = selection.attended[0].expand(selection.ids.shape[:2])
+        for head, rows in enumerate(zip(selection.ids.tolist(), attended.tolist(), strict=True)):
+            for ids, count in zip(*rows, strict=True):
+                place = group.layer, group.kv_head, head
+                held.setdefault(place, []).append({j for j in ids[:count] if 0 <= j < 30})
+        return found
+
+    monkeypatch.setattr("retrace.analyze.approximate.select", recorded)
+    topk = 6 if "rocketkv" not in spec else 40  # of what its first stage has left
+    captured(family, "d", reference=steps.path, approximate=spec, topk=topk)
+    assert held and all(len(each) >= 11 for each in held.values())
+    for each in held.values():
+        for before, now in itertools.pairwise(each):
+            assert now <= before
+        assert 0 < len(each[0]) < 30
 
 
 @pytest.mark.parametrize(

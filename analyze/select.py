@@ -18,6 +18,7 @@ from retrace.analyze.methods.base import (
     ScoreMethod,
     SearchMethod,
 )
+from retrace.analyze.output import marked
 from retrace.analyze.pooling import MEAN_QUERY, pool
 from retrace.analyze.selection import Selection, check_finite, check_ids, missing_last, where
 from retrace.analyze.states import Served
@@ -78,12 +79,23 @@ def _select_by_score(
     method: ScoreMethod, served: Served, block: Block, ks: Sequence[int]
 ) -> list[Selection]:
     """Most methods have one list for all budgets."""
+    if served.state is not None and method.attends_all(block.unit.group):
+        return [_everything(block, tuple(ks))]
     found = []
     for own, shared in _sharing(method, ks):
         ranked = _rank(own, served, block, shared)
         log_total = _log_total(ranked, block) if method.output == "mean-fill" else None
         found.append(_compose(own, ranked, log_total, shared, block))
     return found
+
+
+def _everything(block: Block, ks: tuple[int, ...]) -> Selection:
+    """All visible keys, those of largest exact score first."""
+    best = top(block.scores, ks[-1])[1]
+    rest = torch.arange(block.end, device=best.device).expand(*block.queries.shape[:2], -1)
+    rest = rest.masked_fill(~block.visible | marked(best, block.end), -1)
+    attended = block.visible_count.expand(len(ks), 1, -1)
+    return Selection(ks, missing_last(torch.cat([best, rest], dim=-1)), attended)
 
 
 def _sharing(method: ScoreMethod, ks: Sequence[int]) -> list[tuple[ScoreMethod, tuple[int, ...]]]:

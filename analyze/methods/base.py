@@ -221,6 +221,11 @@ class ScoreMethod(Method):
         """How many units a budget of k keys buys."""
         return max(1, k // self.unit_size)
 
+    def attends_all(self, group: HeadGroup) -> bool:
+        """Whether the layer of a kv head attends all visible keys whatever the budget: some methods
+        leave layers dense, or find keys there by full attention."""
+        return False
+
     def evicted(self, state: Any, end: int) -> Tensor | None:
         """Which of the keys before `end` are gone for good (keys,) bool, so that not even `keep`
         brings them back; None where none is."""

@@ -14,9 +14,10 @@ class PyramidKV(SnapKV):
     """SnapKV with budgets that fall linearly from the first layer to the last, k keys a layer on
     average.
 
-    Besides the window, which every layer keeps, the last layer has one key in `beta` of the mean.
-    The first has no more than there are, and the last then has more. Layers are those that the
-    trace holds: a trace of a few spans them. Keys that come later are all attended.
+    Besides the window, which every layer keeps, the last layer has one key in `beta` of the mean,
+    and one key at the least. The first has no more than there are, and the last then has more.
+    Layers are those that the trace holds: a trace of a few spans them. Keys that come later are all
+    attended.
 
     The authors' code rounds the step from one layer to the next down, so that L layers keep up to
     (L - 1) / 2 keys more than k on average, 14.5 where L is 30, and a larger k can leave a late
@@ -33,7 +34,8 @@ class PyramidKV(SnapKV):
         layers, keys = state.past.layers, len(state.past.keys)
         depth = layers.index(state.past.group.layer) / (len(layers) - 1) if len(layers) > 1 else 0.5
         mean = (ks - self.window).double()
-        first = (mean * (2 - 1 / self.beta)).clamp(max=max(0, keys - self.window))
+        least = torch.maximum(mean / self.beta, mean.clamp(max=1))
+        first = (2 * mean - least).clamp(max=max(0, keys - self.window))
         last = 2 * mean - first
         budget = self.window + first + depth * (last - first)
         return torch.where(mean > 0, budget.round().long(), ks)

@@ -36,12 +36,13 @@ class RocketKV(ScoreMethod):
     most; then ranks pages of the keys that are left by a bound on a few channels.
 
     Attention is summed over the window's queries and the group and smoothed by a maximum over
-    `kernel` neighbours. With a compression c in the second stage a page holds sqrt(c) keys and
-    channels / sqrt(c) channels are read, those where the group's queries are largest. Of a channel
-    a page offers one extreme, by the sign of the group's summed query: no bound for a head whose
-    sign is another. Scores are tempered as SparQ's are, and heads agree by their mean softmax. Keys
-    that come later join pages in order. The paper splits a whole compression between the stages
-    by a rule of its own; here both are parameters, chosen so that a quarter is left.
+    `kernel` neighbours among the keys before the window. With a compression c in the second stage a
+    page holds sqrt(c) keys and channels / sqrt(c) channels are read, those where the group's
+    queries are largest. Of a channel a page offers one extreme, by the sign of the group's summed
+    query: no bound for a head whose sign is another. Scores are tempered as SparQ's are, and heads
+    agree by their mean softmax. Keys that come later join pages in order. The paper splits a whole
+    compression between the stages by a rule of its own; here both are parameters, chosen so that a
+    quarter is left.
     """
 
     source: ClassVar[str] = "arXiv:2502.14051 (RocketKV), section 3; NVlabs/RocketKV"
@@ -66,13 +67,13 @@ class RocketKV(ScoreMethod):
 
     def build(self, past: Past) -> Any:
         """The keys that stay, by the attention of the window's queries."""
-        received = past.attention(slice(-self.window, None)).sum(dim=(0, 1))
-        smoothed = torch.nn.functional.max_pool1d(
-            received[None], 2 * (self.kernel // 2) + 1, stride=1, padding=self.kernel // 2
-        )[0]
-        smoothed[-self.window :] = torch.inf
+        judged = past.attention(slice(-self.window, None)).sum(dim=(0, 1))
+        judged[-self.window :] = torch.inf
+        before, reach = judged[None, : -self.window], self.kernel // 2
+        if before.shape[-1]:
+            before[:] = torch.nn.functional.max_pool1d(before, 2 * reach + 1, 1, padding=reach)
         count = max(min(self.window, past.end), math.ceil(self.prompt * past.end))
-        left = smoothed.sort(descending=True, stable=True).indices[:count].sort().values
+        left = judged.sort(descending=True, stable=True).indices[:count].sort().values
         return self._stored(left, past.keys[left], past.end - count)
 
     def extend(self, state: Stored, new: Past) -> Any:

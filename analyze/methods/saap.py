@@ -42,7 +42,9 @@ class SAAP(ScoreMethod):
     batch: int = field(default=32, metadata={"help": "queries in a step"})
     iterations: int = field(default=10, metadata={"help": "rounds of k-means"})
     seed: int = field(default=0, metadata={"help": "of the training", "least": 0})
-    keep: Keep = field(default=Keep(sink=1, recent=2048, recent_most=0.5), metadata=KEEP)
+    keep: Keep = field(
+        default=Keep(sink=1, sink_most=0.25, recent=2048, recent_most=0.5), metadata=KEEP
+    )
 
     def calibrate(self, pasts: Sequence[Past]) -> dict[str, Tensor]:
         """`centroids` (parts, channels), and the networks' weights `0` and `1`

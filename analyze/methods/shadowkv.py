@@ -36,9 +36,9 @@ class ShadowKV(AttendMethod):
     are attended besides, exactly.
 
     Outliers are the chunks with a key whose direction is farthest from the landmark's. The low rank
-    is of keys before position encoding, of all kv heads side by side; they are rotated again when
-    they are read. `rank=0` attends the keys themselves, which tells what selection alone costs.
-    The code's scale of 1 / sqrt(128) is the layer's here.
+    is of all the past's keys before position encoding, of all kv heads side by side; they are
+    rotated again when they are read. `rank=0` attends the keys themselves, which tells what
+    selection alone costs. The code's scale of 1 / sqrt(128) is the layer's here.
     """
 
     source: ClassVar[str] = "arXiv:2410.21465 (ShadowKV), section 4; bytedance/ShadowKV"
@@ -119,12 +119,12 @@ class ShadowKV(AttendMethod):
 
     def _low_rank(self, past: Past, count: int) -> Tensor:
         """The first keys (count, channels) of this kv head from the low rank of all of them."""
-        heads = [head.keys_before_rotation[:count] for head in past.heads]
+        heads = [head.keys_before_rotation for head in past.heads]
         own = past.group.kv_head if len(heads) > 1 else 0
         together = torch.cat(heads, dim=-1).double()
         _, _, basis = torch.linalg.svd(together, full_matrices=False)
         basis = basis[: self.rank]
         channels = past.keys.shape[1]
         mine = basis[:, own * channels : (own + 1) * channels]
-        approximated = (together @ basis.T @ mine).to(past.keys.dtype)
+        approximated = (together[:count] @ basis.T @ mine).to(past.keys.dtype)
         return past.rotated(approximated, torch.arange(count, device=past.keys.device))

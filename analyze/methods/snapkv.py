@@ -77,8 +77,8 @@ class SnapKV(EvictionMethod):
         observed = past.attention(slice(-max(1, self.window), None)).mean(dim=1)
         before = observed[:, : len(past.keys) - window]
         reach = self.kernel // 2
-        smoothed = torch.nn.functional.avg_pool1d(
-            torch.nn.functional.pad(before, (reach, reach)), 2 * reach + 1, stride=1
-        )
+        if before.shape[-1]:
+            padded = torch.nn.functional.pad(before, (reach, reach))
+            before = torch.nn.functional.avg_pool1d(padded, 2 * reach + 1, stride=1)
         newest_first = 2.0 + torch.arange(window, device=before.device)
-        return torch.cat([smoothed, newest_first.expand(len(before), -1)], dim=-1)
+        return torch.cat([before, newest_first.expand(len(before), -1)], dim=-1)

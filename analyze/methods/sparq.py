@@ -20,8 +20,10 @@ class SparQ(ScoreMethod):
     The softmax of the estimates is tempered by how much of each query's magnitude (L1) the chosen
     channels hold. Estimates are summed over the group, which shares one selection; a quarter of
     the budget goes to the most recent keys. Here the budget includes the query's own key, which
-    the published code adds on top. `output=renorm` leaves the mean value out, as the paper does
-    for some models with grouped heads. The local quarter is from memory of the published code.
+    the published code adds on top, to the recent ones and to the whole: its k = 64 attends 65 keys,
+    17 of them recent, where k = 65 here has 16 of them recent and one more found. `output=renorm`
+    leaves the mean value out, as the paper does for some models with grouped heads. The local
+    quarter is from memory of the published experiments.
     """
 
     source: ClassVar[str] = "arXiv:2312.04985 (SparQ Attention), section 4, algorithm 1"

@@ -13,11 +13,10 @@ from retrace.traces import RetraceError
 
 @dataclass(frozen=True, kw_only=True)
 class TidalDecode(ScoreMethod):
-    """The exact best keys of the nearest selecting layer at or below this one, head by head.
+    """The exact best keys of the nearest selecting layer below this one, head by head.
 
-    The paper selects in layer 2, and again in a correction layer (9, or 13 for Llama 3). Below the
-    first selecting layer, where the paper attends all keys, each layer selects for itself here:
-    results are per layer, so that either policy can be read off.
+    The paper selects in layer 2, and again in a correction layer (9, or 13 for Llama 3). Those
+    layers, which read all keys to select, attend all of them, and so do the layers below the first.
     """
 
     source: ClassVar[str] = "arXiv:2410.05076 (TidalDecode), section 3"
@@ -48,14 +47,9 @@ class TidalDecode(ScoreMethod):
         scores: Tensor = theirs @ state.keys[: int(positions[-1]) + 1].T
         return scores
 
-    def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """All keys where the layer selects; nothing where it reuses."""
-        return keys * group.key_bytes if self._selecting(group.layer) == group.layer else 0.0
-
-    def attended_bytes(self, group: HeadGroup) -> float:
-        """A value alone where the layer selects, whose keys have been read."""
-        selects = self._selecting(group.layer) == group.layer
-        return group.value_bytes if selects else super().attended_bytes(group)
+    def attends_all(self, group: HeadGroup) -> bool:
+        """Where the layer selects, and below the first that does."""
+        return self._selecting(group.layer) == group.layer
 
     def _selecting(self, layer: int) -> int:
         below = [chosen for chosen in (self.select, self.correct) if chosen <= layer]

@@ -56,14 +56,22 @@ def test_clusterkv_scores_a_key_as_its_cluster(unit: Unit) -> None:
     past = Past(unit, 0, 48)
     centroids, labels = method.build(past)
     keys = past.keys.double().numpy()
-    directions = keys / np.linalg.norm(keys, axis=1, keepdims=True)
     scores = method.scores((centroids, labels), past.queries, torch.arange(48)).double().numpy()
     queries = past.queries.double().numpy()
-    for cluster in range(8):
+    assert len(centroids) == 5  # of 32 keys, since 16 are sinks
+    for cluster in range(5):
         members = labels.numpy() == cluster
-        centroid = directions[members].mean(axis=0)
+        centroid = keys[16:][members[16:]].mean(axis=0)
         wanted = np.broadcast_to((queries @ centroid)[..., None], scores[..., members].shape)
         np.testing.assert_allclose(scores[..., members], wanted, atol=1e-4)
+
+
+def test_clusterkv_joins_keys_that_point_the_same_way(unit: Unit) -> None:
+    centroids, labels = parse_spec("clusterkv:size=6").method.build(Past(unit, 0, 48))
+    keys, means = unit.keys[:48].double().numpy(), centroids.double().numpy()
+    cosines = keys @ means.T / np.linalg.norm(keys, axis=1)[:, None] / np.linalg.norm(means, axis=1)
+    chosen = np.take_along_axis(cosines, labels.numpy()[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(chosen, cosines.max(axis=1), atol=1e-6)
 
 
 def test_pqcache_with_a_code_for_every_key_is_exact(unit: Unit) -> None:

@@ -105,24 +105,22 @@ def test_all_channels_in_many_bits_find_the_best_keys(
 
 
 @pytest.mark.parametrize("page", [1, 4, 32])
-def test_a_ball_bounds_every_key_in_it(unit: Unit, page: int) -> None:
-    _, bounds = estimates(f"arkvale:page={page}", unit)
-    products = exact(unit)
+def test_the_largest_score_in_a_box(unit: Unit, page: int) -> None:
+    """Of each page up to each query, channel by channel."""
+    _, found = estimates(f"arkvale:page={page}", unit)
+    keys = unit.keys.double().numpy()
+    queries = unit.group.rules.scale * unit.queries.double().numpy()
     for position in range(LENGTH):
         for p in range(position // page + 1):
-            inside = products[:, position, p * page : min((p + 1) * page, position + 1)]
-            assert (bounds[:, position, p] >= inside.max(axis=-1) - 1e-5).all()
+            held = keys[p * page : min((p + 1) * page, position + 1)]
+            centre = (held.min(axis=0) + held.max(axis=0)) / 2
+            reach = np.abs(held - centre).mean(axis=0)
+            for head, query in enumerate(queries[:, position]):
+                sides = query * (centre - reach), query * (centre + reach)
+                wanted = np.maximum(*sides).sum()
+                assert found[head, position, p] == pytest.approx(wanted, abs=1e-4)
     if page == 1:
-        np.testing.assert_allclose(bounds, products, atol=1e-5)
-
-
-def test_a_ball_is_no_larger_than_it_must_be(unit: Unit) -> None:
-    (_, radii), _ = estimates("arkvale:page=4", unit)
-    keys = unit.keys.double().numpy()
-    for position in range(LENGTH):
-        held = keys[position // 4 * 4 : position + 1]
-        radius = np.linalg.norm(held - held.mean(axis=0), axis=1).max()
-        np.testing.assert_allclose(radii[position], radius, atol=1e-5)
+        np.testing.assert_allclose(found, exact(unit), atol=1e-5)
 
 
 def test_tidaldecode_selects_as_the_layer_below_did(

@@ -136,6 +136,26 @@ def test_layers_share(make_trace: MakeTrace, rules: Rules) -> None:
     assert given[KS.index(40)].tolist() == [41, 40, 40, 40, 39]  # the first has no more than all
 
 
+@pytest.mark.parametrize("k", [9, 13, 20, 33])
+def test_the_step_between_layers_as_the_published_code_rounds_it(
+    make_trace: MakeTrace, rules: Rules, k: int
+) -> None:
+    """Down, so that its layers keep a few keys more than k on average, as the docstring says."""
+    trace, window, beta, layers = make_trace([rules()] * 5, [60]), 8, 4, 5
+    mean = k - window
+    first = min(2 * mean - mean // beta, END - window)
+    step = (first - (2 * mean - first)) // (layers - 1)
+    published = np.array([window + first - layer * step for layer in range(layers)])
+    method = parse_spec(f"pyramidkv:window={window},beta={beta}").method
+    ks = torch.tensor([k])[:, None, None]
+    ours = np.array(
+        [int(method.allowance(method.build(pasts(trace, i)[0]), ks)) for i in trace.layers]
+    )
+    assert ours.mean() == pytest.approx(k, abs=0.5)
+    assert 0 <= published.mean() - k <= (layers - 1) / 2
+    assert np.abs(published - ours).max() <= layers
+
+
 def test_one_layer_has_nobody_to_share_with(make_trace: MakeTrace, rules: Rules) -> None:
     trace = make_trace([rules(heads=4)], [60])
     snapkv, pyramidkv = figures(trace, ["snapkv:window=4", "pyramidkv:window=4"], [3, 9])

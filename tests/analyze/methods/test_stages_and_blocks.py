@@ -82,8 +82,9 @@ def test_rocketkv(units: list[Unit]) -> None:
     unit = units[1]
     found = attended(selected(unit, "rocketkv:window=6,kernel=5,prompt=0.5,compression=4", 14))
     received = probabilities(unit, BUILT - 6, BUILT).sum(axis=(0, 1))
-    smoothed = np.array([received[max(0, i - 2) : i + 3].max() for i in range(BUILT)])
-    smoothed[-6:] = np.inf
+    before = received[:-6]  # what the window's own keys received is no neighbour's
+    smoothed = np.array([before[max(0, i - 2) : i + 3].max() for i in range(BUILT - 6)])
+    smoothed = np.append(smoothed, np.full(6, np.inf))
     left = sorted(first_of(smoothed, BUILT // 2))
     keys, page, channels = unit.keys.double().numpy(), 2, CHANNELS * 2 // 4
     for row, position in enumerate(range(BUILT, LENGTH)):
@@ -144,20 +145,32 @@ def test_infllm(units: list[Unit]) -> None:
 
 
 def test_lessismore(units: list[Unit]) -> None:
-    founds = [attended(selected(unit, "lessismore:select=0,correct=0", 12)) for unit in units]
+    """A layer above the one that selects, which is the same here."""
+    above = Neighbours((0, 1), lambda layer: units)
+    layer = [replace(unit, neighbours=above, group=replace(unit.group, layer=1)) for unit in units]
+    founds = [attended(selected(unit, "lessismore:select=0,correct=0", 12)) for unit in layer]
     for row, position in enumerate(range(BUILT, LENGTH)):
-        ranks = []
+        recent, ranked = set(range(position - 2, position + 1)), position - 2
+        orders = []
         for unit in units:
-            keys = unit.keys[: position + 1].double().numpy()
+            keys = unit.keys[:ranked].double().numpy()
             for query in unit.queries[:, position].double().numpy():
-                order = first_of(keys @ query, position + 1)
-                ranks.append(np.argsort(order))
-        best = np.min(ranks, axis=0)
-        recent = set(range(position - 2, position + 1))
-        others = [i for i in first_of(-best, position + 1) if i not in recent]
-        wanted = recent | set(others[: 12 - 3])
+                orders.append(first_of(keys @ query, ranked))
+        # The first choice of each head in turn, then the second of each, until nine are found.
+        union = dict.fromkeys(order[place] for place in range(9) for order in orders)
+        wanted = recent | set(list(union)[: 12 - 3])
         for found in founds:
             assert all(heads[row] == wanted for heads in found)
+
+
+@pytest.mark.parametrize("spec", ["lessismore", "tidaldecode"])
+def test_layers_that_select_attend_all(units: list[Unit], spec: str) -> None:
+    for unit in units:
+        selection = selected(unit, f"{spec}:select=0,correct=0", 12)
+        for heads in attended(selection):
+            assert heads == [set(range(position + 1)) for position in range(BUILT, LENGTH)]
+        exact = exact_pass(Block(unit, ROWS), 12)
+        assert torch.equal(selection.ids[..., :12], exact.ids)  # the best first
 
 
 @pytest.mark.parametrize("rank", [0, 5])
@@ -177,10 +190,11 @@ def test_shadowkv(units: list[Unit], rank: int) -> None:
         rotation = unit.group.rules.rotation
         assert rotation is not None
         positions = np.arange(4 * count)
-        plain = [rotation.undo(u.keys[: 4 * count].double().numpy(), positions) for u in units]
+        # Of the whole past, chunks or not.
+        plain = [rotation.undo(u.keys[:BUILT].double().numpy(), np.arange(BUILT)) for u in units]
         together = np.concatenate(plain, axis=-1)
         u, s, v = np.linalg.svd(together, full_matrices=False)
-        low = (u[:, :rank] * s[:rank]) @ v[:rank]
+        low = ((u[:, :rank] * s[:rank]) @ v[:rank])[: 4 * count]
         turned = rotation.apply(low[:, :CHANNELS], positions)
         for chunk in set(range(count)) - outliers:
             held[4 * chunk : 4 * chunk + 4] = turned[4 * chunk : 4 * chunk + 4]

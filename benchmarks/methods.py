@@ -3,7 +3,8 @@
     python benchmarks/methods.py --trace t.zarr --out docs/equal-bytes.md
 
 Replays every installed method with its defaults at the budgets of `--topk`, for queries that see at
-least `--min-context` keys, and interpolates each figure at the share of full attention's bytes that
+least `--min-context` keys, in all layers, since some methods select in few of them for the others,
+and interpolates each figure at the share of full attention's bytes that
 `--bytes` names. A method that reads more than that at the smallest budget has no place in the
 table; one that reads less at the largest stands with its largest. Results are kept in `--results`,
 so that a run that was cut short goes on.
@@ -31,7 +32,6 @@ def main() -> None:
         ["all"],
         arguments.topk,
         out=arguments.results,
-        layers=arguments.layers,
         min_context=arguments.min_context,
         progress=lambda done, total: print(f"\r{done} of {total}", end="", flush=True),
     )
@@ -48,7 +48,6 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trace", required=True)
-    parser.add_argument("--layers", type=int, nargs="+", help="all by default")
     parser.add_argument("--topk", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512])
     parser.add_argument("--min-context", type=int, default=1024)
     parser.add_argument("--bytes", type=float, nargs="+", default=[0.125, 0.25])
@@ -87,17 +86,17 @@ def _page(trace: Trace, results: Results, arguments: argparse.Namespace) -> str:
     table = means.unstack("metric").reset_index().sort_values("topk")
     by_method = dict(iter(table.groupby("method")))
     run = results.run
-    layers = "all layers" if arguments.layers is None else f"layers {_listed(arguments.layers)}"
     lines = [
         "# Methods at equal bytes",
         "",
         "Every method with its defaults, read off where it reads the same share of the bytes that "
         "full attention reads: the state it finds keys by, and each key and value that any head of "
         "a group attends. Figures are means over queries, heads and layers, interpolated between "
-        f"budgets of {_listed(arguments.topk)} keys. A method that attends all keys since its "
-        "state was built reads those as well.",
+        f"budgets of {_listed(arguments.topk)} keys. Under the protocol `all` a method that "
+        "evicts is judged as if each rebuilding were the end of a prompt: it attends and reads all "
+        "keys since besides its budget.",
         "",
-        f"{_source(trace)}; {layers}, queries from position {arguments.min_context} on, protocol "
+        f"{_source(trace)}; all layers, queries from position {arguments.min_context} on, protocol "
         f"`{run['protocol']}`. Sequences for calibration, which no figure is from: "
         f"{_listed(run['calibration'] or ['none'])}. Made by `python benchmarks/methods.py`.",
     ]

@@ -51,6 +51,10 @@ class TidalDecode(ScoreMethod):
         """Where the layer selects, and below the first that does."""
         return self._selecting(group.layer) == group.layer
 
+    def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
+        """Nothing else: a layer that selects attends all that it reads."""
+        return 0.0
+
     def _selecting(self, layer: int) -> int:
         below = [chosen for chosen in (self.select, self.correct) if chosen <= layer]
         return max(below, default=layer)

@@ -133,6 +133,14 @@ def test_tidaldecode_selects_as_the_layer_below_did(
     recall = results.metrics.query("metric == 'recall' and method != 'exact'")
     by_layer = recall.groupby("layer")["mean"]
     assert (by_layer.min()[[0, 1, 3]] == 1).all()
+    means = results.metrics.query("method != 'exact'").groupby(["metric", "layer"])["mean"]
+    for layer in (0, 1, 3):  # where all is attended, and read as full attention reads it
+        for metric in ("density", "bytes_ratio", "attention_fraction"):
+            np.testing.assert_allclose(
+                [means.min()[metric, layer], means.max()[metric, layer]], 1, atol=1e-6
+            )
+        assert means.max()["error_norm", layer] < 1e-5
+    assert means.max()["density", 2] < 0.5
     overlap = []
     layers = [trace.layer(i) for i in (1, 2)]
     for head in range(4):

@@ -16,6 +16,8 @@ def test_files_are_named_on_stdout(run: Run, trace: Path) -> None:
 
 
 def test_mistakes(run: Run, trace: Path) -> None:
-    result = run("export", trace, "--kv-heads", "99", code=2)
+    result = run("export", trace, "--layers", "0", "--kv-heads", "99", code=2)
     assert "none is 99" in result.stderr
+    result = run("export", trace, code=2)
+    assert "Layer 2 has a window or chunks" in result.stderr and "--layers 0,1" in result.stderr
     assert "--format" in run("export", trace, "--format", "csv", code=2).stderr

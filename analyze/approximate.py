@@ -13,6 +13,7 @@ from retrace.analyze.calibration import calibration
 from retrace.analyze.hooks import naming
 from retrace.analyze.measure import outputs
 from retrace.analyze.methods.registry import MethodSpec, recorded_spec
+from retrace.analyze.reference import exact_pass, refuse_unheld
 from retrace.analyze.scope import choose_calibration
 from retrace.analyze.select import select
 from retrace.analyze.selection import Selection
@@ -154,10 +155,13 @@ def _is_approximate(trace: Trace) -> bool:
 def _output(block: Block, selection: Selection) -> Tensor:
     if selection.output is not None:
         return selection.output[0]
-    scores = block.scores_at(selection.ids).double()
-    every = block.scores.double() if selection.true_denominator else scores
-    normalizer = log_normalizer(every, block.unit.sinks)
-    # Where nothing is attended nothing is divided.
-    normalizer = normalizer.masked_fill(normalizer.isneginf(), 0.0)
-    probability = torch.exp(scores - normalizer[..., None])
-    return outputs(block, selection, probability, normalizer, [0])[0]
+    scores = block.scores_at(selection.ids)
+    if selection.true_denominator:
+        exact = exact_pass(block, 1)
+        refuse_unheld(block, exact)
+        normalizer = exact.log_normalizer
+    else:
+        # Any does; where nothing is attended nothing is divided.
+        normalizer = log_normalizer(scores, block.unit.sinks)
+        normalizer = normalizer.masked_fill(normalizer.isneginf(), 0.0)
+    return outputs(block, selection, scores - normalizer[..., None], normalizer, [0])[0]

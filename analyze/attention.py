@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
+from retrace.analyze import kernels
 from retrace.traces import LayerRules
+
+GATHER_COST = 8
+"""How many times dearer a gathered key is than one of a whole matrix of scores."""
+GATHERED = 1 << 27
+"""Numbers of gathered keys held at once on a GPU without Triton."""
 
 
 def first_visible(positions: Tensor, rules: LayerRules) -> Tensor:
@@ -33,6 +39,30 @@ def softcap(scores: Tensor, rules: LayerRules) -> Tensor:
     if rules.softcap is None:
         return scores
     return torch.tanh(scores / rules.softcap) * rules.softcap
+
+
+def scores_at(queries: Tensor, keys: Tensor, ids: Tensor, rules: LayerRules) -> Tensor:
+    """Scores (heads, queries, any) float64 of single keys: queries (heads, queries, channels) and
+    keys (keys, channels) float32, ids (heads, queries, any) int64, -inf for the id -1."""
+    if ids.device.type == "cpu":
+        from retrace.analyze.compiled.scores import scores_at
+
+        return scores_at(queries, keys, ids, rules.scale, rules.softcap or 0.0)
+    if ids.shape[-1] * GATHER_COST >= len(keys):
+        scores = score(queries.double(), keys.double(), rules).gather(-1, ids.clamp(min=0))
+    elif kernels.usable(ids):
+        from retrace.analyze.kernels.products import products
+
+        scores = softcap(products(queries, keys, ids) * rules.scale, rules)
+    else:
+        step = max(1, GATHERED // max(1, ids[:, :1].numel() * keys.shape[1]))
+        blocks = zip(torch.split(ids, step, dim=1), torch.split(queries, step, dim=1), strict=True)
+        parts = [
+            torch.matmul(keys[some.clamp(min=0)].double(), asked.double()[..., None]).squeeze(-1)
+            for some, asked in blocks
+        ]
+        scores = softcap(torch.cat(parts, dim=1) * rules.scale, rules)
+    return scores.masked_fill(ids < 0, -torch.inf)
 
 
 def log_normalizer(scores: Tensor, sinks: Tensor | None) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.approximate import Approximation, check_exact
-from retrace.analyze.attention import attend
 from retrace.analyze.intervals import interval_of_mean
 from retrace.analyze.moments import Moments
 from retrace.analyze.schedule import finished, name_missing, none_left
+from retrace.analyze.reference import exact_pass
 from retrace.analyze.scope import choose_device, choose_layers, scores
 from retrace.analyze.states import of_layer
 from retrace.analyze.unit import Unit, load_units
@@ -302,17 +302,7 @@ def _layer_drift(
 
 def _exact(unit: Unit) -> Tensor:
     """Exact attention output (group, queries, value channels)."""
-    outputs = [
-        attend(
-            block.queries,
-            unit.keys[: block.end],
-            unit.values[: block.end],
-            block.positions,
-            unit.group.rules,
-            unit.sinks,
-        )
-        for block in unit.blocks(0)
-    ]
+    outputs = [exact_pass(block, 1).output for block in unit.blocks(0)]
     return torch.cat(outputs, dim=1)
 
 

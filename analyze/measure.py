@@ -11,7 +11,7 @@ from retrace.analyze.buckets import AXES, BUCKETED
 from retrace.analyze.moments import Moments
 from retrace.analyze.reference import Reference
 from retrace.analyze.selection import Selection
-from retrace.analyze.unit import Block
+from retrace.analyze.unit import Block, Unit
 
 GATHERED = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Numbers held at once when outputs are computed: values of listed keys, and their weights."""
@@ -48,9 +48,14 @@ class ExactBlock:
         )
 
     @cached_property
+    def best_log_probabilities(self) -> Tensor:
+        """log of the exact probability of each of the best keys (group, queries, ranks) float64."""
+        return self.log_probabilities(self.reference.ids)
+
+    @cached_property
     def best_probabilities(self) -> Tensor:
         """Exact probability of each of the best keys (group, queries, ranks) float64."""
-        return self.probabilities(self.reference.ids)
+        return self.best_log_probabilities.exp()
 
     @cached_property
     def fractions(self) -> Tensor:
@@ -62,7 +67,7 @@ class ExactBlock:
         if rows == slice(0, len(self.block.positions)):
             return self
         part = ExactBlock(self.block.part(rows), self.reference.part(rows))
-        for name in ("best_probabilities", "fractions"):
+        for name in ("best_log_probabilities", "best_probabilities", "fractions"):
             part.__dict__[name] = getattr(self, name)[:, rows]
         return part
 
@@ -81,10 +86,10 @@ class ExactBlock:
         place = torch.searchsorted(best, ids).clamp(max=self.no_rank - 1)
         return torch.where(best.gather(-1, place) == ids, rank.gather(-1, place), self.no_rank)
 
-    def probabilities(self, ids: Tensor) -> Tensor:
-        """Exact probability of each key (group, queries, any) float64; 0 for the id -1."""
-        scores = self.block.scores_at(ids).double()
-        return torch.exp(scores - self.reference.log_normalizer[..., None])
+    def log_probabilities(self, ids: Tensor) -> Tensor:
+        """log of the exact probability of each key (group, queries, any) float64; -inf for the id
+        -1."""
+        return self.block.scores_at(ids) - self.reference.log_normalizer[..., None]
 
 
 class Tallied(NamedTuple):
@@ -121,9 +126,6 @@ def tally(
     attended, errors, filled = selection.attended, None, None
     if selection.output is not None:
         errors = _error_norm(reference.output, selection.output)
-    besides = torch.zeros_like(reference.log_normalizer, dtype=torch.float64)
-    if unit.sinks is not None:
-        besides = (unit.sinks[:, None] - reference.log_normalizer).double().exp()
     if selection.estimates is not None:
         share = _at(_prefixes(selection.estimates.double()), attended[points])
         filled = share, unit.mean_values[block.positions]
@@ -139,12 +141,17 @@ def tally(
         attended=attended,
         besides=torch.as_tensor(selection.besides).reshape(-1),
         given=(selection.sink, _first_given(selection)),
-        exact=(reference.ids, exact.best_probabilities, exact.fractions),
+        exact=(
+            reference.ids,
+            exact.best_log_probabilities,
+            exact.best_probabilities,
+            exact.fractions,
+        ),
         output=reference.output,
         scored=(block.queries, unit.keys, reference.log_normalizer),
         scoring=(unit.group.rules.scale, unit.group.rules.softcap or 0.0),
         values=unit.values,
-        mass=(not selection.true_denominator, besides),
+        mass=(not selection.true_denominator, _log_besides(unit, reference.log_normalizer)),
         filled=filled,
         errors=errors,
         read=(
@@ -208,12 +215,12 @@ def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measu
     """
     block, ids = exact.block, selection.ids
     ks = torch.tensor(selection.ks, device=ids.device)
-    probability = exact.probabilities(ids)
+    logs = exact.log_probabilities(ids)
     listed = ids >= 0
     at_all = {
         "recall": _hits(exact, selection, listed)
         / torch.minimum(ks[:, None], block.visible_count)[:, None],
-        "attention_fraction": _at(_prefixes(probability), selection.attended),
+        "attention_fraction": _at(_prefixes(logs.exp()), selection.attended),
         "exact_attention_fraction": exact.fractions[..., ks].movedim(-1, 0),
     }
     if selection.anything_given:
@@ -229,7 +236,7 @@ def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measu
         selection.ks,
         at_all,
         {
-            "error_norm": _error_norms(exact, selection, probability, points),
+            "error_norm": _error_norms(exact, selection, logs, points),
             "density": attended / block.visible_count,
             "bytes_ratio": _bytes_ratio(block, selection, attended),
         },
@@ -286,22 +293,17 @@ def _first_budget(reach: Tensor, listed: int) -> Tensor:
 
 
 def _error_norms(
-    exact: ExactBlock, selection: Selection, probability: Tensor, points: list[int]
+    exact: ExactBlock, selection: Selection, logs: Tensor, points: list[int]
 ) -> Tensor:
     """||o - o'|| / ||o|| at the budgets that `points` name (points, group, queries)."""
     output = selection.output
     if output is None:
-        normalizer = exact.reference.log_normalizer
-        output = outputs(exact.block, selection, probability, normalizer, points)
+        output = outputs(exact.block, selection, logs, exact.reference.log_normalizer, points)
     return _error_norm(exact.reference.output, output)
 
 
 def outputs(
-    block: Block,
-    selection: Selection,
-    probability: Tensor,
-    log_normalizer: Tensor,
-    points: list[int],
+    block: Block, selection: Selection, logs: Tensor, log_normalizer: Tensor, points: list[int]
 ) -> Tensor:
     """Softmax over the attended keys, renormalised or not, times their values
     (points, group, queries, value channels); nothing attended gives zeros.
@@ -309,28 +311,26 @@ def outputs(
     Args:
         block: the queries.
         selection: what they attend; its own `output` is not looked at.
-        probability: exp(score - log_normalizer) of each listed key, like its ids, float64.
+        logs: score less `log_normalizer` of each listed key, like its ids, float64.
         log_normalizer: (group, queries) float64, of all visible keys where the output is to be
-            divided by their sum, otherwise any that keeps the probabilities in range.
+            divided by their sum, otherwise any.
         points: indices into `selection.ks`.
     """
     ids, attended = selection.ids, selection.attended[points].movedim(0, -1)[..., None]
     width = min(int(attended.max()), ids.shape[-1])
-    ids, probability = ids[..., :width].clamp(min=0), probability[..., None, :width]
+    ids, logs = ids[..., :width].clamp(min=0), logs[..., None, :width]
     attended = attended.expand(-1, ids.shape[1], -1, -1)
-    besides = torch.zeros_like(probability[..., :1])
-    if block.unit.sinks is not None:
-        besides = (block.unit.sinks[:, None] - log_normalizer).double().exp()[..., None, None]
+    besides = _log_besides(block.unit, log_normalizer)[..., None, None]
     places = torch.arange(width, device=ids.device)
     values, parts = block.unit.values, []
     for rows in _row_slices(ids, values.shape[1] + 2 * len(points)):
-        # float64, since the probabilities of what was selected may all be tiny.
-        weights = probability[:, rows] * (places < attended[:, rows])
+        weights = logs[:, rows].masked_fill(places >= attended[:, rows], -torch.inf)
         if not selection.true_denominator:
-            total = weights.sum(dim=-1, keepdim=True) + besides[:, rows]
-            weights = weights / total.masked_fill(total == 0, 1.0)
+            # As logs, since the probabilities of what was selected may all be tiny.
+            total = torch.logaddexp(weights.logsumexp(dim=-1, keepdim=True), besides[:, rows])
+            weights = weights - total.masked_fill(total.isneginf(), 0.0)
         # (group, queries, points, listed) @ (group, queries, listed, value channels)
-        parts.append(weights.to(values.dtype) @ values[ids[:, rows]])
+        parts.append(weights.exp().to(values.dtype) @ values[ids[:, rows]])
     output = torch.cat(parts, dim=1)
     if selection.estimates is not None:
         # SparQ Attention (arXiv:2312.04985), eq. 7: the mean value stands for the mass left out.
@@ -350,9 +350,17 @@ def _row_slices(ids: Tensor, numbers: int) -> list[slice]:
 
 def _error_norm(exact: Tensor, output: Tensor) -> Tensor:
     """||o - o'|| / ||o|| over the value channels."""
-    norm = exact.norm(dim=-1)
-    error = (exact - output).norm(dim=-1)
+    # float64, in which no square overflows or vanishes.
+    norm = torch.linalg.vector_norm(exact, dim=-1, dtype=torch.float64)
+    error = torch.linalg.vector_norm(exact - output, dim=-1, dtype=torch.float64)
     return torch.where(error == 0, 0.0, error / norm)
+
+
+def _log_besides(unit: Unit, log_normalizer: Tensor) -> Tensor:
+    """log of the share (group, queries) float64 of the softmax's denominator that no key has."""
+    if unit.sinks is None:
+        return torch.full_like(log_normalizer, -torch.inf)
+    return unit.sinks.double()[:, None] - log_normalizer
 
 
 def _bytes_ratio(block: Block, selection: Selection, attended: Tensor) -> Tensor:

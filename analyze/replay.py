@@ -22,6 +22,7 @@ from retrace.analyze.reference import (
     ReferenceStore,
     exact_pass,
     holds_no_scores,
+    refuse_unheld,
 )
 from retrace.analyze.seals import WrittenInto
 from retrace.analyze.select import select
@@ -244,6 +245,7 @@ def replay_unit(
             rows = slice(counted, len(block.positions))
             # Kept or not, the same ranks: probabilities of further keys are taken otherwise.
             exact = ExactBlock(block.part(rows), reference.part(rows, plan.ranks))
+            refuse_unheld(exact.block, exact.reference)
         for method, found, state in zip(plan.methods, tallies, states, strict=True):
             with naming(method.spec):
                 _replay_method(method, exact, buckets, state, plan, found, clock)

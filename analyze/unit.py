@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import first_visible, score, softcap, visible
+from retrace.analyze.attention import first_visible, score, scores_at, visible
 from retrace.analyze.costs import SERVING_ITEMSIZE
 from retrace.analyze.seals import Seal, WrittenInto
 from retrace.traces import Layer, LayerRules, RetraceError, Trace, to_torch
@@ -24,8 +24,6 @@ LEAST_ROWS = 16
 """Queries of a block at the least, however long the context: each reads all keys and values."""
 READ_BYTES = 1 << 26
 """Tensors read at once: a long sequence's kv head by kv head, a short one's in few requests."""
-GATHER_COST = 8
-"""How many times dearer a gathered key is than one of a whole matrix of scores."""
 
 
 def scores_at_once(device: torch.device) -> int:
@@ -115,6 +113,12 @@ class Unit:
         tensors = {name: getattr(self, name) for name in ("keys", "values", "queries", "positions")}
         tensors |= {} if self.sinks is None else {"sinks": self.sinks}
         return Seal({f"the {name} of {place}": tensor for name, tensor in tensors.items()})
+
+    @cached_property
+    def longest_keys(self) -> Tensor:
+        """Norm of the longest key up to each position (positions,) float64."""
+        norms: Tensor = torch.linalg.vector_norm(self.keys, dim=-1).cummax(dim=0).values
+        return norms.double()
 
     @cached_property
     def mean_values(self) -> Tensor:
@@ -303,24 +307,19 @@ class Block:
                 scores[..., strip].masked_fill_(hidden, -torch.inf)
         return scores
 
+    @cached_property
+    def largest_products(self) -> Tensor:
+        """What no scaled product of a query with a key it sees exceeds (group, queries) float64:
+        those of their norms. The rounding of scores is in proportion to it."""
+        norms: Tensor = torch.linalg.vector_norm(self.queries, dim=-1).double()
+        return norms * self.unit.longest_keys[self.positions] * abs(self.unit.group.rules.scale)
+
     def scores_at(self, ids: Tensor) -> Tensor:
-        """Exact scores (group, queries, any) of key ids of that shape; -inf for the id -1.
+        """Exact scores (group, queries, any) float64 of key ids of that shape; -inf for the id -1.
 
-        The same whether `scores` are known or not: products of matrices sum in another order than
-        single ones, and known they are only where exact answers were not kept.
+        The same whether `scores` are known or not, and closer: those are rounded to float32.
         """
-        rules = self.unit.group.rules
-        if ids.device.type == "cpu":
-            from retrace.analyze.compiled.scores import scores_at
-
-            return scores_at(self.queries, self.unit.keys, ids, rules.scale, rules.softcap or 0.0)
-        if ids.shape[-1] * GATHER_COST < self.end:
-            chosen = self.unit.keys[ids.clamp(min=0)]
-            dots = torch.matmul(chosen, self.queries[..., None]).squeeze(-1)
-            scores = softcap(dots * rules.scale, rules)
-        else:
-            scores = self.scores.gather(-1, ids.clamp(min=0))
-        return scores.masked_fill(ids < 0, -torch.inf)
+        return scores_at(self.queries, self.unit.keys[: self.end], ids, self.unit.group.rules)
 
     def of(self, unit: Unit) -> "Block":
         """The queries at the same positions of another unit of the sequence."""

@@ -19,6 +19,10 @@ AT_POINTS = ("error_norm", "density", "bytes_ratio")
 RECALL, FRACTION, EXACT_FRACTION, CANDIDATE_RECALL = range(4)
 ERROR_NORM, DENSITY, BYTES_RATIO = range(3)
 COUNT, MEAN, SQUARES = range(3)
+LEAST_LOG = -1e300
+"""Lower than the log of any probability, and finite."""
+VANISHING = -600.0
+"""Probabilities with lower logs lose digits in float64, or vanish."""
 
 
 def moments(
@@ -32,7 +36,7 @@ def moments(
     attended: Tensor,
     besides: Tensor,
     given: tuple[int, Tensor],
-    exact: tuple[Tensor, Tensor, Tensor],
+    exact: tuple[Tensor, Tensor, Tensor, Tensor],
     output: Tensor,
     scored: tuple[Tensor, Tensor, Tensor],
     scoring: tuple[float, float],
@@ -57,22 +61,22 @@ def moments(
         besides: how many of them come besides the budget (queries or 1,).
         given: keys before this position, and from those (budgets or 1, queries) on, did not have
             to be found.
-        exact: the best keys (group, queries, ranks), the probability of each and the attention mass
-            on the first 0, 1, ... of them, both float64.
+        exact: the best keys (group, queries, ranks), the log of the probability of each, the
+            probability, and the attention mass on the first 0, 1, ... of them, all float64.
         output: of exact attention (group, queries, value channels) float32.
-        scored: queries (group, queries, channels), keys (keys, channels), and the log of each
-            softmax's denominator (group, queries), float32.
+        scored: queries (group, queries, channels) and keys (keys, channels) float32, and the log of
+            each softmax's denominator (group, queries) float64.
         scoring: factor of their inner products, and the bound of scores (0 for none).
         values: (keys, value channels) float32.
-        mass: whether outputs are divided by what is attended, and the mass in the denominator
-            besides (group, queries) float64.
+        mass: whether outputs are divided by what is attended, and the log of the mass in the
+            denominator besides (group, queries) float64.
         filled: share of the output that attended keys have (points, group, queries) float64, and
             what has the rest (queries, value channels), where anything has.
         errors: error norms (points, group, queries), where the method gave the output itself.
         read: bytes of an attended key and value, of one that is read in full, and bytes read to
             find them (queries,).
     """
-    best, best_probabilities, masses = exact
+    best, best_logs, best_probabilities, masses = exact
     group, queries, _ = ids.shape
     # The first budget that a key of each rank counts for.
     first_budgets = torch.searchsorted(ks, torch.arange(best.shape[2] + 1), right=True)
@@ -95,6 +99,7 @@ def moments(
         given[0],
         _plain(given[1].T),
         _plain(best),
+        _plain(best_logs),
         _plain(best_probabilities),
         _plain(masses),
         _plain(output),
@@ -136,17 +141,18 @@ def _moments(
     sink: int,
     first_given: Ids,
     best: Ids,
+    best_logs: Doubles,
     best_probabilities: Doubles,
     masses: Doubles,
     output: Floats,
     queries: Floats,
     keys: Floats,
-    log_normalizer: Floats,
+    log_normalizer: Doubles,
     scale: float,
     bound: float,
     values: Floats,
     renormalised: bool,
-    mass_besides: Doubles,
+    log_besides: Doubles,
     share: Doubles,
     fill: Floats,
     errors: Floats,
@@ -172,7 +178,7 @@ def _moments(
     unions = np.empty(len(points))
     places = np.full(len(values), -1, np.int64)
     ranks = np.empty(listed, np.int64)
-    probabilities = np.empty(listed)
+    logs, probabilities = np.empty(listed), np.empty(listed)
     sums = np.empty(values.shape[1], np.float32)
     nothing = np.empty(0, np.int64)
     anything_given = sink > 0 or len(first_given) > 0
@@ -195,8 +201,8 @@ def _moments(
             walked = reached[h, most - 1] if most else 0
             _rank(best[h, q], (q * group + h) * best.shape[2], places, ids[h, q, :walked], ranks)
             _probabilities(
-                ids[h, q, :walked], ranks, best_probabilities[h, q], queries[h, q], keys,
-                log_normalizer[h, q], scale, bound, probabilities,
+                ids[h, q, :walked], ranks, best_logs[h, q], best_probabilities[h, q],
+                queries[h, q], keys, log_normalizer[h, q], scale, bound, logs, probabilities,
             )  # fmt: skip
             _recalls(
                 ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra, 0, nothing, hits
@@ -222,8 +228,8 @@ def _moments(
                     seen[ERROR_NORM, p] = errors[p, h, q]
             else:
                 _error_norms(
-                    ids[h, q], probabilities, values, output[h, q], reached[h], points[:reads],
-                    renormalised, mass_besides[h, q],
+                    ids[h, q], logs, probabilities, values, output[h, q], reached[h],
+                    points[:reads], renormalised, log_besides[h, q],
                     share[:, h % share.shape[1], q % share.shape[2]],
                     fill[q if len(fill) else 0 :], sums, seen[ERROR_NORM],
                 )  # fmt: skip
@@ -299,21 +305,25 @@ def _rank(best: Ids, base: int, places: Ids, ids: Ids, ranks: Ids) -> None:
 def _probabilities(
     ids: Ids,
     ranks: Ids,
+    best_logs: Doubles,
     best: Doubles,
     query: Floats,
     keys: Floats,
-    log_normalizer: np.float32,
+    log_normalizer: float,
     scale: float,
     bound: float,
+    logs: Doubles,
     probabilities: Doubles,
 ) -> None:
-    """The exact probability of each listed key: of those without a rank from their score."""
+    """The exact probability of each listed key, and its log: of those without a rank from their
+    score."""
     for i in range(len(ids)):
         if ranks[i] < len(best):
+            logs[i] = best_logs[ranks[i]]
             probabilities[i] = best[ranks[i]]
             continue
-        its_score = score(query, keys[ids[i]], scale, bound)
-        probabilities[i] = np.exp(np.float64(its_score) - np.float64(log_normalizer))
+        logs[i] = score(query, keys[ids[i]], scale, bound) - log_normalizer
+        probabilities[i] = np.exp(logs[i])
 
 
 @compiled
@@ -397,13 +407,14 @@ def _masses(probabilities: Doubles, reached: Ids, fractions: Doubles) -> None:
 @compiled_sums
 def _error_norms(
     ids: Ids,
+    logs: Doubles,
     probabilities: Doubles,
     values: Floats,
     output: Floats,
     reached: Ids,
     points: Ids,
     renormalised: bool,
-    besides: float,
+    log_besides: float,
     share: Doubles,
     fill: Floats,
     sums: Floats,
@@ -414,11 +425,13 @@ def _error_norms(
         return
     channels = len(sums)
     sums[:] = 0.0
-    norm = np.float32(0.0)
+    # Squares in float64, in which none overflows or vanishes.
+    norm = 0.0
     for c in range(channels):
-        norm += output[c] * output[c]
-    # Sums are relative to the largest so far, since probabilities of what was selected may be tiny.
-    place, total, largest = 0, 0.0, 1e-300
+        norm += np.float64(output[c]) * np.float64(output[c])
+    # Sums are relative to the largest so far, since probabilities of what was selected may be tiny;
+    # where they vanish, their logs stand in.
+    place, total, peak, one_in = 0, 0.0, LEAST_LOG, 0.0
     for p in range(len(points)):
         stop = reached[points[p]]
         reading = True
@@ -426,26 +439,30 @@ def _error_norms(
             # Four keys at once, and the last of a point together with its error, so that sums are
             # read and written less often.
             count = min(4, stop - place)
-            peak = largest
+            largest = peak
             for j in range(place, place + count):
-                total += probabilities[j]
-                peak = max(peak, probabilities[j])
-            if peak > largest:
-                smaller = np.float32(largest / peak)
+                largest = max(largest, logs[j])
+            if largest > peak:
+                smaller = np.exp(peak - largest)
+                total *= smaller
                 for c in range(channels):
-                    sums[c] *= smaller
-                largest = peak
+                    sums[c] *= np.float32(smaller)
+                peak, one_in = largest, np.exp(-largest) if largest > VANISHING else 0.0
             # Fewer than four are filled up with the first, at no weight.
             k0 = k1 = k2 = k3 = ids[place] if count > 0 else 0
             w0 = w1 = w2 = w3 = np.float32(0.0)
             if count > 0:
-                w0 = np.float32(probabilities[place] / largest)
+                w0 = _weight(logs[place], probabilities[place], peak, one_in)
             if count > 1:
-                k1, w1 = ids[place + 1], np.float32(probabilities[place + 1] / largest)
+                k1 = ids[place + 1]
+                w1 = _weight(logs[place + 1], probabilities[place + 1], peak, one_in)
             if count > 2:
-                k2, w2 = ids[place + 2], np.float32(probabilities[place + 2] / largest)
+                k2 = ids[place + 2]
+                w2 = _weight(logs[place + 2], probabilities[place + 2], peak, one_in)
             if count > 3:
-                k3, w3 = ids[place + 3], np.float32(probabilities[place + 3] / largest)
+                k3 = ids[place + 3]
+                w3 = _weight(logs[place + 3], probabilities[place + 3], peak, one_in)
+            total += (np.float64(w0) + w1) + (np.float64(w2) + w3)
             place += count
             reading = place < stop
             if reading:
@@ -454,28 +471,37 @@ def _error_norms(
                         w2 * values[k2, c] + w3 * values[k3, c]
                     )
                 continue
-            factor = largest
             if renormalised:
-                factor = largest / (total + besides) if total + besides > 0.0 else 1.0
-            error = np.float32(0.0)
+                whole = total + np.exp(log_besides - peak)
+                factor = 1.0 / whole if whole > 0.0 else 1.0
+            else:
+                factor = np.exp(peak)
+            error = 0.0
             part = np.float32(share[p] * factor if len(share) else factor)
             if count > 0:
                 for c in range(channels):
                     sums[c] += (w0 * values[k0, c] + w1 * values[k1, c]) + (
                         w2 * values[k2, c] + w3 * values[k3, c]
                     )
-                    rest = output[c] - part * sums[c]
+                    rest = np.float64(output[c] - part * sums[c])
                     error += rest * rest
             elif not len(share):
                 for c in range(channels):
-                    rest = output[c] - part * sums[c]
+                    rest = np.float64(output[c] - part * sums[c])
                     error += rest * rest
             if len(share):
-                error, other = np.float32(0.0), np.float32(1.0 - share[p])
+                error, other = 0.0, np.float32(1.0 - share[p])
                 for c in range(channels):
-                    rest = output[c] - part * sums[c] - other * fill[0, c]
+                    rest = np.float64(output[c] - part * sums[c] - other * fill[0, c])
                     error += rest * rest
             errors[p] = np.sqrt(error / norm) if error != 0.0 else 0.0
+
+
+@compiled
+def _weight(log: float, probability: float, peak: float, one_in: float) -> np.float32:
+    """exp(log - peak) of a key's probability, whose log is at most `peak`: `one_in` is 1 over that
+    of the peak, 0 where it would overflow."""
+    return np.float32(probability * one_in if one_in > 0.0 else np.exp(log - peak))
 
 
 @compiled

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from retrace.analyze.compiled.loops import compiled, compiled_sums
 
+Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 
 def scores_at(queries: Tensor, keys: Tensor, ids: Tensor, scale: float, bound: float) -> Tensor:
-    """Scores (group, queries, any) float32 of the keys that are listed for each query, -inf for the
-    id -1.
+    """Scores (group, queries, any) float64 of the keys that are listed for each query, -inf for the
+    id -1: products of float32 numbers are exact in float64, and so nearly are their sums.
 
     Args:
         queries: (group, queries, channels) float32.
@@ -22,7 +23,7 @@ def scores_at(queries: Tensor, keys: Tensor, ids: Tensor, scale: float, bound: f
         scale: factor of their inner products.
         bound: softcap of scores; 0 for none.
     """
-    scores = torch.empty(ids.shape, dtype=torch.float32)
+    scores = torch.empty(ids.shape, dtype=torch.float64)
     arrays = (tensor.contiguous().numpy() for tensor in (queries, keys, ids))
     _scores_at(*arrays, scale, bound, scores.numpy())
     return scores
@@ -30,7 +31,7 @@ def scores_at(queries: Tensor, keys: Tensor, ids: Tensor, scale: float, bound: f
 
 @compiled
 def _scores_at(
-    queries: Floats, keys: Floats, ids: Ids, scale: float, bound: float, scores: Floats
+    queries: Floats, keys: Floats, ids: Ids, scale: float, bound: float, scores: Doubles
 ) -> None:
     group, rows, listed = ids.shape
     for h in range(group):
@@ -44,12 +45,10 @@ def _scores_at(
 
 
 @compiled_sums
-def score(query: Floats, key: Floats, scale: float, bound: float) -> np.float32:
+def score(query: Floats, key: Floats, scale: float, bound: float) -> float:
     """The score of one key."""
-    dot = np.float32(0.0)
+    dot = 0.0
     for c in range(len(query)):
-        dot += query[c] * key[c]
-    scaled = dot * np.float32(scale)
-    if bound > 0.0:
-        scaled = np.tanh(scaled / np.float32(bound)) * np.float32(bound)
-    return scaled
+        dot += np.float64(query[c]) * np.float64(key[c])
+    scaled = dot * scale
+    return np.tanh(scaled / bound) * bound if bound > 0.0 else scaled

@@ -32,22 +32,23 @@ def fits(block: Block, ranks: int) -> bool:
     return 0 < ranks <= MOST_RANKS and rules.scale > 0 and channels <= MOST_CHANNELS
 
 
-def exact(block: Block, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Best keys (group, queries, ranks) int64, log normalizer (group, queries) and output
-    (group, queries, value channels), as `retrace.analyze.reference.Reference` has them.
+def exact(block: Block, ranks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Best keys (group, queries, ranks) int64 and their scores float64 as the pass rounds them, log
+    normalizer (group, queries) float64 and output (group, queries, value channels) float32, -1 and
+    -inf where a query sees fewer keys.
 
     Keys are ranked by their products with the query, summed in float32: a positive scale and a
     softcap keep that order.
     """
     with torch.cuda.device_of(block.queries):
         parts = [answers(Inputs.of(part), ranks) for part in _parts(block)]
-    ids, log_normalizer, output = (
+    ids, scores, log_normalizer, output = (
         torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)
     )
-    return ids, log_normalizer, output
+    return ids, scores, log_normalizer, output
 
 
-def answers(inputs: Inputs, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+def answers(inputs: Inputs, ranks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same for as many queries as there is memory for."""
     channels = max(inputs.queries.shape[-1], inputs.values.shape[-1])
     turns = turns_for(ranks, tiles_for(inputs.keys.dtype, channels, TILES).keys)
@@ -55,16 +56,16 @@ def answers(inputs: Inputs, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     capacity = capacity_for(ranks)
     found, counts = candidates(inputs, bound(maxima, ranks), capacity)
     del maxima
-    ids = order(found, counts, ranks, capacity)
+    ids, products = order(found, counts, ranks, capacity)
     if (counts > capacity).any():
-        counts = _second_try(ids, inputs, found, counts, capacity)
+        counts = _second_try(ids, products, inputs, found, counts, capacity)
     # A list is too long where many keys tie. It is too short where the two passes round one
     # product differently; whatever the bound, a list with k of the products holds the k largest.
     visible = inputs.positions - inputs.first + 1
     wrong = (counts > capacity) | (counts < visible.clamp(max=ranks))
     if wrong.any():
-        _repair(ids, inputs, wrong)
-    return ids, log_normalizer, output
+        _repair(ids, products, log_normalizer, inputs, wrong)
+    return ids, inputs.scores(products.double()), log_normalizer, output
 
 
 def _parts(block: Block) -> list[Block]:
@@ -74,7 +75,12 @@ def _parts(block: Block) -> list[Block]:
 
 
 def _second_try(
-    ids: Tensor, inputs: Inputs, found: Tensor, counts: Tensor, capacity: int
+    ids: Tensor,
+    products: Tensor,
+    inputs: Inputs,
+    found: Tensor,
+    counts: Tensor,
+    capacity: int,
 ) -> Tensor:
     """Rank anew, in longer lists, the keys of the queries with more candidates than a list holds.
 
@@ -96,18 +102,27 @@ def _second_try(
         )
         longer = LONGER * capacity
         more, again = candidates(queries, bound(held, ranks)[None], longer)
-        ids[head, row] = order(more, again, ranks, longer)[0]
+        best = order(more, again, ranks, longer)
+        ids[head, row], products[head, row] = (tensor[0] for tensor in best)
         counts[head, row] = torch.where(again > longer, capacity + 1, again.clamp(max=capacity))[0]
     return counts
 
 
-def _repair(ids: Tensor, inputs: Inputs, wrong: Tensor) -> None:
-    """Rank all keys of the queries that are marked (group, queries)."""
-    keys = inputs.keys.float().T
+def _repair(
+    ids: Tensor, products: Tensor, log_normalizer: Tensor, inputs: Inputs, wrong: Tensor
+) -> None:
+    """Rank all keys of the queries that are marked (group, queries), and sum the softmax's
+    denominator from the same products."""
+    keys, ranks = inputs.keys.float().T, ids.shape[-1]
     places = torch.arange(keys.shape[1], device=keys.device)
     step = max(1, scores_at_once(keys.device) // len(places))
     for head, row in (part.unbind(1) for part in wrong.nonzero().split(step)):
-        products = inputs.queries[head, row].float() @ keys
+        every = inputs.queries[head, row].float() @ keys
         hidden = places > inputs.positions[row, None]
         hidden |= places < inputs.first[row, None]
-        ids[head, row] = top(products.masked_fill_(hidden, -torch.inf), ids.shape[-1])[1]
+        every.masked_fill_(hidden, -torch.inf)
+        products[head, row], ids[head, row] = top(every, ranks)
+        total = inputs.scores(every.double()).logsumexp(dim=-1)
+        if inputs.sinks is not None:
+            total = torch.logaddexp(total, inputs.sinks[head].double())
+        log_normalizer[head, row] = total

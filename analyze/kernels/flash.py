@@ -23,14 +23,14 @@ def flash(inputs: Inputs, turns: int, tiles: Tiles = TILES) -> tuple[Tensor, Ten
     FlashAttention-2 (arXiv:2307.08691), Algorithm 1, with online softmax in base 2.
 
     Returns:
-        output (group, queries, value channels) float32, log normalizer (group, queries) float32,
+        output (group, queries, value channels) float32, log normalizer (group, queries) float64,
         maxima (group, queries, groups) float32, -inf where a query sees no key of the group.
     """
     group, rows, key_dim = inputs.queries.shape
     value_dim = inputs.values.shape[1]
     tiles = tiles_for(inputs.keys.dtype, max(key_dim, value_dim), tiles)
     output = inputs.queries.new_empty((group, rows, value_dim), dtype=torch.float32)
-    log_normalizer = output.new_empty((group, rows))
+    log_normalizer = output.new_empty((group, rows), dtype=torch.float64)
     maxima = output.new_empty((group, rows, tiles.keys * turns))
     _flash[group, triton.cdiv(rows, tiles.queries)](
         inputs.queries,
@@ -38,7 +38,7 @@ def flash(inputs: Inputs, turns: int, tiles: Tiles = TILES) -> tuple[Tensor, Ten
         inputs.values,
         inputs.positions,
         inputs.first,
-        log_normalizer if inputs.sinks is None else inputs.sinks,
+        output if inputs.sinks is None else inputs.sinks,
         output,
         log_normalizer,
         maxima,
@@ -63,14 +63,11 @@ def plain_flash(inputs: Inputs, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """What `flash` computes, from all scores at once."""
     products = inputs.products()
     maxima = torch.nn.functional.pad(products, (0, -products.shape[-1] % groups), value=-torch.inf)
-    scores = products * inputs.scale
-    if inputs.softcap is not None:
-        capped = torch.tanh(scores / inputs.softcap) * inputs.softcap
-        scores = capped.masked_fill(products == -torch.inf, -torch.inf)
+    scores = inputs.scores(products.double())
     log_normalizer = torch.logsumexp(scores, dim=-1)
     if inputs.sinks is not None:
-        log_normalizer = torch.logaddexp(log_normalizer, inputs.sinks[:, None])
-    output = torch.exp(scores - log_normalizer[..., None]) @ inputs.values.float()
+        log_normalizer = torch.logaddexp(log_normalizer, inputs.sinks.double()[:, None])
+    output = torch.exp(scores - log_normalizer[..., None]).float() @ inputs.values.float()
     return output, log_normalizer, maxima.unflatten(-1, (-1, groups)).amax(dim=-2)
 
 
@@ -148,13 +145,15 @@ def _flash(
         largest, total, sums = _absorb(product, v, largest, total, sums, scale, cap, CAPPED, SPLIT)
 
     if SINKS:
-        sink = tl.load(sinks + head) * 1.4426950408889634
-        above = tl.maximum(largest, sink)
+        sink = tl.load(sinks + head).to(tl.float64) * 1.4426950408889634
+        above = tl.maximum(largest, sink.to(tl.float32))
         fade = tl.exp2(largest - above)
-        total = total * fade + tl.exp2(sink - above)
+        total = total * fade + tl.exp2((sink - above).to(tl.float32))
         sums = sums * fade[:, None]
         largest = above
-    tl.store(log_normalizer + place, (largest + tl.log2(total)) * 0.6931471805599453, mask=inside)
+    # float32 would round the log of a large sum by more than the sum is rounded.
+    log_total = largest.to(tl.float64) + tl.log2(total.to(tl.float64))
+    tl.store(log_normalizer + place, log_total * 0.6931471805599453, mask=inside)
     channel = tl.arange(0, VALUE_WIDTH)
     tl.store(
         output + place[:, None] * VALUE_DIM + channel[None, :],

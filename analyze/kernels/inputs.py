@@ -49,6 +49,14 @@ class Inputs:
         """Queries of all heads."""
         return self.queries.shape[0] * self.queries.shape[1]
 
+    def scores(self, products: Tensor) -> Tensor:
+        """Scores of products (any) of queries with keys; -inf stays."""
+        scores = products * self.scale
+        if self.softcap is None:
+            return scores
+        capped = torch.tanh(scores / self.softcap) * self.softcap
+        return capped.masked_fill(products == -torch.inf, -torch.inf)
+
     def products(self) -> Tensor:
         """q.k (group, queries, keys) float32, -inf where a key is not visible: for the plain twins.
 

@@ -24,4 +24,4 @@ def select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     capacity = capacity_for(k)
     with torch.cuda.device_of(scores):
         found, counts = reaching(scores.contiguous(), k, groups, capacity)
-        return order(found, counts, k, capacity), counts <= capacity
+        return order(found, counts, k, capacity)[0], counts <= capacity

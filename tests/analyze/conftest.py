@@ -207,8 +207,7 @@ class Query:
     @cached_property
     def probabilities(self) -> Array:
         """p_ij for every key."""
-        weights = np.exp(self.scores)
-        return weights / (weights.sum() + self.sink)
+        return np.exp(self.scores - self._log_total(self.scores))
 
     @cached_property
     def output(self) -> Array:
@@ -226,8 +225,13 @@ class Query:
     def renormalised(self, ids: Sequence[int]) -> Array:
         """Softmax over these keys only, the sink in the denominator, times their values."""
         chosen = np.array(ids, int)
-        weights = np.exp(self.scores[chosen])
-        return weights @ self.values[chosen] / (weights.sum() + self.sink)
+        scores = self.scores[chosen]
+        return np.exp(scores - self._log_total(scores)) @ self.values[chosen]
+
+    def _log_total(self, scores: Array) -> float:
+        """log of the sum of exp(score) and the sink's share: scores may be of any size."""
+        sink = -np.inf if self.rules.sinks is None else self.rules.sinks[self.head]
+        return float(np.logaddexp.reduce([*scores, sink]))
 
     def figures(self, ids: Sequence[int], k: int, output: Array | None = None) -> dict[str, float]:
         """Every figure but the bytes, for keys attended in order of rank under budget k."""

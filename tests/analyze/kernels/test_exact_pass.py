@@ -32,8 +32,12 @@ def assert_right(inputs: Inputs, ranks: int) -> None:
             positions=inputs.positions[few].contiguous(),
             first=inputs.first[few].contiguous(),
         )
-    ids, log_normalizer, output = exact.answers(inputs, ranks)
-    assert torch.equal(ids, by_sorting(inputs.products(), ranks))
+    ids, scores, log_normalizer, output = exact.answers(inputs, ranks)
+    products = inputs.products()
+    assert torch.equal(ids, by_sorting(products, ranks))
+    # Products of quarters are exact, and so are their scores.
+    listed = inputs.scores(products.double()).gather(-1, ids.clamp(min=0))
+    assert torch.equal(scores, listed.masked_fill(ids < 0, -torch.inf))
     expected = plain_flash(inputs, 1)
     torch.testing.assert_close(output, expected[0], rtol=0, atol=2e-5)
     torch.testing.assert_close(log_normalizer, expected[1], rtol=0, atol=5e-6)

@@ -11,6 +11,7 @@ from retrace.analyze.kernels.flash import flash, plain_flash
 from retrace.analyze.kernels.inputs import Inputs
 from retrace.analyze.kernels.matrix import plain_matrix, reaching
 from retrace.analyze.kernels.order import order, plain_order
+from retrace.analyze.kernels.products import plain_products, products
 from retrace.analyze.kernels.tiles import Tiles
 
 RANKS = 5
@@ -79,7 +80,21 @@ def test_order(device: torch.device) -> None:
     shuffled = found[:, torch.randperm(60, generator=generator)].to(device)
     counts = torch.tensor([60, 60, 60, 1, 0, 7], dtype=torch.int32, device=device)
     for k in (1, 20):
-        assert torch.equal(order(shuffled, counts, k, 64), plain_order(shuffled, counts, k))
+        for ours, plain in zip(
+            order(shuffled, counts, k, 64), plain_order(shuffled, counts, k), strict=True
+        ):
+            assert torch.equal(ours, plain)
+
+
+def test_products(make_inputs: Callable[..., Inputs]) -> None:
+    inputs = make_inputs(key_dim=24, dtype=torch.float32)
+    group, rows, _ = inputs.queries.shape
+    ids = torch.arange(group * rows * 19, device=inputs.keys.device).view(group, rows, 19)
+    ids = ids * 7 % (len(inputs.keys) + 1) - 1
+    queries, keys = inputs.queries * 1e10, inputs.keys / 3
+    ours, plain = products(queries, keys, ids), plain_products(queries, keys, ids)
+    torch.testing.assert_close(ours[ids >= 0], plain[ids >= 0], rtol=1e-13, atol=1e-3)
+    assert products(queries, keys, ids[..., :0]).shape == (group, rows, 0)
 
 
 def test_matrix(device: torch.device) -> None:

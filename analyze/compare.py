@@ -16,8 +16,8 @@ from torch import Tensor
 from retrace.analyze.approximate import Approximation, check_exact
 from retrace.analyze.intervals import interval_of_mean
 from retrace.analyze.moments import Moments
-from retrace.analyze.schedule import finished, name_missing, none_left
 from retrace.analyze.reference import exact_pass
+from retrace.analyze.schedule import finished, name_missing, none_left
 from retrace.analyze.scope import choose_device, choose_layers, scores
 from retrace.analyze.states import of_layer
 from retrace.analyze.unit import Unit, load_units

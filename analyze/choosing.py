@@ -32,6 +32,7 @@ from retrace.analyze.results import Results
 from retrace.analyze.run import analyze
 from retrace.analyze.scope import choose_calibration
 from retrace.analyze.tasks import Progress
+from retrace.analyze.trying import able_to_learn
 from retrace.traces import Location, RetraceError, Trace, open_trace
 
 log = logging.getLogger("retrace")
@@ -93,6 +94,7 @@ def recommend(
     wanted = Target.parse(target)
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     specs, optional = parse_specs(methods)
+    specs = able_to_learn(trace, specs, optional)
     for spec in specs:
         if spec.method.across_layers and str(spec) not in optional:
             raise RetraceError(

@@ -10,6 +10,7 @@ from retrace.analyze.parts import Job, KeptParts
 from retrace.analyze.replay import Plan
 from retrace.analyze.run import earlier, reference_store, refuse_other_things, settle, share
 from retrace.analyze.scope import choose_device, choose_layers
+from retrace.analyze.trying import able_to_learn
 from retrace.analyze.workers import worker_count
 from retrace.traces import Location, Trace, open_trace
 
@@ -40,7 +41,8 @@ def estimate(
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     if skip_damaged:
         trace = without_damaged(trace, choose_layers(trace, layers))
-    specs, _ = parse_specs(methods)
+    specs, every = parse_specs(methods)
+    specs = able_to_learn(trace, specs, every)
     folder = None if out is None else Path(out)
     if folder is not None and overwrite:
         refuse_other_things(folder)

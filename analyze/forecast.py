@@ -149,14 +149,12 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
     operations = 2 * (unit.group.rules.key_dim + unit.group.rules.value_dim)
     whole = _scores(unit, begin)
     step = max(1, int(whole * operations // MEASURED))
-    some = replace(
-        unit, queries=unit.queries[:, ::step].contiguous(), positions=unit.positions[::step]
-    )
+    some = _with_rows(unit, slice(None, None, step))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            few = replace(some, queries=some.queries[:, -8:], positions=some.positions[-8:])
+            few = _with_rows(some, slice(-8, None))
             replay_unit(few, plan, None, None, Clock(device))  # compiles what is compiled
             clock = Clock(device, wait=True)
             replay_unit(some, plan, None, None, clock)
@@ -172,6 +170,16 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
         (spent["search"] + spent["metrics"]) / scores,
         spent["build"] / len(unit.keys),
         learning,
+    )
+
+
+def _with_rows(unit: Unit, rows: slice) -> Unit:
+    """A unit with some of its queries, like those that select together with it."""
+    return replace(
+        unit,
+        queries=unit.queries[:, rows].contiguous(),
+        positions=unit.positions[rows],
+        neighbours=unit.neighbours and unit.neighbours.changed(lambda u: _with_rows(u, rows)),
     )
 
 

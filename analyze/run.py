@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from retrace.analyze.causality import check_causality
 from retrace.analyze.damage import without_damaged
 from retrace.analyze.forecast import Estimate, forecast
 from retrace.analyze.hooks import naming
@@ -28,7 +27,7 @@ from retrace.analyze.settings import Settings
 from retrace.analyze.states import Protocol
 from retrace.analyze.tabulate import tabulate
 from retrace.analyze.tasks import Progress, replay_all
-from retrace.analyze.unit import Unit, load_units
+from retrace.analyze.trying import Trials, able_to_learn
 from retrace.analyze.workers import WORTH_PROCESSES, start_workers
 from retrace.traces import Location, RetraceError, Trace, beside, open_trace
 from retrace.traces.lock import LOCK, locked_folder
@@ -116,6 +115,7 @@ def analyze(
     if skip_damaged:
         trace = without_damaged(trace, choose_layers(trace, layers))
     specs, every = parse_specs(methods)
+    specs = able_to_learn(trace, specs, every)
     folder = None if out is None else Path(out)
     writing: AbstractContextManager[RetraceError | None] = (
         nullcontext() if folder is None else locked_folder(folder, shared=part is not None)
@@ -343,16 +343,10 @@ def _ready(
     clock: Clock,
     pool: Executor,
 ) -> tuple[Replayed, ...]:
-    """The methods, calibrated and tried on the longest sequence's first unit before any time is
-    spent. A method that cannot run here is left out with a warning if it is optional, and so is one
-    whose bytes are none, where there are others."""
-    longest = max(settings.sequences, key=settings.trace.length)
-
-    def first_unit() -> Unit:
-        with clock.charge("causality check"):
-            return next(load_units(settings.trace.layer(settings.layers[0]), longest, device))
-
-    unit = first_unit()
+    """The methods, calibrated and tried before any time is spent. A method that cannot run here is
+    left out with a warning if it is optional, and so is one whose bytes are none, where there are
+    others."""
+    trials = Trials(settings, device)
     ready = []
     for method in methods:
         name = str(method.spec)
@@ -361,27 +355,17 @@ def _ready(
                 with clock.charge("calibration", name):
                     method = settings.calibrated(method, device, keep, pool, again)
             with torch.inference_mode(), clock.charge("causality check", name), naming(name):
-                _try(settings, method, unit)
+                trials.check(method)
         except RetraceError as error:
             alone = len(methods) == 1 or not isinstance(error, CostError)
             if name not in optional and alone:
                 raise
             log.warning("Left out: %s", error)
-            unit = first_unit()  # whatever the method did to it
         else:
             ready.append(method)
     if not ready:
         raise RetraceError("None of these methods can run on this trace.")
     return tuple(ready)
-
-
-def _try(settings: Settings, method: Replayed, unit: Unit) -> None:
-    plan = Plan((), settings.protocol, settings.min_context)
-    first = plan.first_counted(method.topk[0], len(unit.keys))
-    if first > int(unit.positions[-1]):
-        return
-    least = [method.topk[0]]
-    check_causality(method.spec.method, unit, plan.protocol, least, first, method.calibration)
 
 
 def reference_store(trace: Trace, keep: bool, create: bool = True) -> ReferenceStore:

@@ -173,6 +173,16 @@ class States:
                 )
                 start = row
 
+    def together(self, block: Block, row: int) -> slice:
+        """The rows of a block that are served together with one of them."""
+        wanted = [self._wanted(position) for position in block.positions.tolist()]
+        start = stop = row
+        while start > 0 and wanted[start - 1] == wanted[row]:
+            start -= 1
+        while stop < len(wanted) and wanted[stop] == wanted[row]:
+            stop += 1
+        return slice(start, stop)
+
     def _wanted(self, position: int) -> tuple[int, int, int]:
         """The first key of the state at a position, the end of those that it is built from, and of
         all that it holds."""

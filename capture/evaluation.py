@@ -19,6 +19,7 @@ from retrace.analyze.intervals import interval_of_mean
 from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.results import markdown_table
 from retrace.analyze.scope import choose_calibration
+from retrace.analyze.trying import able_to_learn
 from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
 from retrace.capture.exact_runs import ExactRuns
@@ -128,7 +129,8 @@ def evaluate(
     """
     exact = exact if isinstance(exact, Trace) else open_trace(exact)
     check_exact(exact)
-    specs, _ = parse_specs(methods)
+    specs, every = parse_specs(methods)
+    specs = able_to_learn(exact, specs, every)
     folder = None if out is None else Path(out)
     show = progress or (lambda *_: None)
     reading = read_reference(exact, None)

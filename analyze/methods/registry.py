@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -74,6 +74,11 @@ class MethodSpec:
     def place(self) -> str:
         """The spec that gives this method wherever it is read: with the loose file's whole path."""
         return str(self) if self.file is None else f"{self.file.parent}/{self}"
+
+    def anew(self) -> Method:
+        """The method as it is before anything was asked of it: of a loose file, by loading it
+        again."""
+        return replace(self.method) if self.file is None else parse_spec(self.place).method
 
     def __reduce__(self) -> tuple[Any, ...]:
         return same_spec, (self.place, self.code.sources_digest)

@@ -107,7 +107,11 @@ class Approximator:
 
     def _take(self, call: AttentionCall, index: int) -> _Seen:
         """What the layer has seen of these sequences, this call included."""
-        if index in self._seen:
+        count = call.query.shape[2]
+        # More positions than one, and no keys before them: a prompt, or all of a sequence anew
+        # where a model throws its cache away.
+        begins = count > 1 and call.key.shape[2] == count
+        if index in self._seen and not begins:
             self._seen[index].add(call)
         else:
             # Copies: a state may write into what it was built from as long as the model decodes.

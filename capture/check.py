@@ -11,9 +11,9 @@ from torch import Tensor
 
 from retrace.analyze.attention import attend
 from retrace.capture.interface import observed_attention
-from retrace.capture.likelihood import logits_in_blocks
+from retrace.capture.logits import logits_in_blocks
 from retrace.capture.models import input_device
-from retrace.capture.recorder import AttentionLayer, RulesObserver
+from retrace.capture.recorder import AttentionLayer, RulesObserver, dtype_of
 from retrace.capture.rotation import LayerInputs, learn_rotations
 from retrace.traces import LayerRules, RetraceError, Trace, to_torch
 
@@ -32,7 +32,7 @@ def examine(model: Any, tokens: npt.NDArray[np.int32]) -> dict[int, AttentionLay
         RetraceError: a layer that no rules describe, or a model that gives other logits while it
             is observed than with its stock implementation.
     """
-    tokens = tokens[: max(PROBE_POSITIONS, 2 * _largest_window(model.config.get_text_config()))]
+    tokens = tokens[: max(PROBE_POSITIONS, 2 * largest_window(model.config.get_text_config()))]
     batch = torch.from_numpy(tokens).long()[None].to(input_device(model))
     # On the CPU, from where they index a tensor on any device: logits may be on another.
     rows = torch.linspace(0, len(tokens) - 1, min(PROBED_ROWS, len(tokens))).long()
@@ -46,8 +46,7 @@ def examine(model: Any, tokens: npt.NDArray[np.int32]) -> dict[int, AttentionLay
         with inputs.noted(layers.values()):
             stock = _stock_logits(model, batch, rows, layers)
     worst = _relative_difference(observed[0].cpu().double(), stock[0].cpu().double())
-    dtype = str(next(iter(layers.values())).dtype).removeprefix("torch.")
-    if not worst <= LOGIT_TOLERANCE[dtype]:  # so written that NaN is refused as well
+    if not worst <= LOGIT_TOLERANCE[dtype_of(layers)]:  # so written that NaN is refused as well
         raise RetraceError(
             f"{model.config.model_type} computes other logits while it is recorded (relative "
             f"difference {worst:.2g}): its attention depends on the implementation, so that this "
@@ -156,7 +155,7 @@ def _stock_logits(
     return logits if options else logits[:, rows]
 
 
-def _largest_window(config: Any) -> int:
+def largest_window(config: Any) -> int:
     """The largest window or chunk that the configuration names; 0 if none."""
     names = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
     extents = [getattr(config, name, None) for name in names]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retrace.capture.interface import AttentionCall
-from retrace.capture.likelihood import cache_arguments, logits_in_blocks, new_cache
+from retrace.capture.logits import CachedRun, Decoding
 from retrace.capture.models import input_device
 from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
 from retrace.traces import PHASES, LayerRules, RetraceError, Trace
@@ -24,6 +24,7 @@ def continue_sequences(
     tokens: Sequence[Tokens],
     phases: Sequence[Phases],
     count: int,
+    decoding: Decoding,
     *,
     written: Trace | None = None,
 ) -> tuple[list[Tokens], list[Phases]]:
@@ -38,6 +39,7 @@ def continue_sequences(
         tokens: token ids (positions,) of each sequence.
         phases: what each position (positions,) of each sequence is.
         count: how many tokens to generate.
+        decoding: how the model goes on with what it has read.
         written: the interrupted trace to go on with.
     """
     longer, marked = [], []
@@ -46,7 +48,7 @@ def continue_sequences(
         more = np.empty(0, np.int32)
         if phase[-1] == PHASES["context"]:
             known = _written(written, sequence, prompt)
-            more = _continue(model, prompt, count, ends) if known is None else known
+            more = _continue(model, prompt, count, decoding, ends) if known is None else known
         longer.append(np.concatenate([prompt, more]))
         marked.append(np.concatenate([phase, np.full(len(more), PHASES["generated"], np.int8)]))
     if len(longer) == len(tokens) and all(map(np.array_equal, longer, tokens)):
@@ -69,22 +71,21 @@ def _written(trace: Trace | None, sequence: int, prompt: Tokens) -> Tokens | Non
     return known
 
 
-def _continue(model: Any, prompt: Tokens, count: int, ends: set[int]) -> Tokens:
+def _continue(model: Any, prompt: Tokens, count: int, decoding: Decoding, ends: set[int]) -> Tokens:
     """The likeliest next tokens (generated,), up to `count` or one that ends the text."""
     generated: list[int] = []
-    cache = new_cache(model)
+    run = CachedRun(model, decoding)
     device = input_device(model)
     batch = torch.from_numpy(prompt).long()[None].to(device)
     with torch.inference_mode():
         last = torch.tensor([len(prompt) - 1])  # on the CPU, from where it indexes any device
-        logits = next(logits_in_blocks(model, batch, [last], cache))
+        logits = next(run.read(batch, [last]))
         while True:
             token = logits[0, -1].argmax()
             generated.append(int(token))
             if len(generated) == count or generated[-1] in ends:
                 return np.array(generated, np.int32)
-            step = token[None, None].to(device)
-            logits = model(input_ids=step, **cache_arguments(model, cache)).logits
+            logits = run.go_on(token[None, None].to(device))
 
 
 def _end_tokens(model: Any) -> set[int]:

@@ -22,6 +22,7 @@ from retrace.analyze.scope import choose_calibration
 from retrace.analyze.trying import able_to_learn
 from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
+from retrace.capture.check_runs import check_decoding, check_loop
 from retrace.capture.exact_runs import ExactRuns
 from retrace.capture.interface import observed_attention
 from retrace.capture.likelihood import likelihoods
@@ -32,7 +33,7 @@ from retrace.capture.models import (
     quiet_libraries,
 )
 from retrace.capture.reading import Reading, like_reference, read_reference
-from retrace.capture.recorder import AttentionLayer
+from retrace.capture.recorder import AttentionLayer, dtype_of
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
 from retrace.traces.durable import make_folder, written_whole
@@ -258,6 +259,11 @@ class _Loop:
         check_vocabulary(self._model, reading.tokens)
         longest = max(reading.tokens, key=len)
         self._layers: dict[int, AttentionLayer] = dict(examine(self._model, longest))
+        self._decoding = check_decoding(
+            self._model, reading.tokens, reading.phases, 0, dtype_of(self._layers), len(longest)
+        )
+        decodes = any(prompt is not None for prompt in self._prompts.values())
+        check_loop(self._model, self._layers, longest, decoding=self._decoding if decodes else None)
 
     def run(self, spec: MethodSpec, k: int) -> Iterator[tuple[float, float, float, int]]:
         """For each sequence: the sums over the tokens that the method predicts of the exact and of
@@ -268,15 +274,14 @@ class _Loop:
         for sequence in self.sequences:
             prompt = self._prompts[sequence]
             tokens = torch.from_numpy(self._tokens[sequence]).long()[None]
+            tokens = tokens.to(input_device(self._model))
             with (
                 torch.inference_mode(),
                 observed_attention(self._model, lambda call: None, approximator),
-                self._exact_runs.of(sequence) as exactly,
+                self._exact_runs.of(sequence, tokens, prompt, self._decoding) as exactly,
             ):
                 approximator.start([sequence], prompt)
-                nll, kl = likelihoods(
-                    self._model, tokens.to(input_device(self._model)), prompt, exactly
-                )
+                nll, kl = likelihoods(self._model, tokens, prompt, exactly, decoding=self._decoding)
             assert kl is not None
             counted = slice(self._first, -1)  # the last position predicts nothing
             before = self._exact.nll(sequence)[counted].astype(np.float64)

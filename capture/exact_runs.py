@@ -1,20 +1,26 @@
-"""The exact model's runs over sequences, each computed once however often it is asked for."""
+"""The exact model's runs over sequences, beside those with a method in the loop."""
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from retrace.capture.interface import exact_attention
+from retrace.capture.logits import Decoding, read_through
 
 
 class ExactRuns:
-    """Remembers what the body of a model gives, which is a few hundred numbers a token; its head,
-    which gives one for each of the vocabulary, runs every time."""
+    """Runs the exact model over each sequence once, before the method's run begins, and remembers
+    what its body gives, a few hundred numbers a token; its head, which gives one for each of the
+    vocabulary, runs as often as it is asked for.
+
+    Two runs in turns would mix in models that keep what they have read in their modules.
+    """
 
     def __init__(self, model: Any) -> None:
+        self._model = model
         self._body: nn.Module = model.base_model
         # Another model's body may be all of it, or hand out more than hidden states.
         self._separate = self._body is not model and (
@@ -23,34 +29,57 @@ class ExactRuns:
         self._known: dict[int, list[Any]] = {}
 
     @contextmanager
-    def of(self, sequence: int) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-        """A context in which the model runs exactly over a sequence, to be entered as often as its
-        run is gone on with."""
+    def of(
+        self,
+        sequence: int,
+        tokens: Tensor,
+        prompt: int | None = None,
+        decoding: Decoding | None = None,
+    ) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+        """A context in which the model runs exactly, to be entered as often as its run is gone on
+        with; within `observed_attention`.
+
+        Args:
+            sequence: what the run is remembered by.
+            tokens: (batch, positions), on the model's device.
+            prompt: how many positions are read at once; all by default.
+            decoding: how those after are read.
+        """
         if not self._separate:
             yield exact_attention
             return
+        if sequence not in self._known:
+            self._known[sequence] = self._run(tokens, prompt, decoding)
+        answers = iter(self._known[sequence])
+
+        @contextmanager
+        def exactly() -> Iterator[None]:
+            with self._replaced(lambda *inputs, **options: next(answers)), exact_attention():
+                yield
+
+        yield exactly
+
+    def _run(self, tokens: Tensor, prompt: int | None, decoding: Decoding | None) -> list[Any]:
+        """What the body gives in each call of a run."""
         outputs: list[Any] = []
-        known = self._known.get(sequence)
         forward = self._body.forward
 
         def record(*inputs: Any, **options: Any) -> Any:
             outputs.append(_hidden_states(output := forward(*inputs, **options)))
             return output
 
-        answers = iter(known or ())
-        answer = record if known is None else lambda *inputs, **options: next(answers)
+        with self._replaced(record), exact_attention():
+            read_through(self._model, tokens, prompt or tokens.shape[1], decoding)
+        return outputs
 
-        @contextmanager
-        def exactly() -> Iterator[None]:
-            self._body.forward = answer
-            try:
-                with exact_attention():
-                    yield
-            finally:
-                del self._body.forward
-
-        yield exactly
-        self._known[sequence] = known or outputs
+    @contextmanager
+    def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """The body answers by `forward`."""
+        self._body.forward = forward
+        try:
+            yield
+        finally:
+            del self._body.forward
 
 
 def _hidden_states(output: Any) -> Any:

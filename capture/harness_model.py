@@ -12,6 +12,7 @@ from torch import Tensor
 from retrace.capture.approximate import Approximator
 from retrace.capture.harness import quiet_harness
 from retrace.capture.interface import observed_attention
+from retrace.capture.lengths import forget_lengths
 from retrace.traces import RetraceError
 
 
@@ -100,6 +101,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     @contextlib.contextmanager
     def _in_the_loop(self, tokens: Tensor, prompt: int | None) -> Iterator[None]:
         """The model reads these tokens (1, positions), of which `prompt` precede decoding."""
+        forget_lengths(self.model)
         if self.approximator is None:
             with torch.inference_mode():
                 yield

@@ -1,6 +1,9 @@
 """Recording: the model runs over every sequence, and what its attention sees is stored."""
 
+import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,9 +12,13 @@ import torch
 
 from retrace.capture.approximate import Approximator
 from retrace.capture.check import check_stored, sampled_positions
+from retrace.capture.check_runs import check_decoded
 from retrace.capture.decode import StepRecorder
-from retrace.capture.interface import exact_attention, observed_attention
+from retrace.capture.exact_runs import ExactRuns
+from retrace.capture.interface import observed_attention
+from retrace.capture.lengths import LengthDependence
 from retrace.capture.likelihood import likelihoods
+from retrace.capture.logits import Decoding
 from retrace.capture.models import input_device
 from retrace.capture.output import Output
 from retrace.capture.plan import Plan
@@ -45,13 +52,15 @@ def record(
     model: Any,
     layers: Mapping[int, AttentionLayer],
     plan: Plan,
-    batch_size: int,
+    batches: Sequence[range],
+    decoding: Decoding,
     approximator: Approximator | None,
     output: Output,
     meeting: Meeting,
     show: ShowProgress,
 ) -> Trace:
-    """Run the model over every sequence that the trace does not hold yet.
+    """Run the model over every sequence that the trace does not hold yet, by these batches,
+    `decoding` some of them.
 
     Of several processes the first begins and completes the trace; each records whole batches of
     its own, and computes in each what one process alone would.
@@ -64,10 +73,14 @@ def record(
         done = set(meeting.hear("begun")["done"])
         writer = plan.open(output)
     show(_progress(plan, done))
-    batches = _pending_batches(batch_size, len(plan.tokens), done)
-    ours = batches[meeting.ranks.rank :: meeting.ranks.size]
+    # A batch is run again as it was though some of it be done: results must not depend, by a
+    # rounding, on where a capture was interrupted.
+    pending = [batch for batch in batches if not done.issuperset(batch)]
+    ours = pending[meeting.ranks.rank :: meeting.ranks.size]
     try:
-        _record_batches(model, layers, plan, ours, approximator, done, writer, meeting, show)
+        _record_batches(
+            model, layers, plan, ours, decoding, approximator, done, writer, meeting, show
+        )
     except UnreachableError:
         raise  # what is there cannot be told
     except RetraceError:
@@ -101,6 +114,7 @@ def _record_batches(
     layers: Mapping[int, AttentionLayer],
     plan: Plan,
     batches: Sequence[range],
+    decoding: Decoding,
     approximator: Approximator | None,
     done: set[int],
     writer: TraceWriter,
@@ -115,13 +129,14 @@ def _record_batches(
         observed_attention(model, recorder := recorder_class(queue, layers), approximator),
     ):
         before: list[int] = []
+        unchecked = plan.generates and approximator is None
         for batch in batches:
             meeting.check()
             first = not before
             # What a method answered is not what the trace explains by exact attention.
             checked = layers if first and approximator is None else None
             parts = _missing_parts(plan, batch, done, checked)
-            nll, kl = _run_batch(model, recorder, approximator, plan, batch, parts)
+            nll, kl = _run_batch(model, recorder, approximator, plan, batch, decoding, parts)
             if first:
                 queue.drain()
                 if checked is not None:
@@ -130,6 +145,10 @@ def _record_batches(
                 queue.wait_for(before)
                 done.update(before)
                 show(_progress(plan, done))
+            prompt, own = plan.prompt(batch[0]), plan.tokens[batch[0]]
+            if unchecked and prompt is not None and prompt < len(own):
+                check_decoded(model, own, nll[0], prompt, plan.dtype)
+                unchecked = False
             for part in parts:
                 place = part.row, slice(part.length)
                 queue.finish_sequence(part.sequence, nll[place], None if kl is None else kl[place])
@@ -152,14 +171,16 @@ def _wait_for_others(
         meeting.hear(f"written {rank}")
 
 
-def _pending_batches(size: int, count: int, done: set[int]) -> list[range]:
-    """The batches of a capture that hold a sequence which is not done.
-
-    A batch is run again as it was though some of it be done: results must not depend, by a
-    rounding, on where a capture was interrupted.
-    """
-    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    return [batch for batch in batches if not done.issuperset(batch)]
+def batches_of(model: Any, lengths: Sequence[int], size: int) -> list[range]:
+    """Consecutive sequences of these lengths, up to `size` together: those to which the model
+    gives the same rotary frequencies, which it chooses by the longest of a batch."""
+    frequencies = LengthDependence.of(model.config.get_text_config()).frequencies
+    batches = []
+    for _, alike in itertools.groupby(range(len(lengths)), lambda s: frequencies(lengths[s])):
+        run = list(alike)
+        starts = range(run[0], run[-1] + 1, size)
+        batches += [range(start, min(start + size, run[-1] + 1)) for start in starts]
+    return batches
 
 
 def _missing_parts(
@@ -187,6 +208,7 @@ def _run_batch(
     approximator: Approximator | None,
     plan: Plan,
     batch: range,
+    decoding: Decoding,
     parts: Sequence[RecordedSequence],
 ) -> tuple[Figures, Figures | None]:
     """Record one batch; its negative log-likelihoods (batch, positions), and the divergences of a
@@ -197,15 +219,15 @@ def _run_batch(
     for row, s in enumerate(batch):
         tokens[row, : lengths[row]] = plan.tokens[s]
     prompt = plan.prompt(batch[0])
-    recorder.start(parts)
+    ids = torch.from_numpy(tokens).to(input_device(model))
+    beside: AbstractContextManager[Any] = contextlib.nullcontext()
     if approximator is not None:
-        approximator.start(batch, prompt)
-    nll, kl = likelihoods(
-        model,
-        torch.from_numpy(tokens).to(input_device(model)),
-        prompt,
-        None if approximator is None else exact_attention,
-    )
+        beside = ExactRuns(model).of(batch[0], ids, prompt, decoding)
+    with beside as exactly:
+        recorder.start(parts)
+        if approximator is not None:
+            approximator.start(batch, prompt)
+        nll, kl = likelihoods(model, ids, prompt, exactly, decoding=decoding)
     recorder.finish()
     for row, length in enumerate(lengths):
         for figures in (nll, kl):

@@ -36,6 +36,11 @@ class AttentionLayer:
     dtype: torch.dtype
 
 
+def dtype_of(layers: Mapping[int, AttentionLayer]) -> str:
+    """The type that attention computes in, and a trace stores."""
+    return str(next(iter(layers.values())).dtype).removeprefix("torch.")
+
+
 class RulesObserver:
     """Reads the rules of every call, and tells the layers apart."""
 

@@ -12,6 +12,7 @@ import torch
 from retrace.analyze.methods.registry import MethodSpec, parse_spec
 from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
+from retrace.capture.check_runs import check_batch, check_decoding, check_loop
 from retrace.capture.decode import continue_sequences
 from retrace.capture.harness import Harness
 from retrace.capture.models import (
@@ -30,9 +31,10 @@ from retrace.capture.reading import (
     read_reference,
     read_text,
 )
-from retrace.capture.record import Progress, ShowProgress, record
+from retrace.capture.record import Progress, ShowProgress, batches_of, record
+from retrace.capture.recorder import dtype_of
 from retrace.capture.settings import CaptureSettings
-from retrace.traces import RetraceError, Trace, UnreachableError, locate, open_trace
+from retrace.traces import RetraceError, Trace, UnreachableError, locate, open_trace, prompts
 from retrace.traces.lock import locked
 
 
@@ -149,7 +151,14 @@ def _capture(
         most = min(len(longest) + settings.generate, reading.max_length)
         layers = examine(model, np.resize(longest, most))
         recorded = recorded_layers(layers, settings)
+        dtype = dtype_of(layers)
+        decoding = check_decoding(
+            model, tokens, phases, settings.generate, dtype, reading.max_length
+        )
         approximation = None if spec is None else prepare(spec, settings, layers, reference)
+        if approximation is not None:
+            decodes = settings.generate > 0 or prompts(phases)[0] is not None
+            check_loop(model, layers, longest, decoding=decoding if decodes else None)
         attributes = describe(settings, checkpoint, model, reading, layers, approximation)
         attributes |= {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -164,6 +173,7 @@ def _capture(
                 tokens,
                 phases,
                 settings.generate,
+                decoding,
                 written=open_trace(output.writing) if output.resumes else None,
             )
         select = parse_queries(settings.queries)
@@ -172,13 +182,17 @@ def _capture(
             tokens=tokens,
             phases=phases,
             query_positions=[select.positions(len(p), prompt_length(p)) for p in phases],
-            dtype=str(next(iter(recorded.values())).dtype).removeprefix("torch."),
+            dtype=dtype,
             attributes=attributes,
         )
         # Caches of sequences of different lengths would need padding: those are read one by one.
         batch_size = 1 if plan.generates else settings.batch_size
+        batches = batches_of(model, [len(t) for t in tokens], batch_size)
+        mixed = max(batches, key=lambda batch: np.ptp([len(tokens[s]) for s in batch]))
+        if len(mixed) > 1:
+            check_batch(model, [tokens[s] for s in mixed], dtype)
         approximator = None if approximation is None else Approximator(approximation, layers)
-        return record(model, recorded, plan, batch_size, approximator, output, meeting, show)
+        return record(model, recorded, plan, batches, decoding, approximator, output, meeting, show)
 
 
 @contextlib.contextmanager

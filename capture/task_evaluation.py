@@ -19,12 +19,14 @@ from retrace.analyze.results import markdown_table
 from retrace.analyze.scope import choose_calibration
 from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
+from retrace.capture.check_runs import check_loop
 from retrace.capture.harness import Harness
+from retrace.capture.logits import Decoding
 from retrace.capture.models import check_vocabulary, open_checkpoint, quiet_libraries
 from retrace.capture.reading import like_reference, read_text
 from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, TASKS, CaptureSettings
-from retrace.traces import Location, RetraceError, Trace, noted, open_trace
+from retrace.traces import PHASES, Location, RetraceError, Trace, noted, open_trace
 from retrace.traces.durable import make_folder, written_whole
 
 FILES = ("scores.parquet", "documents.parquet", "scores.md", "scores.json")
@@ -345,6 +347,14 @@ class _Scorer:
         # What will be generated is not known yet, but any tokens will do.
         length = min(len(longest) + self._model.max_gen_toks, most)
         self._layers: dict[int, AttentionLayer] = dict(examine(model, np.resize(longest, length)))
+        decodes = any(phase[-1] == PHASES["context"] for phase in reading.phases)
+        # lm-eval-harness decodes by the model's own `generate`.
+        check_loop(
+            model,
+            self._layers,
+            longest,
+            decoding=Decoding.ways(model)[0] if decodes else None,
+        )
 
     def score(self, spec: MethodSpec | None, k: int, show: Progress) -> dict[str, Any]:
         """What lm-eval-harness finds with a method in the loop, or with none."""

@@ -1,6 +1,7 @@
 """Presses replayed keep the keys that kvpress keeps in the model itself, and that our own do."""
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import DynamicCache
 from retrace.analyze import Past, analyze, parse_spec
 from retrace.analyze.unit import load_units
 from retrace.capture import capture
-from retrace.capture.likelihood import cache_arguments
+from retrace.capture.logits import CACHES
 from retrace.capture.models import open_checkpoint
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import RetraceError, Rotation, Trace
@@ -50,7 +51,8 @@ def kept_by_model(model: Any, tokens: torch.Tensor, press: Any, trace: Trace) ->
         for layer in model.model.layers
     ]
     with torch.inference_mode():
-        model(tokens, **cache_arguments(model, cache))
+        named = next(n for n in CACHES if n in inspect.signature(model.forward).parameters)
+        model(tokens, use_cache=True, **{named: cache})
     for handle in hooks:
         handle.remove()
     kept = []

@@ -2,12 +2,17 @@
 
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from retrace.analyze.counting import Counting, number_of
+
+if TYPE_CHECKING:
+    from retrace.analyze.results import Results
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Of Okabe and Ito, which the colour-blind can tell apart; black is exact attention's."""
@@ -116,11 +121,15 @@ def wrapped(method: str, width: int) -> str:
     return "\n".join(re.sub(r"([:,]) ", r"\1", line) for line in lines)
 
 
-def counted_words(run: Mapping[str, Any]) -> str:
-    """Which queries the figures are over: with k they change, so that a curve may fall."""
-    context = run.get("min_context")
-    counted = "10 k" if context is None else str(context)
-    return f"over the queries from position {counted} on, protocol {run.get('protocol')}"
+def counted_words(results: "Results") -> str:
+    """How many queries the figures are over, and which."""
+    counting, counts = Counting.recorded(results.run), results.queries()
+    number = number_of(counts["least"].min(), counts["most"].max())
+    each = "" if counting.alike else ", others for each k, so a curve may fall"
+    return (
+        f"over {number} queries of each head, from {counting.words()} on{each}; "
+        f"protocol {counting.protocol}"
+    )
 
 
 def say_nothing_counts(axes: Axes) -> None:

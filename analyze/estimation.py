@@ -22,7 +22,7 @@ def estimate(
     *,
     out: str | Path | None = None,
     protocol: str = "all",
-    min_context: int | None = None,
+    min_context: int | str | None = None,
     layers: Sequence[int] | None = None,
     calibration_sequences: Sequence[int] | None = None,
     device: str = "auto",
@@ -52,7 +52,7 @@ def estimate(
         trace,
         specs,
         topk,
-        folder,
+        None if overwrite else folder,
         before,
         protocol,
         min_context,
@@ -63,7 +63,7 @@ def estimate(
     count = worker_count(target, settings.scores() * len(wanted), workers)
     if not wanted:
         return Estimate(0, 0, 0, 0, 0, count, 0.0)
-    plan = Plan(tuple(wanted), settings.protocol, min_context)
+    plan = Plan(tuple(wanted), settings.counting)
     job = Job(settings, plan, target)
     tasks = job.tasks if part is None else share(job.tasks, *part)
     if folder is not None and not again:

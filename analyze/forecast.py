@@ -128,7 +128,7 @@ def _scores(unit: Unit, first_position: int) -> int:
 
 def _first(plan: Plan, length: int) -> int:
     """The first position that any method counts."""
-    return min(plan.first_counted(method.ks[0], length) for method in plan.methods)
+    return min(plan.counting.first(method.ks[0], length) for method in plan.methods)
 
 
 def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:

@@ -23,7 +23,8 @@ def merge(folders: Sequence[str | Path], *, methods: Sequence[str] = ()) -> Resu
             a file is run only where it is named here.
 
     Raises:
-        RetraceError: there are no parts, or some are missing.
+        RetraceError: there are no parts, some are missing, or those of one run were judged on other
+            queries than those of another.
     """
     places = [Path(folder) for folder in folders]
     with locked_folder(places[0]) as refusal:
@@ -44,11 +45,14 @@ def _merged(places: Sequence[Path], methods: Sequence[str]) -> Results:
     results = earlier(places[0])
     # Of a merge that was killed when it had saved, some parts may be gone already.
     saved = set() if results is None else finished_runs(results.run)
-    merged = [_whole(kept) for digest, kept in runs.items() if digest not in saved]
-    for newer in merged:
+    missing = [kept for digest, kept in runs.items() if digest not in saved]
+    for kept in missing:
+        if results is not None:
+            kept[0].job.settings.check_same(results, places[0])
+        newer = _whole(kept)
         results = newer if results is None else results.merged(newer)
     assert results is not None
-    if merged:
+    if missing:
         results.save(places[0])
     for everywhere in runs.values():
         for kept in everywhere:

@@ -19,13 +19,14 @@ import torch
 
 from retrace.analyze.archives import Arrays, read_arrays, write_arrays
 from retrace.analyze.buckets import AXES, BUCKETED, MOST_BUCKETS
+from retrace.analyze.counting import Counting
 from retrace.analyze.methods.registry import recorded_spec
 from retrace.analyze.moments import Moments
 from retrace.analyze.profile import Charge, Clock
 from retrace.analyze.replay import Plan, Replayed, Tally
 from retrace.analyze.results import METRICS
 from retrace.analyze.settings import Settings
-from retrace.analyze.states import Cost, Protocol
+from retrace.analyze.states import Cost
 from retrace.analyze.untrusted import read_facts
 from retrace.traces import RetraceError, open_trace
 from retrace.traces.durable import make_folder, written_whole
@@ -84,8 +85,7 @@ class Job:
             "trace": str(place.absolute() if isinstance(place, Path) else place),
             "left_out": list(self.settings.trace.left_out.items()),
             "sequences": self.settings.trace.sequences,
-            "protocol": str(self.settings.protocol),
-            "min_context": self.settings.min_context,
+            **self.settings.counting.facts(),
             "layers": self.settings.layers,
             "calibration": self.settings.calibration,
             "methods": [[m.spec.place, m.topk] for m in self.plan.methods],
@@ -100,15 +100,14 @@ class Job:
         trace.sequences = tuple(facts["sequences"])  # not those that were captured since
         settings = Settings(
             trace,
-            Protocol.parse(facts["protocol"]),
-            facts["min_context"],
+            Counting.recorded(facts),
             tuple(facts["layers"]),
             tuple(facts["calibration"]),
         )
         methods = tuple(
             Replayed(recorded_spec(text, named), tuple(topk)) for text, *_, topk in facts["methods"]
         )
-        plan = Plan(methods, settings.protocol, settings.min_context)
+        plan = Plan(methods, settings.counting)
         return cls(settings, plan, torch.device(facts["device"]))
 
 
@@ -211,6 +210,15 @@ class KeptParts:
     def _file(self, task: tuple[int, int]) -> Path:
         layer, sequence = task
         return self._folder / f"{layer}.{sequence}.npz"
+
+
+def counting_of_parts(results: Path) -> Counting | None:
+    """Which queries count in the parts that a results folder holds, if in all of them the same."""
+    found = set()
+    for file in (results / PARTS).glob("*/job.json"):
+        with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+            found.add(Counting.recorded(read_facts(file)))
+    return found.pop() if len(found) == 1 else None
 
 
 def finished_runs(run: Mapping[str, Any]) -> set[str]:

@@ -127,7 +127,7 @@ def attention_fraction_curves(results: "Results") -> Figure:
     _draw_curves(axes, curves, banded=True)
     shaded = "; shaded: 10 to 90 % of layers" if curves.shaded else ""
     axes.set_title(
-        f"Attention fraction, mean over heads and layers{shaded}\n{counted_words(results.run)}",
+        f"Attention fraction, mean over heads and layers{shaded}\n{counted_words(results)}",
         fontsize="medium",
     )
     _label_budgets(axes, results)
@@ -143,7 +143,7 @@ def attention_fraction_curves_by_layer(results: "Results") -> Figure:
     groups = _layer_groups(sorted(results.curves["layer"].unique()))
     figure, panels = panel_grid(len(groups), width=2.7, height=2.1)
     figure.suptitle(
-        f"Attention fraction by layer, mean over heads\n{counted_words(results.run)}",
+        f"Attention fraction by layer, mean over heads\n{counted_words(results)}",
         fontsize="medium",
     )
     for axes, group in zip(panels, groups, strict=True):
@@ -176,7 +176,7 @@ def error_by_bytes(results: "Results") -> Figure:
     means = means.dropna(subset="bytes_ratio").sort_values("bytes_ratio").reset_index()
     figure, panels = panel_grid(2, width=4.2, height=3.4)
     figure.suptitle(
-        f"What bytes buy, mean over heads and layers\n{counted_words(results.run)}",
+        f"What bytes buy, mean over heads and layers\n{counted_words(results)}",
         fontsize="medium",
     )
     styles = styles_of(results.methods())
@@ -304,7 +304,7 @@ def _by_layer(
     bars = "; bars: 95 % over sequences" if len(known) else ""
     figure.suptitle(
         f"{title} by layer: mean and standard deviation across heads{bars}\n"
-        f"{counted_words(results.run)}",
+        f"{counted_words(results)}",
         fontsize="medium",
     )
     for axes, k in zip(panels, budgets, strict=True):

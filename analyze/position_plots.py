@@ -51,7 +51,7 @@ def _along(results: "Results", axis: str) -> Figure:
     space(figure)
     figure.suptitle(
         f"By {LABELS[axis]}, in buckets that double: mean over heads and layers\n"
-        f"{counted_words(results.run)}",
+        f"{counted_words(results)}",
         fontsize="medium",
     )
     panels: Any = figure.subplots(

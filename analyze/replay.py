@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.buckets import buckets_of
+from retrace.analyze.counting import Counting
 from retrace.analyze.hooks import naming
 from retrace.analyze.measure import ExactBlock, Tallied, tally
 from retrace.analyze.methods.base import ScoreMethod
@@ -26,7 +27,7 @@ from retrace.analyze.reference import (
 )
 from retrace.analyze.seals import WrittenInto
 from retrace.analyze.select import select
-from retrace.analyze.states import Calibration, Cost, Protocol, States
+from retrace.analyze.states import Calibration, Cost, States
 from retrace.analyze.unit import Block, Unit, intact, load_units
 from retrace.traces import RetraceError, Trace
 
@@ -60,9 +61,7 @@ class Plan:
     """What is replayed, and under which rules; the same for every unit."""
 
     methods: tuple[Replayed, ...]
-    protocol: Protocol
-    min_context: int | None = None
-    """The first position that counts, whatever the budget; 10 k for budget k if unset."""
+    counting: Counting
     block_elements: int | None = None
     """Scores held at once."""
 
@@ -70,11 +69,6 @@ class Plan:
     def ranks(self) -> int:
         """Exact ranks that the largest budget needs."""
         return max(method.topk[-1] for method in self.methods)
-
-    def first_counted(self, k: int, length: int) -> int:
-        """The first position of a sequence of this length that counts for budget k."""
-        context = 10 * k if self.min_context is None else self.min_context
-        return max(context, self.protocol.first_query(length))
 
 
 @dataclass
@@ -219,16 +213,16 @@ def replay_unit(
     clock: Clock,
 ) -> list[Tally]:
     """One tally per method, with the heads of this unit only."""
-    length = len(unit.keys)
+    length, protocol = len(unit.keys), plan.counting.protocol
     smallest = min(method.topk[0] for method in plan.methods)
     any_curve = any(method.ks != method.topk for method in plan.methods)
-    first = plan.first_counted(1 if any_curve else smallest, length)
+    first = plan.counting.first(1 if any_curve else smallest, length)
     tallies = [Tally(m.ks, m.topk) for m in plan.methods]
-    states = [States(m.spec.method, unit, plan.protocol, m.calibration) for m in plan.methods]
+    states = [States(m.spec.method, unit, protocol, m.calibration) for m in plan.methods]
     # Answers that are kept for later runs must not depend on which queries this one counts.
     begin = 0 if fresh is not None else first
     ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS)
-    buckets = buckets_of(unit.positions, length, plan.protocol)
+    buckets = buckets_of(unit.positions, length, protocol)
     answering = "exact pass" if kept is None else "exact answers read"
     with clock.charge(answering):
         exact_answers = _exact_answers(unit, begin, ranks, kept, plan.block_elements)
@@ -296,7 +290,7 @@ def _replay_method(
         # What shares one list is selected together; otherwise only what counts for the budget.
         shared = isinstance(method.spec.method, ScoreMethod)
         for ks in [method.ks] if shared else [(k,) for k in method.topk]:
-            begin = plan.first_counted(min(ks), length)
+            begin = plan.counting.first(min(ks), length)
             start = int(torch.searchsorted(exact.block.positions[rows], begin))
             if rows.start + start >= rows.stop:
                 continue
@@ -310,7 +304,7 @@ def _replay_method(
             with clock.charge("metrics", name):
                 for selection in selections:
                     points = [i for i, k in enumerate(selection.ks) if k in method.topk]
-                    first = torch.tensor([plan.first_counted(k, length) for k in selection.ks])
+                    first = torch.tensor([plan.counting.first(k, length) for k in selection.ks])
                     within = buckets[:, part.block.rows]
                     found.add(selection.ks, points, tally(part, selection, points, first, within))
 

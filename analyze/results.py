@@ -8,6 +8,7 @@ from typing import Any, Self
 import pandas as pd
 
 from retrace.analyze.costs import NOT_CHARGED, is_charged, serving_words
+from retrace.analyze.counting import Counting, number_of
 from retrace.analyze.intervals import OVER, differences, intervals
 from retrace.analyze.profile import profile_table
 from retrace.analyze.results_folder import load, save
@@ -68,6 +69,8 @@ METRICS: dict[str, str] = {
     "bytes_ratio": "bytes read over those of full attention",
 }
 """What is measured, by name."""
+COMPARED = tuple(metric for metric in METRICS if metric != "candidate_recall")
+"""Metrics that every query has, so that two methods are compared on the same ones."""
 
 
 def _no_sequences() -> pd.DataFrame:
@@ -154,17 +157,19 @@ class Results:
         other: str,
         over: str = "model",
         *,
-        metrics: Sequence[str] = tuple(METRICS),
+        metrics: Sequence[str] = COMPARED,
     ) -> pd.DataFrame:
         """Figures of one method less those of another at the same budgets, with 95 % intervals of
-        the differences: both answered the same sequences, which are drawn in pairs.
+        the differences: both answered the same queries, and sequences are drawn in pairs.
 
         Returns:
             Columns: topk, metric, what the difference is of, mean (of `method` less `other`), low,
             high, sequences.
 
         Raises:
-            RetraceError: a method or level that is not there, or no budget that both have.
+            RetraceError: a method or level that is not there, no budget that both have, or figures
+                over other queries, as those of `candidate_recall` are where the methods do not keep
+                the same keys anyway: choose other `metrics`.
         """
         sides = [self.sequences[self.sequences["method"] == name] for name in (method, other)]
         for name, rows in zip((method, other), sides, strict=True):
@@ -172,6 +177,7 @@ class Results:
                 there = ", ".join(self.sequences["method"].unique()) or "none"
                 raise RetraceError(f"{name} has no figures per sequence here; there are: {there}.")
         ours, theirs = (side[side["metric"].isin(list(metrics))] for side in sides)
+        _check_same_queries(ours, theirs, f"{method} and {other}")
         found = differences(ours, theirs, ["topk", "metric"], _known_level(over))
         if found.empty:
             raise RetraceError(f"{method} and {other} have no budget in common.")
@@ -237,6 +243,24 @@ class Results:
         lacks = (entry["methods"].get(method, ()) for entry in self.run.get("missing", ()))
         return {k for budgets in lacks for k in budgets}
 
+    def queries(self) -> pd.DataFrame:
+        """How many queries the figures of a head are over: one row per (method, topk), `least` and
+        `most` over layers and heads, which differ where layers of some sequences are missing.
+
+        Of `candidate_recall` they are those for which something had to be found.
+        """
+        rows = self.metrics[self.metrics["metric"] != "candidate_recall"]
+        return rows.groupby(["method", "topk"], sort=False)["count"].agg(least="min", most="max")
+
+    def queries_words(self) -> dict[tuple[str, int], str]:
+        """How many queries the figures are over, and which, by method and budget."""
+        counted = Counting.recorded(self.run).words()
+        return {
+            (str(method), int(k)): f"over {number_of(least, most)} queries of each head, "
+            f"from {counted} on"
+            for method, k, least, most in self.queries().reset_index().itertuples(index=False)
+        }
+
     def plot(self, folder: str | Path) -> list[Path]:
         """Draw every plot into a folder; returns the files."""
         from retrace.analyze.plots import draw_all
@@ -277,8 +301,9 @@ class Results:
                 return f"({NOT_CHARGED})"
             return ends.get((method, k, name), "")
 
+        counts = self.queries()
         lines = [
-            [f"{method}, {k}"]
+            [f"{method}, {k}", number_of(*counts.loc[(method, k)])]
             + [
                 f"{means[name][(method, k)]:.4f} {beside(name, method, k)}".strip()
                 for name in names
@@ -288,7 +313,7 @@ class Results:
             if (method, k) in means.index
         ]
         titles = [name.replace("_", " ").title() for name in names]
-        return pd.DataFrame(lines, columns=["Method, top-k", *titles])
+        return pd.DataFrame(lines, columns=["Method, top-k", "Queries", *titles])
 
     def summary_title(self) -> str:
         """What a summary shows, and what its brackets are."""
@@ -312,6 +337,7 @@ class Results:
         known = self.intervals("layer", metrics=shown)
         ends = _brackets(known, ["method", "topk", "metric", "module"])
         tables = dict(iter(self.table().groupby(["Method", "Top-k"], sort=False)))
+        over = self.queries_words()
         for method in self.methods():
             for k in self.topk(method):
                 table = tables[method, k].drop(columns=["Method", "Top-k"])
@@ -319,7 +345,8 @@ class Results:
                     table[f"95 % of Mean {metric.replace('_', ' ').title()}"] = [
                         ends.get((method, k, metric, module), "") for module in table["Layer"]
                     ]
-                parts.append(f"### {method}, top-k {k}\n\n{markdown_table(table)}\n")
+                words = over[method, k].capitalize()
+                parts.append(f"### {method}, top-k {k}\n\n{words}.\n\n{markdown_table(table)}\n")
         return "\n".join(parts)
 
     def save(self, folder: str | Path) -> None:
@@ -381,6 +408,20 @@ class Results:
             run,
             self.sequences[~self.sequences["method"].isin(methods)],
             self.positions[~self.positions["method"].isin(methods)],
+        )
+
+
+def _check_same_queries(ours: pd.DataFrame, theirs: pd.DataFrame, names: str) -> None:
+    """Refuse to compare figures of other queries, where both have some."""
+    keys = ["layer", "head", "sequence", "topk", "metric"]
+    both = ours.merge(theirs, on=keys, suffixes=("", "_other"))
+    unlike = both[both["count"] != both["count_other"]]
+    if len(unlike):
+        first = unlike.iloc[0]
+        raise RetraceError(
+            f"{names} did not answer the same queries: {first['metric']} at top-k {first['topk']} "
+            f"is over {first['count']} and {first['count_other']} in sequence {first['sequence']}, "
+            f"layer {first['layer']}, head {first['head']}. Choose other metrics, or analyze anew."
         )
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
+from retrace.analyze.counting import Counting
 from retrace.analyze.damage import without_damaged
 from retrace.analyze.forecast import Estimate, forecast
 from retrace.analyze.hooks import naming
 from retrace.analyze.kept import note_kept, outdated_among, outdated_besides
 from retrace.analyze.methods.registry import MethodSpec, missing_libraries, parse_specs
-from retrace.analyze.parts import PARTS, Job, KeptParts, clear_finished
+from retrace.analyze.parts import PARTS, Job, KeptParts, clear_finished, counting_of_parts
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Plan, Replayed
@@ -24,7 +25,6 @@ from retrace.analyze.results_folder import SAVED, SAVING, finish_saving
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.select import CostError
 from retrace.analyze.settings import Settings
-from retrace.analyze.states import Protocol
 from retrace.analyze.tabulate import tabulate
 from retrace.analyze.tasks import Progress, replay_all
 from retrace.analyze.trying import Trials, able_to_learn
@@ -47,7 +47,7 @@ def analyze(
     *,
     out: str | Path | None = None,
     protocol: str = "all",
-    min_context: int | None = None,
+    min_context: int | str | None = None,
     layers: Sequence[int] | None = None,
     calibration_sequences: Sequence[int] | None = None,
     device: str = "auto",
@@ -76,7 +76,10 @@ def analyze(
             finished, so that the same call goes on from there. None keeps the results in memory
             only.
         protocol: `all`, `all:R`, `prefix:P`; see `retrace.analyze.states.Protocol`.
-        min_context: the first position that counts; 10 k for budget k if None.
+        min_context: the first position that counts, for all budgets and every point of curves
+            alike: 10 times the largest budget if None, or what the results that `out` holds began
+            with, which a warning then says. `each` counts from position 10 k on for budget k, so
+            that each budget has queries of its own.
         layers: indices of the layers to replay; all recorded ones if None.
         calibration_sequences: sequences that methods are calibrated on, and that no method of the
             run is evaluated on. By default those of the results that `out` holds; if there are
@@ -130,7 +133,7 @@ def analyze(
             trace,
             specs,
             topk,
-            folder,
+            None if overwrite else folder,
             before,
             protocol,
             min_context,
@@ -163,7 +166,7 @@ def analyze(
         work = settings.scores() * len(wanted)
         with start_workers(target, workers, work, executor) as (pool, count):
             ready = _ready(settings, wanted, every, target, keep_exact, again, clock, pool)
-            job = Job(settings, Plan(ready, settings.protocol, min_context), target)
+            job = Job(settings, Plan(ready, settings.counting), target)
             kept = None if folder is None else KeptParts(folder, job)
             tasks = job.tasks if part is None else share(job.tasks, *part)
             store = reference_store(trace, keep_exact)
@@ -201,7 +204,7 @@ def settle(
     folder: Path | None,
     before: Results | None,
     protocol: str,
-    min_context: int | None,
+    min_context: int | str | None,
     layers: Sequence[int] | None,
     calibration_sequences: Sequence[int] | None,
     again: bool = False,
@@ -210,15 +213,25 @@ def settle(
     the methods and budgets that are not there yet, and what is there less what is outdated."""
     settings = Settings(
         trace,
-        Protocol.parse(protocol),
-        min_context,
+        Counting.asked(protocol, min_context),
         choose_layers(trace, layers),
         _held_out(trace, specs, calibration_sequences, before),
     )
-    budgets = settings.countable(_budgets(topk))
+    budgets = _budgets(topk)
+    if min_context is not None:
+        budgets = settings.countable(budgets)
+    elif folder is not None and (begun := _begun(folder, before)) is not None:
+        budgets = settings.count_as(begun, budgets, folder)
+    else:
+        budgets = settings.count_alike(budgets)
     if folder is not None and before is not None:
         settings.check_same(before, folder)
     return settings, *_still_wanted(settings, specs, budgets, before, again)
+
+
+def _begun(folder: Path, before: Results | None) -> Counting | None:
+    """Which queries count in what a folder holds: results, or parts of some."""
+    return counting_of_parts(folder) if before is None else Counting.recorded(before.run)
 
 
 def exact_answers(trace: Location) -> Path | None:

@@ -13,12 +13,12 @@ import torch
 
 from retrace.analyze.calibration import calibration, calibration_name
 from retrace.analyze.costs import SERVING_DTYPE
+from retrace.analyze.counting import Counting
 from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.provenance import engine
-from retrace.analyze.replay import Plan, Replayed
+from retrace.analyze.replay import Replayed
 from retrace.analyze.results import Results
 from retrace.analyze.scope import scores
-from retrace.analyze.states import Protocol
 from retrace.traces import RetraceError, Trace
 
 log = logging.getLogger("retrace")
@@ -30,13 +30,10 @@ class Settings:
     def __init__(
         self,
         trace: Trace,
-        protocol: Protocol,
-        min_context: int | None,
+        counting: Counting,
         layers: tuple[int, ...],
         calibration: tuple[int, ...],
     ) -> None:
-        if min_context is not None and min_context < 0:
-            raise RetraceError(f"min_context {min_context}: expected a position, 0 or more.")
         if not trace.sequences:
             raise RetraceError(
                 f"{trace.path} has no finished sequence. Go on with the capture: "
@@ -50,8 +47,7 @@ class Settings:
                 trace.planned,
             )
         self.trace = trace
-        self.protocol = protocol
-        self.min_context = min_context
+        self.counting = counting
         self.layers = layers
         self.calibration = calibration
         self.sequences = tuple(s for s in trace.sequences if s not in calibration)
@@ -62,27 +58,58 @@ class Settings:
         Raises:
             RetraceError: no query counts for any of them.
         """
-        lengths = {s: self.trace.length(s) for s in self.sequences}
-        last = {s: int(self.trace.query_positions(s)[-1]) for s in lengths}
-        plan = Plan((), self.protocol, self.min_context)
-
-        def counts(k: int) -> bool:
-            return any(last[s] >= plan.first_counted(k, n) for s, n in lengths.items())
-
-        fit = tuple(k for k in budgets if counts(k))
+        fit = self._countable(budgets)
         if len(fit) < len(budgets):
             short = [k for k in budgets if k not in fit]
-            needed = min(plan.first_counted(short[0], n) for n in lengths.values())
+            needed = min(self._first(short[0], s) for s in self.sequences)
+            last = max(map(self._last, self.sequences))
             line = (
                 f"No query counts for top-k {', '.join(map(str, short))}: "
                 f"{'it takes' if len(short) == 1 else f'{short[0]} takes'} a position of at least "
-                f"{needed}, and the longest sequence ends at {max(last.values())}. Choose a "
-                "smaller top-k, or lower the least position with --min-context."
+                f"{needed}, and the longest sequence ends at {last}. Choose a smaller top-k, or "
+                "lower the least position with --min-context."
             )
             if not fit:
                 raise RetraceError(line)
             log.warning("%s", line)
         return fit
+
+    def count_alike(self, budgets: Sequence[int]) -> tuple[int, ...]:
+        """Count the same queries for all budgets: those of the largest that has any. Returns the
+        budgets that have, as `countable` does."""
+        fit = self.countable(budgets)
+        self.counting = self.counting.for_all(fit[-1])
+        return fit
+
+    def count_as(self, begun: Counting, budgets: Sequence[int], folder: Path) -> tuple[int, ...]:
+        """Count the queries that the results in a folder began with, a warning saying so where
+        these budgets alone would have others. Returns the budgets that have any."""
+        usual = [self.counting.for_all(k) for k in self._countable(budgets)[-1:]]
+        self.counting = replace(self.counting, least=begun.least)
+        if [self.counting] != usual:
+            asked = ", ".join(map(str, budgets))
+            other = [f"; top-k {asked} alone would have those from {c.words()} on" for c in usual]
+            log.warning(
+                "%s counts the queries from %s on, as it began, and goes on so%s. For others "
+                "choose another folder with --out, or replace it with --overwrite.",
+                folder,
+                self.counting.words(),
+                "".join(other),
+            )
+        return self.countable(budgets)
+
+    def _countable(self, budgets: Sequence[int]) -> tuple[int, ...]:
+        return tuple(
+            k for k in budgets if any(self._last(s) >= self._first(k, s) for s in self.sequences)
+        )
+
+    def _first(self, k: int, sequence: int) -> int:
+        """The first position that counts for budget k."""
+        return self.counting.first(k, self.trace.length(sequence))
+
+    def _last(self, sequence: int) -> int:
+        """The last position that there is a query of."""
+        return int(self.trace.query_positions(sequence)[-1])
 
     def scores(self) -> int:
         """How many exact scores the queries of all layers and sequences have."""
@@ -92,8 +119,7 @@ class Settings:
         """What must be equal for results to stand in one folder."""
         return {
             "trace": [self.trace.digest(s) for s in self.sequences],
-            "protocol": str(self.protocol),
-            "min_context": self.min_context,
+            **self.counting.facts(),
             "layers": list(self.layers),
             "calibration": list(self.calibration) or None,
             "serving_dtype": SERVING_DTYPE,

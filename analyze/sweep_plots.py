@@ -67,7 +67,7 @@ def _over_values(
     less = f"; {len(shown)} of {len(rows)} combinations" if len(shown) < len(rows) else ""
     figure.suptitle(
         f"{name} over {parameter}: mean over heads and layers{bars}{less}\n"
-        f"{counted_words(results.run)}",
+        f"{counted_words(results)}",
         fontsize="medium",
     )
     panels: Any = figure.subplots(len(shown), len(SHOWN), sharex=True, sharey="col", squeeze=False)

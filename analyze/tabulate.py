@@ -51,8 +51,8 @@ def tabulate(
 
     def join(parts: list[Columns]) -> pd.DataFrame:
         frame = _joined(parts)
-        frame["protocol"] = str(settings.protocol)
-        frame["min_context"] = "10k" if settings.min_context is None else str(settings.min_context)
+        frame["protocol"] = str(settings.counting.protocol)
+        frame["min_context"] = settings.counting.column()
         return frame[COLUMNS]
 
     run = {

@@ -9,7 +9,7 @@ import torch
 from retrace.analyze.causality import check_causality
 from retrace.analyze.hooks import naming
 from retrace.analyze.methods.registry import MethodSpec
-from retrace.analyze.replay import Plan, Replayed
+from retrace.analyze.replay import Replayed
 from retrace.analyze.select import select
 from retrace.analyze.settings import Settings
 from retrace.analyze.states import Protocol, States
@@ -83,14 +83,13 @@ class Trials:
                 yield next(load_units(layer, self._sequence, self._device))
 
     def _check_unit(self, method: Replayed, unit: Unit) -> None:
-        plan = Plan((), self._settings.protocol, self._settings.min_context)
-        first = plan.first_counted(method.topk[0], len(unit.keys))
+        counting, least = self._settings.counting, method.topk[0]
         check_causality(
             method.spec.method,
             unit,
-            plan.protocol,
-            [method.topk[0]],
-            first,
+            counting.protocol,
+            [least],
+            counting.first(least, len(unit.keys)),
             method.calibration,
             method.spec.anew,
         )

@@ -17,6 +17,7 @@ from retrace.cli.parameters import (
     SCHEDULER,
     SPEC,
     WORKERS,
+    least_position,
     numbers,
     one_of,
 )
@@ -70,9 +71,11 @@ Example:
 @PROTOCOL
 @click.option(
     "--min-context",
-    type=int,
-    metavar="POSITION",
-    help="First position whose query counts; 10 k for budget k by default.",
+    type=least_position,
+    metavar="POSITION|each",
+    help="First position whose query counts, for all budgets alike: 10 times the largest by "
+    "default, or what the results in --out began with; `each` counts from 10 k on for budget k, so "
+    "that each budget has queries of its own.",
 )
 @LAYERS
 @click.option(
@@ -244,23 +247,27 @@ def print_results(
             click.echo(rows.to_csv(index=False), nl=False)
         return
     pairs = [(method, k) for method in methods for k in topk if k in results.topk(method)]
+    over = results.queries_words()
     for method, k in pairs if len(pairs) <= MOST_TABLES else ():
         table = results.table(method, k).drop(columns=["Method", "Top-k"])
-        print_figures(f"{method}, top-k {k}", table, form)
+        print_figures(f"{method}, top-k {k}", table, form, over[method, k])
     print_figures(results.summary_title(), results.summary(methods, topk), form)
 
 
-def print_figures(title: str, table: "pd.DataFrame", form: str) -> None:
-    """Print a table of figures and words, as a table or in Markdown."""
+def print_figures(title: str, table: "pd.DataFrame", form: str, over: str = "") -> None:
+    """Print a table of figures and words, as a table or in Markdown; `over` says which
+    queries."""
     lines = [
         [cell if isinstance(cell, str) else f"{cell:.4f}" for cell in line]
         for line in table.itertuples(index=False)
     ]
     if form == "table":
-        print_table(list(table.columns), lines, title=title)
+        print_table(list(table.columns), lines, title=f"{title}, {over}" if over else title)
     else:
         cells = [list(table.columns), ["---"] * len(table.columns), *lines]
         click.echo(f"### {title}\n")
+        if over:
+            click.echo(f"{over.capitalize()}.\n")
         click.echo("\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n")
 
 

@@ -98,6 +98,20 @@ def one_of(value: Any) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def least_position(value: Any) -> int | str:
+    """The first position that counts, or `each` for one of each budget's own.
+
+    >>> least_position("500"), least_position("each")
+    (500, 'each')
+    """
+    text = str(value).strip()
+    if text == "each":
+        return text
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise click.BadParameter(f"{text[:80]!r} is neither a position nor `each`.")
+    return int(text)
+
+
 FORMAT = click.option(
     "--format",
     type=click.Choice(["table", "json"]),

@@ -146,6 +146,21 @@ function moduleOf(entry, layer) {
 }
 const countedFrom = ({ min_context }) => (min_context == null ? "position 10 k" : `position ${min_context}`);
 
+/** The least and the most queries of any head of a method at a budget: none where it was not measured. */
+function queriesOf(entry, topk) {
+  const counts = within(entry, grid(entry, "attention_fraction", topk, "count"), null, null);
+  return counts.length ? [counts.reduce((a, b) => Math.min(a, b)), counts.reduce((a, b) => Math.max(a, b))] : [];
+}
+const shownQueries = (counts) => [...new Set(counts)].map((count) => count.toLocaleString("en")).join(" to ") || "–";
+const ASKED = ["trace", "protocol", "min_context", "layers", "calibration"]; // facts that say which queries there are
+/** What differs between results, in words. */
+const unlikeWords = (runs) => ASKED.filter((name) => new Set(runs.map((run) => JSON.stringify(run.facts[name] ?? null))).size > 1)
+  .join(", ").replace("min_context", "least position");
+/** Whether methods answered the same queries, each at some budgets: [entry, budget]. */
+const sameQueries = (some) => !unlikeWords(some.map(([entry]) => runOf(entry)))
+  && new Set(some.map(([entry, topk]) => String(queriesOf(entry, topk)))).size < 2;
+const OTHERS = "did not answer the same queries";
+
 function element(tag, content = "", attributes = {}) {
   const made = document.createElement(tag);
   for (const part of [content].flat()) made.append(part);
@@ -232,11 +247,14 @@ function showMap(part, entry, values, scale, title) {
   const id = `map-${part}`;
   at(id).parentElement.hidden = !entry || (part === "difference" && !values);
   if (!entry) return;
-  at(`${id}-title`).textContent = values ? title : `${title}: not measured at k = ${chosen.topk}`;
+  at(`${id}-title`).textContent = (values ? title : `${title}: not measured at k = ${chosen.topk}`)
+    + (part === "difference" && !alikeChosen() ? ` (they ${OTHERS})` : "");
   at(id).hidden = !values;
   if (values) drawMap(id, entry, values, part === "difference" ? "difference" : METRICS[chosen.metric].title.toLowerCase(), scale,
     part === "difference" ? undefined : (layer, head) => endsWithin(entry, chosen.metric, chosen.topk, layer, head));
 }
+
+const alikeChosen = () => sameQueries([chosen.method, chosen.other].map((i) => [index.entries[i], chosen.topk]));
 
 function sayHead(layer = chosen.layer, head = chosen.head) {
   const method = index.entries[chosen.method], other = index.entries[chosen.other], { metric, topk } = chosen;
@@ -299,7 +317,7 @@ function drawCurves() {
   at("curves-title").textContent = `Curves: ${scopeWords()}${buckets ? `, k = ${chosen.topk}` : ""}`;
   const spreads = curve(method, "attention_fraction", against).some((point) => point.values.length > 1);
   const known = !buckets && CURVED.some((metric) => endsWithin(method, metric, chosen.topk));
-  at("curves-caption").textContent = `Against ${AGAINST[against].words}; ${buckets ? alongWords(run, against) : `markers are the budgets asked for; where a method's choices nest, its line goes through the budgets between them. Each k has the queries from ${countedFrom(run.facts)} on, so that a curve may fall.`}`
+  at("curves-caption").textContent = `Against ${AGAINST[against].words}; ${buckets ? alongWords(run, against) : `markers are the budgets asked for; where a method's choices nest, its line goes through the budgets between them. ${countedWords(run)}`}`
     + (spreads ? ` The ${known ? "pale band" : "band"} is 10 to 90 % of the ${buckets && run.along.heads < run.heads ? "layers' means" : "heads"} under ${method.label}.` : "")
     + (known ? ` ${intervalWords()}` : "");
   for (const metric of CURVED) {
@@ -317,6 +335,11 @@ function drawCurves() {
     });
   }
 }
+
+/** Which queries a run's figures are over. */
+const countedWords = ({ facts }) => facts.min_context == null
+  ? `Each k has queries of its own, from ${countedFrom(facts)} on, so a curve may fall.`
+  : `All budgets have the same queries, from ${countedFrom(facts)} on.`;
 
 /** What the buckets of an axis are, and what of them the page does not hold. */
 function alongWords(run, axis) {
@@ -391,9 +414,13 @@ function drawCosts() {
     const lines = drawn().filter((entry) => !entry.derived)
       .map((entry) => [entry, curve(entry, metric, "bytes_ratio").map((p) => ({ ...p, y: of(p.y), cost: p.x, ends: undefined }))])
       .filter(([, points]) => points.length);
-    const front = [];
-    for (const point of lines.flatMap(([, points]) => points).sort((a, b) => a.x - b.x || a.y - b.y))
+    const front = [], points = lines.flatMap(([entry, some]) => some.map((point) => ({ ...point, entry })));
+    const alike = sameQueries(points.map(({ entry, topk }) => [entry, topk]));
+    for (const point of alike ? points.sort((a, b) => a.x - b.x || a.y - b.y) : [])
       if (!front.length || point.y < front.at(-1).y) front.push(point);
+    at("cost-caption").textContent = "A point is a budget, a line a method. " + (alike
+      ? "The broad grey line is the Pareto front: of the methods drawn, none does better with as few bytes."
+      : `There is no Pareto front: the points ${OTHERS}, and a line may rise for that alone.`);
     const traces = lines.map(([entry, points]) => lineOf(entry, points, info.title.toLowerCase()));
     if (front.length) traces.unshift({
       type: "scatter", mode: "lines", name: "Pareto front", x: front.map((p) => p.x), y: front.map((p) => p.y),
@@ -482,12 +509,17 @@ function sequencesWords() {
   return `${counts.join(" or ")} sequences${Math.min(...counts) < 6 ? ", too few for an interval to hold as often as it says" : ""}`;
 }
 
+function queriesCell(entry, topk) {
+  const counts = queriesOf(entry, topk);
+  return { text: shownQueries(counts), order: counts[0] ?? NaN };
+}
+
 function tabulateMethods() {
   const { topk } = chosen, titles = Object.entries(METRICS);
   const some = index.runs.some((run) => Object.keys(run.intervals).length);
   at("overview-caption").textContent = `Means over layers and heads at k = ${topk}${some ? `, in brackets their 95 % bootstrap intervals over ${sequencesWords()}` : ", without intervals, which take more than one sequence"}. Bytes are those read over those of full attention, ${[...new Set(index.runs.map((run) => run.served))].join(" or ")}. Compare methods at equal bytes, not only at equal k.`;
-  tabulate("methods-table", [{ title: "Method", words: true }, ...titles.map(([, info]) => info)],
-    index.entries.map((entry, number) => ({ number, cells: [entry.label, ...titles.map(([metric]) => ({ ...figure(overall(entry, metric, topk)), ends: interval(entry, metric, topk) }))] })),
+  tabulate("methods-table", [{ title: "Method", words: true }, ...titles.map(([, info]) => info), { title: "Queries" }],
+    index.entries.map((entry, number) => ({ number, cells: [entry.label, ...titles.map(([metric]) => ({ ...figure(overall(entry, metric, topk)), ends: interval(entry, metric, topk) })), queriesCell(entry, topk)] })),
     (row) => (row.number === chosen.method ? "chosen" : ""));
 }
 
@@ -497,6 +529,7 @@ function tabulateComparison() {
   if (!other) return;
   at("comparison-title").textContent = `${method.label} against ${other.label} at k = ${topk}`;
   at("comparison-caption").textContent = `Differences are head by head, ${method.label} less ${other.label}; bytes are those read over those of full attention.`
+    + (alikeChosen() ? "" : ` They ${OTHERS}: the differences are not the methods' alone.`)
     + (method.run !== other.run ? " Methods of different results have no interval."
       : Object.keys(runOf(method).differences).length ? ` The interval is that of the mean difference over pairs of the same ${sequencesWords()}: where it leaves out zero, the difference is more than the choice of sequences explains.` : "");
   const rows = Object.entries(METRICS).map(([metric, info]) => {
@@ -561,16 +594,24 @@ function describeRuns() {
   }));
 }
 
-function describe() {
-  const { facts, layers, heads } = index.runs[0], model = facts.model?.pretrained ?? "", methods = index.entries.filter((entry) => !entry.derived).length;
-  const sequences = facts.sequences?.length;
-  at("subtitle").textContent = [
-    words(model), `${counted(layers.length, "layer")} × ${counted(heads, "head")}`, sequences && counted(sequences, "sequence"), facts.dtype,
-    facts.protocol && `protocol ${facts.protocol}`, `queries from ${countedFrom(facts)} on`, counted(methods, "method"),
+function factsInWords({ facts, layers, heads }, entries) {
+  const counts = entries.flatMap((entry) => entry.topk.flatMap((topk) => queriesOf(entry, topk)));
+  const range = counts.length ? [counts.reduce((a, b) => Math.min(a, b)), counts.reduce((a, b) => Math.max(a, b))] : [];
+  return [
+    words(facts.model?.pretrained ?? ""), `${counted(layers.length, "layer")} × ${counted(heads, "head")}`,
+    facts.sequences && counted(facts.sequences.length, "sequence"), facts.dtype, facts.protocol && `protocol ${facts.protocol}`,
+    `${shownQueries(range)} queries of each head, from ${countedFrom(facts)} on`, counted(entries.length, "method"),
   ].filter(Boolean).join(" · ");
-  const unlike = ["trace", "protocol", "min_context", "layers", "calibration"].filter((name) => new Set(index.runs.map((run) => JSON.stringify(run.facts[name] ?? null))).size > 1);
-  at("unlike").hidden = !unlike.length;
-  at("unlike").textContent = `These results differ in ${unlike.join(", ").replace("min_context", "least position")}: their methods did not answer the same queries, so that differences between them are not the methods' alone.`;
+}
+
+function describe() {
+  at("subtitle").replaceChildren(...index.runs.map((run, i) => {
+    const name = index.runs.length > 1 ? [element("strong", run.name), " "] : [];
+    return element("span", [...name, factsInWords(run, index.entries.filter((entry) => entry.run === i && !entry.derived))]);
+  }));
+  const unlike = unlikeWords(index.runs);
+  at("unlike").hidden = !unlike;
+  at("unlike").textContent = `These results differ in ${unlike}: their methods ${OTHERS}, so differences between them are not the methods' alone.`;
   at("footer").textContent = `Made by retrace ${index.version}; drawn with plotly.js ${Plotly.version} (MIT licence).`;
 }
 

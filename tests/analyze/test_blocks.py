@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from retrace.analyze.calibration import calibration
+from retrace.analyze.counting import Counting
 from retrace.analyze.methods.registry import method_names, parse_spec
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import Reference, ReferenceStore, exact_pass
 from retrace.analyze.replay import Plan, Replayed, Tally, replay
-from retrace.analyze.states import Protocol
 from retrace.analyze.unit import Block, load_units
 from retrace.traces import Layer, Rotation, Trace
 
@@ -33,7 +33,7 @@ def tallies(trace: Trace, protocol: str, block_elements: int | None) -> dict[str
         if extra is None or importlib.util.find_spec(extra):
             given = calibration(trace, spec, (1,), trace.layers, CPU, keep=False)
             methods.append(Replayed(spec, (2, 7), given))
-    plan = Plan(tuple(methods), Protocol.parse(protocol), 0, block_elements)
+    plan = Plan(tuple(methods), Counting.asked(protocol, 0), block_elements)
     found = replay(trace, 0, 0, plan, CPU, ReferenceStore(None), Clock(CPU))
     return {str(m.spec): t for m, t in zip(methods, found, strict=True)}
 
@@ -43,7 +43,7 @@ def test_exact_answers_of_a_whole_unit_at_once(
 ) -> None:
     """As a GPU has them: blocks then take their part."""
     trace = make_trace([rules(heads=4, window=9)], [50])
-    plan = Plan((Replayed(parse_spec("quest"), (2, 7)),), Protocol.parse("all"), 11, 300)
+    plan = Plan((Replayed(parse_spec("quest"), (2, 7)),), Counting.asked("all", 11), 300)
     arguments = (plan, CPU, ReferenceStore(None), Clock(CPU))
     [by_blocks] = replay(trace, 0, 0, *arguments)
     monkeypatch.setattr("retrace.analyze.replay.holds_no_scores", lambda block, ranks: True)
@@ -59,7 +59,7 @@ def test_scores_of_one_block_at_a_time(
     make_trace: Callable[..., Trace], rules: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory is bounded by a block of queries, however many there are."""
-    plan = Plan((Replayed(parse_spec("quest"), (2,)),), Protocol.parse("all"), 0, 300)
+    plan = Plan((Replayed(parse_spec("quest"), (2,)),), Counting.asked("all", 0), 300)
     seen: list[weakref.ref[Block]] = []
 
     def counted(block: Block, ranks: int) -> Reference:

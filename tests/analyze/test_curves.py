@@ -37,15 +37,6 @@ def test_each_budget_as_if_asked_for_alone(make_trace: MakeTrace, rules: Any) ->
         pd.testing.assert_frame_equal(a, b, atol=1e-6)
 
 
-def test_ten_k_holds_budget_by_budget(make_trace: MakeTrace, rules: Any) -> None:
-    trace = make_trace(rules())
-    curves = analyze(trace, ["exact", "quest"], [5], keep_exact=False).curves
-    counts = curves[curves.metric == "recall"].groupby("topk")["count"].unique()
-    assert {k: list(c) for k, c in counts.items()} == {
-        k: [max(0, 53 - 10 * k) + max(0, 24 - 10 * k)] for k in range(1, 6)
-    }
-
-
 def test_exact_curve(make_trace: MakeTrace, rules: Any, expected: Any) -> None:
     trace = make_trace(rules(heads=4, kv_heads=1, window=40))
     curves = analyze(trace, topk=[20], min_context=5, keep_exact=False).curves
@@ -70,10 +61,13 @@ def test_last_point_is_the_metric(make_trace: MakeTrace, rules: Any) -> None:
         pd.testing.assert_frame_equal(a, b)
 
 
+@pytest.mark.parametrize("counted", [{}, {"min_context": 10}], ids=["usual", "position"])
 @pytest.mark.parametrize("method", METHODS)
-def test_fraction_never_falls(make_trace: MakeTrace, rules: Any, method: str) -> None:
-    trace = make_trace(rules(heads=4))
-    results = analyze(trace, [method], [30], min_context=10, keep_exact=False)
+def test_fraction_never_falls(
+    make_trace: MakeTrace, rules: Any, method: str, counted: dict[str, Any]
+) -> None:
+    trace = make_trace(rules(heads=4), [330, 120])
+    results = analyze(trace, [method], [30], keep_exact=False, **counted)
     for metric in ("attention_fraction", "exact_attention_fraction"):
         curve = results.curves[results.curves.metric == metric].pivot(
             index="topk", columns="head", values="mean"

@@ -87,14 +87,6 @@ def test_sequences_of_one_position(make_trace: MakeTrace, rules: Any) -> None:
     np.testing.assert_allclose(rows.loc["error_norm", "mean"], 0, atol=1e-6)
 
 
-def test_only_positions_of_ten_k_count(make_trace: MakeTrace, rules: Any) -> None:
-    rows = analyze(make_trace(rules()), topk=[1, 2, 5], keep_exact=False).metrics
-    counts = rows.groupby("topk")["count"].unique()
-    assert counts[1] == [(53 - 10) + (24 - 10)]
-    assert counts[2] == [(53 - 20) + (24 - 20)]
-    assert counts[5] == [53 - 50]
-
-
 def test_min_context_overrides(make_trace: MakeTrace, rules: Any) -> None:
     rows = analyze(make_trace(rules()), topk=[1, 5], min_context=30, keep_exact=False).metrics
     assert rows["count"].unique() == [53 - 30]

@@ -50,7 +50,7 @@ class Drift:
     divergence of the next token's distribution from the exact model's."""
     runs: pd.DataFrame
     """One row per run: method, topk, perplexity, exact_perplexity, the mean `difference` of the
-    likelihoods in nats with a bootstrap interval over sequences (`low`, `high`; NaN with one
+    likelihoods in nats with a 95 % interval over sequences (`low`, `high`; NaN with one
     sequence), and the mean `kl`."""
     missing: dict[Place, str] = field(default_factory=dict)
     """What ended the workers of those that `layers` lacks."""

@@ -46,10 +46,10 @@ def _merged(places: Sequence[Path], methods: Sequence[str]) -> Results:
     # Of a merge that was killed when it had saved, some parts may be gone already.
     saved = set() if results is None else finished_runs(results.run)
     missing = [kept for digest, kept in runs.items() if digest not in saved]
-    for kept in missing:
+    for parts in missing:
         if results is not None:
-            kept[0].job.settings.check_same(results, places[0])
-        newer = _whole(kept)
+            parts[0].job.settings.check_same(results, places[0])
+        newer = _whole(parts)
         results = newer if results is None else results.merged(newer)
     assert results is not None
     if missing:

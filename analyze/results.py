@@ -129,7 +129,7 @@ class Results:
         topk: Sequence[int] | None = None,
         metrics: Sequence[str] = tuple(METRICS),
     ) -> pd.DataFrame:
-        """Means with 95 % bootstrap intervals over sequences; see `retrace.analyze.intervals`.
+        """Means with 95 % intervals over sequences; see `retrace.analyze.intervals`.
 
         Args:
             over: `model`, `layer` or `head`: whether the mean is over all layers and heads, over
@@ -250,15 +250,20 @@ class Results:
         Of `candidate_recall` they are those for which something had to be found.
         """
         rows = self.metrics[self.metrics["metric"] != "candidate_recall"]
-        return rows.groupby(["method", "topk"], sort=False)["count"].agg(least="min", most="max")
+        counts = rows.groupby(["method", "topk"], sort=False)["count"]
+        return pd.DataFrame({"least": counts.min(), "most": counts.max()})
+
+    def _numbers(self) -> dict[tuple[str, int], str]:
+        """Those numbers as they are shown."""
+        rows = self.queries().reset_index().to_dict("records")
+        return {(r["method"], r["topk"]): number_of(r["least"], r["most"]) for r in rows}
 
     def queries_words(self) -> dict[tuple[str, int], str]:
         """How many queries the figures are over, and which, by method and budget."""
         counted = Counting.recorded(self.run).words()
         return {
-            (str(method), int(k)): f"over {number_of(least, most)} queries of each head, "
-            f"from {counted} on"
-            for method, k, least, most in self.queries().reset_index().itertuples(index=False)
+            at: f"over {number} queries of each head, from {counted} on"
+            for at, number in self._numbers().items()
         }
 
     def plot(self, folder: str | Path) -> list[Path]:
@@ -295,15 +300,15 @@ class Results:
         known = self.intervals("model", methods=methods, topk=topk, metrics=WITH_INTERVAL)
         ends = _brackets(known, ["method", "topk", "metric"])
         names = [*WITH_INTERVAL, "density", "bytes_ratio"]
+        numbers = self._numbers()
 
         def beside(name: str, method: str, k: int) -> str:
             if name == "bytes_ratio" and not is_charged(self.run, method):
                 return f"({NOT_CHARGED})"
             return ends.get((method, k, name), "")
 
-        counts = self.queries()
         lines = [
-            [f"{method}, {k}", number_of(*counts.loc[(method, k)])]
+            [f"{method}, {k}", numbers[method, k]]
             + [
                 f"{means[name][(method, k)]:.4f} {beside(name, method, k)}".strip()
                 for name in names

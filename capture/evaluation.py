@@ -54,7 +54,7 @@ class Evaluation:
 
     points: pd.DataFrame
     """One row per (method, topk), over the tokens that the method predicts: perplexity,
-    exact_perplexity, the mean `difference` of the negative log-likelihoods in nats with a bootstrap
+    exact_perplexity, the mean `difference` of the negative log-likelihoods in nats with a 95 %
     interval over sequences (`low`, `high`; NaN with one sequence), the mean `kl` of next tokens
     from the exact model, and replay's figures; `charged` is whether the bytes are all that the
     method reads."""

@@ -57,7 +57,7 @@ class TaskEvaluation:
 
     def table(self) -> pd.DataFrame:
         """One row per (task, metric, method, topk): `exact` attention's score, `score`, their
-        `difference`, its bootstrap interval over `documents` (`low`, `high`) where the score is
+        `difference`, its 95 % interval over `documents` (`low`, `high`) where the score is
         their mean, else NaN."""
         is_exact = self.scores["method"] == EXACT
         exact = self.scores[is_exact].drop(columns=POINT).rename(columns={"value": "exact"})

@@ -184,5 +184,5 @@ def test_other_queries_are_not_compared(make_trace: MakeTrace, rules: Any) -> No
     results = analyze(make_trace(rules()), ["exact", "window"], [2], keep_exact=False)
     assert len(results.difference("exact", "window"))
     results.sequences.loc[results.sequences["method"] == "window", "count"] -= 1
-    with pytest.raises(RetraceError, match="same queries.* 33 and 32"):
+    with pytest.raises(RetraceError, match=r"same queries.* 33 and 32"):
         results.difference("exact", "window")

@@ -229,7 +229,7 @@ def test_bands_of_intervals(open_page: Open, results: Results) -> None:
             ends = [*wanted.loc[[5, 10], "low"], *wanted.loc[[10, 5], "high"]]
             np.testing.assert_allclose(y, ends, rtol=1e-4)
         caption = shown.text_content("#curves-caption") or ""
-        assert "95 % intervals" in caption and "3 sequences, too few" in caption
+        assert "95 % intervals" in caption and "over 3 sequences" in caption
     low, high = known.set_index(["method", "topk"]).loc[("quest", 10), ["low", "high"]]
     shown.select_option("#metric", label="Recall")
     assert f"[{low:.4f}, {high:.4f}]" in (shown.text_content("#readout") or "")

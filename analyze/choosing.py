@@ -26,7 +26,7 @@ import pandas as pd
 from retrace.analyze.costs import SERVING_ITEMSIZE
 from retrace.analyze.head_classes import BUDGET, CLASSES, PROBE, SHARE, SINKS, head_classes
 from retrace.analyze.methods.registry import parse_specs
-from retrace.analyze.prediction import CONFIDENCE, ENOUGH, upper_bounds
+from retrace.analyze.prediction import ASSUMES, CONFIDENCE, ENOUGH, upper_bounds
 from retrace.analyze.recommendation import FORMAT, GROUP, SETTING, Recommendation, Target
 from retrace.analyze.results import Results
 from retrace.analyze.run import analyze
@@ -69,9 +69,10 @@ def recommend(
 
     Args:
         trace: a trace or where it is: a path or a URL.
-        target: such as `error_norm=0.05`, `attention_fraction=0.95` or `recall=0.9`, to be met by
-            every query head on other sequences, with 95 % probability; `bytes_ratio=0.1` is the
-            least error norm within a tenth of the bytes that full attention reads.
+        target: such as `attention_fraction=0.95`, which predicts what the model loses best,
+            `error_norm=0.05` or `recall=0.9`, to be met by every query head on other sequences, by
+            a bound of 95 % under what `ASSUMES` says; `bytes_ratio=0.1` is the least error norm
+            within a tenth of the bytes that full attention reads.
         methods: method specs to choose from. Those that share a choice between the heads of a
             layer are judged as if all of them used it.
         topk: budgets to choose from.
@@ -180,6 +181,7 @@ def choose_and_verify(
         **{name: results.run[name] for name in ("model", "task")},
         "target": {"metric": target.metric, "value": target.value},
         "confidence": CONFIDENCE,
+        "assumes": ASSUMES,
         **{name: results.run[name] for name in ("protocol", "min_context", "serving_dtype")},
         "choose": list(choose),
         "verify": list(verify),

@@ -32,7 +32,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `error_norm=0.05`.
+        """Read `attention_fraction=0.95`.
 
         Raises:
             RetraceError: an unknown metric, or a value out of range.
@@ -43,7 +43,7 @@ class Target:
             guess = f" Did you mean {near[0]}?" if near else ""
             raise RetraceError(
                 f"There is no target {metric!r}.{guess} Targets: {', '.join(AT_MOST)}, as in "
-                "error_norm=0.05."
+                "attention_fraction=0.95."
             )
         try:
             value = float(number)

@@ -19,6 +19,11 @@ COLUMNS = [*KEYS, "mean", "std", "count", "protocol", "min_context"]
 WITH_INTERVAL = ("recall", "attention_fraction", "error_norm")
 """Metrics whose interval a summary shows."""
 SUMMARY = "Means over layers and heads"
+PREDICTS = (
+    "The attention fraction predicts what a method costs the model better than the error norm, "
+    "which can be smallest where the model is worst (docs/does-replay-predict.md)."
+)
+"""What to judge methods by, where the figures stand."""
 
 SEQUENCE_COLUMNS = {
     "method": "str",
@@ -337,7 +342,8 @@ class Results:
         parts = []
         if outdated := self.run.get("outdated"):
             parts.append(f"Figures of other code than the rest: {', '.join(outdated)}.\n")
-        parts.append(f"### {self.summary_title()}\n\n{markdown_table(self.summary())}\n")
+        summary = markdown_table(self.summary())
+        parts.append(f"### {self.summary_title()}\n\n{summary}\n\n{PREDICTS}\n")
         shown = ("recall", "error_norm")
         known = self.intervals("layer", metrics=shown)
         ends = _brackets(known, ["method", "topk", "metric", "module"])

@@ -22,7 +22,16 @@ from retrace.cli.parameters import (
     one_of,
 )
 from retrace.cli.progress import busy, progress_bar
-from retrace.cli.screen import note, on_terminal, plural, print_facts, print_json, print_table, size
+from retrace.cli.screen import (
+    note,
+    on_terminal,
+    plural,
+    print_facts,
+    print_json,
+    print_table,
+    print_words,
+    size,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -247,11 +256,14 @@ def print_results(
             click.echo(rows.to_csv(index=False), nl=False)
         return
     pairs = [(method, k) for method in methods for k in topk if k in results.topk(method)]
+    from retrace.analyze.results import PREDICTS
+
     over = results.queries_words()
     for method, k in pairs if len(pairs) <= MOST_TABLES else ():
         table = results.table(method, k).drop(columns=["Method", "Top-k"])
         print_figures(f"{method}, top-k {k}", table, form, over[method, k])
     print_figures(results.summary_title(), results.summary(methods, topk), form)
+    print_words(PREDICTS)
 
 
 def print_figures(title: str, table: "pd.DataFrame", form: str, over: str = "") -> None:

@@ -19,7 +19,7 @@ from retrace.cli.parameters import (
     numbers,
 )
 from retrace.cli.progress import progress_bar
-from retrace.cli.screen import note, print_facts, print_json, ranges
+from retrace.cli.screen import note, print_facts, print_json, print_words, ranges
 
 if TYPE_CHECKING:
     from retrace.analyze import Recommendation
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     interrupted="Exact answers that were finished are kept: the same command goes on from there.",
     epilog="""\b
 Example:
-  retrace recommend traces/notes.zarr --target error_norm=0.1 --method quest --method sparq
+  retrace recommend traces/notes.zarr --target attention_fraction=0.9 --method quest --method sparq
   retrace recommend --target bytes_ratio=0.2 --topk 16,64,256 --out budgets.json""",
 )
 @click.argument("trace", type=click.Path(), required=False)
@@ -39,8 +39,9 @@ Example:
     "--target",
     required=True,
     metavar="METRIC=VALUE",
-    help="What all heads must meet at the fewest bytes: error_norm=0.1, attention_fraction=0.95 "
-    "or recall=0.9; or bytes_ratio=0.2, for the least error within so many bytes.",
+    help="What all heads must meet at the fewest bytes: attention_fraction=0.95, which tells best "
+    "what the model will lose, error_norm=0.1 or recall=0.9; or bytes_ratio=0.2, for the least "
+    "error within so many bytes.",
 )
 @click.option(
     "--method",
@@ -100,10 +101,11 @@ def command(
     """Choose the cheapest method and budget for every kv head of TRACE that meets a target.
 
     One half of the sequences choose, so that with 95 % probability all heads meet the target on the
-    other half, which verifies. Heads where nothing meets it keep full attention. Without TRACE, the
-    newest one here or in ./traces.
+    other half, which verifies, under what the line `Assumes` says. Heads where nothing meets it
+    keep full attention. Without TRACE, the newest one here or in ./traces.
     """
     from retrace.analyze import recommend
+    from retrace.analyze.results import PREDICTS
     from retrace.traces import locate
 
     place = newest_trace() if trace is None else locate(trace)
@@ -116,6 +118,7 @@ def command(
         title = f"{found.facts['target']['metric']} of each kv head's worst query head"
         print_figures(title, found.table(), form)
         print_facts(_in_words(found))
+        print_words(PREDICTS)
     if out is not None:
         found.save(out)
         note(f"Written: {out}")
@@ -133,6 +136,7 @@ def _in_words(found: "Recommendation") -> list[tuple[str, str]]:
     classes = found.heads["class"].value_counts()
     lines = [
         ("Target", f"{found.target}, in every head"),
+        ("Assumes", facts["assumes"]),
         (
             "Chosen on",
             f"sequences {ranges(facts['choose'])}: {metric} {_figure(mean['choose'][metric])}, "

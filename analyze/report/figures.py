@@ -12,7 +12,7 @@ from retrace.analyze.drawing import DASHES, EXACT_STYLE, Style, styles_of
 from retrace.analyze.report.along import along, fit
 from retrace.analyze.report.intervals import ends_within, intervals_of
 from retrace.analyze.report.packed import Packed
-from retrace.analyze.results import METRICS, Results
+from retrace.analyze.results import METRICS, PREDICTS, Results
 
 MEAN_BITS = 15
 """Of a mean's mantissa: an error of 1.5e-5 of it, and four decimals are shown."""
@@ -62,6 +62,7 @@ def figures_of(results: Mapping[str, Results], packed: Packed) -> dict[str, Any]
     )
     return {
         "metrics": METRICS,
+        "predicts": PREDICTS,
         "runs": [
             {"name": name, "facts": run.run, "layers": part.layers, "modules": part.modules,
              "heads": part.heads, "served": serving_words(run.run),

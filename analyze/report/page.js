@@ -517,7 +517,7 @@ function queriesCell(entry, topk) {
 function tabulateMethods() {
   const { topk } = chosen, titles = Object.entries(METRICS);
   const some = index.runs.some((run) => Object.keys(run.intervals).length);
-  at("overview-caption").textContent = `Means over layers and heads at k = ${topk}${some ? `, in brackets their 95 % intervals over ${sequencesWords()}, taken as drawn from all that there could be, their means as skewed as exponential ones at the most` : ", without intervals, which take more than one sequence"}. Bytes are those read over those of full attention, ${[...new Set(index.runs.map((run) => run.served))].join(" or ")}. Compare methods at equal bytes, not only at equal k.`;
+  at("overview-caption").textContent = `Means over layers and heads at k = ${topk}${some ? `, in brackets their 95 % intervals over ${sequencesWords()}, taken as drawn from all that there could be, their means as skewed as exponential ones at the most` : ", without intervals, which take more than one sequence"}. Bytes are those read over those of full attention, ${[...new Set(index.runs.map((run) => run.served))].join(" or ")}. Compare methods at equal bytes, not only at equal k. ${index.predicts}`;
   tabulate("methods-table", [{ title: "Method", words: true }, ...titles.map(([, info]) => info), { title: "Queries" }],
     index.entries.map((entry, number) => ({ number, cells: [entry.label, ...titles.map(([metric]) => ({ ...figure(overall(entry, metric, topk)), ends: interval(entry, metric, topk) })), queriesCell(entry, topk)] })),
     (row) => (row.number === chosen.method ? "chosen" : ""));

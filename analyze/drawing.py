@@ -5,9 +5,12 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from retrace.analyze.counting import Counting, number_of
 
@@ -18,6 +21,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Of Okabe and Ito, which the colour-blind can tell apart; black is exact attention's."""
 DASHES = ("-", "--", ":", "-.")
 """One after another, when the colours are used up."""
+LEAST_SPAN = 1e-3
+"""Least range of a vertical axis: tables show four decimals."""
+MOST_TICKS = 6
+"""Of a logarithmic axis."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -81,6 +88,38 @@ def label_outer(panels: Sequence[Axes], horizontal: str, vertical: str) -> None:
             axes.set_ylabel(vertical)
         if axes.xaxis.get_tick_params()["labelbottom"]:
             axes.set_xlabel(horizontal)
+
+
+def plain_numbers(*panels: Axes) -> None:
+    """Numbers on the vertical axes as they are, once all is drawn: with nothing to add or multiply
+    by, and no range so narrow that rounding would be painted as if it were a difference."""
+    for axes in panels:
+        axes.ticklabel_format(axis="y", style="plain", useOffset=False)
+        low, high = axes.get_ylim()
+        if high - low < LEAST_SPAN:
+            middle = (low + high) / 2
+            bottom = max(0.0, middle - LEAST_SPAN / 2) if low >= 0 else middle - LEAST_SPAN / 2
+            axes.set_ylim(bottom, bottom + LEAST_SPAN)
+
+
+def logarithmic(axis: Axis) -> None:
+    """Make an axis logarithmic, once all is drawn, with numbers on it however little it spans."""
+    if axis is axis.axes.xaxis:
+        axis.axes.set_xscale("log")
+    else:
+        axis.axes.set_yscale("log")
+    low, high = axis.get_view_interval()
+    first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
+    for factors in ((1,), (1, 2, 5), range(1, 10)):
+        ticks = [f * 10.0**e for e in range(first, last + 1) for f in factors]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    else:
+        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+    axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // MOST_TICKS)]))
+    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:.6g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def space(figure: Figure) -> None:

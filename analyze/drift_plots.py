@@ -7,7 +7,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from retrace.analyze.drawing import label_outer, legend, panel_grid, styles_of, wrapped
+from retrace.analyze.drawing import (
+    label_outer,
+    legend,
+    panel_grid,
+    plain_numbers,
+    styles_of,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from retrace.analyze.compare import Drift
@@ -53,6 +60,7 @@ def drift_by_layer(drift: "Drift") -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
     panels[0].set_ylim(bottom=0.0)  # and so all of them, which share it
+    plain_numbers(panels[0])
     label_outer(panels, "layer", "||x' - x|| / ||x||")
     legend(figure, *panels)
     return figure
@@ -79,6 +87,7 @@ def likelihood_by_position(drift: "Drift") -> Figure:
             label=wrapped(str(run), 60),
         )
     axes.axhline(0.0, color="0.6", linewidth=0.8)
+    plain_numbers(axes)
     axes.grid(alpha=0.25)
     label_outer(panels, "position", "nats per token")
     legend(figure, *panels)

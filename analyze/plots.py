@@ -24,6 +24,7 @@ from retrace.analyze.drawing import (
     label_outer,
     legend,
     panel_grid,
+    plain_numbers,
     say_nothing_counts,
     space,
     styles_of,
@@ -200,6 +201,7 @@ def error_by_bytes(results: "Results") -> Figure:
         axes.set_title(label, fontsize="small")
         axes.set_ylim(bottom=0.0)
         axes.set_xlim(left=0.0)
+        plain_numbers(axes)
         axes.grid(alpha=0.25)
         if means.empty:
             say_nothing_counts(axes)
@@ -329,6 +331,7 @@ def _by_layer(
         if not drawn:
             say_nothing_counts(axes)
     panels[0].set_ylim(bottom=0.0, top=None if most is None else 1.03 * most)
+    plain_numbers(panels[0])
     label_outer(panels, "layer", label)
     legend(figure, *panels)
     return figure

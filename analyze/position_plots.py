@@ -12,6 +12,7 @@ from retrace.analyze.buckets import AXES, BUCKETED
 from retrace.analyze.drawing import (
     counted_words,
     legend,
+    plain_numbers,
     say_nothing_counts,
     space,
     styles_of,
@@ -83,6 +84,7 @@ def _along(results: "Results", axis: str) -> Figure:
     # When all panels of a row have their lines: limits that are set no longer follow them.
     for metric, axes in zip(BUCKETED, panels[:, 0], strict=True):
         axes.set_ylim(0.0, 1.02 if metric != "error_norm" else None)
+        plain_numbers(axes)
     _label_buckets(panels[0, 0], sorted(int(first) for first in rows["first"].unique()))
     legend(figure, *panels.flat)
     return figure

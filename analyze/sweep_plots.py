@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from retrace.analyze.costs import NOT_CHARGED, is_charged, serving_words
-from retrace.analyze.drawing import counted_words, legend, say_nothing_counts, space
+from retrace.analyze.drawing import counted_words, legend, plain_numbers, say_nothing_counts, space
 
 if TYPE_CHECKING:
     from retrace.analyze.results import Results
@@ -113,6 +113,7 @@ def _over_values(
             axes.set_xlabel(parameter)
     for axes, table in zip(panels[:, 0], shown, strict=True):
         axes.set_ylabel("\n".join(f"{p}={table[p].iloc[0]}" for p in others), fontsize="small")
+    plain_numbers(*panels[0])
     _label_values(panels[0, 0], places)
     legend(figure, *panels.flat)
     return figure

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from retrace.analyze.costs import NOT_CHARGED, SERVING_DTYPE
-from retrace.analyze.drawing import label_outer, legend, panel_grid, styles_of, wrapped
+from retrace.analyze.drawing import label_outer, legend, logarithmic, panel_grid, styles_of, wrapped
 
 if TYPE_CHECKING:
     from retrace.capture.evaluation import Evaluation
@@ -58,11 +57,10 @@ def loss_by_replay(evaluation: "Evaluation") -> Figure:
                 label=wrapped(labels[str(method)], 34),
             )
         if name != "recall":  # of exact attention nothing is missed
-            axes.set_xscale("log")
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_yscale("log")
+            logarithmic(axes.xaxis)
         axes.set_title(label, fontsize="small")
         axes.grid(alpha=0.25)
+    logarithmic(panels[0].yaxis)  # and so all of them, which share it
     label_outer(panels, "replay, mean over layers and heads", "loss in the loop")
     legend(figure, *panels)
     return figure

@@ -1,0 +1,104 @@
+"""How figures are distributed over a stream, in few numbers that add up part by part.
+
+Bins are those of float32's own bits: `BITS` of the mantissa, so that each power of two has 2^BITS
+bins of equal width. A figure is known to half a bin, which is `RESOLUTION` of it at the most.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+BITS = 6
+RESOLUTION = 2.0 ** -(BITS + 1)
+"""Largest error of a figure that is read off its bin, in proportion to it: 0.8 %."""
+LEAST, MOST = 2.0**-24, 2.0**16
+"""What is smaller counts as 0, and what is larger as this."""
+
+_SHIFT = 23 - BITS
+_FIRST, _LAST = (int(np.float32(end).view(np.int32)) >> _SHIFT for end in (LEAST, MOST))
+BINS = _LAST - _FIRST + 2
+"""The first is for what counts as 0."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of many streams (any shape), only those that are not 0."""
+
+    shape: tuple[int, ...]
+    places: npt.NDArray[np.int64]
+    """Stream times `BINS` plus bin, ascending."""
+    counts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, values: npt.NDArray[np.float32]) -> Self:
+        """Of the samples (..., samples), 0 or larger; NaN is never counted."""
+        shape = values.shape[:-1]
+        values = np.ascontiguousarray(values, np.float32)
+        bins = (values.view(np.int32) >> _SHIFT) - _FIRST + 1
+        streams = np.arange(int(np.prod(shape))).reshape(*shape, 1)
+        every = np.bincount((streams * BINS + bins.clip(0, BINS - 1))[~np.isnan(values)])
+        places = np.nonzero(every)[0]
+        return cls(shape, places, every[places])
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...]) -> Self:
+        """Of no samples."""
+        return cls.of(np.empty((*shape, 0), np.float32))
+
+    def merge(self, other: Self) -> Self:
+        """Of both parts together."""
+        places, which = np.unique(np.concatenate([self.places, other.places]), return_inverse=True)
+        counts = np.zeros(len(places), np.int64)
+        np.add.at(counts, which, np.concatenate([self.counts, other.counts]))
+        return type(self)(self.shape, places, counts)
+
+    def spread(self, places: Sequence[int], size: int) -> Self:
+        """The entries of the first axis at these places, ascending, of a longer one."""
+        each = int(np.prod(self.shape[1:])) * BINS
+        moved = np.array(places, np.int64)[self.places // each] * each + self.places % each
+        return type(self)((size, *self.shape[1:]), moved, self.counts)
+
+    @classmethod
+    def stack(cls, parts: Sequence[Self]) -> Self:
+        """Several side by side along the last axis."""
+        widths = [part.shape[-1] for part in parts]
+        whole, places, before = sum(widths), [], 0
+        for part, width in zip(parts, widths, strict=True):
+            stream, bin_ = np.divmod(part.places, BINS)
+            row, column = np.divmod(stream, width)
+            places.append((row * whole + column + before) * BINS + bin_)
+            before += width
+        joined, counts = np.concatenate(places), np.concatenate([part.counts for part in parts])
+        order = joined.argsort(kind="stable")
+        return cls((*parts[0].shape[:-1], whole), joined[order], counts[order])
+
+    def totals(self) -> npt.NDArray[np.int64]:
+        """How many samples each stream has."""
+        totals = np.zeros(int(np.prod(self.shape)), np.int64)
+        np.add.at(totals, self.places // BINS, self.counts)
+        return totals.reshape(self.shape)
+
+    def medians(self) -> npt.NDArray[np.float64]:
+        """The median of each stream, or the mean of the two in its middle; NaN of none."""
+        totals = self.totals().ravel()
+        known = np.nonzero(totals)[0]
+        until = self.counts.cumsum()
+        before = totals.cumsum() - totals
+        medians = np.full(len(totals), np.nan)
+        lower, upper = (
+            # The bin in which the sample of this number, counted from 1 over all streams, is.
+            self.places[np.searchsorted(until, before[known] + number)] % BINS
+            for number in ((totals[known] + 1) // 2, totals[known] // 2 + 1)
+        )
+        medians[known] = (_middle(lower) + _middle(upper)) / 2
+        return medians.reshape(self.shape)
+
+
+def _middle(bins: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The figure in the middle of each bin."""
+    bits = ((bins - 1 + _FIRST) << _SHIFT) + (1 << (_SHIFT - 1))
+    middle = bits.astype(np.int32).view(np.float32).astype(np.float64)
+    return np.where(bins == 0, 0.0, np.where(bins == BINS - 1, MOST, middle))

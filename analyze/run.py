@@ -29,7 +29,7 @@ from retrace.analyze.tabulate import tabulate
 from retrace.analyze.tasks import Progress, replay_all
 from retrace.analyze.trying import Trials, able_to_learn
 from retrace.analyze.workers import WORTH_PROCESSES, start_workers
-from retrace.traces import Location, RetraceError, Trace, beside, open_trace
+from retrace.traces import DamageError, Location, RetraceError, Trace, beside, open_trace
 from retrace.traces.lock import LOCK, locked_folder
 
 log = logging.getLogger("retrace")
@@ -369,6 +369,8 @@ def _ready(
                     method = settings.calibrated(method, device, keep, pool, again)
             with torch.inference_mode(), clock.charge("causality check", name), naming(name):
                 trials.check(method)
+        except DamageError:
+            raise  # of the trace, which no method can be measured on
         except RetraceError as error:
             alone = len(methods) == 1 or not isinstance(error, CostError)
             if name not in optional and alone:

@@ -144,18 +144,29 @@ class Unit:
 
 
 def load_units(layer: Layer, sequence: int, device: torch.device) -> Iterator[Unit]:
-    """The units of one layer and sequence of a trace, kv head by kv head."""
+    """The units of one layer and sequence of a trace, kv head by kv head.
+
+    Raises:
+        DamageError: a number is not finite, or so large that it overflows float32; names the first.
+    """
     rules = layer.rules
     neighbours = Neighbours.of_trace(layer.trace, sequence, device)
     positions = torch.from_numpy(layer.query_positions(sequence).astype("int64")).to(device)
     for kv_heads in _read_at_once(layer, sequence):
         heads = slice(kv_heads.start * rules.group, kv_heads.stop * rules.group)
-        tensors = (
-            to_torch(layer.query(sequence, heads)).to(device),
-            to_torch(layer.key(sequence, kv_heads)).to(device),
-            to_torch(layer.value(sequence, kv_heads)).to(device),
-        )
-        first = kv_heads.start
+        read = {
+            "query": layer.query(sequence, heads),
+            "key": layer.key(sequence, kv_heads),
+            "value": layer.value(sequence, kv_heads),
+        }
+        query, key, value = (to_torch(array).to(device) for array in read.values())
+        tensors, first = (query, key, value), kv_heads.start
+        norms = {}
+        for (name, array), tensor in zip(read.items(), tensors, strict=True):
+            norms[name] = torch.linalg.vector_norm(tensor.float(), dim=-1).cpu().numpy()
+            first_head = heads.start if name == "query" else first
+            layer.check_vectors(name, sequence, array, norms[name], first_head)
+        layer.check_scores(sequence, norms["query"], norms["key"], heads.start)
         yield from make_units(
             layer.index, sequence, rules, tensors, positions, neighbours, first_kv_head=first
         )

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from retrace.traces.arrays import Rows, Stored, Tensors
 from retrace.traces.errors import DamageError, RetraceError
 from retrace.traces.location import Location, RemoteLocation, locate
+from retrace.traces.numbers import bad_score, bad_vector
 from retrace.traces.objects import open_objects
 from retrace.traces.rotation import Rotation
 from retrace.traces.schema import (
@@ -73,6 +74,49 @@ class Layer:
     def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
         """Positions (queries,) of the queries that were kept, ascending."""
         return self.trace.query_positions(sequence)
+
+    def check_vectors(
+        self,
+        name: str,
+        sequence: int,
+        vectors: npt.NDArray[Any],
+        norms: npt.NDArray[Any],
+        first_head: int = 0,
+    ) -> None:
+        """Refuse queries, keys or values (heads, positions, channels), from a head on, of which one
+        is not finite or overflows float32, by the `norms_of` them (heads, positions).
+
+        Raises:
+            DamageError: names the first.
+        """
+        if (found := bad_vector(vectors, norms)) is not None:
+            raise self._bad(name, sequence, found, first_head)
+
+    def check_scores(
+        self,
+        sequence: int,
+        query_norms: npt.NDArray[Any],
+        key_norms: npt.NDArray[Any],
+        first_head: int = 0,
+    ) -> None:
+        """Refuse queries, from a head on, whose scores may overflow float32, by norms of queries
+        (heads, queries) and keys (kv_heads, positions).
+
+        Raises:
+            DamageError: names the first.
+        """
+        positions = self.query_positions(sequence)
+        found = bad_score(query_norms, key_norms, positions, self.rules.scale)
+        if found is not None:
+            raise self._bad("query", sequence, found, first_head)
+
+    def _bad(
+        self, name: str, sequence: int, found: tuple[int, int, str], first_head: int
+    ) -> DamageError:
+        head, row, cause = found
+        position = int(self.query_positions(sequence)[row]) if name == "query" else row
+        place = f"{'head' if name == 'query' else 'kv head'} {first_head + head}"
+        return self.tensors(name).damage(f"{cause} at {place}, position {position}", sequence)
 
     def _rotation(self) -> Rotation:
         if self.rules.rotation is None:

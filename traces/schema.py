@@ -13,6 +13,7 @@ from retrace.traces.errors import RetraceError
 from retrace.traces.rotation import Rotation, is_number
 
 FORMAT_VERSION = 1
+SMALLEST, LARGEST = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 FORMAT_KEY = "retrace_format"
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -77,8 +78,13 @@ class LayerRules:
             raise RetraceError(
                 f"{self.module}: {self.heads} heads do not divide into {self.kv_heads} kv heads."
             )
-        if not math.isfinite(self.scale):
-            raise RetraceError(f"{self.module}: scale must be finite, not {self.scale}.")
+        for name, number in (("scale", self.scale), ("softcap", self.softcap)):
+            if number is not None and not SMALLEST <= abs(number) <= LARGEST:
+                raise RetraceError(
+                    f"{self.module}: {name} must be finite and not 0 in float32, not {number}."
+                )
+        if self.softcap is not None and self.softcap < 0:
+            raise RetraceError(f"{self.module}: softcap must be above 0, not {self.softcap}.")
         for name in ("window", "chunk"):
             extent = getattr(self, name)
             if extent is not None and extent < 1:
@@ -87,6 +93,8 @@ class LayerRules:
             raise RetraceError(
                 f"{self.module}: {len(self.sinks)} sinks for {self.heads} heads: one each."
             )
+        if self.sinks is not None and not all(map(math.isfinite, self.sinks)):
+            raise RetraceError(f"{self.module}: sinks must be finite, not {self.sinks}.")
 
     @property
     def group(self) -> int:

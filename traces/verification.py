@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from retrace.traces.errors import DamageError
 from retrace.traces.location import Location
+from retrace.traces.numbers import norms_of
 from retrace.traces.reader import Trace, open_trace
 from retrace.traces.schema import TENSOR_AXES
 
@@ -94,7 +95,8 @@ def verify_trace(
     progress: ShowProgress | None = None,
 ) -> Verification:
     """Read all of a trace and name what is damaged: what its checksum does not fit, what is cut
-    short, missing, of another shape or dtype than the rules say, not finite, or unlike the rest.
+    short, missing, of another shape or dtype than the rules say, not finite or so large that it
+    overflows float32, or unlike the rest.
 
     Args:
         trace: a trace or where it is.
@@ -219,13 +221,19 @@ def _check_layer(trace: Trace, index: int, sequence: int) -> tuple[list[DamageEr
     """What is damaged in a layer of a sequence, and the bytes of what is whole."""
     damages: list[DamageError] = []
     size = 0
+    norms = {}
     for name in TENSOR_AXES:
         try:
             layer = trace.layer(index)
             tensor: npt.NDArray[Any] = getattr(layer, name)(sequence)
-            if not np.isfinite(tensor).all():
-                raise layer.tensors(name).damage("not all numbers are finite", sequence)
+            norms[name] = norms_of(tensor)
+            layer.check_vectors(name, sequence, tensor, norms[name])
             size += tensor.nbytes
+        except DamageError as error:
+            damages.append(error)
+    if not damages:
+        try:
+            trace.layer(index).check_scores(sequence, norms["query"], norms["key"])
         except DamageError as error:
             damages.append(error)
     return damages, size

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "afmoe": {**EXPERTS, "num_dense_layers": 1, "sliding_window": 8, "layer_types": SLIDING},
     "apertus": {},
     "arcee": {},
+    "axk1": {**LATENT, **ROUTED, "n_shared_experts": 1},
     "bamba": {
         **MAMBA,
         "num_hidden_layers": 3,
@@ -217,6 +218,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "helium": {},
     "hunyuan_v1_dense": {},
+    "inkling_text": {},
     "jamba": {
         **EXPERTS,
         "num_hidden_layers": 4,
@@ -305,6 +307,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "lru_width": 64,
         "w_init_variance_scale": 1.0,
     },
+    "sarvam_mla": {**LATENT, **ROUTED, "n_shared_experts": 1},
     "seed_oss": {},
     "smollm3": {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
     "smolvlm": {
@@ -315,6 +318,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 8},
     "t5": {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4},
     "xglm": {"d_model": 64, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "init_std": 0.2},
+    "xmod": {"is_decoder": True, "languages": ["en_XX"], "default_language": "en_XX"},
+    "youtu": LATENT,
     "zamba2": {
         "num_hidden_layers": 5,
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
@@ -354,6 +359,8 @@ class Outcome:
     sensitivity: float = float("nan")
     """The same, had the scale been 5 % off: what `error` would miss if it were small as well."""
     refusal: str = ""
+    decodes: bool | None = None
+    """Whether `--generate` records it; None where that was not tried."""
 
 
 def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
@@ -493,6 +500,24 @@ def try_architecture(model_type: str, folder: Path) -> Outcome:
     )
 
 
+def can_decode(folder: Path) -> bool:
+    """Whether the model that was captured in `folder` is captured with generated tokens as well:
+    retrace refuses one that does not decode what it gives in one pass."""
+    try:
+        capture(
+            str(folder / "model"),
+            text=[folder / "birds.txt"],
+            limit=1,
+            max_length=LENGTH,
+            generate=8,
+            dtype="float32",
+            out=folder / "decoded.zarr",
+        )
+    except RetraceError:
+        return False
+    return True
+
+
 def main() -> int:
     """Try the architectures, print their table, and write the page where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -505,7 +530,10 @@ def main() -> int:
     for model_type in arguments.model_types or sorted(ARCHITECTURES):
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            outcomes.append(try_architecture(model_type, Path(folder)))
+            outcome = try_architecture(model_type, Path(folder))
+            if not outcome.refusal:
+                outcome = replace(outcome, decodes=can_decode(Path(folder)))
+            outcomes.append(outcome)
         print(_row(outcomes[-1]), file=sys.stderr)
     text = _page(outcomes)
     print(text)
@@ -534,14 +562,17 @@ def _page(outcomes: list[Outcome]) -> str:
         "*Rotation* says which channels a "
         "layer's position encoding was found to turn, and how these are paired: queries and keys "
         "are stored turned, and read back as they were before by `rotated=False`. "
+        "*Decoding* says whether `--generate` records what the model decodes: retrace compares "
+        "decoded logits with those of one pass, and refuses a model whose differ. "
         "Other models of "
         "transformers' attention interface are recorded as well: every capture checks itself in "
         "the same way on its first sequence.",
         "",
         f"## Recorded ({len(recorded)})",
         "",
-        "| Architecture | Layers | Heads | Kv heads | Channels | Rules | Rotation | Difference |",
-        "|---|---|---|---|---|---|---|---|",
+        "| Architecture | Layers | Heads | Kv heads | Channels | Rules | Rotation | Decoding "
+        "| Difference |",
+        "|---|---|---|---|---|---|---|---|---|",
         *map(_row, recorded),
     ]
     if refused:
@@ -551,7 +582,8 @@ def _page(outcomes: list[Outcome]) -> str:
             "",
             "Before anything is written, with this line. Models with attention code of their own "
             "cannot be observed; among them are all that bias scores by distance (ALiBi: bloom, "
-            "mpt, falcon).",
+            "mpt, falcon). The position bias of inkling is computed anew from each query's "
+            "hidden state, and is added to scores that queries and keys do not give.",
             "",
             "| Architecture | Refusal |",
             "|---|---|",
@@ -575,6 +607,7 @@ def _row(outcome: Outcome) -> str:
         _distinct(dims),
         ", ".join(_named(rules)),
         _distinct([_encoding(r) for r in rules]),
+        "not tried" if outcome.decodes is None else "yes" if outcome.decodes else "no",
         f"{outcome.error:.1e}",
     ]
     return f"| {' | '.join(cells)} |"

@@ -1,7 +1,8 @@
 """Self-checks: a trace is refused unless it explains what the model computed."""
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def examine(model: Any, tokens: npt.NDArray[np.int32]) -> dict[int, AttentionLay
     rows = torch.linspace(0, len(tokens) - 1, min(PROBED_ROWS, len(tokens))).long()
     observer = RulesObserver()
     with torch.inference_mode():
-        with observed_attention(model, observer):
+        with observed_attention(model, observer), _explained(model):
             observed = next(logits_in_blocks(model, batch, [rows]))
         layers = observer.layers(model)
         del observer  # with every tensor of the pass
@@ -54,6 +55,21 @@ def examine(model: Any, tokens: npt.NDArray[np.int32]) -> dict[int, AttentionLay
         )
     with torch.inference_mode():
         return learn_rotations(model, layers, inputs)
+
+
+@contextlib.contextmanager
+def _explained(model: Any) -> Iterator[None]:
+    """Whatever a model raises that does not run on token ids alone, as one line."""
+    try:
+        yield
+    except (RetraceError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise RetraceError(
+            f"{model.config.model_type} does not read token ids alone, and so cannot be captured "
+            f"({told})."
+        ) from error
 
 
 def sampled_positions(

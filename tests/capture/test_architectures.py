@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from retrace.capture import capture
+from retrace.traces import RetraceError
 
 EXTENTS = {
     "llama": [(None, None)] * 2,
@@ -28,6 +29,7 @@ REFUSED = {
     "falcon": "falcon models have no attention that can be recorded",
     "glm_moe_dsa": "layers.0.self_attn calls attention with 'indices'",
     "gpt_neo": "gpt_neo models have no attention that can be recorded",
+    "inkling_text": "layers.0.self_attn calls attention with 'position_bias'",
     "mamba": "mamba models have no attention that can be recorded",
     "mpt": "mpt models have no attention that can be recorded",
     "openai-gpt": "openai-gpt models have no attention that can be recorded",
@@ -86,6 +88,15 @@ def test_dtypes(dtype: str, model_folder: Any, text_file: Path, tmp_path: Path) 
     )
     assert trace.attributes["dtype"] == dtype
     assert trace.layer(0).key(0).dtype == trace.dtype
+
+
+def test_a_model_that_needs_more_than_tokens(
+    model_folder: Any, text_file: Path, tmp_path: Path
+) -> None:
+    folder = model_folder("xmod", default_language=None)
+    with pytest.raises(RetraceError, match=r"xmod does not read token ids alone.*language"):
+        capture(str(folder), text=[text_file], limit=1, max_length=40, out=tmp_path / "t")
+    assert not (tmp_path / "t").exists()
 
 
 def test_auto_dtype_is_the_checkpoints(model_folder: Any, text_file: Path, tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ def forget_lengths(model: Any) -> None:
             if not isinstance(kind, str) or "dynamic" not in kind:
                 continue
             prefix = f"{layer_type}_" if layer_type else ""
-            first = getattr(module, f"{prefix}original_inv_freq")
+            first = getattr(module, f"{prefix}original_inv_freq", None)
+            if first is None:
+                continue  # code that a model brings along may keep none
             setattr(module, f"{prefix}inv_freq", first.to(getattr(module, f"{prefix}inv_freq")))
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 

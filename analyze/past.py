@@ -36,6 +36,12 @@ class Past:
         return replace(self, start=0)
 
     @property
+    def hidden(self) -> int:
+        """How many of its first keys no query from its end on sees, since the layer's window or
+        chunks have left them: a cache need not hold them."""
+        return min(max(0, self.group.rules.first_visible(self.end) - self.start), len(self.keys))
+
+    @property
     def group(self) -> HeadGroup:
         """The kv head and the query heads that share it."""
         return self.unit.group

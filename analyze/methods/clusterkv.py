@@ -33,7 +33,8 @@ class ClusterKV(ScoreMethod):
 
     def build(self, past: Past) -> Any:
         """Centroids (clusters, channels) and each key's cluster (keys,)."""
-        keys = past.keys[self.keep.sink if past.end > self.keep.sink else 0 :]
+        first = self.keep.sink if past.end > self.keep.sink else 0
+        keys = past.keys[max(first, min(past.hidden, past.end - 1)) :]
         count = max(1, len(keys) // self.size)
         centroids, _ = kmeans(keys, count, self.iterations, most_alike)
         return centroids, most_alike(past.keys, centroids)

@@ -61,8 +61,9 @@ class InfLLM(ScoreMethod):
         return queries @ state.mT
 
     def aux_bytes(self, state: Tensor, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """A vector for every block and head."""
-        return float(state.shape[0] * state.shape[1] * group.key_bytes)
+        """A vector for every block that is seen and every head."""
+        blocks = torch.ceil(keys / self.block).clamp(max=state.shape[1])
+        return blocks * state.shape[0] * group.key_bytes
 
     def _received(self, past: Past) -> Tensor:
         """Attention (group, keys) that each key received from queries within reach."""

@@ -28,6 +28,8 @@ class Clusters:
     """(clusters,)"""
     oldest: Tensor
     """(clusters,): first member"""
+    newest: Tensor
+    """(clusters,): last member"""
     labels: Tensor
     """(keys,): cluster of each clustered key"""
     first: int
@@ -59,7 +61,8 @@ class RetroInfer(AttendMethod):
 
     def build(self, past: Past) -> Any:
         """Clusters of the keys between sinks and recent ones."""
-        first, last = min(self.sink, past.end), max(past.end - self.recent, 0)
+        first = min(max(self.sink, past.hidden), past.end)
+        last = max(past.end - self.recent, 0)
         keys, values = past.keys[first:last], past.values[first:last]
         labels = self._labels(keys)
         # Clusters that have lost all their keys are left out.
@@ -69,12 +72,14 @@ class RetroInfer(AttendMethod):
         means = [totals(part, labels, len(sizes)) / sizes[:, None] for part in (keys, values)]
         places = torch.arange(first, first + len(labels), device=labels.device)
         oldest = places.new_full((len(sizes),), past.end).scatter_reduce_(0, labels, places, "amin")
+        newest = torch.zeros_like(oldest).scatter_reduce_(0, labels, places, "amax")
         return Clusters(
             past=past,
             centroids=means[0],
             values=means[1],
             sizes=sizes,
             oldest=oldest,
+            newest=newest,
             labels=labels,
             first=first,
         )
@@ -90,11 +95,12 @@ class RetroInfer(AttendMethod):
         logits = visible_logits(state.past, queries, positions)
         rules, clusters = state.past.group.rules, len(state.sizes)
         estimates = queries @ state.centroids.T
-        retrieved, estimated = self._choose(state, estimates, k)
+        oldest_seen = first_visible(positions, rules)[:, None]
+        retrieved, estimated = self._choose(state, estimates, state.newest >= oldest_seen, k)
         exact = torch.ones(len(positions), logits.shape[-1], dtype=torch.bool, device=logits.device)
         exact[:, state.first : state.first + len(state.labels)] = retrieved[:, state.labels]
         # Of a cluster that reaches out of a window it is not known how much is seen.
-        estimated &= state.oldest >= first_visible(positions, rules)[:, None]
+        estimated &= state.oldest >= oldest_seen
         cluster_logits = softcap(estimates, rules) + state.sizes.log()
         attended = logits.masked_fill(~exact, -torch.inf)
         parts = [part(attended, state.past.values[: logits.shape[-1]])]
@@ -109,9 +115,13 @@ class RetroInfer(AttendMethod):
         known = group.value_bytes + group.itemsize
         return float(clusters * group.key_bytes + self._estimated(clusters) * known)
 
-    def _choose(self, state: Clusters, estimates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Which clusters are retrieved, and which are estimated: bool (queries, clusters)."""
-        together = estimates.softmax(dim=-1).sum(dim=0)
+    def _choose(
+        self, state: Clusters, estimates: Tensor, seen: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Which clusters are retrieved, and which are estimated, of those that have a key that is
+        seen: bool (queries, clusters), as all of these are."""
+        estimates = estimates.masked_fill(~seen, -torch.inf)
+        together = estimates.softmax(dim=-1).nan_to_num(0.0).sum(dim=0).masked_fill(~seen, -1.0)
         order = together.argsort(dim=-1, descending=True, stable=True)
         held = state.sizes[order].cumsum(dim=-1) <= k
         held[:, :1] = True  # of the nearest cluster, however large

@@ -28,6 +28,8 @@ class Stored:
     """Likewise, the largest"""
     evicted: int
     """How many keys the first stage left out"""
+    hidden: int
+    """How many of these no query sees any more: a cache need not hold them"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +74,11 @@ class RocketKV(ScoreMethod):
         before, reach = judged[None, : -self.window], self.kernel // 2
         if before.shape[-1]:
             before[:] = torch.nn.functional.max_pool1d(before, 2 * reach + 1, 1, padding=reach)
-        count = max(min(self.window, past.end), math.ceil(self.prompt * past.end))
+        judged[: past.hidden] = -1.0
+        held = past.end - past.hidden
+        count = max(min(self.window, past.end), math.ceil(self.prompt * held))
         left = judged.sort(descending=True, stable=True).indices[:count].sort().values
-        return self._stored(left, past.keys[left], past.end - count)
+        return self._stored(left, past.keys[left], past.end - count, past.hidden)
 
     def extend(self, state: Stored, new: Past) -> Any:
         """None of the later keys is evicted."""
@@ -83,6 +87,7 @@ class RocketKV(ScoreMethod):
             torch.cat([state.ids, ids]),
             torch.cat([state.keys, new.keys]),
             state.evicted,
+            state.hidden,
         )
 
     def scores(self, state: Stored, queries: Tensor, positions: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ class RocketKV(ScoreMethod):
     def aux_bytes(self, state: Stored, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """One extreme of the channels read, for every page of the keys that are left. Where there
         is a window, as if it began the sequence."""
-        left = (keys - state.evicted).clamp(min=0)
+        left = (keys - max(0, state.evicted - state.hidden)).clamp(min=0)
         return torch.ceil(left / self.page) * self._channels(group.rules.key_dim) * group.itemsize
 
     def _channels(self, channels: int) -> int:
@@ -126,6 +131,6 @@ class RocketKV(ScoreMethod):
         covered = (magnitude * mask).sum(dim=-1, keepdim=True) / total
         return queries * mask * covered.clamp(min=1e-12).rsqrt()
 
-    def _stored(self, ids: Tensor, keys: Tensor, evicted: int) -> Stored:
+    def _stored(self, ids: Tensor, keys: Tensor, evicted: int, hidden: int) -> Stored:
         low, high = pages.extremes(keys, self.page)
-        return Stored(ids=ids, keys=keys, low=low, high=high, evicted=evicted)
+        return Stored(ids=ids, keys=keys, low=low, high=high, evicted=evicted, hidden=hidden)

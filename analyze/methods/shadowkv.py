@@ -58,7 +58,9 @@ class ShadowKV(AttendMethod):
         outlier = torch.zeros(count, dtype=torch.bool, device=keys.device)
         if count:
             cosine = torch.nn.functional.cosine_similarity(chunks, landmarks[:, None], dim=-1)
-            farthest = cosine.amin(dim=1).sort(stable=True).indices
+            least = cosine.amin(dim=1)
+            least[: past.hidden // self.chunk] = torch.inf  # chunks that no query sees any more
+            farthest = least.sort(stable=True).indices
             outlier[farthest[: self.outliers]] = True
         low_rank = self._low_rank(past, len(keys)) if self.rank and count else keys
         return Chunks(past=past, landmarks=landmarks, outlier=outlier, low_rank=low_rank)
@@ -86,11 +88,12 @@ class ShadowKV(AttendMethod):
         return output, attended_ids(logits)
 
     def aux_bytes(self, state: Chunks, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """The landmarks that are no outliers', what keys in full take beyond their share of the low
-        rank, and the basis that gives keys back from it."""
-        landmarks = int((~state.outlier).sum()) * group.key_bytes
+        """The landmarks that are seen and no outliers', what keys in full take beyond their share
+        of the low rank, and the basis that gives keys back from it."""
+        chunks = torch.ceil(keys / self.chunk).clamp(max=len(state.outlier))
+        landmarks = (chunks - state.outlier.sum()).clamp(min=0) * group.key_bytes
         if not self.rank:
-            return float(landmarks)
+            return landmarks
         rank = self._rank(group)
         full = group.key_bytes - rank * group.itemsize / group.rules.kv_heads
         basis = rank * group.rules.key_dim * group.itemsize

@@ -24,14 +24,16 @@ class Clusters:
     centroids: Tensor
     """(clusters, channels): mean key"""
     labels: Tensor
-    """(clustered,): the cluster of each key from the first"""
+    """(clustered,): the cluster of each clustered key"""
+    first: int
+    """The first key that is clustered."""
 
     def shares(self, queries: Tensor, positions: Tensor) -> Tensor:
         """The estimated share of attention of each clustered key (group, queries, clustered), for
         scaled queries (group, queries, channels): exp(q.c) of its centroid c over the sum of that
         for all that the query sees; 0 where it does not see the key."""
         rules = self.past.group.rules
-        keys = torch.arange(len(self.labels), device=positions.device)
+        keys = self.first + torch.arange(len(self.labels), device=positions.device)
         estimates = softcap(queries @ self.centroids.T, rules)[..., self.labels]
         estimates = estimates.masked_fill(~visible(positions, keys, rules), -torch.inf)
         return estimates.softmax(dim=-1).nan_to_num(0.0)
@@ -97,7 +99,8 @@ class Squeezed(AttendMethod):
         own, ranked = state
         logits = visible_logits(own.past, queries, positions)
         below = own.shares(queries, positions) <= self._threshold(own, ranked, k)
-        logits[..., : len(own.labels)].masked_fill_(below, -torch.inf)
+        clustered = slice(own.first, own.first + len(own.labels))
+        logits[..., clustered].masked_fill_(below, -torch.inf)
         output = merged([part(logits, own.past.values[: logits.shape[-1]])], own.past.unit.sinks)
         return output, attended_ids(logits)
 
@@ -113,7 +116,7 @@ class Squeezed(AttendMethod):
         return float(ranked[heads * k]) if heads * k < len(ranked) else -1.0
 
     def _clusters(self, past: Past) -> Clusters:
-        keys = past.keys[: max(0, past.end - self.observed)]
+        keys = past.keys[past.hidden : max(0, past.end - self.observed)]
         labels = torch.zeros(0, dtype=torch.int64, device=keys.device)
         count = max(1, round(self.clusters * len(keys)))
         if len(keys):
@@ -121,4 +124,4 @@ class Squeezed(AttendMethod):
             labels = kmeans(directions, count, self.iterations)[1]
         sizes = torch.bincount(labels, minlength=count).clamp(min=1)
         centroids = totals(keys, labels, count) / sizes[:, None]
-        return Clusters(past=past, centroids=centroids, labels=labels)
+        return Clusters(past=past, centroids=centroids, labels=labels, first=past.hidden)

@@ -6,7 +6,7 @@ bins of equal width. A figure is known to half a bin, which is `RESOLUTION` of i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,22 @@ class Histogram:
     def empty(cls, shape: tuple[int, ...]) -> Self:
         """Of no samples."""
         return cls.of(np.empty((*shape, 0), np.float32))
+
+    @classmethod
+    def checked(
+        cls, shape: tuple[int, ...], places: npt.NDArray[Any], counts: npt.NDArray[Any]
+    ) -> Self:
+        """Of what a file holds, which anybody may have written.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if not places.dtype == counts.dtype == np.int64 or places.shape != counts.shape:
+            raise ValueError("Places and counts are not those of a histogram.")
+        inside = places.ndim == 1 and (np.diff(places, prepend=-1) > 0).all()
+        if not inside or (places >= int(np.prod(shape)) * BINS).any() or (counts < 1).any():
+            raise ValueError("Places or counts are none of these streams.")
+        return cls(shape, places, counts)
 
     def merge(self, other: Self) -> Self:
         """Of both parts together."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.buckets import AXES, BUCKETED
+from retrace.analyze.histogram import Histogram
 from retrace.analyze.moments import Moments
 from retrace.analyze.reference import Reference
 from retrace.analyze.selection import Selection
@@ -101,6 +102,8 @@ class Tallied(NamedTuple):
     """By metric, at those asked for (points, group)."""
     by_bucket: dict[str, Moments]
     """By axis, of the queries in each bucket (buckets, points, metrics of `BUCKETED`, group)."""
+    errors: Histogram
+    """Of the error norms (points, group)."""
 
 
 def tally(
@@ -169,7 +172,7 @@ def tally(
     # (buckets, group, metrics, 3, points) of each axis
     parts = found[2].transpose(0, 4, 1, 5, 3, 2)
     by_bucket = {axis: Moments(*part) for axis, part in zip(AXES, parts, strict=True)}
-    return Tallied(at_all, at_points, by_bucket)
+    return Tallied(at_all, at_points, by_bucket, Histogram.of(found[3].transpose(1, 0, 2)))
 
 
 def plain_tally(
@@ -185,6 +188,7 @@ def plain_tally(
         Moments.of(torch.stack(list(values.values())), mask)
         for values, mask in ((measured.at_all, counted), (measured.at_points, counted[points]))
     )
+    errors = measured.at_points["error_norm"].float().masked_fill(~counted[points], torch.nan)
     size = int(buckets.max()) + 1
     buckets = buckets.to(told.device)
     return Tallied(
@@ -194,6 +198,7 @@ def plain_tally(
             axis: Moments.of_buckets(told, counted[points][:, None], bucket, size)
             for axis, bucket in zip(AXES, buckets, strict=True)
         },
+        Histogram.of(errors.cpu().numpy()),
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from retrace.analyze.archives import Arrays, read_arrays, write_arrays
 from retrace.analyze.buckets import AXES, BUCKETED, MOST_BUCKETS
 from retrace.analyze.counting import Counting
+from retrace.analyze.histogram import Histogram
 from retrace.analyze.methods.registry import recorded_spec
 from retrace.analyze.moments import Moments
 from retrace.analyze.profile import Charge, Clock
@@ -168,6 +169,9 @@ class KeptParts:
         facts = json.loads(arrays.pop("facts").tobytes())
         if facts["axes"] != list(AXES):  # of earlier versions there are none
             raise ValueError("Queries are told apart by other axes.")
+        for i, tally in enumerate(tallies):
+            parts = (arrays.pop(f"{i}.errors.{of}") for of in ("places", "counts"))
+            tally.errors = Histogram.checked((len(tally.topk), heads), *parts)
         for name, array in arrays.items():
             index, kind, of = name.split(".")
             tally = tallies[int(index)]
@@ -195,6 +199,10 @@ class KeptParts:
             for kind in ("at_all", "at_points", "by_bucket")
             for of, moments in getattr(tally, kind).items()
         }
+        for i, tally in enumerate(part.tallies):
+            assert tally.errors is not None
+            arrays[f"{i}.errors.places"] = tally.errors.places
+            arrays[f"{i}.errors.counts"] = tally.errors.counts
         facts = {
             "axes": list(AXES),
             "costs": [[t.cost.builds, t.cost.seconds, t.cost.state_bytes] for t in part.tallies],

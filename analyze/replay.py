@@ -9,6 +9,7 @@ from torch import Tensor
 
 from retrace.analyze.buckets import buckets_of
 from retrace.analyze.counting import Counting
+from retrace.analyze.histogram import Histogram
 from retrace.analyze.hooks import naming
 from retrace.analyze.measure import ExactBlock, Tallied, tally
 from retrace.analyze.methods.base import ScoreMethod
@@ -83,6 +84,8 @@ class Tally:
     """(topk, heads), by metric."""
     by_bucket: dict[str, Moments] = field(default_factory=dict)
     """(buckets, topk, metrics of `BUCKETED`, heads), by axis; buckets as far as there are any."""
+    errors: Histogram | None = None
+    """Of the error norms (topk, heads); None of no queries."""
     cost: Cost = field(default_factory=Cost)
 
     def add(self, ks: tuple[int, ...], points: list[int], tallied: Tallied) -> None:
@@ -97,14 +100,16 @@ class Tally:
                 if places is not None:
                     moments = moments.spread(places, len(budgets))
                 known[metric] = known[metric].merge(moments) if metric in known else moments
-        by_bucket = tallied.by_bucket
+        by_bucket, errors = tallied.by_bucket, tallied.errors
         if asked != self.topk:
             ours = [self.topk.index(k) for k in asked]
+            errors = errors.spread(ours, len(self.topk))
             by_bucket = {
                 axis: moments.spread(ours, len(self.topk), axis=1)
                 for axis, moments in by_bucket.items()
             }
         self._merge_buckets(by_bucket)
+        self._merge_errors(errors)
 
     def merge(self, other: "Tally") -> None:
         """Add another sequence's queries."""
@@ -113,6 +118,11 @@ class Tally:
             for metric, moments in theirs.items():
                 ours[metric] = ours[metric].merge(moments) if metric in ours else moments
         self._merge_buckets(other.by_bucket)
+        if other.errors is not None:
+            self._merge_errors(other.errors)
+
+    def _merge_errors(self, errors: Histogram) -> None:
+        self.errors = errors if self.errors is None else self.errors.merge(errors)
 
     def _merge_buckets(self, by_bucket: dict[str, Moments]) -> None:
         for axis, moments in by_bucket.items():
@@ -317,6 +327,7 @@ def _whole_layer(heads: Sequence[Tally]) -> Tally:
         _side_by_side([head.at_all for head in heads]),
         _side_by_side([head.at_points for head in heads]),
         _side_by_side([head.by_bucket for head in heads]),
+        Histogram.stack([head.errors for head in heads if head.errors is not None]),
     )
     for head in heads:
         layer.cost.merge(head.cost)
@@ -333,3 +344,5 @@ def _fill_missing(tally: Tally, group: int) -> None:
         tally.at_all.setdefault(metric, empty((len(tally.ks), group)))
     for metric in ("error_norm", "density", "bytes_ratio"):
         tally.at_points.setdefault(metric, empty((len(tally.topk), group)))
+    if tally.errors is None:
+        tally.errors = Histogram.empty((len(tally.topk), group))

@@ -64,6 +64,8 @@ PLOTS = (
 )
 """Names of the pictures that are drawn of results."""
 
+MEDIAN = "error_norm_median"
+"""Has no mean over queries: its rows hold the median in the column `mean`."""
 METRICS: dict[str, str] = {
     "recall": "share of the exact top k keys that the method returned among its k best",
     "candidate_recall": "the same, over the keys that did not have to be kept anyway",
@@ -72,10 +74,11 @@ METRICS: dict[str, str] = {
     "exact_attention_fraction": "attention mass on the exact top k keys",
     "density": "keys attended over keys visible",
     "bytes_ratio": "bytes read over those of full attention",
+    MEDIAN: "median over queries of error_norm, whose mean a few queries can make; to 0.8 % of it",
 }
 """What is measured, by name."""
-COMPARED = tuple(metric for metric in METRICS if metric != "candidate_recall")
-"""Metrics that every query has, so that two methods are compared on the same ones."""
+COMPARED = tuple(metric for metric in METRICS if metric not in ("candidate_recall", MEDIAN))
+"""Means over all queries, so that two methods are compared on the same ones."""
 
 
 def _no_sequences() -> pd.DataFrame:
@@ -125,6 +128,26 @@ class Results:
         table = pd.DataFrame(columns).reset_index()
         table = table.rename(columns={"method": "Method", "topk": "Top-k", "module": "Layer"})
         return table[["Method", "Top-k", "Layer", *columns]]
+
+    def layers(self, method: str, topk: int) -> pd.DataFrame:
+        """`table` of one method and budget, a row per layer, with a further column Median Error
+        Norm: the mean over heads of their medians over queries. Earlier results have none."""
+        table = self.table(method, topk).drop(columns=["Method", "Top-k"])
+        medians = self._layer_medians().get((method, topk))
+        return (
+            table
+            if medians is None
+            else table.assign(**{"Median Error Norm": table["Layer"].map(medians)})
+        )
+
+    def _layer_medians(self) -> dict[tuple[str, int], dict[str, float]]:
+        """Mean over heads of median error norms, by method and budget, and by module."""
+        rows = self.metrics[self.metrics["metric"] == MEDIAN]
+        means = rows.groupby(["method", "topk", "module"])["mean"].mean().reset_index()
+        found: dict[tuple[str, int], dict[str, float]] = {}
+        for row in means.to_dict("records"):
+            found.setdefault((row["method"], row["topk"]), {})[row["module"]] = row["mean"]
+        return found
 
     def intervals(
         self,
@@ -304,7 +327,8 @@ class Results:
         means = rows.pivot_table("mean", ["method", "topk"], "metric")
         known = self.intervals("model", methods=methods, topk=topk, metrics=WITH_INTERVAL)
         ends = _brackets(known, ["method", "topk", "metric"])
-        names = [*WITH_INTERVAL, "density", "bytes_ratio"]
+        names = [*WITH_INTERVAL, MEDIAN, "density", "bytes_ratio"]
+        names = [name for name in names if name != MEDIAN or name in means]
         numbers = self._numbers()
 
         def beside(name: str, method: str, k: int) -> str:
@@ -348,10 +372,12 @@ class Results:
         known = self.intervals("layer", metrics=shown)
         ends = _brackets(known, ["method", "topk", "metric", "module"])
         tables = dict(iter(self.table().groupby(["Method", "Top-k"], sort=False)))
-        over = self.queries_words()
+        over, medians = self.queries_words(), self._layer_medians()
         for method in self.methods():
             for k in self.topk(method):
                 table = tables[method, k].drop(columns=["Method", "Top-k"])
+                if (method, k) in medians:
+                    table["Median Error Norm"] = table["Layer"].map(medians[method, k])
                 for metric in shown if ends else ():
                     table[f"95 % of Mean {metric.replace('_', ' ').title()}"] = [
                         ends.get((method, k, metric, module), "") for module in table["Layer"]

@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 
 from retrace.analyze.buckets import BUCKETED, first_of
+from retrace.analyze.histogram import Histogram
 from retrace.analyze.moments import Moments
 from retrace.analyze.parts import Job
 from retrace.analyze.replay import Tally
-from retrace.analyze.results import COLUMNS, POSITION_COLUMNS, SEQUENCE_COLUMNS, Results
+from retrace.analyze.results import COLUMNS, MEDIAN, POSITION_COLUMNS, SEQUENCE_COLUMNS, Results
 from retrace.analyze.states import Cost
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -48,6 +49,7 @@ def tabulate(
                 points.append({name: column[asked] for name, column in columns.items()})
             for metric, moments in tally.at_points.items():
                 points.append(_columns(labels, metric, tally.topk, moments))
+            points.append(_medians(labels, tally))
 
     def join(parts: list[Columns]) -> pd.DataFrame:
         frame = _joined(parts)
@@ -180,6 +182,16 @@ def _columns(labels: dict[str, Any], metric: str, ks: tuple[int, ...], moments: 
         "std": moments.std().ravel(),
         "count": moments.count.astype(np.int64).ravel(),
     }
+
+
+def _medians(labels: dict[str, Any], tally: Tally) -> Columns:
+    """Rows of the median error norms, where the means stand of other metrics."""
+    moments = tally.at_points["error_norm"]
+    none = np.full_like(moments.mean, np.nan)
+    errors = Histogram.empty(none.shape) if tally.errors is None else tally.errors
+    counts = errors.totals().astype(np.float64)
+    columns = _columns(labels, MEDIAN, tally.topk, Moments(counts, none, none))
+    return {**columns, "mean": errors.medians().ravel(), "std": none.ravel()}
 
 
 def _repeated(labels: dict[str, Any], rows: int) -> Columns:

@@ -260,7 +260,7 @@ def print_results(
 
     over = results.queries_words()
     for method, k in pairs if len(pairs) <= MOST_TABLES else ():
-        table = results.table(method, k).drop(columns=["Method", "Top-k"])
+        table = results.layers(method, k)
         print_figures(f"{method}, top-k {k}", table, form, over[method, k])
     print_figures(results.summary_title(), results.summary(methods, topk), form)
     print_words(PREDICTS)

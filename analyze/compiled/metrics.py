@@ -45,10 +45,11 @@ def moments(
     filled: tuple[Tensor, Tensor] | None,
     errors: Tensor | None,
     read: tuple[float, float, Tensor],
-) -> tuple[Doubles, Doubles, Doubles]:
+) -> tuple[Doubles, Doubles, Doubles, Floats]:
     """Counts, means and sums of squared deviations over queries: (group, `AT_ALL`, 3, budgets),
     (group, `AT_POINTS`, 3, points) and, of the queries in each bucket of each axis,
-    (axes, buckets, group, `BUCKETED`, 3, points).
+    (axes, buckets, group, `BUCKETED`, 3, points); and the error norm of every query (group, points,
+    queries), NaN where it does not count.
 
     Args:
         ks: budgets (budgets,), ascending.
@@ -82,6 +83,7 @@ def moments(
     first_budgets = torch.searchsorted(ks, torch.arange(best.shape[2] + 1), right=True)
     at_all = np.zeros((group, len(AT_ALL), 3, len(ks)))
     at_points = np.zeros((group, len(AT_POINTS), 3, len(points)))
+    every_error = np.full((group, len(points), queries), np.nan, np.float32)
     size = int(buckets.max()) + 1
     by_bucket = np.zeros((len(buckets), size, group, len(BUCKETED), 3, len(points)))
     share, fill = filled or (torch.ones(0, 1, 1, dtype=torch.float64), torch.zeros(0, 1))
@@ -117,8 +119,9 @@ def moments(
         at_all,
         at_points,
         by_bucket,
+        every_error,
     )
-    return at_all, at_points, by_bucket
+    return at_all, at_points, by_bucket, every_error
 
 
 def _plain(tensor: Tensor) -> NDArray[np.generic]:
@@ -162,6 +165,7 @@ def _moments(
     at_all: Doubles,
     at_points: Doubles,
     by_bucket: Doubles,
+    every_error: Floats,
 ) -> None:
     """`moments`, with every argument an array of its own."""
     group, rows, listed = ids.shape
@@ -243,6 +247,7 @@ def _moments(
                 told[0, p] = found[RECALL, points[p]]
                 told[1, p] = found[FRACTION, points[p]]
                 told[2, p] = seen[ERROR_NORM, p]
+                every_error[h, p, q] = seen[ERROR_NORM, p]
             for axis in range(len(buckets)):
                 for metric in range(len(BUCKETED)):
                     _add(

@@ -12,6 +12,7 @@ const METRICS = {
   exact_attention_fraction: { title: "Exact attention fraction", axis: "share of attention mass", most: 1, better: 0 },
   density: { title: "Density", axis: "keys attended / keys visible", most: 1, better: -1 },
   bytes_ratio: { title: "Bytes", axis: "bytes read / bytes of full attention", better: -1 },
+  error_norm_median: { title: "Error norm, median", axis: "median of ||o − o'|| / ||o||", better: -1 },
 };
 const LOST = { title: "Lost attention mass", axis: "1 − attention fraction", better: -1 };
 const AGAINST = {

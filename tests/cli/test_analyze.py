@@ -28,7 +28,8 @@ def test_tables_on_stdout_and_words_on_stderr(run: Run, trace: Path) -> None:
         "### exact, top-k 10",
         "### quest, top-k 5",
         "### quest, top-k 10",
-        "### Means over layers and heads (in brackets 95 % intervals over 2 sequences)",
+        "### Means over layers and heads (in brackets 95 % intervals over 2 sequences; bytes of a "
+        "cache in bfloat16)",
     ]
     assert "| quest, 10 | " in result.stdout
     assert result.stdout.count(HEADER) == 4

@@ -46,7 +46,7 @@ class Approximation:
         Raises:
             RetraceError: it was captured with exact attention, or by another loose file.
         """
-        if not _is_approximate(run):
+        if not is_approximate(run):
             raise RetraceError(
                 f"{run.path} has no method in the loop: capture one with --approximate."
             )
@@ -140,13 +140,29 @@ class Approximation:
                 yield _output(part, selection)
 
 
+def model_weights(trace: Trace) -> str | None:
+    """The digest of the weights of the model that a trace was captured with; None where the trace
+    does not say, as older ones do not."""
+    model = trace.attributes.get("model")
+    weights = model.get("weights") if isinstance(model, Mapping) else None
+    return weights if isinstance(weights, str) else None
+
+
+def transformers_release(trace: Trace) -> str | None:
+    """The release of transformers that a trace was captured with, where the trace says: another one
+    may lay the same weights out otherwise, which have another digest then."""
+    versions = trace.attributes.get("versions")
+    release = versions.get("transformers") if isinstance(versions, Mapping) else None
+    return release if isinstance(release, str) else None
+
+
 def check_exact(trace: Trace) -> None:
     """Refuse a trace that is to be the exact run and is not."""
-    if _is_approximate(trace):
+    if is_approximate(trace):
         raise RetraceError(f"{trace.path} is not the exact run: it has a method in the loop.")
 
 
-def _is_approximate(trace: Trace) -> bool:
+def is_approximate(trace: Trace) -> bool:
     """Whether a trace was captured with a method in the loop; others' need not say how it was."""
     captured = trace.attributes.get("capture")
     return isinstance(captured, Mapping) and "approximation" in captured

@@ -1,5 +1,6 @@
 """`compare`: how far runs of a model with a method in the loop drift from the exact run."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
@@ -13,7 +14,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from retrace.analyze.approximate import Approximation, check_exact
+from retrace.analyze.approximate import (
+    Approximation,
+    check_exact,
+    model_weights,
+    transformers_release,
+)
 from retrace.analyze.intervals import interval_of_mean
 from retrace.analyze.moments import Moments
 from retrace.analyze.reference import exact_pass
@@ -23,6 +29,8 @@ from retrace.analyze.states import of_layer
 from retrace.analyze.unit import Unit, load_units
 from retrace.analyze.workers import start_workers
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
+
+log = logging.getLogger("retrace")
 
 TENSORS = ("query", "key", "value", "output")
 PASSES = 3
@@ -182,6 +190,7 @@ class _Run:
 def _paired(exact: Trace, other: Trace, methods: Sequence[str]) -> _Run:
     """A run of the same tokens as the exact one's."""
     run = _Run(other, Approximation.of_run(other, methods))
+    _check_same_weights(exact, other)
     if other.layers != exact.layers:
         raise RetraceError(f"{other.path} holds other layers than {exact.path}.")
     for sequence in other.sequences:
@@ -196,6 +205,26 @@ def _paired(exact: Trace, other: Trace, methods: Sequence[str]) -> _Run:
     if not run.sequences:
         raise RetraceError(f"{other.path} has no sequence in which its method predicts a token.")
     return run
+
+
+def _check_same_weights(exact: Trace, other: Trace) -> None:
+    """Refuse traces of two models: what is between these would be charged to the method."""
+    ours, theirs = (model_weights(trace) for trace in (exact, other))
+    if ours == theirs and ours is not None:
+        return
+    releases = [transformers_release(trace) for trace in (exact, other)]
+    if ours is None or theirs is None or releases[0] != releases[1]:
+        log.warning(
+            "%s and %s do not tell whether their models have the same weights: one is of an older "
+            "retrace, or they are of two releases of transformers.",
+            exact.path,
+            other.path,
+        )
+        return
+    raise RetraceError(
+        f"{other.path} was captured with another model than {exact.path}: its weights have digest "
+        f"{theirs[:8]}, and {ours[:8]} there. Capture it anew with --reference {exact.path}."
+    )
 
 
 def _names(runs: Sequence[_Run]) -> list[str]:

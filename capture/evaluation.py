@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from retrace.analyze import Results, analyze, parse_specs
-from retrace.analyze.approximate import check_exact
+from retrace.analyze.approximate import check_exact, model_weights
 from retrace.analyze.costs import SERVING_DTYPE, is_charged
 from retrace.analyze.intervals import interval_of_mean
 from retrace.analyze.methods.registry import MethodSpec
@@ -24,6 +24,7 @@ from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
 from retrace.capture.check_runs import check_decoding, check_loop
 from retrace.capture.exact_runs import ExactRuns
+from retrace.capture.identity import check_same_model, weights_digest
 from retrace.capture.interface import observed_attention
 from retrace.capture.likelihood import likelihoods
 from retrace.capture.models import (
@@ -148,6 +149,7 @@ def evaluate(
         "trace": [exact.digest(s) for s in exact.sequences],
         "from_position": first,
         "counted_from": first or 0,
+        **({} if (weights := model_weights(exact)) is None else {"weights": weights}),
         "dense_layers": sorted(set(dense_layers)),
         "calibration": list(held_out),
         "serving_dtype": SERVING_DTYPE,
@@ -187,6 +189,10 @@ def evaluate(
     show("Loading the model", 0, 1)
     with quiet_libraries():
         loop = _Loop(exact, reading, like_reference(exact, settings), held_out, first or 0)
+    if "weights" not in facts:  # an older trace does not say
+        facts["weights"] = loop.weights
+        if found.facts.get("weights", loop.weights) != loop.weights:
+            raise _others(folder, "weights")
     show("Loading the model", 1, 1)
     total = len(wanted) * len(loop.sequences)
     for place, (spec, k) in enumerate(wanted):
@@ -225,14 +231,19 @@ def _earlier(folder: Path | None, facts: dict[str, Any], overwrite: bool) -> Eva
     if not (folder / FILES[2]).exists() and (folder / "replay").exists():
         return none  # ended before the first point
     found = Evaluation.load(folder)
-    known = BEFORE | found.facts
+    unsaid = {name: facts[name] for name in ("weights",) if name in facts}  # they are the trace's
+    known = BEFORE | unsaid | found.facts
     different = [name for name in facts if name != "retrace" and known.get(name) != facts[name]]
     if different:
-        raise RetraceError(
-            f"{folder} holds points of another {' and '.join(different)}: choose another folder "
-            "with --out, or replace it with --overwrite."
-        )
+        raise _others(folder, " and ".join(different))
     return found
+
+
+def _others(folder: Path | None, what: str) -> RetraceError:
+    return RetraceError(
+        f"{folder} holds points of another {what}: choose another folder with --out, or replace it "
+        "with --overwrite."
+    )
 
 
 class _Loop:
@@ -255,6 +266,8 @@ class _Loop:
         self._tokens = dict(zip(exact.sequences, reading.tokens, strict=True))
         self._prompts = dict(zip(exact.sequences, prompts(reading.phases), strict=True))
         self._model = open_checkpoint(settings).load(settings.dtype, settings.device)
+        self.weights = weights_digest(self._model)
+        check_same_model(exact, self._model, self.weights, settings.pretrained)
         self._exact_runs = ExactRuns(self._model)
         check_vocabulary(self._model, reading.tokens)
         longest = max(reading.tokens, key=len)

@@ -22,6 +22,7 @@ from retrace.traces import (
     RetraceError,
     TraceWriter,
     create_trace,
+    open_trace,
     prompts,
     resume_trace,
     tensor_bytes,
@@ -30,6 +31,8 @@ from retrace.traces import (
 PACKAGES = ("retrace-attention", "torch", "transformers", "datasets", "zarr", "numpy")
 COMPARED = ("model", "tokenizer", "task", "capture")
 """Attributes that a capture must have in common with the one that it resumes."""
+UNSAID = {"model": ("weights",), "tokenizer": ("prefix",)}
+"""What is in them that earlier versions did not say."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ class Plan:
             "dtype": self.dtype,
         }
         if output.resumes:
+            there = open_trace(output.writing).attributes
             compared = {name: self.attributes[name] for name in COMPARED}
+            compared |= {name: _as_said(self.attributes, there, name) for name in UNSAID}
             return resume_trace(output.writing, attributes=compared, **everything)  # type: ignore[arg-type]
         return create_trace(
             output.writing,
@@ -107,8 +112,9 @@ def describe(
     reading: Reading,
     layers: Mapping[int, AttentionLayer],
     approximation: Approximation | None,
+    weights: str,
 ) -> dict[str, Any]:
-    """The trace's attributes, as JSON gives them back."""
+    """The trace's attributes, as JSON gives them back; `weights` is the digest of the model's."""
     config = model.config.get_text_config()
     count = getattr(config, "num_hidden_layers", None) or max(layers) + 1
     tokenizer = checkpoint.tokenizer
@@ -120,6 +126,7 @@ def describe(
             "model_type": model.config.model_type,
             "parameters": sum(p.numel() for p in model.parameters()),
             "layers": count,
+            "weights": weights,
         },
         "tokenizer": {
             "class": type(tokenizer).__name__,
@@ -143,6 +150,16 @@ def describe(
     }
     plain: dict[str, Any] = json.loads(json.dumps(attributes, default=str))
     return plain
+
+
+def _as_said(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> Any:
+    """An attribute of ours, less what theirs leaves unsaid."""
+    said = theirs.get(name)
+    return {
+        key: value
+        for key, value in ours[name].items()
+        if key not in UNSAID[name] or not isinstance(said, Mapping) or key in said
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -71,6 +71,19 @@ def like_reference(reference: Trace, settings: CaptureSettings) -> CaptureSettin
     return dataclasses.replace(settings, **unsaid)
 
 
+def meant_as_there(reference: Trace, settings: CaptureSettings) -> bool:
+    """Whether the model is to be the reference's own: where a method takes part, since what it
+    costs is the difference between the two, and where no other is named."""
+    named = (
+        ("model.pretrained", settings.pretrained),
+        ("model.revision", settings.revision),
+        ("dtype", settings.dtype),
+    )
+    return settings.approximate is not None or all(
+        noted(reference, path, str | None) == value for path, value in named
+    )
+
+
 def read_reference(trace: Trace, limit: int | None) -> Reading:
     """The sequences of a trace, or the first `limit` of them."""
     if len(trace.sequences) < trace.planned:

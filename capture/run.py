@@ -15,6 +15,7 @@ from retrace.capture.check import examine
 from retrace.capture.check_runs import check_batch, check_decoding, check_loop
 from retrace.capture.decode import continue_sequences
 from retrace.capture.harness import Harness
+from retrace.capture.identity import check_same_model, weights_digest
 from retrace.capture.models import (
     check_vocabulary,
     find_device,
@@ -27,6 +28,7 @@ from retrace.capture.queries import parse_queries
 from retrace.capture.ranks import Meeting, Ranks
 from retrace.capture.reading import (
     like_reference,
+    meant_as_there,
     prompt_length,
     read_reference,
     read_text,
@@ -143,6 +145,11 @@ def _capture(
     with _explained(output):
         model = checkpoint.load(settings.dtype, settings.device)
         show(Progress("checking"))
+        weights = weights_digest(model)
+        if reference is not None and meant_as_there(reference, settings):
+            check_same_model(reference, model, weights, settings.pretrained)
+        if meeting.ranks.first and output.resumes:
+            check_same_model(open_trace(output.writing), model, weights, settings.pretrained)
         tokens, phases = reading.tokens, reading.phases
         check_vocabulary(model, tokens)
         # The longest shows what shorter ones hide: a window, say. What will be generated is not
@@ -159,7 +166,7 @@ def _capture(
         if approximation is not None:
             decodes = settings.generate > 0 or prompts(phases)[0] is not None
             check_loop(model, layers, longest, decoding=decoding if decodes else None)
-        attributes = describe(settings, checkpoint, model, reading, layers, approximation)
+        attributes = describe(settings, checkpoint, model, reading, layers, approximation, weights)
         attributes |= {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": command,

@@ -21,8 +21,9 @@ from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
 from retrace.capture.check_runs import check_loop
 from retrace.capture.harness import Harness
+from retrace.capture.identity import check_same_model, weights_digest
 from retrace.capture.logits import Decoding
-from retrace.capture.models import check_vocabulary, open_checkpoint, quiet_libraries
+from retrace.capture.models import Checkpoint, check_vocabulary, open_checkpoint, quiet_libraries
 from retrace.capture.reading import like_reference, read_text
 from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, TASKS, CaptureSettings
@@ -274,12 +275,20 @@ def evaluate_tasks(
     points: list[tuple[MethodSpec | None, int]] = [(None, 0)]
     points += [(spec, k) for spec in specs for k in budgets]
     wanted = [(spec, k) for spec, k in points if not found.has(_name(spec), k)]
-    if not wanted:
-        return found
     show = progress or (lambda *_: None)
     with quiet_libraries():
         show("Loading model and tasks", 0, 1)
-        scorer = _Scorer(settings, exact)
+        harness = Harness(settings) if wanted else None
+        checkpoint = open_checkpoint(settings)
+        # Also where nothing is left to run: scores of a model that has changed are not its own.
+        model = checkpoint.load(settings.dtype, settings.device)
+        weights = weights_digest(model)
+        if exact is not None and settings.dtype == exact.attributes["dtype"]:
+            check_same_model(exact, model, weights, settings.pretrained)
+        found = _of_weights(found, weights, folder)
+        if harness is None:
+            return found
+        scorer = _Scorer(settings, exact, harness, checkpoint, model)
         show("Loading model and tasks", 1, 1)
         for spec, k in wanted:
             scored = scorer.score(spec, k, show)
@@ -328,15 +337,34 @@ def _earlier(folder: Path | None, facts: dict[str, Any], overwrite: bool) -> Tas
     return found
 
 
+def _of_weights(found: TaskEvaluation, weights: str, folder: Path | None) -> TaskEvaluation:
+    """Scores with the digest of the weights that they are of, refused if those are others."""
+    known = found.facts.get("weights")
+    if found.scores.empty or known == weights:
+        return dataclasses.replace(found, facts=found.facts | {"weights": weights})
+    what = "does not say which weights its scores are of"
+    if known is not None:
+        what = "holds scores of other weights: the model has changed since"
+    raise RetraceError(
+        f"{folder} {what}. Choose another folder with --out, or replace it with --overwrite."
+    )
+
+
 class _Scorer:
     """A model that lm-eval-harness scores with one method after another."""
 
-    def __init__(self, settings: CaptureSettings, exact: Trace | None) -> None:
+    def __init__(
+        self,
+        settings: CaptureSettings,
+        exact: Trace | None,
+        harness: Harness,
+        checkpoint: Checkpoint,
+        model: Any,
+    ) -> None:
         from retrace.capture.harness_model import HarnessModel
 
         self._exact = exact
-        self._harness = Harness(settings)
-        checkpoint = open_checkpoint(settings)
+        self._harness = harness
         most = settings.max_length or checkpoint.max_positions or DEFAULT_MAX_LENGTH
         self._settings = dataclasses.replace(settings, max_length=most)
         reading = read_text(self._settings, checkpoint, self._harness)

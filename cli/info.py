@@ -87,6 +87,7 @@ def _print(facts: dict[str, Any]) -> None:
             + (f" at {model['revision']}" if model.get("revision") else "")
             + (f", {parameters:,} parameters" if isinstance(parameters, int) else ""),
         ),
+        *([("Weights", f"digest {model['weights']}")] if model.get("weights") else []),
         ("Task", task_names(facts, sources=True)),
         ("Dtype", facts["dtype"]),
         (

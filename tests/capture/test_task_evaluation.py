@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from retrace.analyze.approximate import Approximation
 from retrace.analyze.methods.registry import parse_spec
@@ -211,7 +213,7 @@ def test_points_that_are_there_are_not_run_again(
     first = evaluate_tasks(["window"], [3], **options)
     evaluate_tasks(["window"], [3, 5], **options, progress=lambda what, *_: seen.append(what))
     assert set(seen) == {"Loading model and tasks", "window, 5"}
-    monkeypatch.setattr("retrace.capture.task_evaluation.open_checkpoint", None)
+    monkeypatch.setattr("retrace.capture.task_evaluation._Scorer", None)
     again = evaluate_tasks(["window"], [5, 3], **options)
     assert row(again, "acc", "window", 3) == row(first, "acc", "window", 3)
     assert again.table().query("metric == 'acc'")["topk"].tolist() == [3, 5]
@@ -220,8 +222,34 @@ def test_points_that_are_there_are_not_run_again(
     with pytest.raises(RetraceError, match="holds scores of another limit"):
         evaluate_tasks(["window"], [3], **{**options, "limit": 5})
     (out / "scores.parquet").unlink()  # as though it had ended before
-    with pytest.raises(TypeError):  # there is nothing to load the model with
+    with pytest.raises(TypeError):  # there is nothing to score with
         evaluate_tasks(["window"], [3], **options)
+
+
+def test_scores_are_of_the_weights_that_the_model_has(
+    task: Callable[..., Path], folder: str, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "m", tmp_path / "scores"
+    shutil.copytree(folder, model)
+    options: dict[str, Any] = {
+        "pretrained": str(model),
+        "tasks": ["local"],
+        "include_path": task(**CHOICES),
+        "limit": 1,
+        "out": out,
+    }
+    evaluate_tasks(["window"], [3], **options)
+    changed = load_file(model / "model.safetensors")
+    changed[min(changed)].view(torch.int32)[0, 0] ^= 1
+    save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RetraceError, match="scores of other weights: the model has changed"):
+        evaluate_tasks(["window"], [3], **options)  # though nothing is left to run
+    facts = json.loads((out / "scores.json").read_text())
+    del facts["weights"]
+    (out / "scores.json").write_text(json.dumps(facts))
+    with pytest.raises(RetraceError, match="does not say which weights"):
+        evaluate_tasks(["window"], [5], **options)
+    evaluate_tasks(["window"], [3], **options, overwrite=True)
 
 
 def test_methods_that_learn(

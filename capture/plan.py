@@ -127,7 +127,8 @@ def describe(
             "parameters": sum(p.numel() for p in model.parameters()),
             "layers": count,
             "weights": weights,
-        },
+        }
+        | ({} if checkpoint.adapter is None else {"adapter": checkpoint.adapter.facts}),
         "tokenizer": {
             "class": type(tokenizer).__name__,
             "vocabulary": len(tokenizer),

@@ -87,6 +87,7 @@ def _print(facts: dict[str, Any]) -> None:
             + (f" at {model['revision']}" if model.get("revision") else "")
             + (f", {parameters:,} parameters" if isinstance(parameters, int) else ""),
         ),
+        *([("Adapter", _adapter(model["adapter"]))] if model.get("adapter") else []),
         *([("Weights", f"digest {model['weights']}")] if model.get("weights") else []),
         ("Task", task_names(facts, sources=True)),
         ("Dtype", facts["dtype"]),
@@ -113,6 +114,16 @@ def _print(facts: dict[str, Any]) -> None:
         lines.append(("Command", str(facts["command"])))
     print_facts(lines)
     _print_layers(facts["layers"])
+
+
+def _adapter(facts: Any) -> str:
+    """An adapter in words, whatever another writer put there."""
+    if not isinstance(facts, dict):
+        return str(facts)
+    told = ", ".join(
+        f"{name} {value}" for name, value in facts.items() if name not in ("adapter", "base")
+    )
+    return f"{facts.get('adapter')} on {facts.get('base')}" + (f" ({told})" if told else "")
 
 
 def _print_layers(groups: list[dict[str, Any]]) -> None:

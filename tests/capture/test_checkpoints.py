@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from retrace.capture import capture
@@ -27,6 +28,12 @@ def drop_a_weight(folder: Path) -> None:
 def truncate_the_weights(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
+
+
+def add_a_weight(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = torch.ones(64)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def drop_the_tokenizer(folder: Path) -> None:
@@ -92,3 +99,46 @@ def test_refused(spoil: Any, message: str, folder: Path, text_file: Path, tmp_pa
         capture(str(folder), text=[text_file], limit=1, out=tmp_path / "t")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "self_attn.q_proj.bias",
+        "self_attn.q_proj.lora_A.weight",
+        "self_attn.q_proj.weight_scale",
+        "self_attn.q_norm.weight",
+        "mlp.gate.weight",
+        "input_layernorm.bias",
+    ],
+)
+def test_weights_that_would_be_left_out(
+    name: str, folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    add_a_weight(folder, f"model.layers.1.{name}")
+    with pytest.raises(RetraceError, match=rf"has a weight model\.layers\.1\.{name} that Llama"):
+        capture(str(folder), text=[text_file], limit=1, out=tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("visual.blocks.0.weight", True),
+        ("model.layers.2.mlp.up_proj.weight", True),
+        ("value_head.weight", True),
+        ("model.layers.1.self_attn.rotary_emb.inv_freq", False),
+        ("model.layers.1.self_attn.masked_bias", False),
+        ("model.layers.1.self_attn.bias", False),
+    ],
+)
+def test_weights_that_the_text_model_does_without(
+    name: str,
+    said: bool,
+    folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    add_a_weight(folder, name)
+    capture(str(folder), text=[text_file], limit=1, max_length=20, out=tmp_path / "t")
+    assert (f"1 weights that LlamaForCausalLM leaves out, {name} first" in caplog.text) is said

@@ -266,10 +266,10 @@ class _Loop:
         self._tokens = dict(zip(exact.sequences, reading.tokens, strict=True))
         self._prompts = dict(zip(exact.sequences, prompts(reading.phases), strict=True))
         self._model = open_checkpoint(settings).load(settings.dtype, settings.device)
-        self.weights = weights_digest(self._model)
-        check_same_model(exact, self._model, self.weights, settings.pretrained)
         self._exact_runs = ExactRuns(self._model)
         check_vocabulary(self._model, reading.tokens)
+        self.weights = weights_digest(self._model)
+        check_same_model(exact, self._model, self.weights, settings.pretrained)
         longest = max(reading.tokens, key=len)
         self._layers: dict[int, AttentionLayer] = dict(examine(self._model, longest))
         self._decoding = check_decoding(

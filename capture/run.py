@@ -145,13 +145,13 @@ def _capture(
     with _explained(output):
         model = checkpoint.load(settings.dtype, settings.device)
         show(Progress("checking"))
+        tokens, phases = reading.tokens, reading.phases
+        check_vocabulary(model, tokens)
         weights = weights_digest(model)
         if reference is not None and meant_as_there(reference, settings):
             check_same_model(reference, model, weights, settings.pretrained)
         if meeting.ranks.first and output.resumes:
             check_same_model(open_trace(output.writing), model, weights, settings.pretrained)
-        tokens, phases = reading.tokens, reading.phases
-        check_vocabulary(model, tokens)
         # The longest shows what shorter ones hide: a window, say. What will be generated is not
         # known yet, but any tokens will do.
         longest = max(tokens, key=len)

@@ -2,6 +2,7 @@
 pass over a sequence by itself gives.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from retrace.capture.logits import Decoding, logits_in_blocks, logits_of_run
 from retrace.capture.models import input_device
 from retrace.capture.recorder import AttentionLayer, dtype_of
 from retrace.traces import PHASES, RetraceError, prompts
+
+log = logging.getLogger("retrace")
 
 Tokens = npt.NDArray[np.int32]
 STEPS = 8
@@ -111,6 +114,8 @@ def find_decoding(model: Any, tokens: Tokens, dtype: str) -> Decoding:
                 continue
             apart = typical_difference(found, expected)
             if apart <= LOGIT_TOLERANCE[dtype]:
+                if failures:
+                    log.info("%s decodes %s.", model.config.model_type, decoding)
                 return decoding
             failures.append(f"relative difference {apart:.2g}, allowed {LOGIT_TOLERANCE[dtype]:g}")
     raise RetraceError(

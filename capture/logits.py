@@ -31,6 +31,10 @@ class Decoding:
         told = [True, False] if "position_ids" in _parameters(model) else [False]
         return [cls(positions, own) for positions in told for own in (False, True)]
 
+    def __str__(self) -> str:
+        cache = "a cache of its own" if self.own_cache else "transformers' cache"
+        return f"with {cache}, {'told' if self.positions else 'counting'} positions"
+
 
 class CachedRun:
     """A model that reads sequences, and goes on with them: what it has read is in its cache."""

@@ -13,6 +13,7 @@ from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Plan, Replayed, replay_unit
 from retrace.analyze.settings import Settings
+from retrace.analyze.states import FIRST_BUILD
 from retrace.analyze.unit import HeadGroup, Unit, load_units
 from retrace.traces import Layer
 
@@ -149,12 +150,12 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
     operations = 2 * (unit.group.rules.key_dim + unit.group.rules.value_dim)
     whole = _scores(unit, begin)
     step = max(1, int(whole * operations // MEASURED))
-    some = _with_rows(unit, slice(None, None, step))
+    some = _some(unit, step)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            few = _with_rows(some, slice(-8, None))
+            few = _some(unit, max(step, len(unit.positions) // 8))
             replay_unit(few, plan, None, None, Clock(device))  # compiles what is compiled
             clock = Clock(device, wait=True)
             replay_unit(some, plan, None, None, clock)
@@ -173,13 +174,16 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
     )
 
 
-def _with_rows(unit: Unit, rows: slice) -> Unit:
-    """A unit with some of its queries, like those that select together with it."""
+def _some(unit: Unit, step: int) -> Unit:
+    """Every so many queries of a unit, and of those that select together with it, and the first
+    ones: there are methods that judge keys by the queries before the end of the first past."""
+    rows = torch.arange(len(unit.positions), device=unit.positions.device)
+    rows = rows[(rows % step == 0) | (rows < FIRST_BUILD)]
     return replace(
         unit,
-        queries=unit.queries[:, rows].contiguous(),
+        queries=unit.queries[:, rows],
         positions=unit.positions[rows],
-        neighbours=unit.neighbours and unit.neighbours.changed(lambda u: _with_rows(u, rows)),
+        neighbours=unit.neighbours and unit.neighbours.changed(lambda u: _some(u, step)),
     )
 
 

@@ -174,8 +174,8 @@ def _rank(method: ScoreMethod, served: Served, block: Block, ks: tuple[int, ...]
     if served.heads:
         peers = [(block.of(unit), state) for unit, state in served.heads]
         together = torch.cat([_visible_scores(method, state, peer) for peer, state in peers])
-    if method.pool.endswith("softmax"):
-        # What is kept anyway has no part in what heads agree on.
+    if size > 1 or method.pool.endswith("softmax"):
+        # What is kept anyway takes no page of the budget, and has no part in a softmax.
         together = together.masked_fill(_kept_units(method, ks[0], size, block), -torch.inf)
     k = int(_allowances(method, served.state, ks[-1:], block).max())
     most = k if size == 1 else max(method.units(budget) for budget in range(1, k + 1))

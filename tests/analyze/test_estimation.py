@@ -96,6 +96,15 @@ def test_nothing_is_written(trace: Trace, tmp_path: Path) -> None:
     assert set(tmp_path.rglob("*")) == there
 
 
+def test_methods_that_judge_by_earlier_queries_are_foretold(
+    make_trace: MakeTrace, rules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the few queries that are tried, some come before each past's end."""
+    monkeypatch.setattr("retrace.analyze.forecast.MEASURED", 1 << 21)
+    found = estimate(make_trace(rules(), [1100]), ["snapkv", "h2o", "tova", "infllm"], [8])
+    assert found.seconds > 0
+
+
 def test_long_work_is_announced(
     trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

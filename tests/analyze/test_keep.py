@@ -112,6 +112,16 @@ def test_kept_keys_inside_pages_are_not_counted_twice(make_trace: MakeTrace, rul
     np.testing.assert_allclose(rows[rows.metric == "attention_fraction"]["mean"], 1, atol=1e-5)
 
 
+def test_pages_of_kept_keys_take_no_page_of_the_budget(make_trace: MakeTrace, rules: Any) -> None:
+    """Four pages of four are attended: those of the sinks and of the recent keys, and two more."""
+    trace = make_trace(rules(heads=4), [64])
+    spec = "exact:keep=sink:4+recent:4"
+    quest = "quest:page=4,least_pages=1,keep=sink:4+recent:4"
+    rows = analyze(trace, [spec, quest], [16], min_context=63, keep_exact=False).metrics
+    density = rows[rows.metric == "density"].set_index(["method", "head"])["mean"]
+    np.testing.assert_allclose(density, 16 / 64)
+
+
 @pytest.mark.parametrize(
     "text",
     ["none", "sink:4", "recent:64", "sink:4+recent:64", "recent:0.25k", "sink:1+recent:0.125k"],

@@ -29,6 +29,7 @@ from retrace.analyze.states import of_layer
 from retrace.analyze.unit import Unit, load_units
 from retrace.analyze.workers import start_workers
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
+from retrace.traces.durable import make_folder, written_whole
 
 log = logging.getLogger("retrace")
 
@@ -73,10 +74,14 @@ class Drift:
     def save(self, folder: str | Path) -> None:
         """Write `drift.parquet`, `likelihoods.parquet` and `runs.csv`."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.layers.to_parquet(folder / "drift.parquet", index=False)
-        self.likelihoods.to_parquet(folder / "likelihoods.parquet", index=False)
-        self.runs.to_csv(folder / "runs.csv", index=False)
+        make_folder(folder)
+        for name, content in (
+            ("drift.parquet", self.layers.to_parquet(index=False)),
+            ("likelihoods.parquet", self.likelihoods.to_parquet(index=False)),
+            ("runs.csv", self.runs.to_csv(index=False).encode()),
+        ):
+            with written_whole(folder / name) as file:
+                file.write(content)
 
 
 def compare(

@@ -15,6 +15,7 @@ from retrace.analyze.drawing import (
     styles_of,
     wrapped,
 )
+from retrace.analyze.drawn import save_picture
 
 if TYPE_CHECKING:
     from retrace.analyze.compare import Drift
@@ -33,7 +34,7 @@ def draw_drift(drift: "Drift", folder: Path) -> list[Path]:
         ("likelihood-by-position", likelihood_by_position(drift)),
     ):
         files.append(folder / f"{name}.png")
-        figure.savefig(files[-1], dpi=DPI)
+        save_picture(figure, files[-1], DPI)
     return files
 
 

@@ -19,7 +19,8 @@ from retrace.analyze.tasks import Progress
 from retrace.analyze.top import top
 from retrace.analyze.unit import HeadGroup, Unit, load_units, scores_at_once
 from retrace.traces import Location, RetraceError, Trace, open_trace
-from retrace.traces.durable import make_folder, sync_all, sync_path, written_whole
+from retrace.traces.durable import make_folder, remove_all, sync_all, sync_path, written_whole
+from retrace.traces.lock import check_leave, one_at_a_time
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -63,6 +64,7 @@ class VectorSet:
         return {name: getattr(self, name) for name in names}
 
 
+@one_at_a_time
 def export(
     trace: Trace | str | Location,
     out: str | Path,
@@ -122,6 +124,7 @@ def export(
     if form == "ann-benchmarks" and not causal:
         _check_all_seen(trace, tasks)
     make_folder(folder)
+    check_leave(folder)
     written = []
     for done, (layer, sequence) in enumerate(tasks):
         if progress is not None:
@@ -255,11 +258,15 @@ def _write_hdf5(vectors: VectorSet, place: Path) -> Path:
     h5py = optional("h5py", "pip install 'retrace-attention[export]'", "An HDF5 file")
     arrays, file = equal_norms(vectors), place.with_name(f"{place.name}.hdf5")
     layout = {"type": "dense", "point_type": "float", "dimension": arrays["train"].shape[1]}
-    # By its name, since the library reads again what it has written.
-    with written_whole(file) as opened, h5py.File(opened.name, "w") as held:
+    # In memory: the library ends the process where a disk is full.
+    with h5py.File(file.name, "w", driver="core", backing_store=False) as held:
         held.attrs.update(_facts(vectors) | layout | {"distance": "angular"})
         for name, array in arrays.items():
             held.create_dataset(name, data=array)
+        held.flush()
+        content = held.id.get_file_image()
+    with written_whole(file) as opened:
+        opened.write(content)
     return file
 
 
@@ -288,14 +295,17 @@ def _write_numpy(vectors: VectorSet, place: Path) -> Path:
 def _folder(vectors: VectorSet, place: Path, write: Callable[[Path], None]) -> Path:
     """A folder that is there whole and for good, or not at all."""
     aside = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_all(aside)
     aside.mkdir()
-    write(aside)
-    (aside / "facts.json").write_text(json.dumps(_facts(vectors), indent=2) + "\n")
-    sync_all(aside)
-    if place.is_dir():
-        shutil.rmtree(place)
-    aside.replace(place)
+    try:
+        write(aside)
+        (aside / "facts.json").write_text(json.dumps(_facts(vectors), indent=2) + "\n")
+        sync_all(aside)
+        remove_all(place)
+        aside.replace(place)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     sync_path(place.parent)
     return place
 

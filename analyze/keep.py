@@ -8,7 +8,7 @@ import numpy as np
 
 from retrace.traces import RetraceError
 
-_NUMBER = r"\d*\.?\d+"
+_NUMBER = r"\d{0,9}\.?\d{1,9}"  # of nine digits at most: there are no more positions
 _PART = re.compile(rf"(sink|recent):({_NUMBER})([kr]?)(?:<({_NUMBER})k)?")
 
 

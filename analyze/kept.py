@@ -1,6 +1,7 @@
 """What of earlier runs stands in a folder, and whether that is still what their code gives."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,19 @@ log = logging.getLogger("retrace")
 Made = Mapping[str, str | None]
 """Digests of what a method's figures come from, by what that is: its code, retrace's, what it
 learnt from."""
+
+
+def made_now(made: Made, topk: int, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What a folder says of a method that is computed at a budget now, and said `before`."""
+    earlier = before.get("when") if is_current(before, made) else None
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {**made, "when": {**(earlier if isinstance(earlier, dict) else {}), str(topk): now}}
+
+
+def when_made(entry: Mapping[str, Any], topk: int) -> str:
+    """When a method was computed at a budget, as `made_now` noted it; empty if nothing says so."""
+    times = entry.get("when")
+    return str(times.get(str(topk), "")) if isinstance(times, dict) else ""
 
 
 def is_current(entry: Mapping[str, Any], made: Made) -> bool:

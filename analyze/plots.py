@@ -30,6 +30,7 @@ from retrace.analyze.drawing import (
     styles_of,
     wrapped,
 )
+from retrace.analyze.drawn import save_picture
 from retrace.analyze.position_plots import position_figures
 from retrace.analyze.sweep_plots import sweep_figures
 
@@ -67,7 +68,7 @@ def draw_all(results: "Results", folder: Path) -> list[Path]:
     files = []
     for name, figure in figures.items():
         file = folder / f"{name}.png"
-        figure.savefig(file, dpi=DPI)
+        save_picture(figure, file, DPI)
         files.append(file)
     return files
 

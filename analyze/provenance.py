@@ -113,7 +113,7 @@ def code_of_modules(names: Iterable[str]) -> Code:
         if package is not None and package not in own_packages:
             packages[package.name] = package.version
             continue
-        content = _content(found)
+        content = _own_content(found.origin) if name.startswith("retrace.") else _content(found)
         if content is None:
             # A folder without a file is nothing by itself.
             known &= found.submodule_search_locations is not None
@@ -223,6 +223,12 @@ def _content(found: ModuleSpec) -> bytes | None:
     except OSError:
         return None
     return data
+
+
+@cache
+def _own_content(origin: str | None) -> bytes | None:
+    """A file of retrace as this process found it first, which is what it runs."""
+    return None if origin is None else Path(origin).read_bytes()
 
 
 @cache

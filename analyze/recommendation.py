@@ -152,7 +152,12 @@ class Recommendation:
             content = read_facts(Path(file))
         except (OSError, ValueError, RecursionError) as error:
             raise RetraceError(f"{file} is not a recommendation ({error}).") from error
-        return cls.from_json(content)
+        try:
+            return cls.from_json(content)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, RetraceError):
+                raise
+            raise RetraceError(f"{file} is not a recommendation ({error!r}).") from error
 
     def table(self) -> pd.DataFrame:
         """One row per kv head: layer, kv head, the classes of its heads, method and budget, bytes

@@ -12,6 +12,7 @@ from retrace.analyze.counting import Counting, number_of
 from retrace.analyze.intervals import OVER, differences, intervals
 from retrace.analyze.profile import profile_table
 from retrace.analyze.results_folder import load, save
+from retrace.analyze.shown import shown
 from retrace.traces import RetraceError
 
 KEYS = ["method", "layer", "module", "head", "topk", "metric"]
@@ -368,8 +369,8 @@ class Results:
             parts.append(f"Figures of other code than the rest: {', '.join(outdated)}.\n")
         summary = markdown_table(self.summary())
         parts.append(f"### {self.summary_title()}\n\n{summary}\n\n{PREDICTS}\n")
-        shown = ("recall", "error_norm")
-        known = self.intervals("layer", metrics=shown)
+        figures = ("recall", "error_norm")
+        known = self.intervals("layer", metrics=figures)
         ends = _brackets(known, ["method", "topk", "metric", "module"])
         tables = dict(iter(self.table().groupby(["Method", "Top-k"], sort=False)))
         over, medians = self.queries_words(), self._layer_medians()
@@ -378,13 +379,13 @@ class Results:
                 table = tables[method, k].drop(columns=["Method", "Top-k"])
                 if (method, k) in medians:
                     table["Median Error Norm"] = table["Layer"].map(medians[method, k])
-                for metric in shown if ends else ():
+                for metric in figures if ends else ():
                     table[f"95 % of Mean {metric.replace('_', ' ').title()}"] = [
                         ends.get((method, k, metric, module), "") for module in table["Layer"]
                     ]
                 words = over[method, k].capitalize()
                 parts.append(f"### {method}, top-k {k}\n\n{words}.\n\n{markdown_table(table)}\n")
-        return "\n".join(parts)
+        return shown("\n".join(parts))
 
     def save(self, folder: str | Path) -> None:
         """Write a parquet file of each table, `run.json` and `table.md`, all of them or none: a
@@ -482,7 +483,7 @@ def markdown_table(table: pd.DataFrame) -> str:
     """A pipe table; figures with four significant digits."""
 
     def cell(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return f"{value:.4g}" if isinstance(value, float) else shown(" ".join(str(value).split()))
 
     lines = [list(table.columns), ["---"] * len(table.columns)]
     lines += [[cell(value) for value in row] for row in table.itertuples(index=False)]

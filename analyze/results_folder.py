@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pandas as pd
 from retrace.analyze.checked import DIGESTS, checked_facts, checked_table
 from retrace.analyze.untrusted import read_facts, read_table
 from retrace.traces import RetraceError
-from retrace.traces.durable import make_folder, sync_all, sync_path
+from retrace.traces.durable import make_folder, remove_all, sync_all, sync_path
 
 SAVING, SAVED = ".saving", ".saved"
 """Folders, in one of results, of what is being written and of what is whole: the second is moved
@@ -26,7 +25,7 @@ def save(folder: Path, tables: Mapping[str, pd.DataFrame], run: dict[str, Any], 
     make_folder(folder)
     finish_saving(folder)
     aside = folder / SAVING
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_all(aside)
     aside.mkdir()
     digests = {}
     for name, frame in tables.items():
@@ -75,7 +74,8 @@ def load(
 
 def finish_saving(folder: Path) -> None:
     """Put what was saved last into its place, where a killed process did not come to that."""
-    if (folder / SAVED).is_dir():
+    # By a link, files of another folder would be moved.
+    if (folder / SAVED).is_dir() and not (folder / SAVED).is_symlink():
         for file in (folder / SAVED).iterdir():
             file.replace(folder / file.name)
         sync_path(folder)

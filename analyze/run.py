@@ -34,6 +34,8 @@ from retrace.traces.lock import LOCK, locked_folder
 
 log = logging.getLogger("retrace")
 
+MOST_KEYS = 10_000_000
+"""Of a budget: no context is longer."""
 BEGUN = {PARTS, SAVING, LOCK}
 """What is in a folder before there are results."""
 OWN = {"metrics.parquet", SAVED}
@@ -242,6 +244,8 @@ def exact_answers(trace: Location) -> Path | None:
 def _budgets(topk: Sequence[int]) -> tuple[int, ...]:
     if not topk or min(topk) < 1:
         raise RetraceError(f"top-k {', '.join(map(str, topk)) or 'missing'}: expected 1 or more.")
+    if max(topk) > MOST_KEYS:
+        raise RetraceError(f"top-k {max(topk)}: expected at most {MOST_KEYS:,} keys.")
     return tuple(sorted(set(topk)))
 
 
@@ -318,7 +322,7 @@ def _still_wanted(
     wanted = []
     for name, spec in asked.items():
         held = set(before.topk(name))
-        if again and name not in outdated:
+        if again:
             missing = tuple(sorted({*budgets, *held}))
         else:
             there = set() if name in outdated else held - before.incomplete(name)

@@ -1,6 +1,7 @@
 """Tables and facts in folders that anybody may have changed: read in bounded memory."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from retrace.traces.regular import open_regular
 
 FACTS_BYTES = 1 << 26
 """Of a file of facts; those of a run with hundreds of methods take less than a hundredth."""
@@ -22,6 +25,8 @@ ROWS_PER_BYTE, TEXT_PER_BYTE = 16, 1 << 10
 """And those besides for each of its file's bytes. Values that repeat cost nothing, but figures
 differ: of tables of results one byte stands for less than a row."""
 
+POINT_TEXTS = {"method", "task", "metric"}
+"""Columns of tables of points that hold text; the others hold numbers."""
 TEXTS = (pa.types.is_string, pa.types.is_large_string)
 KINDS = (
     *TEXTS,
@@ -40,12 +45,13 @@ def read_table(file: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
         OSError: it cannot be read.
         ValueError: it is none, lacks a column, or claims more than its file can hold.
     """
-    size = file.stat().st_size
     try:
-        texts = _check(pq.read_metadata(file), size, columns)
-        # Texts stay numbers until it is known what they come to.
-        with pq.ParquetFile(file, read_dictionary=texts) as held:
-            table = held.read(columns=columns)
+        with open_regular(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            texts = _check(pq.read_metadata(opened), size, columns)
+            # Texts stay numbers until it is known what they come to.
+            with pq.ParquetFile(opened, read_dictionary=texts) as held:
+                table = held.read(columns=columns)
         if sum(_text_bytes(table[name]) for name in texts) > TEXT + TEXT_PER_BYTE * size:
             raise ValueError(f"the texts of {file.name} are larger than such a file can hold")
         plain = [f.with_type(pa.large_string()) if f.name in texts else f for f in table.schema]
@@ -61,11 +67,35 @@ def read_facts(file: Path) -> Any:
     Raises:
         OSError, ValueError, RecursionError: it cannot be read, is none, or too large for one.
     """
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         raw = opened.read(FACTS_BYTES + 1)
     if len(raw) > FACTS_BYTES:
         raise ValueError(f"{file.name} has more than {FACTS_BYTES >> 20} MiB")
     return json.loads(raw.decode())
+
+
+def read_whole(
+    folder: Path, facts: str, tables: Sequence[str]
+) -> tuple[dict[str, Any], list[pd.DataFrame]]:
+    """The facts, and the tables of points, of a folder.
+
+    Raises:
+        OSError, ValueError, RecursionError: they can't be read, or have another form.
+    """
+    held = read_facts(folder / facts)
+    if not isinstance(held, dict) or not isinstance(held.get("methods", {}), dict):
+        raise ValueError(f"{facts} is not as retrace writes it")
+    if not all(isinstance(entry, dict) for entry in held.get("methods", {}).values()):
+        raise ValueError(f"{facts} has no methods as retrace writes them")
+    frames = [read_table(folder / name) for name in tables]
+    for name, frame in zip(tables, frames, strict=True):
+        for column in POINT_TEXTS & set(frame.columns):
+            if not all(isinstance(text, str) for text in frame[column]):
+                raise ValueError(f"{name} holds something else in column {column}")
+        for column in set(frame.columns) - POINT_TEXTS:
+            if not pd.api.types.is_numeric_dtype(frame[column]):
+                raise ValueError(f"{name} holds something else in column {column}")
+    return held, frames
 
 
 def _check(found: Any, size: int, columns: Sequence[str] | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +16,19 @@ from retrace.analyze import Results, analyze, parse_specs
 from retrace.analyze.approximate import check_exact, model_weights
 from retrace.analyze.costs import SERVING_DTYPE, is_charged
 from retrace.analyze.intervals import interval_of_mean
+from retrace.analyze.kept import (
+    made_now,
+    note_kept,
+    outdated_among,
+    outdated_besides,
+    when_made,
+)
 from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.provenance import ENGINE, code_digest
 from retrace.analyze.results import markdown_table
 from retrace.analyze.scope import choose_calibration
 from retrace.analyze.trying import able_to_learn
+from retrace.analyze.untrusted import read_whole
 from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
 from retrace.capture.check_runs import check_decoding, check_loop
@@ -38,6 +47,7 @@ from retrace.capture.recorder import AttentionLayer, dtype_of
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
 from retrace.traces.durable import make_folder, written_whole
+from retrace.traces.lock import LOCK, check_leave, one_at_a_time
 
 FIGURES = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio")
 """Of replay, each the mean over layers and heads."""
@@ -67,6 +77,11 @@ class Evaluation:
         points = self.points
         return bool(((points["method"] == method) & (points["topk"] == topk)).any())
 
+    def without(self, methods: Collection[str]) -> Self:
+        """These points less those of some methods."""
+        points = self.points[~self.points["method"].isin(list(methods))]
+        return dataclasses.replace(self, points=points.reset_index(drop=True))
+
     def markdown(self) -> str:
         """The table, in Markdown."""
         return markdown_table(self.points) + "\n"
@@ -88,12 +103,16 @@ class Evaluation:
             RetraceError: it holds no evaluation.
         """
         try:
-            facts = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
-            return cls(pd.read_parquet(folder / FILES[0]), facts)
-        except (OSError, ValueError) as error:
-            raise RetraceError(f"{folder} holds no evaluation of retrace ({error}).") from error
+            facts, (points,) = read_whole(folder, FILES[2], FILES[:1])
+            if not {"method", "topk"} <= set(points):
+                raise ValueError(f"{FILES[0]} names no methods and budgets")
+        except (OSError, ValueError, RecursionError) as error:
+            cause = " ".join(str(error).split())
+            raise RetraceError(f"{folder} holds no evaluation of retrace ({cause}).") from error
+        return cls(points, facts)
 
 
+@one_at_a_time
 def evaluate(
     exact: Trace | str | Location,
     methods: Sequence[str],
@@ -104,6 +123,7 @@ def evaluate(
     device: str = "auto",
     out: str | Path | None = None,
     overwrite: bool = False,
+    again: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run a trace's model with methods in the loop, one point after another, storing no tensors.
@@ -122,8 +142,10 @@ def evaluate(
         dense_layers: layers that attend exactly, and that replay leaves out.
         device: device of the model and the replay: `auto`, `cpu`, `cuda`, `cuda:N`.
         out: folder for the table, and for replay's results in `replay`. Points that it holds
-            already are not run again.
+            already are not run again, as long as they come from the same code.
         overwrite: throw away what is in `out`.
+        again: run these methods again at every budget that `out` holds or that is asked for, as in
+            `analyze`.
         progress: told how far it is.
 
     Raises:
@@ -156,10 +178,11 @@ def evaluate(
         "retrace": version("retrace-attention"),
     }
     found = _earlier(folder, facts, overwrite)
+    found, budgets = _still_good(found, specs, topk, again)
     replayed = analyze(
         exact,
         methods,
-        topk,
+        sorted({*topk, *(k for held in budgets.values() for k in held)}),
         out=None if folder is None else folder / "replay",
         protocol="all" if first is None else f"prefix:{first}",
         min_context=first or 0,
@@ -167,17 +190,16 @@ def evaluate(
         calibration_sequences=held_out or None,
         device=device,
         overwrite=overwrite,
+        again=again,
         progress=lambda done, total: show("Replaying", done, total),
     )
     ran = replayed.methods()  # of `all`, not every method runs on every trace
     wanted = [
-        (s, k)
-        for s in specs
-        for k in sorted(set(topk))
-        if str(s) in ran and not found.has(str(s), k)
+        (s, k) for s in specs for k in budgets[str(s)] if str(s) in ran and not found.has(str(s), k)
     ]
     if not wanted:
         return found
+    check_leave(folder)
     settings = CaptureSettings(
         reference=str(exact.path),
         approximate=str(specs[0]),
@@ -205,10 +227,43 @@ def evaluate(
         row |= _cost(np.array(sums)) | _figures(replayed, str(spec), k)
         row["charged"] = is_charged(replayed.run, str(spec))
         points = [*found.points.to_dict("records"), row]
-        found = Evaluation(pd.DataFrame(points), facts)
+        noted = found.facts["methods"]
+        made = made_now(_made_by(spec), k, noted.get(str(spec), {}))
+        told = {**found.facts, **facts, "methods": {**noted, str(spec): made}}
+        found = Evaluation(pd.DataFrame(points), told)
         if folder is not None:
             found.save(folder)
     return found
+
+
+def _made_by(spec: MethodSpec) -> dict[str, str | None]:
+    """What a point of a method comes from besides what all of them share."""
+    return {"code": spec.code.digest, "engine": code_digest(__name__, *ENGINE)}
+
+
+def _still_good(
+    found: Evaluation, specs: Sequence[MethodSpec], topk: Sequence[int], again: bool
+) -> tuple[Evaluation, dict[str, list[int]]]:
+    """The points that the code of now would give too, and the budgets wanted of each method."""
+    noted = found.facts.get("methods", {})
+    known = {method: noted.get(method, {}) for method in found.points["method"].unique()}
+    asked = {str(spec): _made_by(spec) for spec in specs}
+    outdated = outdated_among(asked, known)
+    points = found.points
+    budgets = {name: sorted(set(topk)) for name in asked}
+    for name in asked if again else ():
+        held = map(int, points.loc[points["method"] == name, "topk"])
+        budgets[name] = sorted({*topk, *held})
+    found = found.without(asked if again else outdated)
+    note_kept(
+        (name, k, when_made(known[name], k))
+        for name in asked
+        for k in budgets[name]
+        if found.has(name, k)
+    )
+    others = outdated_besides(specs, known, _made_by, code_digest(__name__, *ENGINE))
+    facts = {**found.facts, "methods": noted, "outdated": others}
+    return dataclasses.replace(found, facts=facts), budgets
 
 
 def _first_position(said: int | None, read_at_once: Sequence[int | None]) -> int | None:
@@ -226,10 +281,18 @@ def _first_position(said: int | None, read_at_once: Sequence[int | None]) -> int
 def _earlier(folder: Path | None, facts: dict[str, Any], overwrite: bool) -> Evaluation:
     """The points that the folder holds; none where there is nothing."""
     none = Evaluation(pd.DataFrame(columns=["method", "topk"]), facts)
-    if folder is None or overwrite or not folder.exists() or not any(folder.iterdir()):
+    if folder is None or not folder.is_dir():
         return none
-    if not (folder / FILES[2]).exists() and (folder / "replay").exists():
-        return none  # ended before the first point
+    there = {file.name for file in folder.iterdir()} - {LOCK}
+    begun = {name.removesuffix(".partial") for name in there} <= {*FILES, "replay"}
+    if begun and not {FILES[0], FILES[2]} <= there:
+        return none  # empty, or ended before the first point was whole
+    if FILES[0] not in there:
+        raise RetraceError(
+            f"{folder} is not empty, and no evaluation of retrace: choose another with --out."
+        )
+    if overwrite:
+        return none
     found = Evaluation.load(folder)
     unsaid = {name: facts[name] for name in ("weights",) if name in facts}  # they are the trace's
     known = BEFORE | unsaid | found.facts

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from retrace.analyze.costs import NOT_CHARGED, SERVING_DTYPE
 from retrace.analyze.drawing import label_outer, legend, logarithmic, panel_grid, styles_of, wrapped
+from retrace.analyze.drawn import save_picture
 
 if TYPE_CHECKING:
     from retrace.capture.evaluation import Evaluation
@@ -27,7 +28,7 @@ def draw_evaluation(evaluation: "Evaluation", folder: Path) -> Path:
     """Draw the plot into a folder; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "loss-by-replay.png"
-    loss_by_replay(evaluation).savefig(file, dpi=DPI)
+    save_picture(loss_by_replay(evaluation), file, DPI)
     return file
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +14,18 @@ import pandas as pd
 from retrace.analyze import parse_specs
 from retrace.analyze.approximate import check_exact
 from retrace.analyze.intervals import interval_of_mean
+from retrace.analyze.kept import (
+    made_now,
+    note_kept,
+    outdated_among,
+    outdated_besides,
+    when_made,
+)
 from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.provenance import ENGINE, code_digest
 from retrace.analyze.results import markdown_table
 from retrace.analyze.scope import choose_calibration
+from retrace.analyze.untrusted import read_whole
 from retrace.capture.approximate import Approximator, prepare
 from retrace.capture.check import examine
 from retrace.capture.check_runs import check_loop
@@ -29,6 +38,7 @@ from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, TASKS, CaptureSettings
 from retrace.traces import PHASES, Location, RetraceError, Trace, noted, open_trace
 from retrace.traces.durable import make_folder, written_whole
+from retrace.traces.lock import LOCK, check_leave, one_at_a_time
 
 FILES = ("scores.parquet", "documents.parquet", "scores.md", "scores.json")
 EXACT = "exact attention"
@@ -55,6 +65,14 @@ class TaskEvaluation:
     def has(self, method: str, topk: int) -> bool:
         """Whether there are scores of this method and budget."""
         return bool(((self.scores["method"] == method) & (self.scores["topk"] == topk)).any())
+
+    def without(self, methods: Collection[str]) -> Self:
+        """These scores less those of some methods."""
+        scores, documents = (
+            rows[~rows["method"].isin(list(methods))].reset_index(drop=True)
+            for rows in (self.scores, self.documents)
+        )
+        return dataclasses.replace(self, scores=scores, documents=documents)
 
     def table(self) -> pd.DataFrame:
         """One row per (task, metric, method, topk): `exact` attention's score, `score`, their
@@ -101,14 +119,16 @@ class TaskEvaluation:
 
     def save(self, folder: Path) -> None:
         """Write `scores.parquet`, `documents.parquet`, `scores.md` and `scores.json`, each whole,
-        the scores last: where they are, everything is."""
+        the scores after what they are of, and what they come from last."""
         facts = json.dumps(self.facts, indent=2) + "\n"
         tables = (frame.to_parquet(index=False) for frame in (self.scores, self.documents))
-        contents = zip(FILES, (*tables, self.markdown().encode(), facts.encode()), strict=True)
+        contents = dict(
+            zip(FILES, (*tables, self.markdown().encode(), facts.encode()), strict=True)
+        )
         make_folder(folder)
-        for name, content in reversed(list(contents)):
+        for name in (FILES[1], FILES[2], FILES[0], FILES[3]):
             with written_whole(folder / name) as file:
-                file.write(content)
+                file.write(contents[name])
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -118,10 +138,13 @@ class TaskEvaluation:
             RetraceError: it holds no scores.
         """
         try:
-            facts = json.loads((folder / FILES[3]).read_text(encoding="utf-8"))
-            scores, documents = (pd.read_parquet(folder / name) for name in FILES[:2])
-        except (OSError, ValueError) as error:
-            raise RetraceError(f"{folder} holds no scores of retrace ({error}).") from error
+            facts, (scores, documents) = read_whole(folder, FILES[3], FILES[:2])
+            columns = {*POINT, *PLACE, "value"}
+            if not columns <= set(scores) or not columns | {"document"} <= set(documents):
+                raise ValueError("its tables lack columns")
+        except (OSError, ValueError, RecursionError) as error:
+            cause = " ".join(str(error).split())
+            raise RetraceError(f"{folder} holds no scores of retrace ({cause}).") from error
         return cls(scores, documents, facts)
 
 
@@ -167,6 +190,7 @@ def _span(
     return *interval_of_mean(differences, np.ones(len(differences))), len(differences)
 
 
+@one_at_a_time
 def evaluate_tasks(
     methods: Sequence[str],
     topk: Sequence[int],
@@ -186,6 +210,7 @@ def evaluate_tasks(
     trust_remote_code: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
+    again: bool = False,
     progress: Progress | None = None,
 ) -> TaskEvaluation:
     """Score a model in tasks of lm-eval-harness, exactly and with methods in the loop.
@@ -211,8 +236,10 @@ def evaluate_tasks(
         device: device of the model: `auto`, `cpu`, `cuda`, `cuda:N`.
         revision: branch, tag or commit of a model on the Hub.
         trust_remote_code: run the Python code that a model brings along.
-        out: folder for the scores. Points that it holds already are not run again.
+        out: folder for the scores. Points that it holds already are not run again, as long as they
+            come from the same code.
         overwrite: throw away what is in `out`.
+        again: run these methods again at every budget that `out` holds or that is asked for.
         progress: told how far it is.
 
     Raises:
@@ -272,9 +299,10 @@ def evaluate_tasks(
     }
     folder = None if out is None else Path(out)
     found = _earlier(folder, facts, overwrite)
-    points: list[tuple[MethodSpec | None, int]] = [(None, 0)]
-    points += [(spec, k) for spec in specs for k in budgets]
+    found, points = _still_good(found, specs, budgets, again)
     wanted = [(spec, k) for spec, k in points if not found.has(_name(spec), k)]
+    if wanted:
+        check_leave(folder)
     show = progress or (lambda *_: None)
     with quiet_libraries():
         show("Loading model and tasks", 0, 1)
@@ -293,9 +321,48 @@ def evaluate_tasks(
         for spec, k in wanted:
             scored = scorer.score(spec, k, show)
             found = found.extended(_name(spec), k, scored)
+            noted = found.facts["methods"]
+            made = made_now(_made_by(spec), k, noted.get(_name(spec), {}))
+            found = dataclasses.replace(
+                found, facts={**found.facts, **facts, "methods": {**noted, _name(spec): made}}
+            )
             if folder is not None:
                 found.save(folder)
     return found
+
+
+def _made_by(spec: MethodSpec | None) -> dict[str, str | None]:
+    """What scores of a method, or of exact attention, come from besides what all of them share."""
+    return {
+        "code": EXACT if spec is None else spec.code.digest,
+        "engine": code_digest(__name__, *ENGINE),
+    }
+
+
+def _still_good(
+    found: TaskEvaluation, specs: Sequence[MethodSpec], budgets: Sequence[int], again: bool
+) -> tuple[TaskEvaluation, list[tuple[MethodSpec | None, int]]]:
+    """The scores that the code of now would give too, and all points that are wanted."""
+    noted = found.facts.get("methods", {})
+    known = {method: noted.get(method, {}) for method in found.scores["method"].unique()}
+    asked: dict[str, MethodSpec | None] = {EXACT: None, **{str(spec): spec for spec in specs}}
+    outdated = outdated_among({name: _made_by(spec) for name, spec in asked.items()}, known)
+    chosen = [name for name in asked if name != EXACT]
+    points: list[tuple[MethodSpec | None, int]] = [(None, 0)]
+    for name in chosen:
+        held = set(map(int, found.scores.loc[found.scores["method"] == name, "topk"]))
+        ks = {*budgets, *held} if again else set(budgets)
+        points += [(asked[name], k) for k in sorted(ks)]
+    found = found.without({*outdated, *chosen} if again else outdated)
+    note_kept(
+        (name, k, when_made(known[name], k))
+        for name, k in ((_name(spec), k) for spec, k in points)
+        if name != EXACT and found.has(name, k)
+    )
+    known.pop(EXACT, None)
+    others = outdated_besides(specs, known, _made_by, code_digest(__name__, *ENGINE))
+    facts = {**found.facts, "methods": noted, "outdated": others}
+    return dataclasses.replace(found, facts=facts), points
 
 
 def _name(spec: MethodSpec | None) -> str:
@@ -318,11 +385,18 @@ def _earlier(folder: Path | None, facts: dict[str, Any], overwrite: bool) -> Tas
         pd.DataFrame(columns=[*POINT, *PLACE, "document", "value"]),
         facts,
     )
-    if folder is None or overwrite or not folder.exists():
+    if folder is None or not folder.is_dir():
         return none
-    there = {file.name for file in folder.iterdir()}
-    if FILES[0] not in there and {name.removesuffix(".partial") for name in there} <= {*FILES}:
-        return none  # empty, or of a run that ended before its first scores
+    there = {file.name for file in folder.iterdir()} - {LOCK}
+    begun = {name.removesuffix(".partial") for name in there} <= {*FILES}
+    if begun and not {FILES[0], FILES[3]} <= there:
+        return none  # empty, or of a run that ended before its first scores were whole
+    if FILES[0] not in there:
+        raise RetraceError(
+            f"{folder} is not empty, and holds no scores of retrace: choose another with --out."
+        )
+    if overwrite:
+        return none
     found = TaskEvaluation.load(folder)
     different = [
         name

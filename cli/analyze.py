@@ -30,6 +30,7 @@ from retrace.cli.screen import (
     print_json,
     print_table,
     print_words,
+    say,
     size,
 )
 
@@ -253,7 +254,7 @@ def print_results(
         if form == "json":
             print_json(rows.to_dict("records"))
         else:
-            click.echo(rows.to_csv(index=False), nl=False)
+            say(rows.to_csv(index=False), nl=False)
         return
     pairs = [(method, k) for method in methods for k in topk if k in results.topk(method)]
     from retrace.analyze.results import PREDICTS
@@ -277,10 +278,10 @@ def print_figures(title: str, table: "pd.DataFrame", form: str, over: str = "") 
         print_table(list(table.columns), lines, title=f"{title}, {over}" if over else title)
     else:
         cells = [list(table.columns), ["---"] * len(table.columns), *lines]
-        click.echo(f"### {title}\n")
+        say(f"### {title}\n")
         if over:
-            click.echo(f"{over.capitalize()}.\n")
-        click.echo("\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n")
+            say(f"{over.capitalize()}.\n")
+        say("\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n")
 
 
 def print_profile(results: "Results") -> None:

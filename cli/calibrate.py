@@ -7,7 +7,7 @@ import click
 from retrace.cli.command import Command
 from retrace.cli.parameters import DEVICE, LAYERS, SCHEDULER, SPEC, WORKERS, numbers
 from retrace.cli.progress import progress_bar
-from retrace.cli.screen import note, plural
+from retrace.cli.screen import note, plural, say
 
 
 @click.command(
@@ -41,5 +41,5 @@ def command(trace: str, method: str, **settings: Any) -> None:
 
     with progress_bar("Learning", "layers") as progress:
         files = calibrate(locate(trace), method, progress=progress, **settings)
-    click.echo(files[0].parent)
+    say(files[0].parent)
     note(f"Calibrated: {plural(len(files), 'file')}.")

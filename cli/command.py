@@ -3,16 +3,20 @@
 import errno
 import logging
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from retrace.analyze.shown import shown
+from retrace.cli.interruption import INTERRUPTED, interruptible
+from retrace.cli.screen import say
+from retrace.cli.streams import open_closed_streams
+
 TYPED = "retrace.cli.typed"
 """Where a context keeps what the user typed."""
-INTERRUPTED = 130
-"""Exit code of a shell's command that Ctrl-C ended."""
 UNHEARD = ("asyncio", "distributed.client")
 """Loggers of libraries that show tracebacks of errors which are raised as well."""
 
@@ -37,21 +41,24 @@ class Command(click.Command):
         """Run the command."""
         for name in UNHEARD:
             logging.getLogger(name).disabled = True
+        open_closed_streams()
         try:
-            with warnings_on_stderr():
-                return super().invoke(ctx)
+            with warnings_on_stderr(), interruptible():
+                answer = super().invoke(ctx)
+                sys.stdout.flush()  # where it fails, it fails here
+                return answer
         except ValueError as error:
             # Imported late: a help page must not wait for Zarr, which comes with it.
             from retrace.traces import RetraceError
 
             if not isinstance(error, RetraceError):
                 raise
-            raise click.UsageError(str(error), ctx) from error
+            raise click.UsageError(shown(str(error)), ctx) from error
         except OSError as error:
             words = _words(error)
             if words is None:
                 raise
-            raise click.UsageError(words, ctx) from error
+            raise click.UsageError(shown(words), ctx) from error
         except KeyboardInterrupt:
             click.echo(f"\nInterrupted. {self.interrupted}".rstrip(), err=True)
             ctx.exit(INTERRUPTED)
@@ -62,12 +69,25 @@ def _words(error: OSError) -> str | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = f" ({error.filename})" if error.filename else ""
         return f"The disk is full{place}: make room, or write elsewhere with --out."
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
+    if error.errno in _FAILING:
+        place = f" ({error.filename})" if error.filename else ""
+        return f"The disk fails{place}: {error.strerror}. What was finished before is kept."
+    if error.errno in _PLACES and error.filename:
         return (
             f"{error.filename}: {error.strerror}. Choose another place, with --out for what is "
             "written."
         )
     return None
+
+
+_FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOLCK)
+"""What goes wrong with disks, and with those of other machines."""
+_PLACES = (
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG, errno.EFBIG, errno.EXDEV, errno.EBUSY,
+    errno.ETXTBSY, errno.ENXIO, errno.EINVAL,
+)  # fmt: skip
+"""What is wrong with the place of a file."""
 
 
 @contextmanager
@@ -87,4 +107,4 @@ def warnings_on_stderr() -> Iterator[None]:
 class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno == logging.INFO else f"{record.levelname.capitalize()}: "
-        click.echo(f"{level}{record.getMessage()}", err=True)
+        say(f"{level}{record.getMessage()}", err=True)

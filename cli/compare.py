@@ -51,12 +51,17 @@ def command(
     """
     from retrace.analyze.compare import TENSORS, compare
     from retrace.traces import locate
+    from retrace.traces.lock import locked_folder
 
     place = locate(exact)
     out = Path("results", f"{place.stem}-drift") if out is None else out
-    with progress_bar("Comparing") as progress:
-        drift = compare(place, [locate(run) for run in approximate], progress=progress, **settings)
-    drift.save(out)
+    with locked_folder(out) as refusal:
+        if refusal is not None:
+            raise refusal
+        with progress_bar("Comparing") as progress:
+            runs = [locate(run) for run in approximate]
+            drift = compare(place, runs, progress=progress, **settings)
+        drift.save(out)
     if format == "json":
         print_json(
             {"runs": drift.runs.to_dict("records"), "layers": drift.table().to_dict("records")}

@@ -22,9 +22,13 @@ def _read(ctx: click.Context, param: click.Parameter, path: Path | None) -> None
         return
     import yaml
 
+    # Imported late: Zarr comes with it.
+    from retrace.traces.regular import open_regular
+
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MOST + 1)
+        with open_regular(path) as file:
+            # No character takes more than four bytes.
+            text = file.read(4 * MOST + 1).decode()
         _check(text)
         settings = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:

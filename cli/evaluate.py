@@ -9,7 +9,7 @@ import click
 from retrace.cli.capture import setting
 from retrace.cli.command import Command
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import DEVICE, FORMAT, SPEC, names, numbers
+from retrace.cli.parameters import AGAIN, DEVICE, FORMAT, SPEC, names, numbers
 from retrace.cli.progress import progress_bars
 from retrace.cli.screen import note, print_json, print_table
 
@@ -78,9 +78,11 @@ Example:
     type=click.Path(path_type=Path),
     metavar="FOLDER",
     help="Folder for the results; results/<EXACT>-evaluation, or results/<MODEL>-tasks, by "
-    "default. Points that it holds already are not run again.",
+    "default. Points that it holds already are not run again, unless the code that they come from "
+    "changed.",
 )
 @DEVICE
+@AGAIN
 @click.option("--overwrite", is_flag=True, help="Throw away the results that --out holds.")
 @FORMAT
 @click.option("--no-plots", is_flag=True, help="Draw no plot.")

@@ -10,7 +10,7 @@ from retrace.cli.command import Command
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import DEVICE, LAYERS, numbers
 from retrace.cli.progress import progress_bar
-from retrace.cli.screen import note, plural
+from retrace.cli.screen import note, plural, say
 
 
 @click.command(
@@ -78,5 +78,5 @@ def command(trace: str | None, out: Path, form: str, **settings: Any) -> None:
     with progress_bar("Exporting") as progress:
         written = export(place, out, form, progress=progress, **settings)
     for file in written:
-        click.echo(file)
+        say(file)
     note(f"Vectors: {out} ({plural(len(written), 'set')})")

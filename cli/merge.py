@@ -7,7 +7,7 @@ import click
 from retrace.cli.command import Command
 from retrace.cli.parameters import LOOSE_METHODS
 from retrace.cli.progress import busy
-from retrace.cli.screen import note, plural
+from retrace.cli.screen import note, plural, say
 
 
 @click.command(
@@ -28,7 +28,7 @@ def command(folders: tuple[Path, ...], methods: tuple[str, ...], no_plots: bool)
 
     with busy("Merging"):
         results = merge(folders, methods=methods)
-    click.echo(folders[0])
+    say(folders[0])
     note(f"Results: {folders[0]} ({plural(len(results.methods()), 'method')})")
     if not no_plots:
         with busy("Drawing"):

@@ -107,10 +107,14 @@ def command(
     from retrace.analyze import recommend
     from retrace.analyze.results import PREDICTS
     from retrace.traces import locate
+    from retrace.traces.lock import locked_file
 
     place = newest_trace() if trace is None else locate(trace)
-    with progress_bar() as progress:
-        found = recommend(place, target, keep_exact=not no_cache, progress=progress, **settings)
+    with locked_file(out):  # refused before the work
+        with progress_bar() as progress:
+            found = recommend(place, target, keep_exact=not no_cache, progress=progress, **settings)
+        if out is not None:
+            found.save(out)
     form = format or default_format()
     if form == "json":
         print_json(found.to_json())
@@ -120,7 +124,6 @@ def command(
         print_facts(_in_words(found))
         print_words(PREDICTS)
     if out is not None:
-        found.save(out)
         note(f"Written: {out}")
 
 

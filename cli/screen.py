@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from retrace.analyze.shown import shown
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -53,9 +55,14 @@ def plural(count: int, word: str) -> str:
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
+def say(text: object, *, err: bool = False, nl: bool = True) -> None:
+    """Print a text, or a path, so that a terminal shows all of it and obeys nothing."""
+    click.echo(shown(str(text)), err=err, nl=nl)
+
+
 def note(text: str) -> None:
     """A message for people, on stderr."""
-    click.echo(text, err=True)
+    say(text, err=True)
 
 
 def print_json(content: Any) -> None:
@@ -95,7 +102,8 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    console, rows = _console(err), [list(row) for row in rows]
+    console, rows = _console(err), [[shown(cell) for cell in row] for row in rows]
+    title = None if title is None else shown(title)
     cells = list(zip(columns, *rows, strict=True))
     widths = [max(map(len, column)) for column in cells]
     edges, gap = 2, 3
@@ -137,7 +145,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     indent = max(len(name) for name, _ in facts) + 2
     for name, value in facts:
         lines = _wrapped(value, indent)
-        click.echo(f"{name:<{indent}}" + f"\n{'':{indent}}".join(lines))
+        say(f"{name:<{indent}}" + f"\n{'':{indent}}".join(lines))
 
 
 def print_words(text: str) -> None:
@@ -145,7 +153,7 @@ def print_words(text: str) -> None:
     paragraphs = text.split("\n\n")
     if on_terminal():
         paragraphs = ["\n".join(_wrapped(" ".join(one.split()))) for one in paragraphs]
-    click.echo("\n\n".join(paragraphs))
+    say("\n\n".join(paragraphs))
 
 
 def _wrapped(text: str, indent: int = 0) -> list[str]:

@@ -1,6 +1,7 @@
 """Files that are there whole and for good, or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,13 @@ def written_whole(path: Path, writer: str = "") -> Iterator[BinaryIO]:
             overwritten by the next of the same name.
     """
     aside = path.with_name(f"{path.name}{writer and '.'}{writer}.partial")
+    # Anew, and by nobody's link: another name of some file is no place to write to.
+    aside.unlink(missing_ok=True)
+    opened = os.open(
+        aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+    )
     try:
-        with aside.open("wb") as file:
+        with os.fdopen(opened, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -28,6 +34,14 @@ def written_whole(path: Path, writer: str = "") -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
         raise
     sync_path(path.parent)
+
+
+def remove_all(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file or link of its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:

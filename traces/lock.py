@@ -2,15 +2,20 @@
 
 import contextlib
 import errno
+import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
 from retrace.traces.errors import RetraceError
 from retrace.traces.location import Location
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 log = logging.getLogger("retrace")
 
@@ -45,6 +50,23 @@ def locked(path: Location, who: str = "Another capture") -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def locked_file(file: Path | None) -> Iterator[None]:
+    """Keep others from a file that will be written whole, if one is named.
+
+    Raises:
+        RetraceError: another process writes it, or none can be there.
+    """
+    if file is None:
+        yield
+        return
+    if file.is_dir():
+        raise RetraceError(f"{file} is a folder: name a file with --out.")
+    with locked(file, "Another run"):
+        check_leave(file.absolute().parent)
+        yield
+
+
+@contextlib.contextmanager
 def locked_folder(folder: Path, *, shared: bool = False) -> Iterator[RetraceError | None]:
     """Keep others from a results folder, which is there meanwhile, and afterwards if something was
     written.
@@ -61,6 +83,31 @@ def locked_folder(folder: Path, *, shared: bool = False) -> Iterator[RetraceErro
     """
     with _held(folder, None if shared else LOCK, folder, "Another run") as refusal:
         yield refusal
+
+
+def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that writes the folder `out`, if that is given, which nobody else writes
+    meanwhile. Before it does so, it asks `check_leave`."""
+
+    @functools.wraps(function)
+    def locking(*args: P.args, **kwargs: P.kwargs) -> T:
+        out = kwargs.get("out")
+        if not isinstance(out, str | Path):
+            return function(*args, **kwargs)
+        with locked_folder(Path(out)):
+            return function(*args, **kwargs)
+
+    return locking
+
+
+def check_leave(folder: Path | None) -> None:
+    """Refuse a folder that nothing can be written in, before there is something to write.
+
+    Raises:
+        RetraceError: there is no leave to write.
+    """
+    if folder is not None and not os.access(folder, os.W_OK):
+        raise _refusal(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ ALL = "all"
 """In place of a spec: every installed method."""
 MOST_SPECS = 1000
 """Of one run: more are a slip of the finger, or a file that was made to fill the memory."""
+MOST_NUMBER = 2**31
+"""Whole numbers of a spec are below this: none stands for more positions or channels."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _LOOSE = re.compile(r"(?P<path>.+\.py):(?P<name>\w+)(?::(?P<parameters>.*))?")
 
@@ -291,13 +293,21 @@ def _convert(text: str, kind: Any, where: str) -> Any:
         if bool in kinds:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         if int in kinds:
-            return int(text)
+            return _bounded(int(text), where)
         if float in kinds:
             return float(text)
+    except OverflowError as error:
+        raise RetraceError(str(error)) from None
     except (KeyError, ValueError):
         wanted = next(k.__name__ for k in (bool, int, float) if k in kinds)
         raise RetraceError(f"{where}={text!r}: expected {wanted}.") from None
     return text
+
+
+def _bounded(number: int, where: str) -> int:
+    if abs(number) >= MOST_NUMBER:
+        raise OverflowError(f"{where}: expected a number below {MOST_NUMBER:,}.")
+    return number
 
 
 def _loose_method(path: Path, name: str, parameters: str) -> MethodSpec:

@@ -15,6 +15,7 @@ from retrace.analyze.libraries import optional
 from retrace.analyze.report.figures import figures_of
 from retrace.analyze.report.packed import Packed, compressed
 from retrace.analyze.results import Results
+from retrace.analyze.shown import shown
 from retrace.traces import RetraceError
 from retrace.traces.durable import written_whole
 
@@ -55,7 +56,7 @@ def page(results: Mapping[str, Results]) -> str:
     index = figures_of(results, packed) | {"version": version("retrace-attention")}
     script = _part("page.js")
     return Template(_part("page.html")).substitute(
-        title=html.escape(", ".join(results)),
+        title=html.escape(shown(", ".join(results))),
         hashes=" ".join(f"'sha256-{_digest(text)}'" for text in (script, library)),
         style=_part("page.css"),
         script=script,
@@ -90,9 +91,19 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
 
+def _all_shown(content: Any) -> Any:
+    """JSON with every text as it is shown."""
+    if isinstance(content, dict):
+        return {shown(name): _all_shown(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_all_shown(value) for value in content]
+    return shown(content) if isinstance(content, str) else content
+
+
 def _embedded(content: Any) -> str:
     """JSON that no HTML can be read from: it holds neither `<`, nor `>`, nor `&`."""
     # JSON has no word for NaN and infinity, which Python writes all the same.
     content = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    content = _all_shown(content)
     text = json.dumps(content, separators=(",", ":"))
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")

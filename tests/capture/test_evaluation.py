@@ -1,11 +1,14 @@
 """Methods in the loop, point by point, beside replay."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from retrace.analyze import analyze
@@ -14,6 +17,7 @@ from retrace.capture import capture, evaluate
 from retrace.capture.evaluation import Evaluation
 from retrace.capture.evaluation_plot import draw_evaluation
 from retrace.traces import RetraceError, Trace
+from retrace.traces.lock import locked_folder
 
 LENGTH = 50
 
@@ -151,3 +155,63 @@ def test_mistakes(exact: Trace, folder: str, tmp_path: Path) -> None:
         evaluate(exact, ["qest"], [4])
     with pytest.raises(RetraceError, match="no attention in layer 9"):
         evaluate(exact, ["window"], [4], dense_layers=[9])
+
+
+def test_points_of_other_code_are_run_again(
+    exact: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "e"
+    first = evaluate(exact, ["window", "random"], [4], out=out)
+    (out / "evaluation.parquet").write_bytes(
+        first.points.assign(perplexity=0.0).to_parquet(index=False)
+    )
+    kept = evaluate(exact, ["window"], [4], out=out)
+    assert point(kept, "window", 4)["perplexity"] == 0
+    monkeypatch.setattr("retrace.capture.evaluation.code_digest", lambda *_: "0" * 64)
+    found = evaluate(exact, ["window"], [4], out=out)
+    assert point(found, "window", 4)["perplexity"] == point(first, "window", 4)["perplexity"]
+    assert point(found, "random", 4)["perplexity"] == 0
+    assert found.facts["outdated"] == ["random"]
+    assert "figures of other code than there is now: random." in caplog.text
+    again = evaluate(exact, ["random"], [8], out=out, again=True)
+    assert point(again, "random", 4)["perplexity"] == point(first, "random", 4)["perplexity"]
+    assert again.has("random", 8)
+    assert again.has("window", 4)
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "evaluation.parquet"])
+@pytest.mark.parametrize("content", ["pipe", "[]", '{"methods": {"window": 3}}', "[" * 9999, ""])
+def test_files_of_others(exact: Trace, tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / "e").mkdir()
+    table = pd.DataFrame({"method": ["window"], "topk": [4]})
+    table.to_parquet(tmp_path / "e" / "evaluation.parquet")
+    (tmp_path / "e" / "evaluation.json").write_text("{}")
+    (tmp_path / "e" / name).unlink()
+    if content == "pipe":
+        os.mkfifo(tmp_path / "e" / name)
+    else:
+        (tmp_path / "e" / name).write_text(content)
+    with pytest.raises(RetraceError, match="e holds no evaluation of retrace"):
+        evaluate(exact, ["window"], [4], out=tmp_path / "e")
+
+
+def test_a_table_that_unpacks_to_anything(exact: Trace, tmp_path: Path, bounded: None) -> None:
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "evaluation.json").write_text("{}")
+    schema = pa.schema([("method", pa.string()), ("topk", pa.int64())])
+    part = pa.table([["x" * 5000] * 4096, [4] * 4096], schema=schema)
+    with pq.ParquetWriter(tmp_path / "e" / "evaluation.parquet", schema) as writer:
+        for _ in range(256):
+            writer.write_table(part)
+    with pytest.raises(RetraceError, match="larger than such a file can hold"):
+        evaluate(exact, ["window"], [4], out=tmp_path / "e")
+
+
+def test_one_evaluation_at_a_time(exact: Trace, tmp_path: Path) -> None:
+    out = tmp_path / "e"
+    with locked_folder(out), pytest.raises(RetraceError, match="Another run is writing"):
+        evaluate(exact, ["window"], [4], out=out)
+    (out).mkdir()
+    (out / "thesis.tex").write_text("mine")
+    with pytest.raises(RetraceError, match="no evaluation of retrace: choose another"):
+        evaluate(exact, ["window"], [4], out=out, overwrite=True)

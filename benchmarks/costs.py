@@ -79,7 +79,7 @@ class Model:
 
     def answer_bytes(self, queries: int) -> int:
         """Of the exact answers that `analyze` keeps: keys, normalizer and output of each query."""
-        return self.layers * self.heads * queries * 4 * (KEPT_RANKS + 1 + self.channels)
+        return self.layers * self.heads * queries * (4 * KEPT_RANKS + 8 + 4 * self.channels)
 
 
 SMALL = Model("8B", 32, 32, 8, 128, 4096, 14336)

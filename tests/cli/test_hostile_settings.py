@@ -45,7 +45,7 @@ MANY = {name: list(range(100)) for name in ("page", "pool", "keep")}
         ("no-plots: 7", "'7' is not a valid boolean"),
         ("out: [a, b]", "out: expected a value"),
         ("method: [exact, null]", "method: expected a value"),
-        ("min-context: {a: 1}", "min-context: expected a value"),
+        ("min-context: {a: 1}", "neither a position nor"),
     ],
     ids=[
         "call",

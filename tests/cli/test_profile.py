@@ -19,7 +19,7 @@ def test_every_step_is_accounted_for(trace: Path) -> None:
     results = analyze(trace, ["exact", "quest:page=4", "loki"], [2, 5])
     table = results.profile().set_index(["Step", "Method"])
     shared = ["read", "exact answers read", "exact pass", "exact answers kept"]
-    shared += ["causality check", "metrics", "everything else"]
+    shared += ["metrics", "everything else"]
     own = [
         (step, method)
         for method in ("exact", "quest:page=4", "loki")

@@ -17,14 +17,14 @@ from torch import Tensor
 from retrace.analyze.archives import read_arrays, write_arrays
 from retrace.analyze.hooks import calling, naming
 from retrace.analyze.methods.base import LearnedLike, Method, ScoreMethod
-from retrace.analyze.methods.registry import MethodSpec, parse_specs
+from retrace.analyze.methods.registry import Methods, MethodSpec, parse_specs
 from retrace.analyze.past import Past, last_of
 from retrace.analyze.provenance import code_digest
 from retrace.analyze.schedule import finished
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.states import Calibration
 from retrace.analyze.unit import Neighbours, intact
-from retrace.analyze.workers import start_workers, threads
+from retrace.analyze.workers import is_here, start_workers, threads
 from retrace.traces import Location, RetraceError, Trace, beside, open_trace, to_numpy
 
 log = logging.getLogger("retrace")
@@ -35,7 +35,7 @@ Learned = tuple[dict[str, Tensor], ...]
 
 def calibrate(
     trace: Trace | str | Location,
-    method: str,
+    method: Methods,
     sequences: Sequence[int] | None = None,
     *,
     layers: Sequence[int] | None = None,
@@ -48,7 +48,8 @@ def calibrate(
 
     Args:
         trace: a trace or where it is, on a local disk.
-        method: a method spec, such as `loki`, or several with values in braces.
+        method: a method spec, such as `loki`, or several with values in braces, and whatever else
+            `analyze` takes for methods.
         sequences: those to learn from; by default the last quarter of the trace's, as `analyze`
             holds them out.
         layers: indices of the layers; all recorded ones if None.
@@ -66,7 +67,7 @@ def calibrate(
         RetraceError: the method needs no calibration, or the trace has too few sequences.
     """
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
-    specs, _ = parse_specs([method])
+    specs, _ = parse_specs(method)
     for spec in specs:
         if not spec.method.calibrated:
             raise RetraceError(f"{spec} needs no calibration.")
@@ -89,6 +90,9 @@ def calibrate(
     show = progress or (lambda *_: None)
     show(0, len(calls))
     with start_workers(target, workers, 0.0, executor) as (pool, _):
+        if not is_here(pool):
+            for spec in specs:
+                spec.check_portable()
         for done, (_, death) in enumerate(finished(pool, calls), start=1):
             if death is not None:
                 raise death

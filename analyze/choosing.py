@@ -25,7 +25,7 @@ import pandas as pd
 
 from retrace.analyze.costs import SERVING_ITEMSIZE
 from retrace.analyze.head_classes import BUDGET, CLASSES, PROBE, SHARE, SINKS, head_classes
-from retrace.analyze.methods.registry import parse_specs
+from retrace.analyze.methods.registry import Methods, listed, parse_specs
 from retrace.analyze.prediction import ASSUMES, CONFIDENCE, ENOUGH, upper_bounds
 from retrace.analyze.recommendation import FORMAT, GROUP, SETTING, Recommendation, Target
 from retrace.analyze.results import Results
@@ -48,7 +48,7 @@ _MIXED = "recommended"
 def recommend(
     trace: Trace | str | Location,
     target: str,
-    methods: Sequence[str] = METHODS,
+    methods: Methods = METHODS,
     topk: Sequence[int] = TOPK,
     *,
     protocol: str = "all",
@@ -73,8 +73,8 @@ def recommend(
             `error_norm=0.05` or `recall=0.9`, to be met by every query head on other sequences, by
             a bound of 95 % under what `ASSUMES` says; `bytes_ratio=0.1` is the least error norm
             within a tenth of the bytes that full attention reads.
-        methods: method specs to choose from. Those that share a choice between the heads of a
-            layer are judged as if all of them used it.
+        methods: those to choose from, as in `analyze`. Those that share a choice between the heads
+            of a layer are judged as if all of them used it.
         topk: budgets to choose from.
         protocol: as in `analyze`.
         min_context: the first position that counts, whatever the budget; half of the shortest
@@ -117,7 +117,7 @@ def recommend(
         )
     results = analyze(
         trace,
-        [*methods, PROBE],
+        [*listed(methods), PROBE],
         topk,
         protocol=protocol,
         min_context=min_context,

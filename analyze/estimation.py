@@ -5,7 +5,7 @@ from pathlib import Path
 
 from retrace.analyze.damage import without_damaged
 from retrace.analyze.forecast import Estimate, forecast
-from retrace.analyze.methods.registry import parse_specs
+from retrace.analyze.methods.registry import Methods, parse_specs
 from retrace.analyze.parts import Job, KeptParts
 from retrace.analyze.replay import Plan
 from retrace.analyze.run import earlier, reference_store, refuse_other_things, settle, share
@@ -17,7 +17,7 @@ from retrace.traces import Location, Trace, open_trace
 
 def estimate(
     trace: Trace | str | Location,
-    methods: Sequence[str] = ("exact",),
+    methods: Methods = ("exact",),
     topk: Sequence[int] = (10,),
     *,
     out: str | Path | None = None,

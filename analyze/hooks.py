@@ -61,8 +61,14 @@ def own_lines(error: Exception) -> str:
     """The traceback of an error, less the lines of what called the user's code and of the libraries
     that it calls."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not _is_ours(Path(f.filename)) and not _within(f, *LIBRARIES)]
-    told = traceback.format_list(own or frames[-1:]) + traceback.format_exception_only(error)
+    own = [
+        frame
+        for frame in frames
+        if not _is_ours(Path(frame.filename))
+        and not _within(frame, *LIBRARIES)
+        and not frame.filename.startswith("<frozen ")
+    ]
+    told = traceback.format_list(own) + traceback.format_exception_only(error)
     return "".join(told).rstrip()
 
 

@@ -87,8 +87,9 @@ def outdated_besides(
             continue
         try:
             current = is_current(entry, made_by(recorded_spec(name, named)))
-        except RetraceError:  # it is gone, or of a file that is not named
-            current = is_loose(name) and entry.get("engine") == engine
+        except RetraceError:  # it is gone, of a file that is not named, or was given by a caller
+            away = is_loose(name) or entry.get("given") is True
+            current = away and entry.get("engine") == engine
             unseen += [name] if current else []
         if not current:
             outdated.append(name)

@@ -15,7 +15,7 @@ from retrace.analyze.damage import without_damaged
 from retrace.analyze.forecast import Estimate, forecast
 from retrace.analyze.hooks import naming
 from retrace.analyze.kept import note_kept, outdated_among, outdated_besides
-from retrace.analyze.methods.registry import MethodSpec, missing_libraries, parse_specs
+from retrace.analyze.methods.registry import Methods, MethodSpec, missing_libraries, parse_specs
 from retrace.analyze.parts import PARTS, Job, KeptParts, clear_finished, counting_of_parts
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
@@ -28,7 +28,7 @@ from retrace.analyze.settings import Settings
 from retrace.analyze.tabulate import tabulate
 from retrace.analyze.tasks import Progress, replay_all
 from retrace.analyze.trying import Trials, able_to_learn
-from retrace.analyze.workers import WORTH_PROCESSES, start_workers
+from retrace.analyze.workers import WORTH_PROCESSES, is_here, start_workers
 from retrace.traces import DamageError, Location, RetraceError, Trace, beside, open_trace
 from retrace.traces.lock import LOCK, locked_folder
 
@@ -44,7 +44,7 @@ OWN = {"metrics.parquet", SAVED}
 
 def analyze(
     trace: Trace | str | Location,
-    methods: Sequence[str] = ("exact",),
+    methods: Methods = ("exact",),
     topk: Sequence[int] = (10,),
     *,
     out: str | Path | None = None,
@@ -68,9 +68,11 @@ def analyze(
 
     Args:
         trace: a trace or where it is: a path or a URL.
-        methods: method specs, such as `quest:page=32` or `./mine.py:Mine`; `all` is every
-            installed one with its defaults, less those that this trace or environment cannot run,
-            which warnings name.
+        methods: one or several: method specs, such as `quest:page=32` or `./mine.py:Mine`, or
+            methods as objects, as classes or as attention functions; or a mapping of labels, which
+            stand in the results, to any of these. `all` is every installed one with its defaults,
+            less those that this trace or environment cannot run, which warnings name. Classes of
+            objects must be importable where other processes work.
         topk: budgets: keys per query and head.
         out: folder for the results. What is there already for this trace and these settings is
             kept and not computed again, as long as it comes from the same code
@@ -120,6 +122,9 @@ def analyze(
     if skip_damaged:
         trace = without_damaged(trace, choose_layers(trace, layers))
     specs, every = parse_specs(methods)
+    if part is not None:
+        for spec in specs:
+            spec.check_named()
     specs = able_to_learn(trace, specs, every)
     folder = None if out is None else Path(out)
     writing: AbstractContextManager[RetraceError | None] = (
@@ -167,6 +172,9 @@ def analyze(
             _name_missing_libraries()
         work = settings.scores() * len(wanted)
         with start_workers(target, workers, work, executor) as (pool, count):
+            if not is_here(pool):
+                for spec in specs:
+                    spec.check_portable()
             ready = _ready(settings, wanted, every, target, keep_exact, again, clock, pool)
             job = Job(settings, Plan(ready, settings.counting), target)
             kept = None if folder is None else KeptParts(folder, job)

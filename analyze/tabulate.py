@@ -71,6 +71,7 @@ def tabulate(
                 "parameters": m.spec.parameters,
                 "source": type(m.spec.method).source,
                 "charged": m.spec.method.charged,
+                "given": m.spec.text is None or m.spec.label is not None,
                 **settings.made_by(m.spec),
                 "state": _cost([of_layer[i] for of_layer in tallies.values()]),
             }

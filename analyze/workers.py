@@ -69,6 +69,11 @@ def start_workers(
             processes.shutdown(cancel_futures=True)
 
 
+def is_here(pool: Executor) -> bool:
+    """Whether workers are threads of this process."""
+    return type(pool) is ThreadPoolExecutor
+
+
 def worker_count(device: torch.device, work: float, asked: int | None = None) -> int:
     """How many workers there are for work of so many scores times methods: as many as are asked
     for, or one per core; on GPUs one for each, or for one where the work is short."""

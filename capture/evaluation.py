@@ -23,7 +23,7 @@ from retrace.analyze.kept import (
     outdated_besides,
     when_made,
 )
-from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.methods.registry import Methods, MethodSpec
 from retrace.analyze.provenance import ENGINE, code_digest
 from retrace.analyze.results import markdown_table
 from retrace.analyze.scope import choose_calibration
@@ -115,7 +115,7 @@ class Evaluation:
 @one_at_a_time
 def evaluate(
     exact: Trace | str | Location,
-    methods: Sequence[str],
+    methods: Methods,
     topk: Sequence[int],
     *,
     from_position: int | None = None,
@@ -135,7 +135,7 @@ def evaluate(
 
     Args:
         exact: the trace of the exact run.
-        methods: method specs.
+        methods: as in `analyze`.
         topk: budgets: keys per query and head.
         from_position: positions before it attend exactly, and fitted states are built there; where
             the trace's tokens were decoded one by one, that is where decoding began.

@@ -21,7 +21,7 @@ from retrace.analyze.kept import (
     outdated_besides,
     when_made,
 )
-from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.methods.registry import Methods, MethodSpec
 from retrace.analyze.provenance import ENGINE, code_digest
 from retrace.analyze.results import markdown_table
 from retrace.analyze.scope import choose_calibration
@@ -192,7 +192,7 @@ def _span(
 
 @one_at_a_time
 def evaluate_tasks(
-    methods: Sequence[str],
+    methods: Methods,
     topk: Sequence[int],
     *,
     tasks: Sequence[str],
@@ -220,7 +220,7 @@ def evaluate_tasks(
     method; the prompt is read exactly.
 
     Args:
-        methods: method specs.
+        methods: as in `analyze`.
         topk: budgets: keys per query and head.
         tasks: names of tasks or groups of lm-eval-harness.
         pretrained: the model, as `capture` takes it; by default that of `exact`.

@@ -53,7 +53,9 @@ class Command(click.Command):
 
             if not isinstance(error, RetraceError):
                 raise
-            raise click.UsageError(shown(str(error)), ctx) from error
+            # Of an error in a user's own method, the lines of its code.
+            told = "\n".join([str(error), *getattr(error, "__notes__", ())])
+            raise click.UsageError(shown(told), ctx) from error
         except OSError as error:
             words = _words(error)
             if words is None:

@@ -2,11 +2,13 @@
 
 import hashlib
 import importlib.util
+import inspect
 import itertools
+import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, replace
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -15,9 +17,16 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from retrace.analyze.budget import Budget
+from retrace.analyze.hooks import own_fault, own_lines
 from retrace.analyze.keep import Keep
-from retrace.analyze.methods.base import Method
-from retrace.analyze.methods.function import Function
+from retrace.analyze.methods.base import (
+    AttendMethod,
+    EvictionMethod,
+    Method,
+    ScoreMethod,
+    SearchMethod,
+)
+from retrace.analyze.methods.function import AttentionFunction, Function
 from retrace.analyze.provenance import LOOSE, Code, code_of_method
 from retrace.traces import RetraceError
 
@@ -28,14 +37,25 @@ MOST_SPECS = 1000
 """Of one run: more are a slip of the finger, or a file that was made to fill the memory."""
 MOST_NUMBER = 2**31
 """Whole numbers of a spec are below this: none stands for more positions or channels."""
+LEVELS: tuple[tuple[type[Method], str], ...] = (
+    (ScoreMethod, "scores"),
+    (SearchMethod, "search"),
+    (AttendMethod, "attend"),
+)
+"""Kinds of method, and what each must define."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _LOOSE = re.compile(r"(?P<path>.+\.py):(?P<name>\w+)(?::(?P<parameters>.*))?")
+
+
+Methods = str | Method | type[Method] | AttentionFunction | Sequence[Any] | Mapping[str, Any]
+"""One method or several, or methods by the labels that they go by in results."""
 
 
 class MethodSpec:
     """A method by the name it is known by, with its parameters.
 
-    It is pickled as text: another process loads the method, and its file, anew.
+    It is pickled as text: another process loads the method, and its file, anew. A method that was
+    given as an object is pickled as one.
     """
 
     def __init__(
@@ -43,38 +63,66 @@ class MethodSpec:
         name: str,
         method: Method,
         file: Path | None = None,
+        label: str | None = None,
+        text: str | None = None,
     ) -> None:
         self.name = name
         self.method = method
         self.file = file
         """The loose file that the method comes from."""
+        self.label = label
+        """What it goes by in results in place of its spec."""
+        self.text = text
+        """The spec that it was named by; None if it was given as an object."""
 
     @cached_property
     def code(self) -> Code:
-        """The code that the method is, when it was first looked at."""
-        return code_of_method(self.method)
+        """The code that the method is, when it was first looked at; and what its name does not
+        tell."""
+        code = code_of_method(self.method)
+        if self.label is None and self.text is not None:
+            return code
+        told = json.dumps([self.name, self.parameters], sort_keys=True).encode()
+        sources = {**code.sources, "": hashlib.sha256(told).hexdigest()}
+        return replace(code, sources=sources, known=code.known and self._is_told())
+
+    def _is_told(self) -> bool:
+        """Whether its file and its parameters say all that it is."""
+        own = getattr(self.method, "function", type(self.method))
+        values = (getattr(self.method, f.name) for f in parameter_fields(type(self.method)))
+        return "<" not in getattr(own, "__qualname__", "<") and all(
+            isinstance(value, Keep | Budget | int | float | str | None) for value in values
+        )
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Every parameter with its value, as text or number."""
         return {
-            f.name: str(value) if isinstance(value, Keep | Budget) else value
+            f.name: _plain(getattr(self.method, f.name))
             for f in parameter_fields(type(self.method))
-            for value in (getattr(self.method, f.name),)
         }
 
     def __str__(self) -> str:
-        """The shortest spec that gives this method: parameters at their default are left out."""
+        """Its label, or the shortest spec that gives this method: parameters at their default are
+        left out."""
+        if self.label is not None:
+            return self.label
         changed = [
             f"{f.name}={self.parameters[f.name]}"
             for f in parameter_fields(type(self.method))
-            if getattr(self.method, f.name) != f.default
+            if self.parameters[f.name] != _plain(_default(f))
         ]
         return ":".join([self.name, *([",".join(changed)] if changed else [])])
+
+    def labelled(self, label: str | None) -> "MethodSpec":
+        """The same by another name."""
+        return MethodSpec(self.name, self.method, self.file, label, self.place)
 
     @property
     def place(self) -> str:
         """The spec that gives this method wherever it is read: with the loose file's whole path."""
+        if self.label is not None and self.text is not None:
+            return self.text
         return str(self) if self.file is None else f"{self.file.parent}/{self}"
 
     def anew(self) -> Method:
@@ -82,8 +130,39 @@ class MethodSpec:
         again."""
         return replace(self.method) if self.file is None else parse_spec(self.place).method
 
+    def check_named(self) -> None:
+        """Refuse a method that no spec names, and that so cannot be found again.
+
+        Raises:
+            RetraceError: it was given as an object, or by a label.
+        """
+        if self.text is None or self.label is not None:
+            raise RetraceError(
+                f"{self}: parts are merged by the specs of their methods. Put it in a file, and "
+                "name that without a label, as in ./mine.py:Mine."
+            )
+
+    def check_portable(self) -> None:
+        """Refuse a method that other processes cannot load.
+
+        Raises:
+            RetraceError: it was given as an object whose class they cannot import.
+        """
+        if self.text is not None:
+            return
+        own = getattr(self.method, "function", type(self.method))
+        module, name = getattr(own, "__module__", "__main__"), getattr(own, "__qualname__", "")
+        if module == "__main__" or "<" in name or module not in sys.modules:
+            raise RetraceError(
+                f"{self} is defined in {'a function' if '<' in name else module}, where other "
+                "processes cannot import it from: put it in a file and name that, as in "
+                f"./mine.py:{own.__name__}, or run it in this one with workers=1."
+            )
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return same_spec, (self.place, self.code.sources_digest)
+        if self.text is None:
+            return MethodSpec, (self.name, self.method, None, self.label)
+        return same_spec, (self.place, self.code.sources_digest, self.label)
 
 
 def parse_spec(text: str) -> MethodSpec:
@@ -95,7 +174,38 @@ def parse_spec(text: str) -> MethodSpec:
     if loose := _LOOSE.fullmatch(text):
         return _loose_method(Path(loose["path"]), loose["name"], loose["parameters"] or "")
     name, _, parameters = text.partition(":")
-    return MethodSpec(name, _make(method_class(name), name, _read_parameters(parameters, name)))
+    method = _make(method_class(name), name, _read_parameters(parameters, name))
+    return MethodSpec(name, method, text=text)
+
+
+def given_spec(given: Any, label: str | None = None) -> MethodSpec:
+    """The method that was given: as a `MethodSpec`, an object, a class or an attention function.
+
+    Raises:
+        RetraceError: it is none of these, or lacks what a method of its kind must have.
+    """
+    if isinstance(given, MethodSpec):
+        return given
+    if isinstance(given, type) and issubclass(given, Method):
+        given = _make(given, given.__name__, {})
+    elif callable(given) and not isinstance(given, Method | type):
+        given = Function(function=given)
+    if not isinstance(given, Method):
+        raise RetraceError(
+            f"{given!r:.200} is no method: expected a spec such as 'quest:page=32', an object or "
+            "class of ScoreMethod, SearchMethod or AttendMethod, or an attention function."
+        )
+    kind = type(given)
+    name = kind.__name__
+    if isinstance(given, Function):
+        name = getattr(given.function, "__name__", type(given.function).__name__)
+    check_complete(given, name)
+    for known, point in _installed().items():
+        if point.value == f"{kind.__module__}:{kind.__qualname__}":
+            text = str(MethodSpec(known, given))
+            if (spec := parse_spec(text)).method == given:
+                return spec.labelled(label)
+    return MethodSpec(name, given, label=label)
 
 
 def is_loose(text: str) -> bool:
@@ -131,13 +241,14 @@ def recorded_spec(text: str, named: Sequence[str]) -> MethodSpec:
 
 
 @cache
-def same_spec(text: str, sources_digest: str) -> MethodSpec:
+def same_spec(text: str, sources_digest: str, label: str | None = None) -> MethodSpec:
     """The method that a spec named before, in another process.
 
     Raises:
         RetraceError: a file of its code is gone or is another here.
     """
     spec = parse_spec(text)
+    spec = spec if label is None else spec.labelled(label)
     if spec.code.sources_digest != sources_digest:
         raise RetraceError(
             f"The code of {spec}, or what it imports, was edited since the run began, or is "
@@ -146,32 +257,69 @@ def same_spec(text: str, sources_digest: str) -> MethodSpec:
     return spec
 
 
-def parse_specs(texts: Sequence[str]) -> tuple[list[MethodSpec], frozenset[str]]:
-    """The methods that specs name, each once, and which of them `all` stands for alone.
+def listed(methods: Methods) -> list[Any]:
+    """Methods one by one: as they were given, or a `MethodSpec` for what has a label.
+
+    Raises:
+        RetraceError: a label that cannot stand in a table, or whose spec is several methods.
+    """
+    if isinstance(methods, Mapping):
+        return [_labelled(label, given) for label, given in methods.items()]
+    if isinstance(methods, str | Method | type) or not isinstance(methods, Iterable):
+        return [methods]
+    return list(methods)
+
+
+def _labelled(label: Any, given: Any) -> MethodSpec:
+    if not isinstance(label, str) or not label.strip() or not label.isprintable():
+        raise RetraceError(f"The label {label!r:.200}: expected a name that can be printed.")
+    if not isinstance(given, str):
+        spec = given_spec(given, label)
+        return spec if spec.label == label else spec.labelled(label)
+    if given == ALL or _BRACES.search(given):
+        raise RetraceError(f"The label {label!r} is for one method, and {given!r} is several.")
+    return parse_spec(given).labelled(label)
+
+
+def parse_specs(methods: Methods) -> tuple[list[MethodSpec], frozenset[str]]:
+    """The methods that are named or given, each once, and which of them `all` stands for alone.
 
     `quest:page={8,16}` stands for one method with each value, several braces for each combination.
     `all` is every installed method with its defaults, less those whose library is missing.
 
     Raises:
-        RetraceError: no method at all, more than `MOST_SPECS`, or two different files with a method
-            of one name.
+        RetraceError: no method at all, more than `MOST_SPECS`, or two different ones of one name.
     """
-    grids = [_grid(text) for text in texts if text != ALL]
-    count = sum(math.prod(map(len, values)) for _, values in grids)
+    asked = listed(methods)
+    grids = {i: _grid(one) for i, one in enumerate(asked) if isinstance(one, str) and one != ALL}
+    count = sum(math.prod(map(len, values)) for _, values in grids.values())
     if count > MOST_SPECS:
         raise RetraceError(
             f"The methods have {count:,} combinations of values; a run takes {MOST_SPECS:,}."
         )
-    named = [parse_spec(one) for between, values in grids for one in _filled(between, values)]
-    every = _every_method() if ALL in texts else []
+    named: list[MethodSpec] = []
+    for i, one in enumerate(asked):
+        if i in grids:
+            named += [parse_spec(text) for text in _filled(*grids[i])]
+        elif not isinstance(one, str):
+            named.append(given_spec(one))
+    every = _every_method() if ALL in [one for one in asked if isinstance(one, str)] else []
     if not named and not every:
         raise RetraceError("No method is named; `retrace methods` lists them.")
     unique: dict[str, MethodSpec] = {}
     for spec in [*named, *every]:
         first = unique.setdefault(str(spec), spec)
-        if first is not spec and first.code != spec.code:
-            raise RetraceError(f"Two different files have a method {spec}: rename one of them.")
+        if first is not spec and _are_different(first, spec):
+            raise RetraceError(f"Two different methods are {spec}: rename one, or give it a label.")
     return list(unique.values()), frozenset(map(str, every)) - frozenset(map(str, named))
+
+
+def _are_different(ours: MethodSpec, other: MethodSpec) -> bool:
+    """Whether two methods of one name are not the same."""
+    if ours.text is not None and other.text is not None:
+        return ours.code != other.code
+    kinds = [getattr(spec.method, "function", type(spec.method)) for spec in (ours, other)]
+    return kinds[0] is not kinds[1] or ours.code != other.code
 
 
 def _grid(text: str) -> tuple[list[str], list[list[str]]]:
@@ -262,6 +410,7 @@ def _read_parameters(text: str, name: str) -> dict[str, str]:
 
 
 def _make(method: type[Method], name: str, parameters: Mapping[str, str]) -> Method:
+    _check_fields(method, name)
     hints = get_type_hints(method)
     known = {f.name: f for f in parameter_fields(method)}
     values = {}
@@ -276,9 +425,66 @@ def _make(method: type[Method], name: str, parameters: Mapping[str, str]) -> Met
     if missing:
         raise RetraceError(f"The method {name} needs {', '.join(f'{k}=...' for k in missing)}.")
     try:
-        return method(**values)
+        made = method(**values)
     except RetraceError as error:
         raise RetraceError(f"{name}: {error}") from error
+    except Exception as error:
+        raise own_fault(f"{name}()", error) from error
+    check_complete(made, name)
+    return made
+
+
+def check_complete(method: Method, name: str) -> None:
+    """Refuse a method that lacks what its kind must have."""
+    kind = type(method)
+    _check_fields(kind, name)
+    needed: list[tuple[type[Method], str]] = []
+    needed += [(level, hook) for level, hook in LEVELS if isinstance(method, level)]
+    if isinstance(method, EvictionMethod) and kind.build is EvictionMethod.build:
+        needed.append((EvictionMethod, "importance"))
+    if not needed:
+        raise RetraceError(
+            f"{name} must be a ScoreMethod, a SearchMethod or an AttendMethod, and not a Method "
+            "alone."
+        )
+    keeps_new = isinstance(method, ScoreMethod) and method.keeps_new
+    needed += [(Method, "extend")] if method.fitted and not keeps_new else []
+    needed += [(Method, "calibrate")] if method.calibrated else []
+    for level, hook in needed:
+        if getattr(kind, hook) is getattr(level, hook):
+            raise RetraceError(f"{name} must define {hook}(), as every {_words(level, hook)} does.")
+
+
+def _words(level: type[Method], hook: str) -> str:
+    if level is not Method:
+        return level.__name__
+    return "fitted method" if hook == "extend" else "calibrated method"
+
+
+def _check_fields(kind: type[Method], name: str) -> None:
+    """Refuse a class whose parameters are no fields: nobody could set them."""
+    for written in kind.__mro__:
+        if "__dataclass_fields__" in written.__dict__ or not issubclass(written, Method):
+            continue
+        own = [
+            word
+            for word, hint in inspect.get_annotations(written).items()
+            if "ClassVar" not in str(hint)
+        ]
+        if own:
+            raise RetraceError(
+                f"{name}: {', '.join(own)} cannot be set, since {written.__name__} is no "
+                "dataclass: write @dataclass(frozen=True, kw_only=True) above it."
+            )
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    """A parameter's value as text or number."""
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
 def _convert(text: str, kind: Any, where: str) -> Any:
@@ -322,7 +528,9 @@ def _loose_method(path: Path, name: str, parameters: str) -> MethodSpec:
     try:
         place.loader.exec_module(module)
     except Exception as error:
-        raise RetraceError(f"{path} could not be loaded: {error!r}.") from error
+        told = RetraceError(f"{path} could not be loaded: {error!r}.")
+        told.add_note(own_lines(error))
+        raise told from error
     found = getattr(module, name, None)
     label = f"{path.name}:{name}"
     if isinstance(found, type) and issubclass(found, Method):
@@ -332,8 +540,14 @@ def _loose_method(path: Path, name: str, parameters: str) -> MethodSpec:
             raise RetraceError(f"{label} is a function: it takes no parameters in a spec.")
         method = Function(function=found)
     else:
+        if isinstance(found, type):
+            raise RetraceError(
+                f"{label} is a class, but no method: derive it from ScoreMethod, SearchMethod or "
+                "AttendMethod."
+            )
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise RetraceError(f"{path} has no method or function {name!r}.{nearest(name, names)}")
     spec = MethodSpec(label, method, path.absolute())
+    spec.text = spec.place
     _ = spec.code  # as it is now that it is run
     return spec

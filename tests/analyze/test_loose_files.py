@@ -109,7 +109,7 @@ def test_two_files_of_one_name(
     (tmp_path / "other").mkdir()
     one = write_methods(OLDEST)
     two = write_methods(OLDEST.replace("-torch", "+torch"), "other/mine.py")
-    with pytest.raises(RetraceError, match=r"Two different files have a method mine\.py:Oldest"):
+    with pytest.raises(RetraceError, match=r"Two different methods are mine\.py:Oldest"):
         analyze(make_trace(rules()), [f"{one}:Oldest", f"{two}:Oldest"], [2], keep_exact=False)
 
 

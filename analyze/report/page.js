@@ -230,7 +230,8 @@ function drawMaps() {
   const both = [first, second].flatMap((values) => (values ? [...values].filter(Number.isFinite) : []));
   const scale = { colours: "Viridis", least: 0, most: info.most ?? (end(both) || 1), title: info.axis };
   at("heads-caption").textContent = `${info.title} (${index.metrics[metric]}) at k = ${topk}, mean over the queries that count. Choose a cell for that head's curves; with the keyboard, arrows move and Enter goes there.`
-    + (info.most ? "" : " Colours end where 2 % of the heads lie beyond.");
+    + (info.most ? "" : " Colours end where 2 % of the heads lie beyond.")
+    + (alikeChosen() ? "" : ` The two methods ${OTHERS}: their difference is not the methods' alone.`);
   showMap("method", method, first, scale, method.label);
   showMap("other", other, second, scale, other?.label);
   let difference = null;
@@ -248,14 +249,13 @@ function showMap(part, entry, values, scale, title) {
   const id = `map-${part}`;
   at(id).parentElement.hidden = !entry || (part === "difference" && !values);
   if (!entry) return;
-  at(`${id}-title`).textContent = (values ? title : `${title}: not measured at k = ${chosen.topk}`)
-    + (part === "difference" && !alikeChosen() ? ` (they ${OTHERS})` : "");
+  at(`${id}-title`).textContent = values ? title : `${title}: not measured at k = ${chosen.topk}`;
   at(id).hidden = !values;
   if (values) drawMap(id, entry, values, part === "difference" ? "difference" : METRICS[chosen.metric].title.toLowerCase(), scale,
     part === "difference" ? undefined : (layer, head) => endsWithin(entry, chosen.metric, chosen.topk, layer, head));
 }
 
-const alikeChosen = () => sameQueries([chosen.method, chosen.other].map((i) => [index.entries[i], chosen.topk]));
+const alikeChosen = () => sameQueries([chosen.method, chosen.other].filter((i) => i !== null).map((i) => [index.entries[i], chosen.topk]));
 
 function sayHead(layer = chosen.layer, head = chosen.head) {
   const method = index.entries[chosen.method], other = index.entries[chosen.other], { metric, topk } = chosen;
@@ -506,7 +506,7 @@ function compared(a, b, down) {
 const figure = (value, signed = false) => ({ text: shown(value, signed), order: value });
 
 function sequencesWords() {
-  const counts = [...new Set(index.runs.map((run) => run.sequences))];
+  const counts = [...new Set(index.runs.map((run) => run.sequences).filter((count) => count > 1))];
   return `${counts.join(" or ")} sequences`;
 }
 

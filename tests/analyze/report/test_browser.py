@@ -232,7 +232,8 @@ def test_bands_of_intervals(open_page: Open, results: Results) -> None:
         assert "95 % intervals" in caption and "over 3 sequences" in caption
     low, high = known.set_index(["method", "topk"]).loc[("quest", 10), ["low", "high"]]
     shown.select_option("#metric", label="Recall")
-    assert f"[{low:.4f}, {high:.4f}]" in (shown.text_content("#readout") or "")
+    words = f"[{low:.4f}, {high:.4f}]".replace("-", "\u2212")
+    assert words in (shown.text_content("#readout") or "")
     # A layer's mean, in the plot of layers and in its table.
     known = results.intervals("layer", methods=["quest"], topk=[10], metrics=["recall"])
     [_, (x, y)] = bands_of(shown, "layers-plot")
@@ -526,6 +527,44 @@ def test_results_of_different_queries_are_told(open_page: Open, made: Make) -> N
     shown.select_option("#method", label="b: quest")
     shown.select_option("#other", label="a: quest")
     assert shown.text_content("#map-difference-title") == "Difference: b: quest less a: quest"
+    for caption in ("#heads-caption", "#comparison-caption", "#cost-caption"):
+        assert "did not answer the same queries" in (shown.text_content(caption) or "")
+    assert "Pareto front" not in lines_of(shown, "cost-lost")
+    assert shown.locator("#subtitle span").all_text_contents()[1].startswith("b tiny")
+
+
+def test_how_many_queries_there_are(open_page: Open, results: Results) -> None:
+    shown = open_page({"r": results})
+    assert "7,792 queries of each head" in (shown.text_content("#subtitle") or "").replace(
+        "0 to ", ""
+    )
+    shown.select_option("#topk", "10")
+    assert {row[-1] for row in rows_of(shown, "methods-table")} == {"7,792"}
+    shown.select_option("#topk", "50")  # of which no query counts
+    assert {row[-1] for row in rows_of(shown, "methods-table")} == {"0"}
+
+
+def test_no_front_over_other_queries(open_page: Open, made: Make) -> None:
+    """Each budget's own: the points of one method are over other queries already."""
+    results = made([0], 2, ["quest", "window"], [5, 10], [5])
+    shown = open_page({"r": results})
+    assert "Pareto front" in lines_of(shown, "cost-lost")
+    results.metrics.loc[results.metrics["topk"] == 10, "count"] -= 50
+    shown = open_page({"r": results})
+    assert "Pareto front" not in lines_of(shown, "cost-lost")
+    assert "no Pareto front" in (shown.text_content("#cost-caption") or "")
+    assert "may fall" in (shown.text_content("#curves-caption") or "")
+
+
+def test_paper_holds_whole_tables(open_page: Open, made: Make) -> None:
+    shown = open_page({"r": made(range(29), 2, ["exact", "quest"], [5], [5], sequences=True)})
+    part = shown.locator("#layers .scroll")
+    assert part.evaluate("e => e.scrollHeight > e.clientHeight")
+    shown.emulate_media(media="print")
+    shown.set_viewport_size({"width": 1046, "height": 718})  # of A4, lying, less its margins
+    assert part.evaluate("e => e.scrollHeight <= e.clientHeight")
+    assert part.evaluate("e => e.scrollWidth <= e.clientWidth")
+    assert len(rows_of(shown, "layers-table")) == 29
 
 
 @pytest.mark.skipif(

@@ -171,20 +171,20 @@ def test_results_of_a_changed_helper(
     write(place, own_mine=MINE, own_helper="def sign(): return 1")
     spec = f"{place}/own_mine.py:Mine"
     methods = ["exact", spec]
-    first = analyze(trace, methods, [2, 3], out=out, keep_exact=False)
-    same = analyze(trace, methods, [2], out=out, keep_exact=False)
+    first = analyze(trace, methods, [2, 3], out=out, keep_exact=False, min_context=20)
+    same = analyze(trace, methods, [2], out=out, keep_exact=False, min_context=20)
     day = first.run["history"][0]["when"][:10]
     assert f"kept: exact, own_mine.py:Mine at top-k 2 from {day}" in caplog.text
     assert len(same.run["history"]) == 1
     write(place, own_helper="def sign(): return -1")
     forget()
     caplog.clear()
-    changed = analyze(trace, methods, [2], out=out, keep_exact=False)
+    changed = analyze(trace, methods, [2], out=out, keep_exact=False, min_context=20)
     assert "changed: own_mine.py:Mine." in caplog.text
     assert f"kept: exact at top-k 2 from {day}" in caplog.text
     assert changed.run["history"][1]["methods"] == {"own_mine.py:Mine": [2]}
     forget()
-    fresh = analyze(trace, methods, [2], keep_exact=False)
+    fresh = analyze(trace, methods, [2], keep_exact=False, min_context=20)
     assert mean(changed, "own_mine.py:Mine") == mean(fresh, "own_mine.py:Mine")
     assert changed.topk("exact") == [2, 3]
     assert changed.topk("own_mine.py:Mine") == [2]

@@ -288,10 +288,14 @@ class Results:
         return {(r["method"], r["topk"]): number_of(r["least"], r["most"]) for r in rows}
 
     def queries_words(self) -> dict[tuple[str, int], str]:
-        """How many queries the figures are over, and which, by method and budget."""
+        """How many queries the figures are over, which, and what share of the keys they attend
+        under the budget, by method and budget."""
         counted = Counting.recorded(self.run).words()
+        rows = self.metrics[self.metrics["metric"] == "density"]
+        density = rows.groupby(["method", "topk"])["mean"].mean().to_dict()
         return {
             at: f"over {number} queries of each head, from {counted} on"
+            + (f", which attend {density[at]:.1%} of the keys they see" if at in density else "")
             for at, number in self._numbers().items()
         }
 

@@ -170,7 +170,7 @@ def test_queries_stand_in_every_table(make_trace: MakeTrace, rules: Any) -> None
     results = analyze(make_trace(rules(), [1200, 40]), topk=[1, 2], keep_exact=False)
     assert list(results.summary()["Queries"]) == ["1,200"] * 2
     text = results.markdown()
-    assert text.count("Over 1,200 queries of each head, from position 20 on.") == 2
+    assert text.count("Over 1,200 queries of each head, from position 20 on, which attend ") == 2
     assert (results.queries() == 1200).all(axis=None)
 
 

@@ -86,3 +86,12 @@ def test_a_trace_without_queries_of_the_past_is_refused(make_trace: MakeTrace, r
     with pytest.raises(RetraceError, match="snapkv judges keys by queries before position 64"):
         analyze(trace, ["snapkv"], [4], protocol="all:64", min_context=64, keep_exact=False)
     analyze(trace, ["snapkv"], [4], protocol="prefix:70", min_context=70, keep_exact=False)
+
+
+def test_the_density_that_stands_for_a_budget_is_told(make_trace: MakeTrace, rules: Any) -> None:
+    """Keys since the past ended come besides: two of 51 to 100 are not two per cent."""
+    trace = make_trace(rules(), [100])
+    results = analyze(trace, ["knorm"], [2], protocol="prefix:50", min_context=50, keep_exact=False)
+    density = [(2 + i + 1 - 50) / (i + 1) for i in range(50, 100)]
+    told = f"which attend {np.mean(density):.1%} of the keys they see."
+    assert told in results.markdown()

@@ -1,6 +1,6 @@
 """How far a selection is from exact attention: query by query, and in moments over queries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -222,9 +222,11 @@ def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measu
     ks = torch.tensor(selection.ks, device=ids.device)
     logs = exact.log_probabilities(ids)
     listed = ids >= 0
+    most = torch.minimum(ks[:, None], block.visible_count)[:, None]
+    every = replace(selection, besides=ids.shape[-1])  # none that is attended is cut off
     at_all = {
-        "recall": _hits(exact, selection, listed)
-        / torch.minimum(ks[:, None], block.visible_count)[:, None],
+        "recall": _hits(exact, selection, listed) / most,
+        "attended_recall": _hits(exact, every, listed) / most,
         "attention_fraction": _at(_prefixes(logs.exp()), selection.attended),
         "exact_attention_fraction": exact.fractions[..., ks].movedim(-1, 0),
     }

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from retrace.analyze.attention import softcap, visible
 from retrace.analyze.past import Past
+from retrace.analyze.selection import missing_last
 from retrace.analyze.top import top
 from retrace.traces import LayerRules
 
@@ -47,11 +48,32 @@ def best_only(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return logits.masked_fill(~marked(ids, logits.shape[-1]), -torch.inf), ids
 
 
-def attended_ids(logits: Tensor) -> Tensor:
-    """Ids (group, queries, any) int64 of all keys whose logit (group, queries, keys) is finite,
-    best first, -1 where there are fewer."""
-    most = int((~logits.isneginf()).sum(dim=-1).max())
-    return top(logits, max(1, most))[1]
+def attended_ids(
+    attended: Tensor, merit: Tensor, kept: Tensor | None = None, sink: int = 0
+) -> Tensor:
+    """Ids (group, queries, any) int64 of the keys attended, in the order of the method: first those
+    that it keeps whatever it finds, sinks and then the newest first; then by merit. -1 where there
+    are fewer.
+
+    Args:
+        attended: bool (group, queries, keys).
+        merit: what the method ranks keys by, the same for those of a unit, which then come in
+            ascending position: (group, queries, keys), or what expands to it.
+        kept: bool, likewise; none if None.
+        sink: keys before this position are sinks.
+    """
+    keys = torch.arange(attended.shape[-1], device=attended.device)
+    held = torch.zeros_like(attended) if kept is None else attended & kept
+    newest = torch.where(keys < sink, 2 * len(keys) - keys, keys).to(torch.float32)
+    lists = [
+        top(ranking.to(torch.float32).masked_fill(~some, -torch.inf), _most(some))[1]
+        for ranking, some in ((newest, held), (merit, attended & ~held))
+    ]
+    return missing_last(torch.cat(lists, dim=-1))
+
+
+def _most(marks: Tensor) -> int:
+    return max(1, int(marks.sum(dim=-1).max()))
 
 
 def marked(ids: Tensor, count: int) -> Tensor:

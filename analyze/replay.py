@@ -340,7 +340,7 @@ def _side_by_side(parts: list[dict[str, Moments]]) -> dict[str, Moments]:
 
 def _fill_missing(tally: Tally, group: int) -> None:
     """A sequence too short for any query to count still has its place in the merge."""
-    for metric in ("recall", "attention_fraction", "exact_attention_fraction"):
+    for metric in ("recall", "attention_fraction", "exact_attention_fraction", "attended_recall"):
         tally.at_all.setdefault(metric, empty((len(tally.ks), group)))
     for metric in ("error_norm", "density", "bytes_ratio"):
         tally.at_points.setdefault(metric, empty((len(tally.topk), group)))

@@ -69,7 +69,8 @@ MEDIAN = "error_norm_median"
 """Has no mean over queries: its rows hold the median in the column `mean`."""
 METRICS: dict[str, str] = {
     "recall": "share of the exact top k keys that the method returned among its k best",
-    "candidate_recall": "the same, over the keys that did not have to be kept anyway",
+    "attended_recall": "share of the exact top k keys among all that the method attended",
+    "candidate_recall": "recall over the keys that did not have to be kept anyway",
     "error_norm": "||o - o'|| / ||o||: relative error of the attention output",
     "attention_fraction": "attention mass on the keys attended",
     "exact_attention_fraction": "attention mass on the exact top k keys",

@@ -425,7 +425,8 @@ def _kept_ids(sink: int, first_given: Tensor | None, block: Block) -> Tensor:
 
 
 def _select_by_search(method: SearchMethod, served: Served, block: Block, k: int) -> Selection:
-    """The index's answer and the visible keys that it does not hold, ranked by exact score."""
+    """The index's answer and the visible keys that it does not hold, ranked by exact score: an
+    index compares the keys that it meets with the query, and that is its own order."""
     state, first, indexed = served.state, served.first, served.held
     positions, group = block.positions, block.unit.group
     oldest = int(first_visible(positions[:1], group.rules))

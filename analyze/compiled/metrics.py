@@ -14,9 +14,15 @@ Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
-AT_ALL = ("recall", "attention_fraction", "exact_attention_fraction", "candidate_recall")
+AT_ALL = (
+    "recall",
+    "attention_fraction",
+    "exact_attention_fraction",
+    "attended_recall",
+    "candidate_recall",
+)
 AT_POINTS = ("error_norm", "density", "bytes_ratio")
-RECALL, FRACTION, EXACT_FRACTION, CANDIDATE_RECALL = range(4)
+RECALL, FRACTION, EXACT_FRACTION, ATTENDED_RECALL, CANDIDATE_RECALL = range(5)
 ERROR_NORM, DENSITY, BYTES_RATIO = range(3)
 COUNT, MEAN, SQUARES = range(3)
 LEAST_LOG = -1e300
@@ -172,7 +178,7 @@ def _moments(
     at_heads, at_queries, budgets = attended.shape
     reached = np.empty((group, budgets), np.int64)
     hits, wanted = np.empty(budgets, np.int64), np.empty(budgets, np.int64)
-    found = np.empty((4, budgets))
+    found = np.empty((5, budgets))
     seen = np.empty((3, len(points)))
     told = np.empty((len(BUCKETED), len(points)))
     one_in = np.empty(budgets)
@@ -213,6 +219,12 @@ def _moments(
             )
             for b in range(most):
                 found[RECALL, b] = hits[b] / min(ks[b], visible[q])
+            # As though all came besides: none that is attended is cut off.
+            _recalls(
+                ids[h, q], ranks, first_budgets, ks[:most], reached[h], listed, 0, nothing, hits
+            )
+            for b in range(most):
+                found[ATTENDED_RECALL, b] = hits[b] / min(ks[b], visible[q])
             if anything_given:
                 _recalls(
                     ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra, sink, given, hits
@@ -225,7 +237,7 @@ def _moments(
             _masses(probabilities, reached[h], found[FRACTION, :most])
             for b in range(most):
                 found[EXACT_FRACTION, b] = masses[h, q, ks[b]]
-            for metric in (RECALL, FRACTION, EXACT_FRACTION):
+            for metric in (RECALL, FRACTION, EXACT_FRACTION, ATTENDED_RECALL):
                 _add(at_all[h, metric], found[metric, :most], one_in)
             if len(errors):
                 for p in range(reads):
@@ -256,7 +268,7 @@ def _moments(
                         one_in_bucket[axis],
                     )
     for h in range(group):
-        for metric in (RECALL, FRACTION, EXACT_FRACTION):
+        for metric in (RECALL, FRACTION, EXACT_FRACTION, ATTENDED_RECALL):
             at_all[h, metric, COUNT] = at_all[0, RECALL, COUNT]
         for metric in (ERROR_NORM, DENSITY, BYTES_RATIO):
             at_points[h, metric, COUNT] = at_points[0, DENSITY, COUNT]

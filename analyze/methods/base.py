@@ -313,6 +313,7 @@ class AttendMethod(Method):
         self, state: Any, queries: Tensor, positions: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
         """The output (group, queries, value channels) and the ids (group, queries, any) int64 of
-        the keys attended, best first, -1 where there are fewer, for queries
+        the keys attended, in the method's own order, of which recall takes the first k
+        (`retrace.analyze.output.attended_ids`), -1 where there are fewer, for queries
         (group, queries, channels) at `positions` (queries,) and a budget of k keys."""
         raise NotImplementedError

@@ -116,7 +116,9 @@ class LinearCompletion(AttendMethod):
             part(attended, values),
             part(estimates.masked_fill(~rest, -torch.inf), values),
         ]
-        return merged(parts, state.unit.sinks), attended_ids(attended)
+        return merged(parts, state.unit.sinks), attended_ids(
+            ~attended.isneginf(), logits, near, self.sink
+        )
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """All keys, which are read to rank them, the sums, and each head's map of queries."""

@@ -64,12 +64,16 @@ class MagicPIG(AttendMethod):
         logits = visible_logits(past, queries, positions)
         weighted = logits.clone()
         hashed = slice(self.sink, self.sink + len(centred))
+        shared, kept = torch.zeros_like(logits), torch.ones_like(logits, dtype=torch.bool)
         if len(centred):
-            missed = self._collisions(self._buckets(queries, planes), buckets) < self.min_collisions
+            collisions = self._collisions(self._buckets(queries, planes), buckets)
+            shared[..., hashed], kept[..., hashed] = collisions.to(shared), False
+            missed = collisions < self.min_collisions
             log_pi = torch.log(self.inclusion(queries, centred) + self.offset).to(logits)
             weighted[..., hashed] -= log_pi.masked_fill(missed, torch.inf)
         output = merged([part(weighted, past.values[: logits.shape[-1]])], past.unit.sinks)
-        return output, attended_ids(logits.masked_fill(weighted.isneginf(), -torch.inf))
+        # Those in most buckets of the query's first.
+        return output, attended_ids(~weighted.isneginf(), shared, kept, self.sink)
 
     def inclusion(self, queries: Tensor, centred: Tensor) -> Tensor:
         """The probability over hyperplanes (group, queries, hashed) float64 that a key is sampled:

@@ -96,9 +96,10 @@ class RetroInfer(AttendMethod):
         rules, clusters = state.past.group.rules, len(state.sizes)
         estimates = queries @ state.centroids.T
         oldest_seen = first_visible(positions, rules)[:, None]
-        retrieved, estimated = self._choose(state, estimates, state.newest >= oldest_seen, k)
+        retrieved, estimated, rank = self._choose(state, estimates, state.newest >= oldest_seen, k)
         exact = torch.ones(len(positions), logits.shape[-1], dtype=torch.bool, device=logits.device)
-        exact[:, state.first : state.first + len(state.labels)] = retrieved[:, state.labels]
+        clustered = slice(state.first, state.first + len(state.labels))
+        exact[:, clustered] = retrieved[:, state.labels]
         # Of a cluster that reaches out of a window it is not known how much is seen.
         estimated &= state.oldest >= oldest_seen
         cluster_logits = softcap(estimates, rules) + state.sizes.log()
@@ -107,7 +108,12 @@ class RetroInfer(AttendMethod):
         if clusters:
             hidden = cluster_logits.masked_fill(~estimated, -torch.inf)
             parts.append(part(hidden, state.values))
-        return merged(parts, state.past.unit.sinks), attended_ids(attended)
+        kept = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        kept[clustered] = False
+        merit = torch.zeros(exact.shape, device=logits.device)
+        merit[:, clustered] = -rank[:, state.labels].float()
+        ids = attended_ids(~attended.isneginf(), merit, kept, state.first)
+        return merged(parts, state.past.unit.sinks), ids
 
     def aux_bytes(self, state: Clusters, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """The centroids, and of those estimated the mean value and the size."""
@@ -117,9 +123,9 @@ class RetroInfer(AttendMethod):
 
     def _choose(
         self, state: Clusters, estimates: Tensor, seen: Tensor, k: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Which clusters are retrieved, and which are estimated, of those that have a key that is
-        seen: bool (queries, clusters), as all of these are."""
+        seen: bool (queries, clusters), as all of these are; and the rank of each."""
         estimates = estimates.masked_fill(~seen, -torch.inf)
         together = estimates.softmax(dim=-1).nan_to_num(0.0).sum(dim=0).masked_fill(~seen, -1.0)
         order = together.argsort(dim=-1, descending=True, stable=True)
@@ -128,7 +134,7 @@ class RetroInfer(AttendMethod):
         count = held.sum(dim=-1, keepdim=True)
         rank = order.argsort(dim=-1)
         retrieved = rank < count
-        return retrieved, ~retrieved & (rank < count + self._estimated(len(state.sizes)))
+        return retrieved, ~retrieved & (rank < count + self._estimated(len(state.sizes))), rank
 
     def _estimated(self, clusters: int) -> int:
         return round(self.estimate * clusters)

@@ -75,7 +75,7 @@ class ShadowKV(AttendMethod):
         """Attention over the chosen chunks by their low rank and what is kept exactly."""
         past, held = state.past, len(state.low_rank)
         keys = past.keys.clone()
-        chosen = self._chosen(state, queries, positions, k)
+        chosen, rank = self._chosen(state, queries, positions, k)
         # The same in every head, exact where a chunk is an outlier and not chosen.
         exact = state.outlier.repeat_interleave(self.chunk)
         keys[:held] = torch.where(exact[:, None], keys[:held], state.low_rank)
@@ -85,7 +85,10 @@ class ShadowKV(AttendMethod):
         in_full = torch.nn.functional.pad(exact, (0, logits.shape[-1] - held), value=True)
         state.read["exact"] = (in_full & ~logits[0].isneginf()).sum(dim=-1)
         output = merged([part(logits, past.values[: logits.shape[-1]])], past.unit.sinks)
-        return output, attended_ids(logits)
+        merit = torch.nn.functional.pad(
+            -rank.float().repeat_interleave(self.chunk, dim=-1), (0, logits.shape[-1] - held)
+        )
+        return output, attended_ids(~logits.isneginf(), merit, in_full)
 
     def aux_bytes(self, state: Chunks, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """The landmarks that are seen and no outliers', what keys in full take beyond their share
@@ -109,8 +112,11 @@ class ShadowKV(AttendMethod):
     def _rank(self, group: HeadGroup) -> int:
         return min(self.rank, group.rules.key_dim * group.rules.kv_heads)
 
-    def _chosen(self, state: Chunks, queries: Tensor, positions: Tensor, k: int) -> Tensor:
-        """Which chunks the group's queries (queries,) choose: bool (queries, chunks)."""
+    def _chosen(
+        self, state: Chunks, queries: Tensor, positions: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Which chunks the group's queries (queries,) choose: bool (queries, chunks); and the rank
+        of each."""
         count = len(state.landmarks)
         keys = torch.arange(count * self.chunk, device=positions.device)
         seen = visible(positions, keys, state.past.group.rules)
@@ -118,7 +124,8 @@ class ShadowKV(AttendMethod):
         logits = (queries @ state.landmarks.T).masked_fill(~seen, -torch.inf)
         together = logits.softmax(dim=-1).nan_to_num(0.0).amax(dim=0).masked_fill(~seen, -1.0)
         order = together.argsort(dim=-1, descending=True, stable=True)
-        return (order.argsort(dim=-1) < max(1, k // self.chunk)) & seen
+        rank = order.argsort(dim=-1)
+        return (rank < max(1, k // self.chunk)) & seen, rank
 
     def _low_rank(self, past: Past, count: int) -> Tensor:
         """The first keys (count, channels) of this kv head from the low rank of all of them."""

@@ -76,7 +76,9 @@ class SparseAttentionHub(AttendMethod):
         attended = logits.masked_fill(chances == 0, -torch.inf)
         weighted = attended - torch.where(chances == 0, 1.0, chances).log()
         values = past.values[: logits.shape[-1]]
-        return merged([part(weighted, values)], past.unit.sinks), attended_ids(attended)
+        # A mask has no order, but what is drawn is less sure than the rest.
+        ids = attended_ids(chances > 0, chances)
+        return merged([part(weighted, values)], past.unit.sinks), ids
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """All keys, if any masker looks at them."""

@@ -98,11 +98,16 @@ class Squeezed(AttendMethod):
         clustered, and those keys."""
         own, ranked = state
         logits = visible_logits(own.past, queries, positions)
-        below = own.shares(queries, positions) <= self._threshold(own, ranked, k)
+        shares = own.shares(queries, positions)
+        below = shares <= self._threshold(own, ranked, k)
         clustered = slice(own.first, own.first + len(own.labels))
         logits[..., clustered].masked_fill_(below, -torch.inf)
         output = merged([part(logits, own.past.values[: logits.shape[-1]])], own.past.unit.sinks)
-        return output, attended_ids(logits)
+        kept = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        kept[clustered] = False
+        merit = torch.zeros_like(logits)
+        merit[..., clustered] = shares
+        return output, attended_ids(~logits.isneginf(), merit, kept)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """The centroids and their sizes."""

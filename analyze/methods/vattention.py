@@ -42,23 +42,27 @@ class VAttention(AttendMethod):
     ) -> tuple[Tensor, Tensor]:
         """Attention over what is kept and drawn, weighted, and those keys."""
         logits = visible_logits(state, queries, positions)
-        sure, rest = self._split(logits, positions, k)
+        kept, best, rest = self._split(logits, positions, k)
+        sure = kept | best
         place, size = self._order(state, rest, positions), rest.sum(dim=-1)
         drawn = rest & (place < self._sample_size(logits, sure, rest, place)[..., None])
         chance = drawn.sum(dim=-1).clamp(min=1) / size.clamp(min=1)
         attended = logits.masked_fill(~(sure | drawn), -torch.inf)
         weighted = torch.where(drawn, attended - chance.log()[..., None], attended)
         output = merged([part(weighted, state.values[: logits.shape[-1]])], state.unit.sinks)
-        return output, attended_ids(attended)
+        # After the k best those drawn, in the order of the draws.
+        merit = torch.where(drawn, -1e30 * (1.0 + place), logits.masked_fill(~best, 0.0))
+        return output, attended_ids(sure | drawn, merit, kept, self.sink)
 
-    def _split(self, logits: Tensor, positions: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Which keys are attended for sure, and which are the rest: bool, like logits."""
+    def _split(self, logits: Tensor, positions: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Which keys are kept, which are the best of the others, and which are the rest: bool, like
+        logits."""
         keys = torch.arange(logits.shape[-1], device=logits.device)
         seen = ~logits.isneginf()
         kept = seen & ((keys < self.sink) | (keys > positions[:, None] - self.recent))
-        best = top(logits.masked_fill(kept, -torch.inf), min(k, len(keys)))[1]
-        sure = kept | marked(best, len(keys))
-        return sure, seen & ~sure
+        ids = top(logits.masked_fill(kept, -torch.inf), min(k, len(keys)))[1]
+        best = marked(ids, len(keys))
+        return kept, best, seen & ~kept & ~best
 
     def _order(self, past: Past, rest: Tensor, positions: Tensor) -> Tensor:
         """The place of each key of the rest in a random order, like rest."""

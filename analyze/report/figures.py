@@ -23,7 +23,13 @@ CURVE_POINTS = 40
 """Most points of a curve; budgets are spread evenly over their logarithm."""
 CURVE_FIGURES = 4_000_000
 """Most figures of all curves of a page together, so that a large model's page can be mailed."""
-CURVED = ("recall", "candidate_recall", "attention_fraction", "exact_attention_fraction")
+CURVED = (
+    "recall",
+    "attended_recall",
+    "candidate_recall",
+    "attention_fraction",
+    "exact_attention_fraction",
+)
 """Metrics that have curves."""
 EXACT = "exact"
 

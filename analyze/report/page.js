@@ -6,6 +6,7 @@ const at = (id) => document.getElementById(id);
 
 const METRICS = {
   recall: { title: "Recall", axis: "recall@k", most: 1, better: 1 },
+  attended_recall: { title: "Attended recall", axis: "recall of all attended", most: 1, better: 1 },
   candidate_recall: { title: "Candidate recall", axis: "candidate recall@k", most: 1, better: 1 },
   error_norm: { title: "Error norm", axis: "error norm ||o − o'|| / ||o||", better: -1 },
   attention_fraction: { title: "Attention fraction", axis: "share of attention mass", most: 1, better: 1 },

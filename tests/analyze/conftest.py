@@ -240,6 +240,7 @@ class Query:
         error = np.linalg.norm(self.output - output)
         return {
             "recall": len(set(ids[:k]) & set(self.top(k))) / min(k, len(self.visible)),
+            "attended_recall": len(set(ids) & set(self.top(k))) / min(k, len(self.visible)),
             "error_norm": error / np.linalg.norm(self.output),
             "attention_fraction": self.probabilities[list(ids)].sum(),
             "exact_attention_fraction": self.probabilities[self.top(k)].sum(),

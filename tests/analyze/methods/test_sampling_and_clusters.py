@@ -108,7 +108,8 @@ def denominators(unit: Unit, method: VAttention, k: int) -> tuple[Tensor, Tensor
     logits = (queries @ unit.keys.T).masked_fill(
         torch.arange(LENGTH) > unit.positions[ROWS, None], -torch.inf
     )
-    sure, rest = method._split(logits, unit.positions[ROWS], k)
+    kept, best, rest = method._split(logits, unit.positions[ROWS], k)
+    sure = kept | best
     place = method._order(past, rest, unit.positions[ROWS])
     size = method._sample_size(logits, sure, rest, place)
     weights = logits.double().exp()

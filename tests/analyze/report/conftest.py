@@ -17,7 +17,13 @@ from retrace.analyze.results import POSITION_COLUMNS, WITH_INTERVAL
 
 SEQUENCE_COUNTS = [1000, 2000, 4792]
 """Queries that count, by sequence."""
-CURVED = ["recall", "attention_fraction", "exact_attention_fraction", "candidate_recall"]
+CURVED = [
+    "recall",
+    "attended_recall",
+    "attention_fraction",
+    "exact_attention_fraction",
+    "candidate_recall",
+]
 
 
 def random_results(

@@ -135,7 +135,13 @@ def test_tables_hold_the_figures_of_the_results(open_page: Open, results: Result
     shown.select_option("#topk", "5")
     rows = of(results.metrics, topk=5)
     means = rows.groupby(["method", "metric"], observed=True)["mean"].mean()
-    shown_metrics = ["recall", "candidate_recall", "error_norm", "attention_fraction"]
+    shown_metrics = [
+        "recall",
+        "attended_recall",
+        "candidate_recall",
+        "error_norm",
+        "attention_fraction",
+    ]
     for method, *cells in rows_of(shown, "methods-table"):
         for metric, text in zip(shown_metrics, cells, strict=False):
             assert number(text) == pytest.approx(means[method, metric], abs=1e-4)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from retrace.capture.hub import datasets_offline, hub_reachable
+from retrace.capture.hub_trouble import GivenUpError, is_of_the_network, noticed_trouble
 from retrace.capture.settings import TASKS, CaptureSettings
 from retrace.capture.tasks import SequenceSet, Tokens, WindowCutter
 from retrace.traces import RetraceError
@@ -51,10 +52,19 @@ class Harness:
     def read(self, name: str, cut: WindowCutter) -> list[SequenceSet]:
         """The sequences of a task; of a group, those of each of its tasks."""
         reachable = hub_reachable()
-        with quiet_harness(), contextlib.nullcontext() if reachable else datasets_offline():
+        with (
+            quiet_harness(),
+            noticed_trouble() as trouble,
+            contextlib.nullcontext() if reachable else datasets_offline(),
+        ):
             try:
                 tasks = self._load([name])["tasks"]
                 return [self._read(one, task, cut) for one, task in tasks.items()]
+            except GivenUpError as error:
+                raise RetraceError(
+                    f"The task {name} cannot be read: the Hugging Face Hub {error}. Try again "
+                    "later, or name local data in a task file (--include-path)."
+                ) from error
             except RetraceError:
                 raise
             # A task is code of its own, which raises what it likes when its data is not there.
@@ -62,7 +72,9 @@ class Harness:
                 text = repr(error) if isinstance(error, KeyError) else str(error)
                 cause = (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")
                 cure = "Check its data and its task file"
-                if not reachable:
+                if reachable and trouble.cause is not None and is_of_the_network(error):
+                    cause = f"the Hugging Face Hub {trouble.cause}"
+                elif not reachable:
                     cause += "; the Hugging Face Hub cannot be reached"
                     cure = "Check the network, or name local data in a task file (--include-path)"
                 message = f"The task {name} cannot be read: {cause}. {cure}."

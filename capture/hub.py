@@ -14,12 +14,14 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-TIMEOUT_SECONDS = 3.0
+from huggingface_hub import constants
+
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 def hub_reachable() -> bool:
-    """True if the Hub (or the mirror that `HF_ENDPOINT` names) answers within seconds.
+    """True if the Hub (or the mirror that `HF_ENDPOINT` names) answers within the time that its own
+    clients give it: ten seconds, or HF_HUB_ETAG_TIMEOUT.
 
     Honours the proxy variables and those that ask for offline work.
     """
@@ -32,7 +34,7 @@ def hub_reachable() -> bool:
     # In a thread, since no timeout bounds the resolution of a name.
     asking = threading.Thread(target=lambda: answers.append(_answers(endpoint)), daemon=True)
     asking.start()
-    asking.join(TIMEOUT_SECONDS + 0.5)
+    asking.join(constants.HF_HUB_ETAG_TIMEOUT + 0.5)
     return bool(answers and answers[0])
 
 
@@ -46,7 +48,7 @@ def _answers(endpoint: str) -> bool:
     try:
         request = urllib.request.Request(endpoint, method="HEAD")
         # An opener of its own: the shared one keeps the proxies of its first call.
-        with urllib.request.build_opener().open(request, timeout=TIMEOUT_SECONDS):
+        with urllib.request.build_opener().open(request, timeout=constants.HF_HUB_ETAG_TIMEOUT):
             return True
     except urllib.error.HTTPError:
         return True  # it answered
@@ -59,7 +61,7 @@ def _answers(endpoint: str) -> bool:
 
 def _connects(host: str, port: int) -> bool:
     try:
-        with socket.create_connection((host, port), timeout=TIMEOUT_SECONDS):
+        with socket.create_connection((host, port), timeout=constants.HF_HUB_ETAG_TIMEOUT):
             return True
     except OSError:
         return False

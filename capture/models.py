@@ -27,6 +27,13 @@ from transformers import (
 
 from retrace.capture.adapters import Adapter, adapters_left_aside, find_adapter
 from retrace.capture.hub import hub_reachable
+from retrace.capture.hub_trouble import (
+    GivenUpError,
+    Trouble,
+    in_words,
+    is_of_the_network,
+    noticed_trouble,
+)
 from retrace.capture.lengths import longest_context
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import RetraceError
@@ -153,6 +160,11 @@ def open_checkpoint(settings: CaptureSettings) -> Checkpoint:
     Raises:
         RetraceError: it is not there, the network is not, or what reads it is not installed.
     """
+    with noticed_trouble():  # of all requests together
+        return _open_checkpoint(settings)
+
+
+def _open_checkpoint(settings: CaptureSettings) -> Checkpoint:
     location, gguf_file = _locate(settings.pretrained)
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     read_gguf = None
@@ -164,7 +176,8 @@ def open_checkpoint(settings: CaptureSettings) -> Checkpoint:
         options |= _from_hub(location, settings.revision)
     adapter = None
     if gguf_file is None:
-        adapter = find_adapter(settings.pretrained, location, options)
+        with _explained(settings.pretrained, not options.get("local_files_only", False)):
+            adapter = find_adapter(settings.pretrained, location, options)
     base, base_options = location, options
     if adapter is not None and adapter.base != location:
         base, gguf_base = _locate(adapter.base)
@@ -330,47 +343,67 @@ def _explained(
 ) -> Iterator[None]:
     """What transformers raises for a model that it cannot load, as one line with a cure."""
     cure = "give a model folder, a .gguf file or builtin:smollm2"
+    trouble = Trouble()
     try:
-        yield
-    except RetraceError:
+        with noticed_trouble() as trouble:
+            yield
+    except GivenUpError as error:
+        raise _hub_fails(pretrained, str(error), cure) from error
+    except (RetraceError, torch.OutOfMemoryError):
         raise
-    except ImportError as error:
-        raise RetraceError(
+    except Exception as error:
+        if reachable and trouble.cause is not None and is_of_the_network(error):
+            raise _hub_fails(pretrained, trouble.cause, cure) from error
+        if is_of_the_network(error) and not isinstance(error, OSError):
+            raise _hub_fails(pretrained, f"breaks off: {in_words(error)}", cure) from error
+        raise _load_failure(error, pretrained, reachable, part, cure) from error
+
+
+def _hub_fails(pretrained: str, cause: str, cure: str) -> RetraceError:
+    return RetraceError(
+        f"The model {pretrained} cannot be loaded: the Hugging Face Hub {cause}. Try again later "
+        f"(HF_HUB_DOWNLOAD_TIMEOUT waits longer), or {cure}."
+    )
+
+
+def _load_failure(
+    error: Exception, pretrained: str, reachable: bool, part: str, cure: str
+) -> RetraceError:
+    """What an error of transformers means for who named the model."""
+    if isinstance(error, ImportError):
+        return RetraceError(
             f"{pretrained} needs a package that is not installed: {_first_line(error)}"
-        ) from error
-    except OSError as error:
+        )
+    if isinstance(error, OSError):
         if not reachable:
-            raise RetraceError(
+            return RetraceError(
                 f"The model {pretrained} is not in the local cache and the Hugging Face Hub "
                 f"cannot be reached: check the network, or {cure}."
-            ) from error
+            )
         if "gated" in str(error).lower():
-            raise RetraceError(
+            return RetraceError(
                 f"The model {pretrained} is gated: ask for access on its page on the Hub and log "
                 f"in with `hf auth login`, or {cure}."
-            ) from error
-        raise RetraceError(
+            )
+        return RetraceError(
             f"The model {pretrained} cannot be loaded: {_first_line(error)} Check its name, or "
             f"{cure}."
-        ) from error
-    except (ValueError, KeyError, SafetensorError) as error:
+        )
+    if isinstance(error, ValueError | KeyError | SafetensorError):
         if "trust_remote_code" in str(error):
-            raise RetraceError(
+            return RetraceError(
                 f"{pretrained} brings Python code of its own: read it, and if you trust it give "
                 "--trust-remote-code."
-            ) from error
-        raise RetraceError(
+            )
+        return RetraceError(
             f"{pretrained} holds no {part} that transformers {transformers.__version__} can "
             f"load: {_first_line(error)}"
-        ) from error
-    except torch.OutOfMemoryError:
-        raise  # told by who asked for the model
-    except Exception as error:
-        # transformers checks configurations and weights by many means, each with its own error.
-        raise RetraceError(
-            f"{pretrained} cannot be loaded as a {part} by transformers "
-            f"{transformers.__version__}: {type(error).__name__}: {_explanation(error)}"
-        ) from error
+        )
+    # transformers checks configurations and weights by many means, each with its own error.
+    return RetraceError(
+        f"{pretrained} cannot be loaded as a {part} by transformers "
+        f"{transformers.__version__}: {type(error).__name__}: {_explanation(error)}"
+    )
 
 
 def _explanation(error: Exception) -> str:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from retrace.capture.documents import TABLES, open_text, read_texts
 from retrace.capture.hub import datasets_offline, hub_reachable
+from retrace.capture.hub_trouble import noticed_trouble
 from retrace.capture.settings import TASKS, CaptureSettings
 from retrace.traces import PHASES, RetraceError
 
@@ -199,11 +200,17 @@ def _hub_rows(task: str, data: HubData) -> Iterator[str]:
 
     reachable = hub_reachable()
     try:
-        with contextlib.nullcontext() if reachable else datasets_offline():
+        with (
+            noticed_trouble() as trouble,
+            contextlib.nullcontext() if reachable else datasets_offline(),
+        ):
             rows = datasets.load_dataset(data.name, data.configuration, split=data.split)
-    except (OSError, ValueError) as error:  # builtin ConnectionError is an OSError
-        if reachable:
-            cause = str(error).strip().splitlines()[0]
+    # Network, file and format each have errors of their own, of several packages.
+    except Exception as error:
+        if reachable and trouble.cause is not None:
+            cause = f"the Hugging Face Hub {trouble.cause}"
+        elif reachable:
+            cause = first_line(error.__cause__ or error)
         else:
             cause = "it is not in the local cache and the Hugging Face Hub cannot be reached"
         raise RetraceError(
@@ -212,6 +219,12 @@ def _hub_rows(task: str, data: HubData) -> Iterator[str]:
         ) from error
     for row in rows:
         yield row[data.column]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop."""
+    line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return line or type(error).__name__
 
 
 def _local_rows(path: Path, data: HubData) -> Iterator[str]:

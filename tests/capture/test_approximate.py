@@ -232,3 +232,76 @@ def test_calibration_is_from_the_reference(captured: Capture) -> None:
 def test_mistakes(captured: Capture, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RetraceError, match=words):
         captured("llama", **settings)
+
+
+WRITERS = """
+from dataclasses import dataclass
+
+from retrace.analyze import ScoreMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByKeys(ScoreMethod):
+    def scores(self, state, queries, positions):
+        return queries @ state.keys.T
+
+
+class Keys(ByKeys):
+    def build(self, past):
+        past.keys.div_(past.keys.norm(dim=-1, keepdim=True))
+        return past
+
+
+class Numpy(ByKeys):
+    def scores(self, state, queries, positions):
+        scores = super().scores(state, queries, positions)
+        state.values.numpy()[0] = 9
+        return scores
+
+
+class Late(ByKeys):
+    def scores(self, state, queries, positions):
+        if len(positions) == 1 and int(positions[0]) == 38:
+            state.unit.keys[3] = 0
+        return super().scores(state, queries, positions)
+
+
+class Raises(ByKeys):
+    def scores(self, state, queries, positions):
+        return [][3]
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("method", "what"), [("Keys", "keys"), ("Numpy", "values")])
+def test_a_method_that_writes_is_refused(
+    captured: Capture, tmp_path: Path, method: str, what: str, dtype: str
+) -> None:
+    (tmp_path / "writers.py").write_text(WRITERS)
+    exact = captured("llama", dtype=dtype)
+    with pytest.raises(
+        RetraceError, match=rf"^writers\.py:{method} wrote into the {what} of layer"
+    ):
+        captured(
+            "llama",
+            "found",
+            reference=exact.path,
+            dtype=dtype,
+            approximate=f"{tmp_path}/writers.py:{method}",
+            topk=3,
+        )
+
+
+def test_a_method_that_writes_while_a_model_decodes_is_refused(
+    captured: Capture, tmp_path: Path
+) -> None:
+    (tmp_path / "writers.py").write_text(WRITERS)
+    exact = captured("llama", generate=12, limit=1, max_length=42)
+    settings = {"reference": exact.path, "topk": 3}
+    with pytest.raises(RetraceError, match=r"^writers\.py:Late wrote into the keys of layer 0"):
+        captured("llama", "late", approximate=f"{tmp_path}/writers.py:Late", **settings)
+    place = r"layer 0, head 0, sequence 0, position \d+"
+    with pytest.raises(
+        RetraceError, match=rf"^writers\.py:Raises scores\(\) at {place} raised Ind"
+    ):
+        captured("llama", "raises", approximate=f"{tmp_path}/writers.py:Raises", **settings)

@@ -122,7 +122,7 @@ def test_added_to_and_kept(make_trace: MakeTrace, rules: Any, tmp_path: Path) ->
     trace = make_trace(rules(), LENGTHS)
     for methods, topk in ((["exact"], [2]), (["window", "exact"], [2, 3])):
         grown = analyze(trace, methods, topk, out=tmp_path / "r", keep_exact=False)
-    whole = analyze(trace, ["exact", "window"], [2, 3], keep_exact=False)
+    whole = analyze(trace, ["exact", "window"], [2, 3], min_context=20, keep_exact=False)
     kept = Results.load(tmp_path / "r").positions
     pd.testing.assert_frame_equal(kept, grown.positions)
     names = ["method", "head", "topk", "metric", "axis", "first"]

@@ -7,6 +7,8 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_float_dtype, is_integer_dtype, is_string_dtype
 
+from retrace.analyze.possible import most_of
+
 DIGESTS = "tables"
 """Where run.json has the SHA-256 of each table."""
 
@@ -40,6 +42,18 @@ def checked_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
     for column in map(str, table):
         if len(table) and not KINDS[column](table[column]):
             raise ValueError(f"its {name} holds something else in column {column}")
+    if "metric" in table:
+        most = table["metric"].astype(str).map(most_of)
+        right = (table["mean"] >= 0) & (table["mean"] <= most)
+        if "std" in table:
+            right &= (table["std"] >= 0) | table["std"].isna()
+        wrong = table[~right & (table["count"] > 0)]
+        if len(wrong):
+            row = wrong.iloc[0]
+            raise ValueError(
+                f"its {name} holds a figure that cannot be, {row['metric']} of {row['mean']:.6g} "
+                f"of {row['method']} in layer {row['layer']}, head {row['head']}"
+            )
     return table
 
 

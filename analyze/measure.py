@@ -10,9 +10,11 @@ from torch import Tensor
 from retrace.analyze.buckets import AXES, BUCKETED
 from retrace.analyze.histogram import Histogram
 from retrace.analyze.moments import Moments
+from retrace.analyze.possible import ROUNDING, most_of
 from retrace.analyze.reference import Reference
-from retrace.analyze.selection import Selection
+from retrace.analyze.selection import Selection, where
 from retrace.analyze.unit import Block, Unit
+from retrace.traces import RetraceError
 
 GATHERED = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Numbers held at once when outputs are computed: values of listed keys, and their weights."""
@@ -62,6 +64,16 @@ class ExactBlock:
     def fractions(self) -> Tensor:
         """Attention mass on the exact top 0, 1, ... keys (group, queries, ranks + 1) float64."""
         return _prefixes(self.best_probabilities)
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the best keys hold no more than all of the attention, the others no more than as
+        much each as the last of the best, and none a larger share than one before it."""
+        shares, mass = self.best_probabilities, self.fractions[..., -1]
+        others = (self.block.visible_count - self.no_rank).clamp(min=0) * shares[..., -1]
+        besides = _log_besides(self.block.unit, self.reference.log_normalizer).exp()
+        right = (mass <= 1 + ROUNDING) & (mass + others + besides >= 1 - 10 * ROUNDING)
+        return bool(right.all()) and bool((shares.diff(dim=-1) <= ROUNDING).all())
 
     def part(self, rows: slice) -> "ExactBlock":
         """Some of the block's queries."""
@@ -162,7 +174,11 @@ def tally(
             float(full),
             torch.as_tensor(selection.aux_bytes),
         ),
+        most=tuple(map(most_of, (*AT_ALL, *AT_POINTS))),
     )
+    if found[4] is not None:
+        metric, number, head, row = found[4]
+        raise _refused(metric, number, block, head, row)
     at_all, at_points = (
         {metric: Moments(*part[:, i].transpose(1, 2, 0)) for i, metric in enumerate(names)}
         for names, part in zip((AT_ALL, AT_POINTS), found[:2], strict=True)
@@ -180,7 +196,16 @@ def plain_tally(
 ) -> Tallied:
     """What `tally` gives, by the metrics of every query."""
     measured = measure(exact, selection, points)
+    block = exact.block
     counted = (exact.block.positions >= first.to(selection.ids.device)[:, None])[:, None]
+    for figures, mask in ((measured.at_all, counted), (measured.at_points, counted[points])):
+        for metric, values in figures.items():
+            wrong = mask & ~((values >= 0) & (values <= most_of(metric)))
+            if metric == "candidate_recall":  # of nothing to find there is none
+                wrong &= ~values.isnan()
+            if bool(wrong.any()):
+                at, head, row = wrong.nonzero()[0].tolist()
+                raise _refused(metric, float(values[at, head, row]), block, head, row)
     asked = {metric: values[points] for metric, values in measured.at_all.items()}
     asked |= measured.at_points
     told = torch.stack([asked[metric] for metric in BUCKETED], dim=1)
@@ -199,6 +224,13 @@ def plain_tally(
             for axis, bucket in zip(AXES, buckets, strict=True)
         },
         Histogram.of(errors.cpu().numpy()),
+    )
+
+
+def _refused(metric: str, number: float, block: Block, head: int, row: int) -> RetraceError:
+    words = metric.replace("_", " ")
+    return RetraceError(
+        f"came to a figure that cannot be, {words} of {number:.6g} at {where(block, head, row)}."
     )
 
 

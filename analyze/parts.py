@@ -23,6 +23,7 @@ from retrace.analyze.counting import Counting
 from retrace.analyze.histogram import Histogram
 from retrace.analyze.methods.registry import recorded_spec
 from retrace.analyze.moments import Moments
+from retrace.analyze.possible import impossible
 from retrace.analyze.profile import Charge, Clock
 from retrace.analyze.replay import Plan, Replayed, Tally
 from retrace.analyze.results import METRICS
@@ -185,6 +186,8 @@ class KeptParts:
             known[of] = Moments(*array.reshape(3, *shape, heads))
             if kind == "by_bucket" and len(known[of].count) > MOST_BUCKETS:
                 raise ValueError(f"{name} has more buckets than there are positions for.")
+            if kind != "by_bucket" and impossible(of, known[of]).any():
+                raise ValueError(f"{name} is of figures that cannot be.")
         for tally, (builds, seconds, state_bytes) in zip(tallies, facts["costs"], strict=True):
             tally.cost = Cost(int(builds), float(seconds), int(state_bytes))
         for step, method, seconds in facts["spent"]:

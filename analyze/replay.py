@@ -18,6 +18,7 @@ from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.moments import Moments, empty
 from retrace.analyze.profile import Charge, Clock
 from retrace.analyze.reference import (
+    CORRECTED,
     KEPT_RANKS,
     KeptReferences,
     Reference,
@@ -248,7 +249,10 @@ def replay_unit(
         with clock.charge("metrics"):
             rows = slice(counted, len(block.positions))
             # Kept or not, the same ranks: probabilities of further keys are taken otherwise.
-            exact = ExactBlock(block.part(rows), reference.part(rows, plan.ranks))
+            part = block.part(rows)
+            if kept is not None and not ExactBlock(part, reference.part(rows)).is_possible:
+                reference = exact_pass(block, ranks)  # what is kept cannot be right
+            exact = ExactBlock(part, reference.part(rows, plan.ranks))
             refuse_unheld(exact.block, exact.reference)
         for method, found, state in zip(plan.methods, tallies, states, strict=True):
             with naming(method.spec):
@@ -271,7 +275,8 @@ def _exact_answers(
 ) -> Callable[[Block], Reference]:
     """What gives the exact answers of each of a unit's blocks from a position on."""
     if kept is not None:
-        return lambda block: kept.get(block, ranks)
+        # No fewer than tell whether they can be right.
+        return lambda block: kept.get(block, max(ranks, CORRECTED))
     block = next(unit.blocks(first_position, elements), None)
     if block is not None:
         first = block.rows.start

@@ -15,9 +15,11 @@ from retrace.analyze.buckets import BUCKETED, first_of
 from retrace.analyze.histogram import Histogram
 from retrace.analyze.moments import Moments
 from retrace.analyze.parts import Job
+from retrace.analyze.possible import impossible
 from retrace.analyze.replay import Tally
 from retrace.analyze.results import COLUMNS, MEDIAN, POSITION_COLUMNS, SEQUENCE_COLUMNS, Results
 from retrace.analyze.states import Cost
+from retrace.traces import RetraceError
 
 Columns = dict[str, npt.NDArray[Any]]
 """Rows of a table, by column."""
@@ -175,6 +177,13 @@ def _columns(labels: dict[str, Any], metric: str, ks: tuple[int, ...], moments: 
     """Rows of one metric for all budgets and heads; no query counted gives NaN."""
     budgets, heads = moments.mean.shape
     none = moments.count == 0
+    if metric != MEDIAN and (wrong := impossible(metric, moments) & ~none).any():
+        budget, head = np.argwhere(wrong)[0].tolist()
+        raise RetraceError(
+            f"{labels['method']} came to a figure that cannot be, {metric} of "
+            f"{moments.mean[budget, head]:.6g} in layer {labels['layer']}, head {head}, at top-k "
+            f"{ks[budget]}."
+        )
     return {
         **_repeated({**labels, "metric": metric}, budgets * heads),
         "head": np.tile(np.arange(heads), budgets),

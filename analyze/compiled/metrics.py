@@ -51,11 +51,13 @@ def moments(
     filled: tuple[Tensor, Tensor] | None,
     errors: Tensor | None,
     read: tuple[float, float, Tensor],
-) -> tuple[Doubles, Doubles, Doubles, Floats]:
+    most: tuple[float, ...],
+) -> tuple[Doubles, Doubles, Doubles, Floats, tuple[str, float, int, int] | None]:
     """Counts, means and sums of squared deviations over queries: (group, `AT_ALL`, 3, budgets),
     (group, `AT_POINTS`, 3, points) and, of the queries in each bucket of each axis,
     (axes, buckets, group, `BUCKETED`, 3, points); and the error norm of every query (group, points,
-    queries), NaN where it does not count.
+    queries), NaN where it does not count. Last, the first figure that cannot be, if there is any:
+    its metric, the number, the head of the group and the query.
 
     Args:
         ks: budgets (budgets,), ascending.
@@ -82,6 +84,7 @@ def moments(
         errors: error norms (points, group, queries), where the method gave the output itself.
         read: bytes of an attended key and value, of one that is read in full, and bytes read to
             find them (queries,).
+        most: the largest number that each metric can come to, of `AT_ALL` and of `AT_POINTS`.
     """
     best, best_logs, best_probabilities, masses = exact
     group, queries, _ = ids.shape
@@ -92,6 +95,7 @@ def moments(
     every_error = np.full((group, len(points), queries), np.nan, np.float32)
     size = int(buckets.max()) + 1
     by_bucket = np.zeros((len(buckets), size, group, len(BUCKETED), 3, len(points)))
+    wrong, wrong_number = np.full(3, -1), np.zeros(1)
     share, fill = filled or (torch.ones(0, 1, 1, dtype=torch.float64), torch.zeros(0, 1))
     _moments(
         _plain(ks),
@@ -126,8 +130,15 @@ def moments(
         at_points,
         by_bucket,
         every_error,
+        np.array(most),
+        wrong,
+        wrong_number,
     )
-    return at_all, at_points, by_bucket, every_error
+    metric, head, query = wrong.tolist()
+    refused = None
+    if metric >= 0:
+        refused = ((*AT_ALL, *AT_POINTS)[metric], float(wrong_number[0]), head, query)
+    return at_all, at_points, by_bucket, every_error, refused
 
 
 def _plain(tensor: Tensor) -> NDArray[np.generic]:
@@ -172,6 +183,9 @@ def _moments(
     at_points: Doubles,
     by_bucket: Doubles,
     every_error: Floats,
+    limits: Doubles,
+    wrong: Ids,
+    wrong_number: Doubles,
 ) -> None:
     """`moments`, with every argument an array of its own."""
     group, rows, listed = ids.shape
@@ -249,12 +263,19 @@ def _moments(
                     share[:, h % share.shape[1], q % share.shape[2]],
                     fill[q if len(fill) else 0 :], sums, seen[ERROR_NORM],
                 )  # fmt: skip
+            # What is attended only grows, so that the last budget is the one to look at.
+            for metric in (RECALL, FRACTION, EXACT_FRACTION, ATTENDED_RECALL):
+                if most > 0:
+                    _note_wrong(metric, found[metric, most - 1], limits, h, q, wrong, wrong_number)
             whole = visible[q] * bytes_full
             for p in range(reads):
                 seen[DENSITY, p] = reached[h, points[p]] / visible[q]
                 seen[BYTES_RATIO, p] = (unions[p] * bytes_each + bytes_aux[q]) / whole
             for metric in (ERROR_NORM, DENSITY, BYTES_RATIO):
                 _add(at_points[h, metric], seen[metric, :reads], one_in_points)
+                for p in range(reads):
+                    at = len(found) + metric
+                    _note_wrong(at, seen[metric, p], limits, h, q, wrong, wrong_number)
             for p in range(reads):  # in the order of `BUCKETED`
                 told[0, p] = found[RECALL, points[p]]
                 told[1, p] = found[FRACTION, points[p]]
@@ -274,6 +295,16 @@ def _moments(
             at_points[h, metric, COUNT] = at_points[0, DENSITY, COUNT]
         for metric in range(len(BUCKETED)):
             by_bucket[:, :, h, metric, COUNT] = by_bucket[:, :, 0, 0, COUNT]
+
+
+@compiled
+def _note_wrong(
+    metric: int, number: float, limits: Doubles, head: int, query: int, wrong: Ids, told: Doubles
+) -> None:
+    """Note the first figure that is NaN, below 0 or above its limit."""
+    if not (number >= 0.0 and number <= limits[metric]) and wrong[0] < 0:
+        wrong[0], wrong[1], wrong[2] = metric, head, query
+        told[0] = number
 
 
 @compiled

@@ -44,6 +44,8 @@ def test_figures_are_those_of_float64(
     layer = rules(heads=4, kv_heads=2, **KINDS[kind])
     if layer.softcap is not None and size > 1e5:
         size = 1e5  # products of which float64 tells no score below the bound are refused
+    if layer.sinks is not None:
+        offset = 0  # or all products may be so low that a sink leaves no output in float32
     tensors = {(0, 0): tensors_of(layer, size, offset)}
     trace = make_trace(layer, [LENGTH], tensors=tensors, name="own")
     chosen = {
@@ -55,13 +57,11 @@ def test_figures_are_those_of_float64(
     for keep in (False, True, True):
         results = analyze(trace, list(chosen), [4], min_context=20, keep_exact=keep, workers=1)
         for method, select in chosen.items():
-            with np.errstate(invalid="ignore"):  # a sink may leave no output
-                figures = expected(trace, select, 4, first=20)
+            figures = expected(trace, select, 4, first=20)
             compared = ["attention_fraction", "exact_attention_fraction"]
             compared += ["recall"] if method != "dense" else []  # which ranks by its own scores
             assert_figures(results, method, 4, figures.loc[compared], atol=1e-6)
-            if layer.sinks is None:
-                assert_figures(results, method, 4, figures.loc[["error_norm"]], atol=1e-4)
+            assert_figures(results, method, 4, figures.loc[["error_norm"]], atol=1e-4)
     most = results.metrics.loc[results.metrics["metric"] == "attention_fraction", "mean"].max()
     assert most <= 1 + 1e-6
 

@@ -43,7 +43,7 @@ def readme_trace(place: Path, written_trace: Path) -> Path:
 
 def test_nothing_is_overlooked() -> None:
     assert set(FILES) == {"knorm.py", "top.py"}
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     assert len(COMMANDS) == 2
 
 
@@ -51,8 +51,9 @@ def test_a_method_takes_eighteen_lines() -> None:
     assert len(FILES["knorm.py"].splitlines()) <= 18
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["python", "xarray", "zarr"])
-def test_snippets_run(readme_trace: Path, snippet: str) -> None:
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["objects", "python", "xarray", "zarr"])
+def test_snippets_run(readme_trace: Path, snippet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path.cwd()))
     exec(compile(snippet, "README.md", "exec"), {})
 
 

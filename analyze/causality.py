@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import Method
-from retrace.analyze.select import select
+from retrace.analyze.methods.base import Method, ScoreMethod
+from retrace.analyze.select import select, visible_scores
 from retrace.analyze.selection import Selection, where
 from retrace.analyze.states import Calibration, Protocol, Served, States
 from retrace.analyze.unit import Block, Unit, intact
@@ -86,6 +86,18 @@ class _Asked:
         again."""
         return [*map(_copy, select(self.method, served, block, self.ks))]
 
+    def scores_alike(self, served: Served, block: Block, other: Block, row: int) -> bool:
+        """Whether it scores one query of two blocks of a shape alike, however little other queries
+        turn in what it selects."""
+        if not isinstance(self.method, ScoreMethod) or served.state is None:
+            return True
+        ours, theirs = (
+            visible_scores(self.method, served.state, b)[:, row].double() for b in (block, other)
+        )
+        finite = ours[ours.isfinite()].abs()
+        near = ROUNDING * float(finite.max()) if len(finite) else 0.0
+        return torch.allclose(ours, theirs, rtol=0.0, atol=near)
+
     def alone(self, unit: Unit, row: int) -> list[Selection]:
         """What it selects for one query by a new state."""
         with intact(unit):
@@ -132,8 +144,11 @@ def _check_query(asked: _Asked, unit: Unit, row: int, first_position: int) -> No
         differing = dataclasses.replace(
             served, heads=tuple((_other_queries(u, rows, row), s) for u, s in served.heads)
         )
-        others = asked.answer(differing, Block(_other_queries(unit, rows, row), rows))
-        if not _alike(asked, served, one, _row(together, inside), _row(others, inside)):
+        among = Block(_other_queries(unit, rows, row), rows)
+        others = asked.answer(differing, among)
+        if not _alike(
+            asked, served, one, _row(together, inside), _row(others, inside)
+        ) or not asked.scores_alike(served, Block(unit, rows), among, inside):
             raise RetraceError(
                 f"mixes queries: its answer at {place} changes with other queries of its block. "
                 "Each row must be answered by itself."

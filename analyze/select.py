@@ -169,11 +169,11 @@ def _since(left: Selection, built: int, block: Block) -> Selection:
 def _rank(method: ScoreMethod, served: Served, block: Block, ks: tuple[int, ...]) -> _Ranked:
     """The best units for some budgets, by the scores that the method's heads pool."""
     size = 1 if served.state is None else method.unit_size
-    scores = _visible_scores(method, served.state, block)
+    scores = visible_scores(method, served.state, block)
     together = scores
     if served.heads:
         peers = [(block.of(unit), state) for unit, state in served.heads]
-        together = torch.cat([_visible_scores(method, state, peer) for peer, state in peers])
+        together = torch.cat([visible_scores(method, state, peer) for peer, state in peers])
     if size > 1 or method.pool.endswith("softmax"):
         # What is kept anyway takes no page of the budget, and has no part in a softmax.
         together = together.masked_fill(_kept_units(method, ks[0], size, block), -torch.inf)
@@ -212,7 +212,7 @@ def _allowances(method: ScoreMethod, state: Any, ks: Sequence[int], block: Block
     return allowed
 
 
-def _visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
+def visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
     """The method's scores (group or 1, queries, units), -inf where a unit is not visible; exact
     ones while there is no state."""
     if state is None:

@@ -83,13 +83,14 @@ class Trials:
                 yield next(load_units(layer, self._sequence, self._device))
 
     def _check_unit(self, method: Replayed, unit: Unit) -> None:
-        counting, least = self._settings.counting, method.topk[0]
+        # The largest too: the more keys, the more of them are at the edge of a choice.
+        counting, budgets = self._settings.counting, sorted({method.topk[0], method.topk[-1]})
         check_causality(
             method.spec.method,
             unit,
             counting.protocol,
-            [least],
-            counting.first(least, len(unit.keys)),
+            budgets,
+            counting.first(budgets[0], len(unit.keys)),
             method.calibration,
             method.spec.anew,
         )

@@ -196,7 +196,7 @@ def _find(name: str) -> ModuleSpec | None:
         return ModuleSpec(name, None, origin=module.__file__)
     if name == "__main__":  # typed in
         return None
-    above, _, _ = name.rpartition(".")
+    above, _, last = name.rpartition(".")
     path: Sequence[str] | None = None
     if above:
         parent = _find(above)
@@ -208,6 +208,9 @@ def _find(name: str) -> ModuleSpec | None:
             found = finder.find_spec(name, path)
         except (ImportError, AttributeError, ValueError, OSError):
             found = None
+        except KeyError:  # a folder without __init__.py in another that nobody has imported
+            found = ModuleSpec(name, None, is_package=True)
+            found.submodule_search_locations = [str(Path(at, last)) for at in path or ()]
         if found is not None:
             return found
     return None

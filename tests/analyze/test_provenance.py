@@ -82,6 +82,14 @@ def test_what_is_imported_counts(place: Path, line: str) -> None:
     assert code_of_modules(["own_root"]).digest != before.digest
 
 
+def test_a_folder_in_a_folder_that_nobody_has_imported(place: Path) -> None:
+    write(place, own_file="def late():\n    from own_outer.inner.deep import f")
+    write(place, own_outer_in_inner_in_deep="x = 1")
+    before = code_of_modules(["own_file"])
+    write(place, own_outer_in_inner_in_deep="x = 2")
+    assert code_of_modules(["own_file"]) != before
+
+
 def test_what_is_not_imported_does_not_count(place: Path) -> None:
     write(
         place,

@@ -19,7 +19,7 @@ from retrace.analyze.unit import Block, load_units
 from retrace.traces import Layer, Rotation, Trace
 
 CPU = torch.device("cpu")
-TIES_BY_ROUNDING = ("oracle-value", "low-bit")
+TIES_BY_ROUNDING = ("oracle-value", "low-bit", "pariskv")
 """Two keys move the output alike, or have the same product when rounded to few bits: which of them
 comes first is left to how a matrix product of this size is summed."""
 

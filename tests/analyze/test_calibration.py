@@ -56,7 +56,7 @@ def test_figures_of_a_calibrated_basis(
 
     results = analyze(both, ["loki"], [4], min_context=0, keep_exact=False)
     assert results.run["calibration"] == [1]
-    figures = expected(alone, select, 4, first=0, aux=lambda q: len(q.visible) * 2 * 4)
+    figures = expected(alone, select, 4, first=0, aux=lambda q: (len(q.visible) + 8) * 2 * 2)
     assert_figures(results, "loki", 4, figures)
 
 

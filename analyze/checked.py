@@ -42,7 +42,7 @@ def checked_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
     for column in map(str, table):
         if len(table) and not KINDS[column](table[column]):
             raise ValueError(f"its {name} holds something else in column {column}")
-    if "metric" in table:
+    if len(table) and "metric" in table:
         most = table["metric"].astype(str).map(most_of)
         right = (table["mean"] >= 0) & (table["mean"] <= most)
         if "std" in table:

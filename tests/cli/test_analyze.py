@@ -84,7 +84,7 @@ def test_what_was_never_counted_is_null_in_json(run: Run, trace: Path) -> None:
     run("analyze", trace, "--topk", "2", "--no-plots")
     path = Path("results/tiny/metrics.parquet")
     metrics = pd.read_parquet(path)
-    metrics.loc[0, "mean"] = float("nan")
+    metrics.loc[0, ["mean", "count"]] = float("nan"), 0
     metrics.to_parquet(path)
     facts = path.with_name("run.json")
     facts.write_text(json.dumps({**json.loads(facts.read_text()), "tables": {}}))

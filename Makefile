@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DEMO := build/demo
 PREDICTION := build/prediction
 
-COMMANDS := tests/cli tests/analyze/test_recommendation.py tests/analyze/test_export.py
+COMMANDS := tests/cli tests/analyze/recommendation/test_recommendation.py tests/analyze/outputs/test_export.py
 
 .PHONY: demo prediction test lint types pytest oldest newest format clean
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from retrace.traces import RetraceError
 
-ENGINE = ("retrace.analyze.replay", "retrace.analyze.tabulate")
+ENGINE = ("retrace.analyze.replay.engine", "retrace.analyze.tables.build")
 """The modules that turn what methods answer into figures, with all that they import."""
-DRAWING = ("retrace.analyze.plots", "retrace.analyze.labelled", "retrace.analyze.report")
+DRAWING = "retrace.analyze.outputs"
 """What is imported of retrace to show figures that are there: no part of any code."""
 LOOSE = "retrace_loose_"
 """Modules of loose files are named so, which are run anew whenever they are named."""

@@ -7,12 +7,12 @@ from typing import Any, Self
 
 import pandas as pd
 
-from retrace.analyze.costs import NOT_CHARGED, is_charged, serving_words
-from retrace.analyze.counting import Counting, number_of
-from retrace.analyze.intervals import OVER, differences, intervals
-from retrace.analyze.profile import profile_table
-from retrace.analyze.results_folder import load, save
-from retrace.analyze.shown import shown
+from retrace.analyze.outputs.shown import shown
+from retrace.analyze.replay.clock import profile_table
+from retrace.analyze.replay.counting import Counting, number_of
+from retrace.analyze.tables.folder import load, save
+from retrace.analyze.tables.intervals import OVER, differences, intervals
+from retrace.analyze.units.costs import NOT_CHARGED, is_charged, serving_words
 from retrace.traces import RetraceError
 
 KEYS = ["method", "layer", "module", "head", "topk", "metric"]
@@ -159,7 +159,7 @@ class Results:
         topk: Sequence[int] | None = None,
         metrics: Sequence[str] = tuple(METRICS),
     ) -> pd.DataFrame:
-        """Means with 95 % intervals over sequences; see `retrace.analyze.intervals`.
+        """Means with 95 % intervals over sequences; see `retrace.analyze.tables.intervals`.
 
         Args:
             over: `model`, `layer` or `head`: whether the mean is over all layers and heads, over
@@ -302,7 +302,7 @@ class Results:
 
     def plot(self, folder: str | Path) -> list[Path]:
         """Draw every plot into a folder; returns the files."""
-        from retrace.analyze.plots import draw_all
+        from retrace.analyze.outputs.plots.results import draw_all
 
         return draw_all(self, Path(folder))
 
@@ -318,7 +318,7 @@ class Results:
         Raises:
             RetraceError: xarray is not installed.
         """
-        from retrace.analyze.labelled import to_xarray
+        from retrace.analyze.outputs.labelled import to_xarray
 
         return to_xarray(self)
 

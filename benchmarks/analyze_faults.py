@@ -138,7 +138,7 @@ def check_after(runs: Runs, place: Path, noted: list[dict[str, Any]]) -> dict[st
 def deaths(runs: Runs, workers: int, every: float) -> dict[str, Any]:
     """A run of so many worker processes, of which one is killed every so many seconds."""
     from retrace.analyze import analyze
-    from retrace.analyze.processes import Processes
+    from retrace.analyze.workers.processes import Processes
 
     rng, over, killed = random.Random(3), threading.Event(), 0
     place = runs.begin("deaths")

@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from retrace.analyze.attention import attend
+from retrace.analyze.units.attention import attend
 from retrace.capture import capture
 from retrace.traces import LayerRules, RetraceError, Trace, to_torch
 

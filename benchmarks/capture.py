@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from retrace.capture.check import examine
-from retrace.capture.interface import observed_attention
-from retrace.capture.likelihood import next_token_nll
+from retrace.capture.attention.interface import observed_attention
+from retrace.capture.attention.recorder import AttentionLayer, RecordedSequence, TensorRecorder
+from retrace.capture.checks.trace import examine
+from retrace.capture.model.likelihood import next_token_nll
 from retrace.capture.queries import parse_queries
-from retrace.capture.queue import WriteQueue
-from retrace.capture.recorder import AttentionLayer, RecordedSequence, TensorRecorder
+from retrace.capture.recording.queue import WriteQueue
 from retrace.traces import create_trace, tensor_bytes
 
 Tokens = list[np.ndarray[Any, np.dtype[np.int32]]]
@@ -84,7 +84,7 @@ def _parse() -> argparse.Namespace:
 
 def _model(arguments: argparse.Namespace) -> Any:
     if arguments.model != "llama-8b-random":
-        from retrace.capture.models import open_checkpoint
+        from retrace.capture.model.loading import open_checkpoint
         from retrace.capture.settings import CaptureSettings
 
         settings = CaptureSettings(pretrained=arguments.model, tasks=("wikitext",))

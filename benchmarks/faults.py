@@ -98,7 +98,12 @@ class Captures:
         self._processes = multiprocessing.get_context("forkserver")
         self._numbers = itertools.count()
         self._processes.set_forkserver_preload(
-            ["architectures", "retrace.capture.run", "retrace.analyze.run", "distributed"]
+            [
+                "architectures",
+                "retrace.capture.commands.capture",
+                "retrace.analyze.commands.analyze",
+                "distributed",
+            ]
         )
 
     def run(

@@ -23,7 +23,7 @@ from random_trace import write_random
 from replay import processor
 
 from retrace.analyze import analyze
-from retrace.analyze.profile import BEFORE
+from retrace.analyze.replay.clock import BEFORE
 from retrace.capture.queries import parse_queries
 from retrace.traces import open_trace
 

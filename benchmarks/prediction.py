@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import stats
 
 from retrace.capture import Evaluation, evaluate
-from retrace.capture.evaluation_plot import LEAST, loss_by_replay
+from retrace.capture.tables.plot import LEAST, loss_by_replay
 from retrace.traces import open_trace
 
 METHODS = (

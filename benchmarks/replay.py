@@ -36,8 +36,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retrace.analyze.reference import exact_pass
-from retrace.analyze.unit import Block, HeadGroup, Unit, load_units
+from retrace.analyze.exact.reference import exact_pass
+from retrace.analyze.units.unit import Block, HeadGroup, Unit, load_units
 from retrace.traces import LayerRules, open_trace
 
 SDPA = "SDPA forward"

@@ -28,8 +28,8 @@ from random_trace import write_random
 from replay import processor
 
 from retrace.analyze import analyze
-from retrace.analyze.processes import Processes
-from retrace.analyze.workers import gpu_environments
+from retrace.analyze.workers.processes import Processes
+from retrace.analyze.workers.start import gpu_environments
 from retrace.traces import Trace, open_trace
 
 METHODS = ("exact", "quest", "sparq", "loki:basis=own", "low-bit", "window")

@@ -32,7 +32,7 @@ from architectures import TEXT, save_tiny_model
 from replay import resident
 
 from retrace.analyze import analyze, merge, recommend
-from retrace.analyze.report import report
+from retrace.analyze.commands.report import report
 from retrace.capture import capture, evaluate
 from retrace.traces import verify_trace
 

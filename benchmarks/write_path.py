@@ -26,7 +26,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 import retrace.traces  # registers bfloat16
-from retrace.traces.shards import write_shards
+from retrace.traces.storage.shards import write_shards
 
 SHAPES = {
     "8B-shaped, (32, 8192, 128)": ((32, 8192, 128), 12),

@@ -11,7 +11,7 @@ from retrace.capture.queries import parse_queries
 from retrace.traces import Location, RetraceError, locate
 
 TASKS = ("wikitext",)
-"""Names of the tasks that need no lm-eval-harness; `retrace.capture.tasks` says what each is."""
+"""Tasks that need no lm-eval-harness; `retrace.capture.reading.tasks` says what each is."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DEFAULT_MAX_LENGTH = 2048
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from retrace.analyze.shown import shown
+from retrace.analyze.outputs.shown import shown
 from retrace.cli.interruption import INTERRUPTED, interruptible
 from retrace.cli.screen import say
 from retrace.cli.streams import open_closed_streams

@@ -23,7 +23,7 @@ def _read(ctx: click.Context, param: click.Parameter, path: Path | None) -> None
     import yaml
 
     # Imported late: Zarr comes with it.
-    from retrace.traces.regular import open_regular
+    from retrace.traces.storage.regular import open_regular
 
     try:
         with open_regular(path) as file:

@@ -26,7 +26,7 @@ COMMANDS = (
     "traces",
     "methods",
 )
-"""A module of this package each, in the order in which they are needed."""
+"""A module of `retrace.cli.commands` each, in the order in which they are needed."""
 
 
 class Commands(click.Group):
@@ -40,7 +40,7 @@ class Commands(click.Group):
         """The command of this name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"retrace.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"retrace.cli.commands.{cmd_name}").command
         return command
 
     def resolve_command(

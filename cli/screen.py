@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from retrace.analyze.shown import shown
+from retrace.analyze.outputs.shown import shown
 
 if TYPE_CHECKING:
     from rich.console import Console

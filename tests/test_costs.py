@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from retrace.analyze.reference import KEPT_RANKS, KeptReferences
-from retrace.analyze.unit import HeadGroup, Unit
+from retrace.analyze.exact.reference import KEPT_RANKS, KeptReferences
+from retrace.analyze.units.unit import HeadGroup, Unit
 from retrace.traces import LayerRules, tensor_bytes
 
 ROOT = Path(__file__).parents[1]

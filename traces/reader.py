@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrace.traces.arrays import Rows, Stored, Tensors
 from retrace.traces.errors import DamageError, RetraceError
 from retrace.traces.location import Location, RemoteLocation, locate
 from retrace.traces.numbers import bad_score, bad_vector
-from retrace.traces.objects import open_objects
 from retrace.traces.rotation import Rotation
 from retrace.traces.schema import (
     DTYPES,
@@ -24,6 +22,8 @@ from retrace.traces.schema import (
     TENSOR_AXES,
     LayerRules,
 )
+from retrace.traces.storage.arrays import Rows, Stored, Tensors
+from retrace.traces.storage.objects import open_objects
 
 ROWS_AT_ONCE = 512
 """Rows of the small arrays that are asked for together."""

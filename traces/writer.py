@@ -12,7 +12,6 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from retrace.traces.bfloat16 import register
-from retrace.traces.durable import sync_all, sync_path
 from retrace.traces.errors import RetraceError
 from retrace.traces.location import Location, RemoteLocation, explained, open_store
 from retrace.traces.reader import open_trace
@@ -24,7 +23,8 @@ from retrace.traces.schema import (
     TENSOR_AXES,
     LayerRules,
 )
-from retrace.traces.shards import shard_length, write_row, write_shard
+from retrace.traces.storage.durable import sync_all, sync_path
+from retrace.traces.storage.shards import shard_length, write_row, write_shard
 
 register()
 

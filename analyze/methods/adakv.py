@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import EvictionMethod
+from retrace.analyze.methods.options.pooling import pool
 from retrace.analyze.methods.snapkv import SnapKV
-from retrace.analyze.past import Past
-from retrace.analyze.pooling import pool
+from retrace.analyze.units.past import Past
 from retrace.traces import RetraceError
 
 

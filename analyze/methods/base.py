@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from retrace.analyze.budget import Budget
-from retrace.analyze.hooks import calling, numbers
-from retrace.analyze.keep import Keep
-from retrace.analyze.libraries import optional
-from retrace.analyze.past import Past, last_of
-from retrace.analyze.pooling import RULES
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.hooks import calling, numbers
+from retrace.analyze.methods.options.budget import Budget
+from retrace.analyze.methods.options.keep import Keep
+from retrace.analyze.methods.options.pooling import RULES
+from retrace.analyze.optional import optional
+from retrace.analyze.units.past import Past, last_of
+from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import LayerRules, RetraceError
 
 Learns = Literal["kv head", "layer", "model"]
@@ -306,14 +306,15 @@ class SearchMethod(Method):
 class AttendMethod(Method):
     """A method that computes the attention output itself.
 
-    `retrace.analyze.output` has the parts that most outputs are put together from.
+    `retrace.analyze.methods.toolkit.partial_attention` has the parts that most outputs are put
+    together from.
     """
 
     def attend(
         self, state: Any, queries: Tensor, positions: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
         """The output (group, queries, value channels) and the ids (group, queries, any) int64 of
-        the keys attended, in the method's own order, of which recall takes the first k
-        (`retrace.analyze.output.attended_ids`), -1 where there are fewer, for queries
-        (group, queries, channels) at `positions` (queries,) and a budget of k keys."""
+        the keys attended, in the method's own order, of which recall takes the first k, -1 where
+        there are fewer, for queries (group, queries, channels) at `positions` (queries,) and a
+        budget of k keys. `partial_attention.attended_ids` of the toolkit makes such ids."""
         raise NotImplementedError

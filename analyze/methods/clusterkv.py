@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from retrace.analyze.clusters import kmeans, most_alike
-from retrace.analyze.keep import Keep
 from retrace.analyze.methods.base import KEEP, ScoreMethod
-from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.options.keep import Keep
+from retrace.analyze.methods.toolkit.kmeans import kmeans, most_alike
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)

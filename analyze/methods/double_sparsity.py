@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import LearnedLike, ScoreMethod
-from retrace.analyze.past import Past
-from retrace.analyze.quantise import rounded
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.toolkit.quantisation import rounded
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import LayerRules
 
 

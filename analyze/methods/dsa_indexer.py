@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, relu
 
-from retrace.analyze.attention import visible
-from retrace.analyze.hashing import hadamard, padded
 from retrace.analyze.methods.base import LearnedLike, Learns, ScoreMethod
-from retrace.analyze.past import Past
-from retrace.analyze.quantise import fp8
-from retrace.analyze.training import descend, drawn_queries
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.toolkit.hashing import hadamard, padded
+from retrace.analyze.methods.toolkit.quantisation import fp8
+from retrace.analyze.methods.toolkit.training import descend, drawn_queries
+from retrace.analyze.units.attention import visible
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import LayerRules
 
 RATE = 1e-3

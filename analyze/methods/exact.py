@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from retrace.analyze.attention import softcap
 from retrace.analyze.methods.base import ScoreMethod
-from retrace.analyze.past import Past
+from retrace.analyze.units.attention import softcap
+from retrace.analyze.units.past import Past
 
 
 @dataclass(frozen=True, kw_only=True)

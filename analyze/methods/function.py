@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import visible
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.past import Past
+from retrace.analyze.units.attention import visible
+from retrace.analyze.units.past import Past
 from retrace.traces import RetraceError
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None, Tensor]]

@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import visible
-from retrace.analyze.keep import Keep
 from retrace.analyze.methods.base import KEEP, POOL, EvictionMethod
-from retrace.analyze.past import Past
+from retrace.analyze.methods.options.keep import Keep
+from retrace.analyze.units.attention import visible
+from retrace.analyze.units.past import Past
 
 ROWS = 256
 """Queries whose attention is held at once."""

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import visible
-from retrace.analyze.hashing import signs
 from retrace.analyze.methods.base import POOL, LearnedLike, ScoreMethod
-from retrace.analyze.past import Past
-from retrace.analyze.training import descend
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.toolkit.hashing import signs
+from retrace.analyze.methods.toolkit.training import descend
+from retrace.analyze.units.attention import visible
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import LayerRules
 
 TOP_SHARE = 0.1

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from retrace.analyze.indexes import answers, rows
 from retrace.analyze.methods.base import SearchMethod
-from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.toolkit.vector_indexes import answers, rows
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 
 _COUNTING = Lock()
 """faiss counts for all threads together."""

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.budget import Budget
 from retrace.analyze.methods.base import BUDGET, LearnedLike, ScoreMethod
-from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.options.budget import Budget
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import LayerRules, RetraceError
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from retrace.analyze.methods.ivf import InvertedLists
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.units.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retrace.analyze.exact.top_k import top
 from retrace.analyze.methods.base import POOL, LearnedLike, Learns, ScoreMethod
-from retrace.analyze.output import visible_logits
-from retrace.analyze.past import Past
-from retrace.analyze.top import top
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.toolkit.partial_attention import visible_logits
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import LayerRules, RetraceError
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import EvictionMethod
-from retrace.analyze.past import Past
+from retrace.analyze.units.past import Past
 
 
 @dataclass(frozen=True, kw_only=True)

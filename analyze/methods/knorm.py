@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from retrace.analyze.methods.base import EvictionMethod
-from retrace.analyze.past import Past
+from retrace.analyze.units.past import Past
 
 
 @dataclass(frozen=True, kw_only=True)

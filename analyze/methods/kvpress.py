@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import EvictionMethod
-from retrace.analyze.past import Past
+from retrace.analyze.units.past import Past
 from retrace.traces import RetraceError
 
 PRESSES = (

@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import visible
-from retrace.analyze.keep import Keep
 from retrace.analyze.methods.base import KEEP, POOL
+from retrace.analyze.methods.options.keep import Keep
 from retrace.analyze.methods.tidaldecode import TidalDecode
+from retrace.analyze.units.attention import visible
 
 
 @dataclass(frozen=True, kw_only=True)

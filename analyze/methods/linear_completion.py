@@ -7,13 +7,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import softcap, visible
+from retrace.analyze.exact.top_k import top
 from retrace.analyze.methods.base import AttendMethod, LearnedLike
-from retrace.analyze.output import attended_ids, marked, merged, part, visible_logits
-from retrace.analyze.past import Past
-from retrace.analyze.top import top
-from retrace.analyze.training import descend, drawn_queries
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.toolkit.partial_attention import (
+    attended_ids,
+    marked,
+    merged,
+    part,
+    visible_logits,
+)
+from retrace.analyze.methods.toolkit.training import descend, drawn_queries
+from retrace.analyze.units.attention import softcap, visible
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import LayerRules
 
 RATE = 3e-2

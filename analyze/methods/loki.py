@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import LearnedLike, ScoreMethod
-from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import LayerRules
 
 

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from retrace.analyze.methods.base import ScoreMethod
-from retrace.analyze.past import Past
-from retrace.analyze.quantise import rounded
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.toolkit.quantisation import rounded
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze import pages
 from retrace.analyze.methods.base import ScoreMethod
-from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.toolkit import pages
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.draws import uniform
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.output import visible_logits
-from retrace.analyze.past import Past
+from retrace.analyze.methods.toolkit.partial_attention import visible_logits
+from retrace.analyze.methods.toolkit.random_numbers import uniform
+from retrace.analyze.units.past import Past
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import ScoreMethod
-from retrace.analyze.output import merged, part, visible_logits
-from retrace.analyze.past import Past
+from retrace.analyze.methods.toolkit.partial_attention import merged, part, visible_logits
+from retrace.analyze.units.past import Past
 
 
 @dataclass(frozen=True, kw_only=True)

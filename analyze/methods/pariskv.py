@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import first_visible, visible
-from retrace.analyze.draws import uniform
-from retrace.analyze.hashing import hadamard, numbers, padded
-from retrace.analyze.keep import Keep
 from retrace.analyze.methods.base import KEEP, POOL, ScoreMethod
-from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.options.keep import Keep
+from retrace.analyze.methods.toolkit.hashing import hadamard, numbers, padded
+from retrace.analyze.methods.toolkit.random_numbers import uniform
+from retrace.analyze.units.attention import first_visible, visible
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 
 BLOCK = 8
 """Channels of a block: 256 patterns of signs."""

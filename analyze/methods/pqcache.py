@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.clusters import kmeans, nearest
-from retrace.analyze.keep import Keep
 from retrace.analyze.methods.base import KEEP, POOL, ScoreMethod
-from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.options.keep import Keep
+from retrace.analyze.methods.toolkit.kmeans import kmeans, nearest
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)

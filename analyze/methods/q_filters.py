@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import EvictionMethod, LearnedLike
-from retrace.analyze.past import Past
+from retrace.analyze.units.past import Past
 from retrace.traces import LayerRules
 
 

@@ -16,9 +16,6 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from retrace.analyze.budget import Budget
-from retrace.analyze.hooks import own_fault, own_lines
-from retrace.analyze.keep import Keep
 from retrace.analyze.methods.base import (
     AttendMethod,
     EvictionMethod,
@@ -27,6 +24,9 @@ from retrace.analyze.methods.base import (
     SearchMethod,
 )
 from retrace.analyze.methods.function import AttentionFunction, Function
+from retrace.analyze.methods.hooks import own_fault, own_lines
+from retrace.analyze.methods.options.budget import Budget
+from retrace.analyze.methods.options.keep import Keep
 from retrace.analyze.provenance import LOOSE, Code, code_of_method
 from retrace.traces import RetraceError
 

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import visible
-from retrace.analyze.compiled import graphs
-from retrace.analyze.indexes import rows
+from retrace.analyze.exact.top_k import top
 from retrace.analyze.methods.base import SearchMethod
-from retrace.analyze.past import Past
-from retrace.analyze.top import top
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.toolkit import graphs
+from retrace.analyze.methods.toolkit.vector_indexes import rows
+from retrace.analyze.units.attention import visible
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 
 ROWS = 512
 """Past queries that are compared with all keys at once."""

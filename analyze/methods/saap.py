@@ -7,13 +7,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import visible
-from retrace.analyze.clusters import kmeans, nearest
-from retrace.analyze.keep import Keep
 from retrace.analyze.methods.base import KEEP, LearnedLike, ScoreMethod
-from retrace.analyze.past import Past
-from retrace.analyze.training import descend, drawn_queries, initial_weights, network
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.options.keep import Keep
+from retrace.analyze.methods.toolkit.kmeans import kmeans, nearest
+from retrace.analyze.methods.toolkit.training import (
+    descend,
+    drawn_queries,
+    initial_weights,
+    network,
+)
+from retrace.analyze.units.attention import visible
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import LayerRules
 
 RATE = 3e-3

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.output import attended_ids, merged, part, visible_logits
-from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.toolkit.partial_attention import (
+    attended_ids,
+    merged,
+    part,
+    visible_logits,
+)
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import RetraceError
 
 Configured = tuple[str, dict[str, str]]

@@ -6,12 +6,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import softcap, visible
-from retrace.analyze.clusters import kmeans, totals
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.output import attended_ids, merged, part, visible_logits
-from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.toolkit.kmeans import kmeans, totals
+from retrace.analyze.methods.toolkit.partial_attention import (
+    attended_ids,
+    merged,
+    part,
+    visible_logits,
+)
+from retrace.analyze.units.attention import softcap, visible
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import RetraceError
 
 

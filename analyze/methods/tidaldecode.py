@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from retrace.analyze.methods.base import ScoreMethod
-from retrace.analyze.past import Past
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import RetraceError
 
 

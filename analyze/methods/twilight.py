@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.attention import first_visible
-from retrace.analyze.budget import Budget
+from retrace.analyze.exact.top_k import top
 from retrace.analyze.methods.base import BUDGET, ScoreMethod
 from retrace.analyze.methods.low_bit import LowBit
+from retrace.analyze.methods.options.budget import Budget
 from retrace.analyze.methods.quest import Quest
-from retrace.analyze.output import marked
-from retrace.analyze.past import Past
-from retrace.analyze.top import top
-from retrace.analyze.unit import HeadGroup
+from retrace.analyze.methods.toolkit.partial_attention import marked
+from retrace.analyze.units.attention import first_visible
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.unit import HeadGroup
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.draws import uniform
+from retrace.analyze.exact.top_k import top
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.output import attended_ids, marked, merged, part, visible_logits
-from retrace.analyze.past import Past
-from retrace.analyze.top import top
+from retrace.analyze.methods.toolkit.partial_attention import (
+    attended_ids,
+    marked,
+    merged,
+    part,
+    visible_logits,
+)
+from retrace.analyze.methods.toolkit.random_numbers import uniform
+from retrace.analyze.units.past import Past
 
 
 @dataclass(frozen=True, kw_only=True)

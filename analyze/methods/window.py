@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.keep import Keep
 from retrace.analyze.methods.base import KEEP, ScoreMethod
-from retrace.analyze.past import Past
+from retrace.analyze.methods.options.keep import Keep
+from retrace.analyze.units.past import Past
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from retrace.capture.interface import AttentionCall, observed_attention
+from retrace.capture.attention.interface import AttentionCall, observed_attention
 from retrace.traces import Trace
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "architectures.py"

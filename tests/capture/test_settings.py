@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from retrace.capture import CaptureSettings, capture
-from retrace.capture.models import find_device, open_checkpoint
+from retrace.capture.model.loading import find_device, open_checkpoint
 from retrace.traces import RetraceError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retrace.capture import capture
-from retrace.capture.models import Checkpoint
+from retrace.capture.model.loading import Checkpoint
 
 
 @pytest.mark.skipif(

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrace.analyze import forecast
+from retrace.analyze.replay import forecast
+from retrace.cli.commands.sweep import command
 from retrace.cli.main import main
-from retrace.cli.sweep import command
 
 Plan = Callable[[str | bytes], bool]
 NUMBERS = st.sampled_from([-1, 0, 1, 2, 5, 10**6, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308])

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 from click.testing import Result
 
-from retrace.cli.capture import setting_docs
+from retrace.cli.commands.capture import setting_docs
 from retrace.cli.main import COMMANDS
 
 Run = Callable[..., Result]

@@ -170,7 +170,7 @@ def test_compare_with_what_was_not_captured(run: Run, trace: Path) -> None:
 def results(run: Run, trace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Results of three methods."""
     # Two megabytes, which take the time of ten examples.
-    page = importlib.import_module("retrace.analyze.report.page")
+    page = importlib.import_module("retrace.analyze.outputs.report.page")
     monkeypatch.setattr(page, "_plotting_library", lambda: "")
     options = ("--method", "exact", "--method", "quest:page={2,4}", "--topk", "2,5", "--no-plots")
     run("analyze", trace, *options, "--out", "whole", "--workers", "1")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from retrace.cli import analyze, screen
+from retrace.cli import screen
+from retrace.cli.commands import analyze
 from retrace.cli.screen import print_facts, print_table, print_words
 
 Run = Callable[..., Result]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from retrace.traces import RetraceError
-from retrace.traces.durable import remove_all, written_whole
-from retrace.traces.lock import locked_file, locked_folder
-from retrace.traces.regular import open_regular
+from retrace.traces.storage.durable import remove_all, written_whole
+from retrace.traces.storage.lock import locked_file, locked_folder
+from retrace.traces.storage.regular import open_regular
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "file", "hard link"])

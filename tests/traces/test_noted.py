@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from retrace.traces import RetraceError, Trace, noted
-from retrace.traces.arrays import Stored
-from retrace.traces.objects import open_objects
+from retrace.traces.storage.arrays import Stored
+from retrace.traces.storage.objects import open_objects
 
 HELD = {
     "batch_size": 4,

@@ -10,11 +10,11 @@ import scipy.linalg
 import torch
 
 from retrace.analyze import Past, analyze, calibrate
-from retrace.analyze.calibration import calibration
 from retrace.analyze.methods.dsa_indexer import DSAIndexer
 from retrace.analyze.methods.registry import parse_spec
-from retrace.analyze.quantise import fp8
-from retrace.analyze.unit import load_units
+from retrace.analyze.methods.toolkit.quantisation import fp8
+from retrace.analyze.replay.calibration import calibration
+from retrace.analyze.units.unit import load_units
 from retrace.traces import LayerRules, Trace
 
 Array = npt.NDArray[np.float64]

@@ -9,7 +9,7 @@ import torch
 
 from retrace.analyze import Past, parse_spec
 from retrace.analyze.methods.expected_attention import ExpectedAttention
-from retrace.analyze.unit import load_units
+from retrace.analyze.units.unit import load_units
 from retrace.traces import LayerRules, RetraceError, Rotation, Trace
 
 MakeTrace = Callable[..., Trace]

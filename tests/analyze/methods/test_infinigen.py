@@ -10,7 +10,7 @@ import torch
 
 from retrace.analyze import Past, analyze, parse_spec
 from retrace.analyze.methods.infinigen import InfiniGen
-from retrace.analyze.unit import load_units
+from retrace.analyze.units.unit import load_units
 from retrace.traces import LayerRules, RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from retrace.analyze import analyze, calibrate
-from retrace.analyze.calibration import calibration
 from retrace.analyze.methods.kascade import best_anchors
 from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.replay.calibration import calibration
 from retrace.traces import LayerRules, RetraceError, Trace
 
 Array = npt.NDArray[np.float64]

@@ -11,8 +11,8 @@ import torch
 
 from retrace.analyze import Past, analyze, parse_spec
 from retrace.analyze.methods.kivi import KIVI
-from retrace.analyze.quantise import rounded_in_groups
-from retrace.analyze.unit import HeadGroup, load_units
+from retrace.analyze.methods.toolkit.quantisation import rounded_in_groups
+from retrace.analyze.units.unit import HeadGroup, load_units
 from retrace.traces import LayerRules, RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]

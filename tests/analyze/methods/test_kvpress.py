@@ -12,10 +12,10 @@ import torch
 from transformers import DynamicCache
 
 from retrace.analyze import Past, analyze, parse_spec
-from retrace.analyze.unit import load_units
+from retrace.analyze.units.unit import load_units
 from retrace.capture import capture
-from retrace.capture.logits import CACHES
-from retrace.capture.models import open_checkpoint
+from retrace.capture.model.loading import open_checkpoint
+from retrace.capture.model.logits import CACHES
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import RetraceError, Rotation, Trace
 

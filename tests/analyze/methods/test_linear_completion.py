@@ -9,7 +9,7 @@ import torch
 
 from retrace.analyze import Past, analyze
 from retrace.analyze.methods.linear_completion import LinearCompletion
-from retrace.analyze.unit import load_units
+from retrace.analyze.units.unit import load_units
 from retrace.traces import LayerRules, Trace
 
 MakeTrace = Callable[..., Trace]

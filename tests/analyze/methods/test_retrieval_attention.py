@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from retrace.analyze import Past, parse_spec
-from retrace.analyze.compiled import graphs
 from retrace.analyze.methods.retrieval_attention import RetrievalAttention
-from retrace.analyze.unit import Unit, load_units
+from retrace.analyze.methods.toolkit import graphs
+from retrace.analyze.units.unit import Unit, load_units
 from retrace.traces import LayerRules, Trace
 
 MakeTrace = Callable[..., Trace]

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from retrace.analyze import parse_spec
-from retrace.analyze.attention import attend
 from retrace.analyze.methods.retroinfer import Clusters, RetroInfer
 from retrace.analyze.methods.vattention import VAttention
-from retrace.analyze.past import Past
-from retrace.analyze.select import select
-from retrace.analyze.selection import Selection
-from retrace.analyze.states import Protocol, States
-from retrace.analyze.unit import Block, Unit, load_units
+from retrace.analyze.selection.select import select
+from retrace.analyze.selection.states import Protocol, States
+from retrace.analyze.units.attention import attend
+from retrace.analyze.units.past import Past
+from retrace.analyze.units.selection import Selection
+from retrace.analyze.units.unit import Block, Unit, load_units
 from retrace.traces import Trace
 
 MakeTrace = Callable[..., Trace]

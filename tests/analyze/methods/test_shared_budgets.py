@@ -12,7 +12,7 @@ import torch
 from retrace.analyze import Past, analyze, parse_spec
 from retrace.analyze.methods.adakv import AdaKV
 from retrace.analyze.methods.pyramidkv import PyramidKV
-from retrace.analyze.unit import load_units
+from retrace.analyze.units.unit import load_units
 from retrace.traces import LayerRules, RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze import Past, analyze, parse_spec
-from retrace.analyze.unit import Unit, load_units
+from retrace.analyze.units.unit import Unit, load_units
 from retrace.traces import RetraceError, Trace
 
 INSTALL = (

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from retrace.analyze import analyze, parse_spec
-from retrace.analyze.reference import exact_pass
-from retrace.analyze.select import select
-from retrace.analyze.selection import Selection
-from retrace.analyze.states import Protocol, States
-from retrace.analyze.unit import Block, Neighbours, Unit, load_units
+from retrace.analyze.exact.reference import exact_pass
+from retrace.analyze.selection.select import select
+from retrace.analyze.selection.states import Protocol, States
+from retrace.analyze.units.selection import Selection
+from retrace.analyze.units.unit import Block, Neighbours, Unit, load_units
 from retrace.traces import Rotation, Trace
 
 MakeTrace = Callable[..., Trace]

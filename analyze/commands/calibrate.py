@@ -1,0 +1,80 @@
+"""`calibrate`: let methods learn what they need, ahead of replaying them."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from pathlib import Path
+
+from retrace.analyze.arguments import choose_calibration, choose_device, choose_layers
+from retrace.analyze.methods.registry import Methods, parse_specs
+from retrace.analyze.replay.calibration import calibration_name, calibrations, keep_learned
+from retrace.analyze.workers.retry import finished
+from retrace.analyze.workers.start import is_here, start_workers
+from retrace.traces import Location, RetraceError, Trace, open_trace
+
+
+def calibrate(
+    trace: Trace | str | Location,
+    method: Methods,
+    sequences: Sequence[int] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    executor: Executor | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Calibrate a method, and keep what it learns beside the trace for `analyze` to find.
+
+    Args:
+        trace: a trace or where it is, on a local disk.
+        method: a method spec, such as `loki`, or several with values in braces, and whatever else
+            `analyze` takes for methods.
+        sequences: those to learn from; by default the last quarter of the trace's, as `analyze`
+            holds them out.
+        layers: indices of the layers; all recorded ones if None.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        workers: processes that share the layers, as in `analyze`.
+        executor: as in `analyze`.
+        progress: told how many layers of methods are done, and of how many.
+
+    Returns:
+        The files, one per method and layer, or one per method where it learns of all layers
+        together, each an .npz of arrays named `<kv head>.<name>`. Those that are there already are
+        not computed again.
+
+    Raises:
+        RetraceError: the method needs no calibration, or the trace has too few sequences.
+    """
+    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    specs, _ = parse_specs(method)
+    for spec in specs:
+        if not spec.method.calibrated:
+            raise RetraceError(f"{spec} needs no calibration.")
+    folder = calibrations(trace)
+    if folder is None:
+        raise RetraceError(
+            f"{trace.path} is not on a local disk, where calibrations are kept: `retrace analyze` "
+            "calibrates as it goes."
+        )
+    chosen = choose_calibration(trace, sequences)
+    indices, target = choose_layers(trace, layers), choose_device(device)
+    # Methods that differ only in how they select share their files.
+    calls = {
+        folder / calibration_name(trace, spec, chosen, layer): partial(
+            keep_learned, trace, spec, chosen, layer, target
+        )
+        for spec in specs
+        for layer in (trace.layers[:1] if spec.method.learns == "model" else indices)
+    }
+    show = progress or (lambda *_: None)
+    show(0, len(calls))
+    with start_workers(target, workers, 0.0, executor) as (pool, _):
+        if not is_here(pool):
+            for spec in specs:
+                spec.check_portable()
+        for done, (_, death) in enumerate(finished(pool, calls), start=1):
+            if death is not None:
+                raise death
+            show(done, len(calls))
+    return list(calls)

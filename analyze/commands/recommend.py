@@ -1,0 +1,398 @@
+"""`recommend`: the cheapest method and budget of every kv head that meets a target.
+
+Half of the sequences choose, the other half verify. A method at a budget meets the target in a kv
+head if, in each of its query heads, the bound does that the mean over other sequences keeps
+(`retrace.analyze.recommendation.bounds`). Of those that do, the one that reads fewest bytes is
+taken. The mean itself would not do: where it just meets the target, that of other sequences is
+beyond it half of the time, and the cheapest of many settings is the luckiest. Where nothing meets
+the target, the head keeps full attention.
+
+The bound is for all heads at once. Choosing among settings takes nothing off: one that is chosen
+and then misses was lucky in one half and unlucky in the other, and a bound that the difference of
+two independent halves may cross with some probability is crossed so with far less.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from retrace.analyze.arguments import choose_calibration
+from retrace.analyze.commands.analyze import analyze
+from retrace.analyze.methods.registry import Methods, listed, parse_specs
+from retrace.analyze.recommendation.bounds import ASSUMES, CONFIDENCE, ENOUGH, upper_bounds
+from retrace.analyze.recommendation.head_classes import (
+    BUDGET,
+    CLASSES,
+    PROBE,
+    SHARE,
+    SINKS,
+    head_classes,
+)
+from retrace.analyze.recommendation.recommendation import (
+    FORMAT,
+    GROUP,
+    SETTING,
+    Recommendation,
+    Target,
+)
+from retrace.analyze.replay.tasks import Progress
+from retrace.analyze.replay.trials import able_to_learn
+from retrace.analyze.results import Results
+from retrace.analyze.units.costs import SERVING_ITEMSIZE
+from retrace.traces import Location, RetraceError, Trace, open_trace
+
+log = logging.getLogger("retrace")
+
+METHODS = ("window", "quest", "sparq")
+TOPK = (16, 32, 64, 128, 256)
+FIGURES = ("error_norm", "attention_fraction", "recall", "density", "bytes_ratio")
+DENSE = {"error_norm": 0.0, "bytes_ratio": 1.0}
+"""Figures of full attention; the others are 1 too."""
+_MIXED = "recommended"
+
+
+def recommend(
+    trace: Trace | str | Location,
+    target: str,
+    methods: Methods = METHODS,
+    topk: Sequence[int] = TOPK,
+    *,
+    protocol: str = "all",
+    min_context: int | None = None,
+    layers: Sequence[int] | None = None,
+    calibration_sequences: Sequence[int] | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    executor: Executor | str | None = None,
+    keep_exact: bool = True,
+    progress: Progress | None = None,
+) -> Recommendation:
+    """The cheapest of these methods and budgets for every kv head that meets a target, chosen on
+    one half of the trace's sequences and verified on the other.
+
+    Every other sequence chooses, the first among them; those in between verify. All methods and
+    budgets are judged on the same queries.
+
+    Args:
+        trace: a trace or where it is: a path or a URL.
+        target: such as `attention_fraction=0.95`, which predicts what the model loses best,
+            `error_norm=0.05` or `recall=0.9`, to be met by every query head on other sequences, by
+            a bound of 95 % under what `ASSUMES` says; `bytes_ratio=0.1` is the least error norm
+            within a tenth of the bytes that full attention reads.
+        methods: those to choose from, as in `analyze`. Those that share a choice between the heads
+            of a layer are judged as if all of them used it.
+        topk: budgets to choose from.
+        protocol: as in `analyze`.
+        min_context: the first position that counts, whatever the budget; half of the shortest
+            sequence if None. Sequences without queries from there on are in neither half.
+        layers: indices of the layers; all recorded ones if None.
+        calibration_sequences: those that methods learn from, which are in neither half; by default
+            the last quarter if a method needs them.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        workers: as in `analyze`.
+        executor: as in `analyze`.
+        keep_exact: as in `analyze`.
+        progress: told how far it is.
+
+    Raises:
+        RetraceError: fewer than three sequences, a target that nothing meets in any head (with the
+            nearest figure), and what `analyze` raises.
+    """
+    wanted = Target.parse(target)
+    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    specs, optional = parse_specs(methods)
+    specs = able_to_learn(trace, specs, optional)
+    for spec in specs:
+        if spec.method.across_layers and str(spec) not in optional:
+            raise RetraceError(
+                f"{spec} takes its choice from other layers, so that no head can use it alone."
+            )
+    learns = calibration_sequences is not None or any(s.method.calibrated for s in specs)
+    held_out = choose_calibration(trace, calibration_sequences) if learns else ()
+    free = [s for s in trace.sequences if s not in held_out]
+    if min_context is None:
+        min_context = min(map(trace.length, free), default=0) // 2
+    choose, verify = _halves(trace, free, min_context, len(held_out))
+    if len(choose) < ENOUGH:
+        log.warning(
+            "Only %d sequences choose: with fewer than %d all heads meet the target somewhat less "
+            "often than in %.0f of 100 cases, and it takes more bytes. Capture more.",
+            len(choose),
+            ENOUGH,
+            100 * CONFIDENCE,
+        )
+    results = analyze(
+        trace,
+        [*listed(methods), PROBE],
+        topk,
+        protocol=protocol,
+        min_context=min_context,
+        layers=layers,
+        calibration_sequences=held_out or None,
+        device=device,
+        workers=workers,
+        executor=executor,
+        keep_exact=keep_exact,
+        progress=progress,
+    )
+    # Of `all`, not every method runs on every trace.
+    ran = set(results.methods())
+    able = [str(s) for s in specs if str(s) in ran and not s.method.across_layers]
+    return choose_and_verify(results, trace, wanted, choose, verify, able)
+
+
+def _halves(
+    trace: Trace, free: Sequence[int], first: int, held_out: int
+) -> tuple[list[int], list[int]]:
+    """Of these sequences, those that choose and those that verify."""
+    counted = [s for s in free if trace.query_positions(s)[-1] >= first]
+    if len(counted) < 3:
+        besides = f" besides {held_out} for calibration" if held_out else ""
+        raise RetraceError(
+            f"A recommendation takes at least 3 sequences{besides}, two to choose by and one to "
+            f"verify; {trace.path} has {len(counted)} with queries from position {first} on: "
+            "capture more, with a larger --limit."
+        )
+    return counted[::2], counted[1::2]
+
+
+def choose_and_verify(
+    results: Results,
+    trace: Trace,
+    target: Target,
+    choose: Sequence[int],
+    verify: Sequence[int],
+    methods: Sequence[str],
+) -> Recommendation:
+    """A recommendation from results that hold `PROBE` and these methods, over these sequences."""
+    rows = results.sequences
+    group = {int(i): trace.layer(i).rules.group for i in rows["layer"].unique()}
+    rows = rows.assign(kv_head=rows["head"] // rows["layer"].map(group)).astype({"layer": int})
+    halves = {
+        half: replace(results, sequences=rows[rows["sequence"].isin(list(chosen))])
+        for half, chosen in (("choose", choose), ("verify", verify))
+    }
+    tried = rows[rows["method"].isin(list(methods))]
+    bounds = _bounds(tried, target, choose, verify, over=[*GROUP, "head"])
+    choice = _chosen(_candidates(halves["choose"], bounds, target), target)
+    mixed = {half: replace(part, sequences=_as_one(part, choice)) for half, part in halves.items()}
+    heads = _heads(results, mixed, bounds, choice, target, group)
+    modules = rows.drop_duplicates("layer").set_index("layer")["module"]
+    kv_heads = choice.reset_index().astype({"layer": int, "kv_head": int})
+    kv_heads.insert(1, "module", kv_heads["layer"].map(modules))
+    facts = {
+        "retrace_recommendation": FORMAT,
+        "retrace": version("retrace-attention"),
+        "trace": {"path": str(trace.path), "digests": results.run["trace"]},
+        **{name: results.run[name] for name in ("model", "task")},
+        "target": {"metric": target.metric, "value": target.value},
+        "confidence": CONFIDENCE,
+        "assumes": ASSUMES,
+        **{name: results.run[name] for name in ("protocol", "min_context", "serving_dtype")},
+        "choose": list(choose),
+        "verify": list(verify),
+        "calibration": results.run["calibration"] or [],
+        "methods": {
+            method: {
+                k: results.run["methods"][method][k]
+                for k in ("name", "parameters", "source", "charged")
+            }
+            for method in methods
+        },
+        "topk": results.topk(PROBE),
+        "classes": {"share": SHARE, "budget": BUDGET, "sinks": SINKS, "keys": CLASSES},
+        "kv_bytes_per_position": {
+            str(i): (rules.key_dim + rules.value_dim) * SERVING_ITEMSIZE
+            for i in group
+            for rules in (trace.layer(i).rules,)
+        },
+        "mean": {half: _model(part) for half, part in mixed.items()},
+        **_met(heads, target),
+        "one_setting": _one_setting(halves, target, tried, choose, verify),
+    }
+    return Recommendation(facts, kv_heads, heads)
+
+
+def _bounds(
+    tried: pd.DataFrame,
+    target: Target,
+    choose: Sequence[int],
+    verify: Sequence[int],
+    over: list[str],
+) -> pd.DataFrame:
+    """Of each setting and what figures are `over`: the `figure` of the target's metric on the
+    sequences that choose, and the `bound` that those of one setting keep together, on as many
+    queries as the sequences that verify have."""
+    rows = tried[tried["metric"] == target.metric]
+    each = rows.pivot_table(["mean", "count"], [*SETTING, *over], "sequence")
+
+    def of(name: str, half: Sequence[int]) -> npt.NDArray[np.float64]:
+        columns = pd.MultiIndex.from_product([[name], half])
+        return each.reindex(columns=columns).fillna(0).to_numpy(np.float64)
+
+    counts, new_counts = of("count", choose), of("count", verify)
+    losses = target.loss(of("mean", choose)).clip(min=0)
+    with np.errstate(invalid="ignore"):
+        figures = (losses * counts).sum(axis=1) / counts.sum(axis=1)
+    bounds = np.empty(len(each))
+    for place in each.groupby(SETTING).indices.values():
+        bounds[place] = upper_bounds(losses[place], counts[place], new_counts[place])
+    found = pd.DataFrame(
+        {
+            "bound": target.loss(np.nan_to_num(bounds, nan=np.inf)),
+            "figure": target.loss(figures),
+        },
+        index=each.index,
+    )
+    return found.reset_index()
+
+
+def _heads(
+    results: Results,
+    mixed: Mapping[str, Results],
+    bounds: pd.DataFrame,
+    choice: pd.DataFrame,
+    target: Target,
+    group: Mapping[int, int],
+) -> pd.DataFrame:
+    """The classes of all heads, and their figures on both halves, as `Recommendation.heads`."""
+    chosen = choice.reset_index()[[*GROUP, *SETTING]].merge(bounds, how="left")
+    bound = chosen.dropna().set_index(["layer", "head"])["bound"]
+    keys = ["layer", "head"]
+    heads = head_classes(results.curves).join(bound, on=keys)
+    heads["bound"] = heads["bound"].fillna(DENSE.get(target.metric, 1.0))
+    heads.insert(1, "kv_head", heads["head"] // heads["layer"].map(group))
+    for half, part in mixed.items():
+        figures = part.intervals("head", metrics=FIGURES)
+        means = figures.pivot(index=keys, columns="metric", values="mean")
+        heads = heads.join(means[list(FIGURES)].add_prefix(f"{half}_"), on=keys)
+    return heads.astype({"layer": int, "kv_head": int, "head": int})
+
+
+def _met(heads: pd.DataFrame, target: Target) -> dict[str, Any]:
+    """In how many heads each half meets the target, and where it is missed most, or met least."""
+    verify = heads[f"verify_{target.metric}"]
+    worst = heads.iloc[verify.argmax() if target.at_most else verify.argmin()]
+    return {
+        "heads": len(heads),
+        "heads_met": {
+            half: int(target.met(heads[f"{half}_{target.metric}"]).sum())
+            for half in ("choose", "verify")
+        },
+        "worst_head": {
+            "layer": int(worst["layer"]),
+            "head": int(worst["head"]),
+            target.metric: float(worst[f"verify_{target.metric}"]),
+        },
+    }
+
+
+def _candidates(choose: Results, bounds: pd.DataFrame, target: Target) -> pd.DataFrame:
+    """Each setting in each kv head (layer, kv_head, method, topk): `bound` and `figure` of the
+    target's metric in its worst head, mean `bytes_ratio` and `error_norm`."""
+    keys = [*GROUP, *SETTING]
+    worst = bounds.groupby(keys)[["bound", "figure"]].agg("max" if target.at_most else "min")
+    rows = choose.sequences
+    rows = rows[rows["metric"].isin(["bytes_ratio", "error_norm"])]
+    rows = rows.assign(total=rows["mean"].astype("float64") * rows["count"])
+    sums = rows.groupby([*keys, "metric"])[["total", "count"]].sum()
+    means = (sums["total"] / sums["count"]).unstack("metric")
+    return worst.join(means).reset_index()
+
+
+def _chosen(candidates: pd.DataFrame, target: Target) -> pd.DataFrame:
+    """The setting of each kv head (layer, kv_head): method, topk, chosen, bytes_ratio.
+
+    Raises:
+        RetraceError: nothing meets the target anywhere, or saves bytes.
+    """
+    budgeted = target.metric == "bytes_ratio"
+    cheaper = candidates[candidates["bytes_ratio"] < 1]
+    if cheaper.empty:
+        raise RetraceError(
+            "Nothing tried reads fewer bytes than full attention in any head: try other methods, "
+            "or smaller budgets with --topk."
+        )
+    meets = cheaper[target.met(cheaper["bound"])]
+    if meets.empty:
+        nearest = cheaper.sort_values("bound", ascending=target.at_most).iloc[0]
+        raise RetraceError(
+            f"Nothing tried meets {target} in any head: nearest is {nearest['method']}, top-k "
+            f"{nearest['topk']} in layer {nearest['layer']}, kv head {nearest['kv_head']}, with "
+            f"{nearest['figure']:.4g} (bound {nearest['bound']:.4g}). Ask for less, try other "
+            "methods or budgets with --method and --topk, or capture more sequences."
+        )
+    cost = ["error_norm", "bytes_ratio"] if budgeted else ["bytes_ratio", "error_norm"]
+    best = meets.sort_values(cost, kind="stable").drop_duplicates(GROUP).set_index(GROUP)
+    if budgeted:
+        least = candidates.sort_values("bytes_ratio", kind="stable").drop_duplicates(GROUP)
+        others = least.set_index(GROUP)
+    else:
+        others = candidates.drop_duplicates(GROUP).set_index(GROUP)
+        others = others.assign(method="dense", topk=0, bytes_ratio=1.0)
+    others = others[~others.index.isin(best.index)]
+    both = pd.concat([best.assign(chosen=True), others.assign(chosen=False)]).sort_index()
+    choice: pd.DataFrame = both[[*SETTING, "chosen", "bytes_ratio"]]
+    return choice.astype({"topk": int, "bytes_ratio": float})
+
+
+def _as_one(half: Results, choice: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the settings chosen, as those of one method."""
+    rows = half.sequences
+    settings = list(choice.reset_index()[[*GROUP, *SETTING]].itertuples(index=False, name=None))
+    chosen = rows[pd.MultiIndex.from_frame(rows[[*GROUP, *SETTING]]).isin(settings)]
+    # Full attention was not replayed: its figures are known.
+    full = rows[(rows["method"] == PROBE) & (rows["topk"] == rows["topk"].min())]
+    kept = choice.index[choice["topk"] == 0]
+    full = full[pd.MultiIndex.from_frame(full[GROUP]).isin(kept)]
+    full = full.assign(mean=full["metric"].map(DENSE).fillna(1.0).astype("float32"))
+    both: pd.DataFrame = pd.concat([chosen, full], ignore_index=True)
+    return both.assign(method=_MIXED, topk=0)
+
+
+def _model(part: Results) -> dict[str, dict[str, float | None]]:
+    """Means over layers and heads by metric, with intervals; None where there is none."""
+    found: Any = part.intervals("model", metrics=FIGURES).set_index("metric")
+    parts = ("mean", "low", "high")
+    return {
+        name: {p: None if pd.isna(x := found.loc[name, p]) else float(x) for p in parts}
+        for name in FIGURES
+    }
+
+
+def _one_setting(
+    halves: Mapping[str, Results],
+    target: Target,
+    tried: pd.DataFrame,
+    choose: Sequence[int],
+    verify: Sequence[int],
+) -> dict[str, Any] | None:
+    """The best method and budget for all layers and heads alike, the mean over which meets the
+    target by the same rule; None where there is none."""
+    bounds = _bounds(tried, target, choose, verify, over=[]).set_index(SETTING)["bound"]
+    methods = list(tried["method"].unique())
+    found = halves["choose"].intervals("model", methods=methods, metrics=FIGURES)
+    means = found.pivot(index=SETTING, columns="metric", values="mean")
+    cost = ["error_norm", "bytes_ratio"] if target.metric == "bytes_ratio" else ["bytes_ratio"]
+    meets = means[target.met(bounds.reindex(means.index)) & (means["bytes_ratio"] < 1)]
+    meets = meets.sort_values(cost, kind="stable")
+    if meets.empty:
+        return None
+    method, k = meets.index[0]
+    alone = {
+        half: replace(
+            part,
+            sequences=part.sequences[
+                part.sequences["method"].eq(method) & part.sequences["topk"].eq(k)
+            ],
+        )
+        for half, part in halves.items()
+    }
+    return {"method": method, "topk": int(k), "mean": {h: _model(p) for h, p in alone.items()}}

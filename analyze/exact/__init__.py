@@ -1,0 +1,1 @@
+"""The exact answers that every method is measured against."""

@@ -1,0 +1,1 @@
+"""The exact pass on a GPU, as Triton kernels."""

@@ -1,0 +1,1 @@
+"""What any score method can set: pooling over heads, keys kept in any case, adaptive budgets."""

@@ -1,0 +1,1 @@
+"""How far a selection is from exact attention, in moments over queries."""

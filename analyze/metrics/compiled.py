@@ -1,0 +1,582 @@
+"""All metrics of a selection, list by list, straight into moments over queries."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from retrace.analyze.compiled import compiled, compiled_sums
+from retrace.analyze.metrics.buckets import BUCKETED
+from retrace.analyze.units.compiled_scores import score
+
+Bools = NDArray[np.bool_]
+Doubles = NDArray[np.float64]
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+AT_ALL = (
+    "recall",
+    "attention_fraction",
+    "exact_attention_fraction",
+    "attended_recall",
+    "candidate_recall",
+)
+AT_POINTS = ("error_norm", "density", "bytes_ratio")
+RECALL, FRACTION, EXACT_FRACTION, ATTENDED_RECALL, CANDIDATE_RECALL = range(5)
+ERROR_NORM, DENSITY, BYTES_RATIO = range(3)
+COUNT, MEAN, SQUARES = range(3)
+LEAST_LOG = -1e300
+"""Lower than the log of any probability, and finite."""
+VANISHING = -600.0
+"""Probabilities with lower logs lose digits in float64, or vanish."""
+
+
+def moments(
+    *,
+    ks: Tensor,
+    points: Tensor,
+    counted: tuple[Tensor, Tensor],
+    buckets: Tensor,
+    visible: Tensor,
+    ids: Tensor,
+    attended: Tensor,
+    besides: Tensor,
+    given: tuple[int, Tensor],
+    exact: tuple[Tensor, Tensor, Tensor, Tensor],
+    output: Tensor,
+    scored: tuple[Tensor, Tensor, Tensor],
+    scoring: tuple[float, float],
+    values: Tensor,
+    mass: tuple[bool, Tensor],
+    filled: tuple[Tensor, Tensor] | None,
+    errors: Tensor | None,
+    read: tuple[float, float, Tensor],
+    most: tuple[float, ...],
+) -> tuple[Doubles, Doubles, Doubles, Floats, tuple[str, float, int, int] | None]:
+    """Counts, means and sums of squared deviations over queries: (group, `AT_ALL`, 3, budgets),
+    (group, `AT_POINTS`, 3, points) and, of the queries in each bucket of each axis,
+    (axes, buckets, group, `BUCKETED`, 3, points); and the error norm of every query (group, points,
+    queries), NaN where it does not count. Last, the first figure that cannot be, if there is any:
+    its metric, the number, the head of the group and the query.
+
+    Args:
+        ks: budgets (budgets,), ascending.
+        points: which of them have an error norm and a cost (points,).
+        counted: how many budgets, and how many points, each query (queries,) counts for: the first.
+        buckets: the bucket that each query is in on each axis (axes, queries).
+        visible: keys that each query sees (queries,).
+        ids: keys listed (group, queries, listed), -1 only at the end.
+        attended: keys of the list that each budget reaches (budgets, group or 1, queries or 1).
+        besides: how many of them come besides the budget (queries or 1,).
+        given: keys before this position, and from those (budgets or 1, queries) on, did not have
+            to be found.
+        exact: the best keys (group, queries, ranks), the log of the probability of each, the
+            probability, and the attention mass on the first 0, 1, ... of them, all float64.
+        output: of exact attention (group, queries, value channels) float32.
+        scored: queries (group, queries, channels) and keys (keys, channels) float32, and the log of
+            each softmax's denominator (group, queries) float64.
+        scoring: factor of their inner products, and the bound of scores (0 for none).
+        values: (keys, value channels) float32.
+        mass: whether outputs are divided by what is attended, and the log of the mass in the
+            denominator besides (group, queries) float64.
+        filled: share of the output that attended keys have (points, group, queries) float64, and
+            what has the rest (queries, value channels), where anything has.
+        errors: error norms (points, group, queries), where the method gave the output itself.
+        read: bytes of an attended key and value, of one that is read in full, and bytes read to
+            find them (queries,).
+        most: the largest number that each metric can come to, of `AT_ALL` and of `AT_POINTS`.
+    """
+    best, best_logs, best_probabilities, masses = exact
+    group, queries, _ = ids.shape
+    # The first budget that a key of each rank counts for.
+    first_budgets = torch.searchsorted(ks, torch.arange(best.shape[2] + 1), right=True)
+    at_all = np.zeros((group, len(AT_ALL), 3, len(ks)))
+    at_points = np.zeros((group, len(AT_POINTS), 3, len(points)))
+    every_error = np.full((group, len(points), queries), np.nan, np.float32)
+    size = int(buckets.max()) + 1
+    by_bucket = np.zeros((len(buckets), size, group, len(BUCKETED), 3, len(points)))
+    wrong, wrong_number = np.full(3, -1), np.zeros(1)
+    share, fill = filled or (torch.ones(0, 1, 1, dtype=torch.float64), torch.zeros(0, 1))
+    _moments(
+        _plain(ks),
+        _plain(points),
+        _plain(counted[0]),
+        _plain(counted[1]),
+        _plain(buckets),
+        _plain(visible),
+        _plain(ids),
+        _plain(first_budgets),
+        _plain(attended.movedim(0, -1)),
+        _plain(besides),
+        given[0],
+        _plain(given[1].T),
+        _plain(best),
+        _plain(best_logs),
+        _plain(best_probabilities),
+        _plain(masses),
+        _plain(output),
+        *(_plain(tensor) for tensor in scored),
+        *scoring,
+        _plain(values),
+        mass[0],
+        _plain(mass[1]),
+        _plain(share),
+        _plain(fill),
+        _plain(torch.zeros(0, 1, 1) if errors is None else errors),
+        read[0],
+        read[1],
+        _plain(read[2].double().expand(queries)),
+        at_all,
+        at_points,
+        by_bucket,
+        every_error,
+        np.array(most),
+        wrong,
+        wrong_number,
+    )
+    metric, head, query = wrong.tolist()
+    refused = None
+    if metric >= 0:
+        refused = ((*AT_ALL, *AT_POINTS)[metric], float(wrong_number[0]), head, query)
+    return at_all, at_points, by_bucket, every_error, refused
+
+
+def _plain(tensor: Tensor) -> NDArray[np.generic]:
+    array: NDArray[np.generic] = tensor.contiguous().numpy()
+    return array
+
+
+@compiled
+def _moments(
+    ks: Ids,
+    points: Ids,
+    counted_budgets: Ids,
+    counted_points: Ids,
+    buckets: Ids,
+    visible: Ids,
+    ids: Ids,
+    first_budgets: Ids,
+    attended: Ids,
+    besides: Ids,
+    sink: int,
+    first_given: Ids,
+    best: Ids,
+    best_logs: Doubles,
+    best_probabilities: Doubles,
+    masses: Doubles,
+    output: Floats,
+    queries: Floats,
+    keys: Floats,
+    log_normalizer: Doubles,
+    scale: float,
+    bound: float,
+    values: Floats,
+    renormalised: bool,
+    log_besides: Doubles,
+    share: Doubles,
+    fill: Floats,
+    errors: Floats,
+    bytes_each: float,
+    bytes_full: float,
+    bytes_aux: Doubles,
+    at_all: Doubles,
+    at_points: Doubles,
+    by_bucket: Doubles,
+    every_error: Floats,
+    limits: Doubles,
+    wrong: Ids,
+    wrong_number: Doubles,
+) -> None:
+    """`moments`, with every argument an array of its own."""
+    group, rows, listed = ids.shape
+    at_heads, at_queries, budgets = attended.shape
+    reached = np.empty((group, budgets), np.int64)
+    hits, wanted = np.empty(budgets, np.int64), np.empty(budgets, np.int64)
+    found = np.empty((5, budgets))
+    seen = np.empty((3, len(points)))
+    told = np.empty((len(BUCKETED), len(points)))
+    one_in = np.empty(budgets)
+    one_in_points = np.empty(len(points))
+    one_in_bucket = np.empty((len(buckets), len(points)))
+    union_of = np.full(len(values), -1, np.int64)
+    unions = np.empty(len(points))
+    places = np.full(len(values), -1, np.int64)
+    ranks = np.empty(listed, np.int64)
+    logs, probabilities = np.empty(listed), np.empty(listed)
+    sums = np.empty(values.shape[1], np.float32)
+    nothing = np.empty(0, np.int64)
+    anything_given = sink > 0 or len(first_given) > 0
+    for q in range(rows):
+        most, reads = counted_budgets[q], counted_points[q]
+        given = first_given[q] if len(first_given) else nothing
+        extra = besides[q % len(besides)]
+        for h in range(group):
+            count = _count(ids[h, q])
+            reach = attended[h % at_heads, q % at_queries]
+            for b in range(most):
+                reached[h, b] = min(reach[b], count)
+        _union(ids[:, q], reached, points[:reads], q, union_of, unions)
+        # Queries count for ever more budgets, so that heads and metrics have one count.
+        _count_one(at_all[0, RECALL, COUNT], one_in[:most])
+        _count_one(at_points[0, DENSITY, COUNT], one_in_points[:reads])
+        for axis in range(len(buckets)):
+            _count_one(by_bucket[axis, buckets[axis, q], 0, 0, COUNT], one_in_bucket[axis, :reads])
+        for h in range(group):
+            walked = reached[h, most - 1] if most else 0
+            _rank(best[h, q], (q * group + h) * best.shape[2], places, ids[h, q, :walked], ranks)
+            _probabilities(
+                ids[h, q, :walked], ranks, best_logs[h, q], best_probabilities[h, q],
+                queries[h, q], keys, log_normalizer[h, q], scale, bound, logs, probabilities,
+            )  # fmt: skip
+            _recalls(
+                ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra, 0, nothing, hits
+            )
+            for b in range(most):
+                found[RECALL, b] = hits[b] / min(ks[b], visible[q])
+            # As though all came besides: none that is attended is cut off.
+            _recalls(
+                ids[h, q], ranks, first_budgets, ks[:most], reached[h], listed, 0, nothing, hits
+            )
+            for b in range(most):
+                found[ATTENDED_RECALL, b] = hits[b] / min(ks[b], visible[q])
+            if anything_given:
+                _recalls(
+                    ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra, sink, given, hits
+                )
+                _wanted(best[h, q], ks[:most], sink, given, wanted)
+                for b in range(most):
+                    # Not counted where nothing had to be found.
+                    found[CANDIDATE_RECALL, b] = hits[b] / wanted[b] if wanted[b] else np.nan
+                _add_numbers(at_all[h, CANDIDATE_RECALL], found[CANDIDATE_RECALL, :most])
+            _masses(probabilities, reached[h], found[FRACTION, :most])
+            for b in range(most):
+                found[EXACT_FRACTION, b] = masses[h, q, ks[b]]
+            for metric in (RECALL, FRACTION, EXACT_FRACTION, ATTENDED_RECALL):
+                _add(at_all[h, metric], found[metric, :most], one_in)
+            if len(errors):
+                for p in range(reads):
+                    seen[ERROR_NORM, p] = errors[p, h, q]
+            else:
+                _error_norms(
+                    ids[h, q], logs, probabilities, values, output[h, q], reached[h],
+                    points[:reads], renormalised, log_besides[h, q],
+                    share[:, h % share.shape[1], q % share.shape[2]],
+                    fill[q if len(fill) else 0 :], sums, seen[ERROR_NORM],
+                )  # fmt: skip
+            # What is attended only grows, so that the last budget is the one to look at.
+            for metric in (RECALL, FRACTION, EXACT_FRACTION, ATTENDED_RECALL):
+                if most > 0:
+                    _note_wrong(metric, found[metric, most - 1], limits, h, q, wrong, wrong_number)
+            whole = visible[q] * bytes_full
+            for p in range(reads):
+                seen[DENSITY, p] = reached[h, points[p]] / visible[q]
+                seen[BYTES_RATIO, p] = (unions[p] * bytes_each + bytes_aux[q]) / whole
+            for metric in (ERROR_NORM, DENSITY, BYTES_RATIO):
+                _add(at_points[h, metric], seen[metric, :reads], one_in_points)
+                for p in range(reads):
+                    at = len(found) + metric
+                    _note_wrong(at, seen[metric, p], limits, h, q, wrong, wrong_number)
+            for p in range(reads):  # in the order of `BUCKETED`
+                told[0, p] = found[RECALL, points[p]]
+                told[1, p] = found[FRACTION, points[p]]
+                told[2, p] = seen[ERROR_NORM, p]
+                every_error[h, p, q] = seen[ERROR_NORM, p]
+            for axis in range(len(buckets)):
+                for metric in range(len(BUCKETED)):
+                    _add(
+                        by_bucket[axis, buckets[axis, q], h, metric],
+                        told[metric, :reads],
+                        one_in_bucket[axis],
+                    )
+    for h in range(group):
+        for metric in (RECALL, FRACTION, EXACT_FRACTION, ATTENDED_RECALL):
+            at_all[h, metric, COUNT] = at_all[0, RECALL, COUNT]
+        for metric in (ERROR_NORM, DENSITY, BYTES_RATIO):
+            at_points[h, metric, COUNT] = at_points[0, DENSITY, COUNT]
+        for metric in range(len(BUCKETED)):
+            by_bucket[:, :, h, metric, COUNT] = by_bucket[:, :, 0, 0, COUNT]
+
+
+@compiled
+def _note_wrong(
+    metric: int, number: float, limits: Doubles, head: int, query: int, wrong: Ids, told: Doubles
+) -> None:
+    """Note the first figure that is NaN, below 0 or above its limit."""
+    if not (number >= 0.0 and number <= limits[metric]) and wrong[0] < 0:
+        wrong[0], wrong[1], wrong[2] = metric, head, query
+        told[0] = number
+
+
+@compiled
+def _count(ids: Ids) -> int:
+    """How many keys a list holds before the -1 at its end."""
+    low, high = 0, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        if ids[middle] < 0:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@compiled
+def _union(ids: Ids, reached: Ids, points: Ids, query: int, union_of: Ids, unions: Doubles) -> None:
+    """Distinct keys that any head attends at each point. `union_of` (keys,) holds the last query
+    that had each key in its union."""
+    distinct = 0
+    for p in range(len(points)):
+        before, until = points[p - 1] if p else -1, points[p]
+        for h in range(len(ids)):
+            for place in range(reached[h, before] if p else 0, reached[h, until]):
+                key = ids[h, place]
+                if union_of[key] != query:
+                    union_of[key] = query
+                    distinct += 1
+        unions[p] = distinct
+
+
+@compiled
+def _rank(best: Ids, base: int, places: Ids, ids: Ids, ranks: Ids) -> None:
+    """The exact rank of each listed key, the number of ranks where it has none. `places` (keys,)
+    holds nothing from `base` on before, and rank `base + r` for each of the best keys after."""
+    count = len(best)
+    for rank in range(count):
+        if best[rank] >= 0:
+            places[best[rank]] = base + rank
+    for i in range(len(ids)):
+        rank = places[ids[i]] - base
+        ranks[i] = rank if rank >= 0 else count
+
+
+@compiled_sums
+def _probabilities(
+    ids: Ids,
+    ranks: Ids,
+    best_logs: Doubles,
+    best: Doubles,
+    query: Floats,
+    keys: Floats,
+    log_normalizer: float,
+    scale: float,
+    bound: float,
+    logs: Doubles,
+    probabilities: Doubles,
+) -> None:
+    """The exact probability of each listed key, and its log: of those without a rank from their
+    score."""
+    for i in range(len(ids)):
+        if ranks[i] < len(best):
+            logs[i] = best_logs[ranks[i]]
+            probabilities[i] = best[ranks[i]]
+            continue
+        logs[i] = score(query, keys[ids[i]], scale, bound) - log_normalizer
+        probabilities[i] = np.exp(logs[i])
+
+
+@compiled
+def _recalls(
+    ids: Ids,
+    ranks: Ids,
+    first_budgets: Ids,
+    ks: Ids,
+    reached: Ids,
+    besides: int,
+    sink: int,
+    first_given: Ids,
+    hits: Ids,
+) -> None:
+    """How many of the listed keys that had to be found are among the k best, attended and among
+    the list's k best-ranked, at every budget k."""
+    budgets, place, total = len(ks), 0, 0
+    hits[:budgets] = 0
+    for b in range(budgets):
+        # Those that this budget is the first to reach are hits from it on, or from where their
+        # exact rank is within the budget.
+        while place < min(reached[b], ks[b] + besides):
+            key = ids[place]
+            at = max(b, first_budgets[ranks[place]])
+            until = _given_from(key, sink, first_given, budgets)
+            if at < until:
+                hits[at] += 1
+                if until < budgets:
+                    hits[until] -= 1
+            place += 1
+    for b in range(budgets):
+        total += hits[b]
+        hits[b] = total
+
+
+@compiled
+def _wanted(best: Ids, ks: Ids, sink: int, first_given: Ids, wanted: Ids) -> None:
+    """How many of the k best keys had to be found, at every budget k."""
+    budgets, rank, total = len(ks), 0, 0
+    wanted[:budgets] = 0
+    for b in range(budgets):
+        while rank < min(ks[b], len(best)):
+            if best[rank] >= 0:
+                until = _given_from(best[rank], sink, first_given, budgets)
+                if b < until:
+                    wanted[b] += 1
+                    if until < budgets:
+                        wanted[until] -= 1
+            rank += 1
+    for b in range(budgets):
+        total += wanted[b]
+        wanted[b] = total
+
+
+@compiled
+def _given_from(key: int, sink: int, first_given: Ids, budgets: int) -> int:
+    """The first budget at which a key did not have to be found, of those that there are."""
+    if key < sink:
+        return 0
+    if not len(first_given) or key < first_given[-1]:
+        return budgets
+    if len(first_given) == 1:
+        return 0
+    for b in range(budgets):
+        if key >= first_given[b]:
+            return b
+    return budgets
+
+
+@compiled
+def _masses(probabilities: Doubles, reached: Ids, fractions: Doubles) -> None:
+    """The attention mass on what each budget reaches."""
+    place, mass = 0, 0.0
+    for b in range(len(fractions)):
+        while place < reached[b]:
+            mass += probabilities[place]
+            place += 1
+        fractions[b] = mass
+
+
+@compiled_sums
+def _error_norms(
+    ids: Ids,
+    logs: Doubles,
+    probabilities: Doubles,
+    values: Floats,
+    output: Floats,
+    reached: Ids,
+    points: Ids,
+    renormalised: bool,
+    log_besides: float,
+    share: Doubles,
+    fill: Floats,
+    sums: Floats,
+    errors: Doubles,
+) -> None:
+    """||o - o'|| / ||o||, o' being the output over what each point reaches."""
+    if not len(points):
+        return
+    channels = len(sums)
+    sums[:] = 0.0
+    # Squares in float64, in which none overflows or vanishes.
+    norm = 0.0
+    for c in range(channels):
+        norm += np.float64(output[c]) * np.float64(output[c])
+    # Sums are relative to the largest so far, since probabilities of what was selected may be tiny;
+    # where they vanish, their logs stand in.
+    place, total, peak, one_in = 0, 0.0, LEAST_LOG, 0.0
+    for p in range(len(points)):
+        stop = reached[points[p]]
+        reading = True
+        while reading:
+            # Four keys at once, and the last of a point together with its error, so that sums are
+            # read and written less often.
+            count = min(4, stop - place)
+            largest = peak
+            for j in range(place, place + count):
+                largest = max(largest, logs[j])
+            if largest > peak:
+                smaller = np.exp(peak - largest)
+                total *= smaller
+                for c in range(channels):
+                    sums[c] *= np.float32(smaller)
+                peak, one_in = largest, np.exp(-largest) if largest > VANISHING else 0.0
+            # Fewer than four are filled up with the first, at no weight.
+            k0 = k1 = k2 = k3 = ids[place] if count > 0 else 0
+            w0 = w1 = w2 = w3 = np.float32(0.0)
+            if count > 0:
+                w0 = _weight(logs[place], probabilities[place], peak, one_in)
+            if count > 1:
+                k1 = ids[place + 1]
+                w1 = _weight(logs[place + 1], probabilities[place + 1], peak, one_in)
+            if count > 2:
+                k2 = ids[place + 2]
+                w2 = _weight(logs[place + 2], probabilities[place + 2], peak, one_in)
+            if count > 3:
+                k3 = ids[place + 3]
+                w3 = _weight(logs[place + 3], probabilities[place + 3], peak, one_in)
+            total += (np.float64(w0) + w1) + (np.float64(w2) + w3)
+            place += count
+            reading = place < stop
+            if reading:
+                for c in range(channels):
+                    sums[c] += (w0 * values[k0, c] + w1 * values[k1, c]) + (
+                        w2 * values[k2, c] + w3 * values[k3, c]
+                    )
+                continue
+            if renormalised:
+                whole = total + np.exp(log_besides - peak)
+                factor = 1.0 / whole if whole > 0.0 else 1.0
+            else:
+                factor = np.exp(peak)
+            error = 0.0
+            part = np.float32(share[p] * factor if len(share) else factor)
+            if count > 0:
+                for c in range(channels):
+                    sums[c] += (w0 * values[k0, c] + w1 * values[k1, c]) + (
+                        w2 * values[k2, c] + w3 * values[k3, c]
+                    )
+                    rest = np.float64(output[c] - part * sums[c])
+                    error += rest * rest
+            elif not len(share):
+                for c in range(channels):
+                    rest = np.float64(output[c] - part * sums[c])
+                    error += rest * rest
+            if len(share):
+                error, other = 0.0, np.float32(1.0 - share[p])
+                for c in range(channels):
+                    rest = np.float64(output[c] - part * sums[c] - other * fill[0, c])
+                    error += rest * rest
+            errors[p] = np.sqrt(error / norm) if error != 0.0 else 0.0
+
+
+@compiled
+def _weight(log: float, probability: float, peak: float, one_in: float) -> np.float32:
+    """exp(log - peak) of a key's probability, whose log is at most `peak`: `one_in` is 1 over that
+    of the peak, 0 where it would overflow."""
+    return np.float32(probability * one_in if one_in > 0.0 else np.exp(log - peak))
+
+
+@compiled
+def _count_one(counts: Doubles, one_in: Doubles) -> None:
+    """Count a sample more in the first streams, and give one over each of their counts."""
+    for i in range(len(one_in)):
+        counts[i] += 1.0
+        one_in[i] = 1.0 / counts[i]
+
+
+@compiled
+def _add(moments: Doubles, samples: Doubles, one_in: Doubles) -> None:
+    """Add a sample each to the first streams (3, streams), as Welford (1962) does, where it is
+    counted already."""
+    mean, squares = moments[MEAN], moments[SQUARES]
+    for i in range(len(samples)):
+        apart = samples[i] - mean[i]
+        mean[i] += apart * one_in[i]
+        squares[i] += apart * (samples[i] - mean[i])
+
+
+@compiled
+def _add_numbers(moments: Doubles, samples: Doubles) -> None:
+    """Count and add a sample each, where it is not NaN."""
+    for i in range(len(samples)):
+        if not np.isnan(samples[i]):
+            moments[COUNT, i] += 1.0
+            apart = samples[i] - moments[MEAN, i]
+            moments[MEAN, i] += apart / moments[COUNT, i]
+            moments[SQUARES, i] += apart * (samples[i] - moments[MEAN, i])

@@ -1,0 +1,34 @@
+"""Which figures can be: the others are refused by name wherever they arise, and never kept."""
+
+import numpy as np
+import numpy.typing as npt
+
+from retrace.analyze.metrics.moments import Moments
+
+ROUNDING = 1e-5
+"""What a share may come to above 1."""
+SHARES = frozenset(
+    (
+        "recall",
+        "attended_recall",
+        "candidate_recall",
+        "attention_fraction",
+        "exact_attention_fraction",
+        "density",
+    )
+)
+"""Metrics that are at most 1. None is below 0, or infinite."""
+
+
+def most_of(metric: str) -> float:
+    """The largest number that a metric can come to."""
+    return 1.0 + ROUNDING if metric in SHARES else float(np.finfo(np.float64).max)
+
+
+def impossible(metric: str, moments: Moments) -> npt.NDArray[np.bool_]:
+    """Which streams of a metric's moments are of no figures that can be."""
+    count, mean, squares = moments.count, moments.mean, moments.squares
+    with np.errstate(invalid="ignore"):
+        right = (count >= 0) & np.isfinite(count)
+        right &= (mean >= 0) & (mean <= most_of(metric)) & (squares >= 0) & np.isfinite(squares)
+    return ~right

@@ -1,0 +1,1 @@
+"""Results for readers: text, labelled arrays, pictures, and a page."""

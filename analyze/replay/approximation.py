@@ -1,0 +1,183 @@
+"""A method in place of exact attention: what a layer gives when it attends by it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.arguments import choose_calibration
+from retrace.analyze.exact.reference import exact_pass, refuse_unheld
+from retrace.analyze.methods.hooks import naming
+from retrace.analyze.methods.registry import MethodSpec, recorded_spec
+from retrace.analyze.metrics.measure import outputs
+from retrace.analyze.replay.calibration import calibration
+from retrace.analyze.selection.select import select
+from retrace.analyze.selection.states import Calibration, Protocol, States
+from retrace.analyze.units.attention import log_normalizer
+from retrace.analyze.units.selection import Selection
+from retrace.analyze.units.unit import Block, Unit, intact
+from retrace.traces import RetraceError, Trace, noted
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """A method with a budget, and where it takes the place of exact attention."""
+
+    spec: MethodSpec
+    topk: int
+    """Keys per query and head."""
+    from_position: int | None = None
+    """Queries before it attend exactly, and a fitted state is built from what precedes it; None:
+    all are approximate, and fitted states are rebuilt as the protocol `all` says."""
+    dense_layers: frozenset[int] = frozenset()
+    """Layers whose attention stays exact."""
+    calibration_sequences: tuple[int, ...] = ()
+    """Sequences of the exact run that the method has learnt from."""
+    calibration: Calibration = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of_run(cls, run: Trace, named: Sequence[str]) -> "Approximation":
+        """The one that a trace was captured with, not calibrated; `named` are the loose files of
+        methods that may be run.
+
+        Raises:
+            RetraceError: it was captured with exact attention, or by another loose file.
+        """
+        if not is_approximate(run):
+            raise RetraceError(
+                f"{run.path} has no method in the loop: capture one with --approximate."
+            )
+        told = {
+            name: noted(run, f"capture.approximation.{name}", kind)
+            for name, kind in (
+                ("method", str),
+                ("topk", int),
+                ("from_position", int | None),
+                ("dense_layers", list[int]),
+                ("calibration", list[int]),
+            )
+        }
+        for name in ("topk", "from_position"):
+            if told[name] is not None and told[name] < 1:
+                raise RetraceError(
+                    f"{run.path}: its method's {name} is {told[name]}, not 1 or more."
+                )
+        return cls(
+            recorded_spec(told["method"], named),
+            told["topk"],
+            told["from_position"],
+            frozenset(told["dense_layers"]),
+            tuple(told["calibration"]),
+        )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As the trace's attributes have them."""
+        return {
+            "method": str(self.spec),
+            "parameters": self.spec.parameters,
+            "topk": self.topk,
+            "from_position": self.from_position,
+            "dense_layers": sorted(self.dense_layers),
+            "calibration": list(self.calibration_sequences),
+        }
+
+    def calibrated(
+        self,
+        exact: Trace | None,
+        layers: tuple[int, ...],
+        device: torch.device,
+        pool: Executor | None = None,
+    ) -> "Approximation":
+        """With what the method learns of these layers from the exact run, by the workers of the
+        pool or threads.
+
+        Raises:
+            RetraceError: it must learn, and there is no exact run.
+        """
+        if not self.spec.method.calibrated:
+            return self
+        if exact is None:
+            raise RetraceError(
+                f"{self.spec} learns from a trace before it can take part: name one of the same "
+                "model with --reference."
+            )
+        sequences = self.calibration_sequences or choose_calibration(exact, None)
+        approximate = tuple(i for i in layers if i not in self.dense_layers)
+        learnt = calibration(exact, self.spec, sequences, approximate, device, True, pool)
+        return replace(self, calibration_sequences=sequences, calibration=learnt)
+
+    def first_position(self, prompt: int | None) -> int | None:
+        """The first approximate position of a sequence whose first `prompt` positions are read at
+        once, if not all are; None where all are approximate and there is no prefix."""
+        return prompt if self.from_position is None else self.from_position
+
+    def states(self, unit: Unit, first: int | None) -> States:
+        """The method's states for a unit whose queries from `first` on are approximate."""
+        protocol = Protocol() if first is None else Protocol(prefix=first)
+        return States(self.spec.method, unit, protocol, self.calibration)
+
+    def output(self, states: States, unit: Unit, first: int) -> Tensor:
+        """Attention output (group, queries, value channels) float32 of a unit's queries from
+        position `first` on, each over the keys that the method selects for it."""
+        with naming(self.spec), intact(unit):
+            output = torch.cat([*self._outputs(states, unit, first)], dim=1)
+            states.check_calibration()
+        return output
+
+    def _outputs(self, states: States, unit: Unit, first: int) -> Iterator[Tensor]:
+        """The same, block by block."""
+        method = self.spec.method
+        for whole in unit.blocks(first):
+            begin = int(torch.searchsorted(whole.positions, first))
+            block = whole.part(slice(begin, len(whole.positions)))
+            for served in states.serve(block):
+                part = block.part(served.rows)
+                [selection] = select(method, served, part, (self.topk,))
+                yield _output(part, selection)
+
+
+def model_weights(trace: Trace) -> str | None:
+    """The digest of the weights of the model that a trace was captured with; None where the trace
+    does not say, as older ones do not."""
+    model = trace.attributes.get("model")
+    weights = model.get("weights") if isinstance(model, Mapping) else None
+    return weights if isinstance(weights, str) else None
+
+
+def transformers_release(trace: Trace) -> str | None:
+    """The release of transformers that a trace was captured with, where the trace says: another one
+    may lay the same weights out otherwise, which have another digest then."""
+    versions = trace.attributes.get("versions")
+    release = versions.get("transformers") if isinstance(versions, Mapping) else None
+    return release if isinstance(release, str) else None
+
+
+def check_exact(trace: Trace) -> None:
+    """Refuse a trace that is to be the exact run and is not."""
+    if is_approximate(trace):
+        raise RetraceError(f"{trace.path} is not the exact run: it has a method in the loop.")
+
+
+def is_approximate(trace: Trace) -> bool:
+    """Whether a trace was captured with a method in the loop; others' need not say how it was."""
+    captured = trace.attributes.get("capture")
+    return isinstance(captured, Mapping) and "approximation" in captured
+
+
+def _output(block: Block, selection: Selection) -> Tensor:
+    if selection.output is not None:
+        return selection.output[0]
+    scores = block.scores_at(selection.ids)
+    if selection.true_denominator:
+        exact = exact_pass(block, 1)
+        refuse_unheld(block, exact)
+        normalizer = exact.log_normalizer
+    else:
+        # Any does; where nothing is attended nothing is divided.
+        normalizer = log_normalizer(scores, block.unit.sinks)
+        normalizer = normalizer.masked_fill(normalizer.isneginf(), 0.0)
+    return outputs(block, selection, scores - normalizer[..., None], normalizer, [0])[0]

@@ -1,0 +1,89 @@
+"""Which queries count: one set for all budgets of a run, so that more budget never looks worse
+because it was judged on other queries."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from retrace.analyze.selection.states import Protocol
+from retrace.traces import RetraceError
+
+CONTEXT_PER_KEY = 10
+"""A query counts for budget k from position `CONTEXT_PER_KEY` k on: a budget that holds most of
+what there is to attend says nothing."""
+EACH = "each"
+"""Asks for that rule budget by budget, in place of the largest budget's for all."""
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Which queries of a sequence count."""
+
+    protocol: Protocol
+    least: int | None = None
+    """The first position that counts, whatever the budget; with None each budget has the one that
+    the rule gives it, and so queries of its own."""
+
+    @classmethod
+    def asked(cls, protocol: str, least: int | str | None) -> Self:
+        """Read `min_context` as it is asked for; None, like `EACH`, leaves each budget its own.
+
+        Raises:
+            RetraceError: it is neither a position nor `EACH`, or the protocol is unknown.
+        """
+        if isinstance(least, str) and least != EACH:
+            raise RetraceError(f"min_context {least!r}: expected a position, or {EACH!r}.")
+        if isinstance(least, int) and least < 0:
+            raise RetraceError(f"min_context {least}: expected a position, 0 or more.")
+        return cls(Protocol.parse(protocol), None if isinstance(least, str) else least)
+
+    @classmethod
+    def recorded(cls, facts: Mapping[str, Any]) -> Self:
+        """Read back what `facts` says, from a file that anybody may have written.
+
+        Raises:
+            RetraceError: it says no such thing.
+        """
+        least = facts.get("min_context")
+        if least is not None and type(least) is not int:
+            raise RetraceError(f"min_context {least!r}: expected a position, 0 or more.")
+        return cls.asked(str(facts.get("protocol")), least)
+
+    def for_all(self, budget: int) -> Self:
+        """The same queries for all budgets: those that count for this one."""
+        return replace(self, least=CONTEXT_PER_KEY * budget)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all budgets have the same queries."""
+        return self.least is not None
+
+    def first(self, k: int, length: int) -> int:
+        """The first position of a sequence of this length that counts for budget k."""
+        context = CONTEXT_PER_KEY * k if self.least is None else self.least
+        return max(context, self.protocol.first_query(length))
+
+    def facts(self) -> dict[str, Any]:
+        """As `run.json` has it."""
+        return {"protocol": str(self.protocol), "min_context": self.least}
+
+    def column(self) -> str:
+        """As the column `min_context` of tables has it."""
+        return f"{CONTEXT_PER_KEY}k" if self.least is None else str(self.least)
+
+    def words(self) -> str:
+        """The position from which on queries count.
+
+        >>> Counting(Protocol(), 500).words(), Counting(Protocol()).words()
+        ('position 500', 'position 10 k')
+        """
+        return f"position {f'{CONTEXT_PER_KEY} k' if self.least is None else self.least}"
+
+
+def number_of(least: int, most: int) -> str:
+    """How many there are, in words.
+
+    >>> number_of(1048, 1048), number_of(900, 1048)
+    ('1,048', '900 to 1,048')
+    """
+    return f"{most:,}" if least == most else f"{least:,} to {most:,}"

@@ -1,0 +1,195 @@
+"""What a run will read, compute and take, by counting and by a slice that is replayed."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from retrace.analyze.exact.reference import ReferenceStore
+from retrace.analyze.replay.calibration import calibration
+from retrace.analyze.replay.clock import Clock
+from retrace.analyze.replay.engine import Plan, Replayed, replay_unit
+from retrace.analyze.replay.parts import Job
+from retrace.analyze.replay.settings import Settings
+from retrace.analyze.selection.states import FIRST_BUILD
+from retrace.analyze.units.unit import HeadGroup, Unit, load_units
+from retrace.traces import Layer
+
+MEASURED = 2e10
+"""Operations of the slice that is measured: about a second of one core's exact pass."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes besides what its folder and the kept exact answers hold already."""
+
+    tasks: int
+    """Layers of sequences that are left to replay."""
+    units: int
+    """kv heads of those."""
+    bytes: int
+    """Of queries, keys and values, each read once. Methods that look at other layers, calibration
+    and the causality check read some of them again."""
+    operations: int
+    """Multiplications and additions of the exact pass, of all scores that its blocks compute."""
+    scores: int
+    """Scores of queries against keys, all heads, that each method chooses from."""
+    workers: int
+    seconds: float
+    """Expected of them together, by a slice of one unit that was replayed, as if they did not slow
+    each other down. The start of processes and the causality check, seconds that do not grow with
+    the trace, are not in it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+
+def forecast(
+    job: Job, tasks: Sequence[tuple[int, int]], store: ReferenceStore, workers: int
+) -> Estimate:
+    """What some tasks of a run take.
+
+    A slice of the longest sequence's first unit is replayed: its exact pass is scaled by
+    operations, its search and metrics by scores, its building of states by keys, and a calibration
+    of one layer, where it is not there yet, by layers.
+    """
+    trace = job.settings.trace
+    works = [_work(job.plan, trace.layer(i), s, store) for i, s in tasks]
+    rates = _measure(job.settings, job.plan, job.device) if tasks else _Rates(0.0, 0.0, 0.0, 0.0)
+    seconds = sum(
+        work.operations * rates.operation + work.scores * rates.score + work.keys * rates.key
+        for work in works
+    )
+    return Estimate(
+        len(tasks),
+        sum(trace.layer(i).rules.kv_heads for i, _ in tasks),
+        sum(work.bytes for work in works),
+        sum(work.operations for work in works),
+        sum(work.scores for work in works),
+        workers,
+        (seconds + rates.calibration) / min(workers, max(1, len(tasks))),
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a layer of a sequence takes."""
+
+    bytes: int
+    operations: int
+    scores: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Seconds of one worker for one of each, and for all calibrations."""
+
+    operation: float
+    score: float
+    key: float
+    calibration: float
+
+
+def _work(plan: Plan, layer: Layer, sequence: int, store: ReferenceStore) -> _Work:
+    rules, trace = layer.rules, layer.trace
+    length = trace.length(sequence)
+    positions = torch.from_numpy(layer.query_positions(sequence).astype("int64"))
+    none = torch.empty(())
+    unit = Unit(  # of the right shape, and no memory
+        HeadGroup(layer.index, sequence, 0, rules),
+        none.expand(rules.group, len(positions), rules.key_dim),
+        positions,
+        none.expand(length, rules.key_dim),
+        none.expand(length, rules.value_dim),
+        None,
+    )
+    elements = length * rules.kv_heads * (rules.key_dim + rules.value_dim)
+    elements += len(positions) * rules.heads * rules.key_dim
+    computed = 0
+    if not store.holds(trace.digest(sequence), layer.index):
+        begin = 0 if store.active else _first(plan, length)
+        computed = _scores(unit, begin) * rules.kv_heads
+    return _Work(
+        elements * trace.dtype.itemsize,
+        computed * 2 * (rules.key_dim + rules.value_dim),
+        _scores(unit, _first(plan, length)) * rules.kv_heads,
+        length * rules.kv_heads,
+    )
+
+
+def _scores(unit: Unit, first_position: int) -> int:
+    """Scores that a unit's blocks compute from a position on, those that are masked included."""
+    blocks = unit.blocks(first_position)
+    return sum(len(unit.queries) * len(block.positions) * block.end for block in blocks)
+
+
+def _first(plan: Plan, length: int) -> int:
+    """The first position that any method counts."""
+    return min(plan.counting.first(method.ks[0], length) for method in plan.methods)
+
+
+def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
+    """By a slice of a unit, in one thread as every worker's."""
+    trace, layer = settings.trace, settings.layers[0]
+    longest = max(settings.sequences, key=trace.length)
+    unit = next(load_units(trace.layer(layer), longest, device))
+    ready, learning = [], 0.0
+    for method in plan.methods:
+        ready.append(method)
+        if method.spec.method.calibrated and not method.calibration:
+            start = time.perf_counter()
+            ready[-1] = _calibrated(settings, method, layer, device)
+            once = method.spec.method.learns == "model"
+            learning += (time.perf_counter() - start) * (1 if once else len(settings.layers))
+    plan = replace(plan, methods=tuple(ready))
+    begin = _first(plan, len(unit.keys))
+    operations = 2 * (unit.group.rules.key_dim + unit.group.rules.value_dim)
+    whole = _scores(unit, begin)
+    step = max(1, int(whole * operations // MEASURED))
+    some = _some(unit, step)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            few = _some(unit, max(step, len(unit.positions) // 8))
+            replay_unit(few, plan, None, None, Clock(device))  # compiles what is compiled
+            clock = Clock(device, wait=True)
+            replay_unit(some, plan, None, None, clock)
+    finally:
+        torch.set_num_threads(before)
+    scores = max(1, _scores(some, begin))
+    spent = {
+        step: sum(seconds for charge, seconds in clock.seconds.items() if charge.step == step)
+        for step in ("exact pass", "build", "search", "metrics")
+    }
+    return _Rates(
+        spent["exact pass"] / (scores * operations),
+        (spent["search"] + spent["metrics"]) / scores,
+        spent["build"] / len(unit.keys),
+        learning,
+    )
+
+
+def _some(unit: Unit, step: int) -> Unit:
+    """Every so many queries of a unit, and of those that select together with it, and the first
+    ones: there are methods that judge keys by the queries before the end of the first past."""
+    rows = torch.arange(len(unit.positions), device=unit.positions.device)
+    rows = rows[(rows % step == 0) | (rows < FIRST_BUILD)]
+    return replace(
+        unit,
+        queries=unit.queries[:, rows],
+        positions=unit.positions[rows],
+        neighbours=unit.neighbours and unit.neighbours.changed(lambda u: _some(u, step)),
+    )
+
+
+def _calibrated(settings: Settings, method: Replayed, layer: int, device: torch.device) -> Replayed:
+    """With what it learns of one layer."""
+    given = calibration(
+        settings.trace, method.spec, settings.calibration, (layer,), device, keep=False
+    )
+    return replace(method, calibration=given)

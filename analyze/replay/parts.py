@@ -1,0 +1,264 @@
+"""What is finished of a run, kept in its results folder until all of it is."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+from uuid import uuid4
+
+import numpy as np
+import torch
+
+from retrace.analyze.methods.registry import recorded_spec
+from retrace.analyze.metrics.buckets import AXES, BUCKETED, MOST_BUCKETS
+from retrace.analyze.metrics.histogram import Histogram
+from retrace.analyze.metrics.moments import Moments
+from retrace.analyze.metrics.possible import impossible
+from retrace.analyze.replay.clock import Charge, Clock
+from retrace.analyze.replay.counting import Counting
+from retrace.analyze.replay.engine import Plan, Replayed, Tally
+from retrace.analyze.replay.settings import Settings
+from retrace.analyze.results import METRICS
+from retrace.analyze.selection.states import Cost
+from retrace.analyze.storage.npz import Arrays, read_arrays, write_arrays
+from retrace.analyze.storage.untrusted import read_facts
+from retrace.traces import RetraceError, open_trace
+from retrace.traces.storage.durable import make_folder, written_whole
+
+PARTS = ".parts"
+"""Where parts are, in a results folder."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one layer and sequence came to: a tally per method of the plan, and the time spent."""
+
+    tallies: list[Tally]
+    clock: Clock
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, as all that is part of it must agree on."""
+
+    settings: Settings
+    plan: Plan
+    device: torch.device
+
+    @property
+    def tasks(self) -> list[tuple[int, int]]:
+        """Layer and sequence of every part, in the order in which they merge."""
+        return [(i, s) for i in self.settings.layers for s in self.settings.sequences]
+
+    @cached_property
+    def digest(self) -> str:
+        """Names what figures depend on: 32 hex digits."""
+        facts = {
+            "retrace": version("retrace-attention"),
+            "device": self.device.type,
+            **self.settings.facts(),
+            "engine": self.settings.engine,
+            "methods": [
+                [
+                    str(method.spec),
+                    method.spec.parameters,
+                    # What nobody can look at is never the same again.
+                    method.spec.code.digest or uuid4().hex,
+                    self.settings.calibration_digest(method.spec),
+                    method.topk,
+                ]
+                for method in self.plan.methods
+            ],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def to_json(self) -> dict[str, Any]:
+        """All that it takes to be read back where its trace and loose files are."""
+        place = self.settings.trace.path
+        return {
+            "trace": str(place.absolute() if isinstance(place, Path) else place),
+            "left_out": list(self.settings.trace.left_out.items()),
+            "sequences": self.settings.trace.sequences,
+            **self.settings.counting.facts(),
+            "layers": self.settings.layers,
+            "calibration": self.settings.calibration,
+            "methods": [[m.spec.place, m.topk] for m in self.plan.methods],
+            "device": str(self.device),
+        }
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any], named: Sequence[str]) -> Self:
+        """The same run, without what its methods learned; `named` are the loose files of methods
+        that may be run."""
+        trace = open_trace(facts["trace"]).without(dict(facts["left_out"]))
+        trace.sequences = tuple(facts["sequences"])  # not those that were captured since
+        settings = Settings(
+            trace,
+            Counting.recorded(facts),
+            tuple(facts["layers"]),
+            tuple(facts["calibration"]),
+        )
+        methods = tuple(
+            Replayed(recorded_spec(text, named), tuple(topk)) for text, *_, topk in facts["methods"]
+        )
+        plan = Plan(methods, settings.counting)
+        return cls(settings, plan, torch.device(facts["device"]))
+
+
+class KeptParts:
+    """The finished parts of one run in a results folder: a file each, written whole, and
+    `job.json`, which says what run that is."""
+
+    def __init__(self, results: Path, job: Job) -> None:
+        self._results = results
+        self._job = job
+        self._folder = results / PARTS / job.digest
+
+    @classmethod
+    def all_in(cls, results: Path, named: Sequence[str]) -> Iterator["KeptParts"]:
+        """Those of every run that has parts in a results folder; `named` as in `merge`.
+
+        Raises:
+            RetraceError: the trace or a method is not what it was.
+        """
+        for file in sorted((results / PARTS).glob("*/job.json")):
+            job = _job_of(file, named)
+            if job.digest != file.parent.name:
+                raise RetraceError(
+                    f"{file.parent} holds parts of a run over another state of "
+                    f"{job.settings.trace.path}, of a method or of retrace: run it again."
+                )
+            yield cls(results, job)
+
+    @property
+    def job(self) -> Job:
+        """The run that they are of."""
+        return self._job
+
+    def begin(self) -> None:
+        """Say which run the parts are of."""
+        make_folder(self._folder)
+        with written_whole(self._folder / "job.json", writer=str(os.getpid())) as opened:
+            opened.write(json.dumps(self._job.to_json(), indent=2).encode())
+
+    def load_all(self, tasks: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Part]:
+        """The parts of these layers and sequences that are there."""
+        return {at: part for at in tasks if (part := self.load(at)) is not None}
+
+    def load(self, task: tuple[int, int]) -> Part | None:
+        """The part of a layer and sequence; None if it is not there, or damaged."""
+        arrays = read_arrays(self._file(task))
+        if arrays is None:
+            return None
+        try:
+            return self._part(arrays, self._job.settings.trace.layer(task[0]).rules.heads)
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return None
+
+    def _part(self, arrays: Arrays, heads: int) -> Part:
+        """The part that these arrays hold."""
+        tallies = [Tally(method.ks, method.topk) for method in self._job.plan.methods]
+        clock = Clock(self._job.device)
+        facts = json.loads(arrays.pop("facts").tobytes())
+        if facts["axes"] != list(AXES):  # of earlier versions there are none
+            raise ValueError("Queries are told apart by other axes.")
+        for i, tally in enumerate(tallies):
+            parts = (arrays.pop(f"{i}.errors.{of}") for of in ("places", "counts"))
+            tally.errors = Histogram.checked((len(tally.topk), heads), *parts)
+        for name, array in arrays.items():
+            index, kind, of = name.split(".")
+            tally = tallies[int(index)]
+            known, names, shape = {
+                "at_all": (tally.at_all, METRICS, (len(tally.ks),)),
+                "at_points": (tally.at_points, METRICS, (len(tally.topk),)),
+                "by_bucket": (tally.by_bucket, AXES, (-1, len(tally.topk), len(BUCKETED))),
+            }[kind]
+            if of not in names or array.dtype != np.float64:
+                raise ValueError(f"{name} is none of a tally's.")
+            known[of] = Moments(*array.reshape(3, *shape, heads))
+            if kind == "by_bucket" and len(known[of].count) > MOST_BUCKETS:
+                raise ValueError(f"{name} has more buckets than there are positions for.")
+            if kind != "by_bucket" and impossible(of, known[of]).any():
+                raise ValueError(f"{name} is of figures that cannot be.")
+        for tally, (builds, seconds, state_bytes) in zip(tallies, facts["costs"], strict=True):
+            tally.cost = Cost(int(builds), float(seconds), int(state_bytes))
+        for step, method, seconds in facts["spent"]:
+            clock.seconds[Charge(str(step), method)] = float(seconds)
+        return Part(tallies, clock)
+
+    def save(self, task: tuple[int, int], part: Part) -> None:
+        """Keep the part of a layer and sequence."""
+        arrays = {
+            f"{i}.{kind}.{of}": np.stack([moments.count, moments.mean, moments.squares])
+            for i, tally in enumerate(part.tallies)
+            for kind in ("at_all", "at_points", "by_bucket")
+            for of, moments in getattr(tally, kind).items()
+        }
+        for i, tally in enumerate(part.tallies):
+            assert tally.errors is not None
+            arrays[f"{i}.errors.places"] = tally.errors.places
+            arrays[f"{i}.errors.counts"] = tally.errors.counts
+        facts = {
+            "axes": list(AXES),
+            "costs": [[t.cost.builds, t.cost.seconds, t.cost.state_bytes] for t in part.tallies],
+            "spent": [[*charge, seconds] for charge, seconds in part.clock.seconds.items()],
+        }
+        encoded = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+        write_arrays(self._file(task), {"facts": encoded, **arrays})
+
+    def clear(self) -> None:
+        """Remove them."""
+        _remove(self._folder)
+
+    def _file(self, task: tuple[int, int]) -> Path:
+        layer, sequence = task
+        return self._folder / f"{layer}.{sequence}.npz"
+
+
+def counting_of_parts(results: Path) -> Counting | None:
+    """Which queries count in the parts that a results folder holds, if in all of them the same."""
+    found = set()
+    for file in (results / PARTS).glob("*/job.json"):
+        with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+            found.add(Counting.recorded(read_facts(file)))
+    return found.pop() if len(found) == 1 else None
+
+
+def finished_runs(run: Mapping[str, Any]) -> set[str]:
+    """The digests of the runs that are whole in some results, by their facts."""
+    digests = (entry.get("whole") for entry in run["history"])
+    return {d for d in digests if isinstance(d, str) and re.fullmatch("[0-9a-f]{32}", d)}
+
+
+def clear_finished(results: Path, run: Mapping[str, Any]) -> None:
+    """Remove the parts of every run that is whole in a folder's results: it may have been killed
+    before it came to that."""
+    for digest in finished_runs(run):
+        _remove(results / PARTS / digest)
+
+
+def _remove(parts: Path) -> None:
+    shutil.rmtree(parts, ignore_errors=True)
+    with suppress(OSError):  # other runs have parts there, or there are none
+        parts.parent.rmdir()
+
+
+def _job_of(file: Path, named: Sequence[str]) -> Job:
+    """The run that a `job.json` names, which anybody may have written."""
+    try:
+        return Job.from_json(read_facts(file), named)
+    except RetraceError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise RetraceError(
+            f"{file} is not as retrace wrote it ({' '.join(str(error).split())}): remove "
+            f"{file.parent} and run it again."
+        ) from error

@@ -1,0 +1,147 @@
+"""Trying methods before any time is spent: whether they can run on a trace, and may."""
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from retrace.analyze.methods.hooks import naming
+from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.replay.engine import Replayed
+from retrace.analyze.replay.settings import Settings
+from retrace.analyze.selection.causality import check_causality
+from retrace.analyze.selection.select import select
+from retrace.analyze.selection.states import Protocol, States
+from retrace.analyze.units.unit import Block, Neighbours, Unit, load_units, make_units
+from retrace.traces import LayerRules, RetraceError, Trace
+
+log = logging.getLogger("retrace")
+
+SHORT = 64
+"""Positions of a layer that stands for another."""
+
+
+def able_to_learn(
+    trace: Trace, specs: Sequence[MethodSpec], optional: Collection[str]
+) -> list[MethodSpec]:
+    """The methods less those that have no sequences to learn from, which a warning names.
+
+    Raises:
+        RetraceError: one of them is not optional.
+    """
+    if len(trace.sequences) > 1:
+        return list(specs)
+    able = []
+    for spec in specs:
+        line = (
+            f"{spec} learns from sequences that it is not evaluated on, and {trace.path} has only "
+            f"{len(trace.sequences)} finished: capture more."
+        )
+        if not spec.method.calibrated:
+            able.append(spec)
+        elif str(spec) in optional:
+            log.warning("Left out: %s", line)
+        else:
+            raise RetraceError(line)
+    return able
+
+
+class Trials:
+    """Tries methods on the longest sequence of a run: on a layer of each kind; and those that look
+    at other heads or layers in every layer, which made-up tensors stand for."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self._settings = settings
+        self._device = device
+        self._sequence = max(settings.sequences, key=settings.trace.length)
+        self._units: list[Unit] = []
+
+    def check(self, method: Replayed) -> None:
+        """Refuse a method that cannot run, or that sees what it must not."""
+        self._units = self._units or [*self._read()]
+        asked = set()
+        try:
+            for unit in self._units:
+                assert unit.neighbours is not None
+                unit.neighbours.asked.clear()
+                self._check_unit(method, unit)
+                asked |= unit.neighbours.asked
+        except RetraceError:
+            self._units = []  # whatever it did to them
+            raise
+        if asked or method.spec.method.across_layers:
+            self._check_layers(method)
+
+    def _read(self) -> Iterator[Unit]:
+        """The first kv head of the first layer of each kind."""
+        known = set()
+        for index in self._settings.layers:
+            layer = self._settings.trace.layer(index)
+            if _kind(layer.rules) not in known:
+                known.add(_kind(layer.rules))
+                yield next(load_units(layer, self._sequence, self._device))
+
+    def _check_unit(self, method: Replayed, unit: Unit) -> None:
+        # The largest too: the more keys, the more of them are at the edge of a choice.
+        counting, budgets = self._settings.counting, sorted({method.topk[0], method.topk[-1]})
+        check_causality(
+            method.spec.method,
+            unit,
+            counting.protocol,
+            budgets,
+            counting.first(budgets[0], len(unit.keys)),
+            method.calibration,
+            method.spec.anew,
+        )
+
+    def _check_layers(self, method: Replayed) -> None:
+        """Ask for one query in every layer."""
+        for index in self._settings.layers:
+            unit = self._stand_in(index)
+            block = Block(unit, slice(SHORT - 1, SHORT))
+            states = States(method.spec.method, unit, Protocol(), method.calibration)
+            try:
+                with naming(f"in layer {index}"):
+                    for served in states.serve(block):
+                        select(method.spec.method, served, block, [method.topk[0]])
+            except RetraceError:
+                if index == self._settings.layers[0]:
+                    return  # real tensors were no hindrance there: these tell nothing
+                raise
+
+    def _stand_in(self, index: int) -> Unit:
+        """The first kv head of a short layer of the same rules, among others like the trace's."""
+        trace = self._settings.trace
+        positions = torch.arange(SHORT, device=self._device)
+
+        def read(layer: int, neighbours: Neighbours | None = None) -> Iterator[Unit]:
+            rules = trace.layer(layer).rules
+            generator = torch.Generator().manual_seed(layer)
+            queries, keys, values = (
+                torch.randn(heads, SHORT, channels, generator=generator).to(self._device)
+                for heads, channels in (
+                    (rules.heads, rules.key_dim),
+                    (rules.kv_heads, rules.key_dim),
+                    (rules.kv_heads, rules.value_dim),
+                )
+            )
+            tensors = queries, keys, values
+            return make_units(layer, self._sequence, rules, tensors, positions, neighbours)
+
+        return next(read(index, Neighbours(trace.layers, read)))
+
+
+def _kind(rules: LayerRules) -> tuple[Any, ...]:
+    """What methods may make a difference by."""
+    return (
+        rules.heads,
+        rules.kv_heads,
+        rules.key_dim,
+        rules.value_dim,
+        rules.window,
+        rules.chunk,
+        rules.softcap is None,
+        rules.sinks is None,
+        rules.rotation is None,
+    )

@@ -1,0 +1,301 @@
+"""Which keys a method's state is built from when it answers a query: never later ones."""
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrace.analyze.methods.base import Method, ScoreMethod, SearchMethod
+from retrace.analyze.methods.hooks import calling
+from retrace.analyze.methods.options.pooling import LAYER
+from retrace.analyze.units.past import Past, last_of
+from retrace.analyze.units.seals import Seal, WrittenInto
+from retrace.analyze.units.unit import Block, Unit
+from retrace.traces import RetraceError
+
+FIRST_BUILD = 16
+"""Keys in the first state that is built under the protocol `all`; later ones double."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which queries are answered, and from what state.
+
+    `all` or `all:R`: every counted query. A fitted state is rebuilt at 16, 32, 64, ... keys and
+    from R on at every R-th position, always on what came before.
+    `prefix:P`: only queries from position P on (or from that fraction of the sequence), with a
+    fitted state built at P and extended by the method's own update rule: the decoding case.
+    """
+
+    rebuild: int = 256
+    prefix: int | float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `all`, `all:512`, `prefix:1024` or `prefix:0.5`."""
+        if match := re.fullmatch(r"all(?::(\d{1,18}))?", text):
+            rebuild = int(match[1] or cls.rebuild)
+            if rebuild >= FIRST_BUILD:
+                return cls(rebuild=rebuild)
+        elif match := re.fullmatch(r"prefix:(\d{1,18}|0?\.\d+)", text):
+            at = match[1]
+            if float(at) > 0:
+                return cls(prefix=float(at) if "." in at else int(at))
+        raise RetraceError(
+            f"Protocol {text!r}: expected all, all:R (R >= {FIRST_BUILD}), prefix:POSITION or "
+            "prefix:FRACTION."
+        )
+
+    def first_query(self, length: int) -> int:
+        """The first position that is answered in a sequence of this length."""
+        if self.prefix is None:
+            return 0
+        return int(self.prefix * length) if isinstance(self.prefix, float) else self.prefix
+
+    def built_at(self, position: int, length: int) -> int:
+        """How many keys a fitted state is built from, for the query at this position."""
+        if self.prefix is not None:
+            return min(self.first_query(length), position)
+        if position >= self.rebuild:
+            return position - position % self.rebuild
+        return 1 << (position.bit_length() - 1) if position >= FIRST_BUILD else 0
+
+    def __str__(self) -> str:
+        return f"all:{self.rebuild}" if self.prefix is None else f"prefix:{self.prefix}"
+
+
+Calibration = Mapping[tuple[int, int], Mapping[str, Tensor]]
+"""What a method's `calibrate` gave, by layer and kv head, on the CPU."""
+
+
+def of_layer(calibration: Calibration, layer: int) -> Calibration:
+    """What of it was given for one layer."""
+    return {at: given for at, given in calibration.items() if at[0] == layer}
+
+
+@dataclass
+class Cost:
+    """What building a method's states took."""
+
+    builds: int = 0
+    seconds: float = 0.0
+    state_bytes: int = 0
+    """The largest state of one kv head, as replay holds it; what it shares with the sequence's own
+    keys, values and queries is not counted."""
+
+    def merge(self, other: "Cost") -> None:
+        """Add what was spent elsewhere."""
+        self.builds += other.builds
+        self.seconds += other.seconds
+        self.state_bytes = max(self.state_bytes, other.state_bytes)
+
+
+@dataclass(frozen=True)
+class Served:
+    """Some queries of a block, and the state that answers them."""
+
+    rows: slice
+    """Which of the block's queries."""
+    state: Any
+    """None while there is none, when all keys are searched exactly."""
+    built: int
+    """Keys that the state was built from."""
+    held: int
+    """Keys that it holds, those that joined later included."""
+    first: int
+    """Position of the first of them, from which the state counts its keys."""
+    heads: tuple[tuple[Unit, Any], ...] = ()
+    """Every kv head of the layer with its state, where the method pools over the layer."""
+
+
+class States:
+    """A method's state as the queries of one unit advance.
+
+    An index answers with the best of all that it holds. Where a layer has a window or chunks, it
+    holds keys only that every query it answers sees: it is built anew from these as the window
+    moves by a quarter or by the protocol's R, whichever is less, and as a chunk begins.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        unit: Unit,
+        protocol: Protocol,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self._method = method
+        self._protocol = protocol
+        self._unit = unit
+        self._calibration = calibration or {}
+        # A copy for each kv head, or threads would share what a method writes into them.
+        self._learned: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._seals: list[Seal] = []
+        # The heads of a layer that select together have a state each.
+        self._pools_layer = isinstance(method, ScoreMethod) and method.pool.startswith(LAYER)
+        self._units = self._selecting(unit)
+        self._states: tuple[Any, ...] = (None,) * len(self._units)
+        self._first = 0
+        self._built = -1
+        self._held = 0
+        self.cost = Cost()
+
+    def grow(self, unit: Unit) -> None:
+        """Go on with the unit after it has grown by further positions, as in decoding."""
+        self._unit = unit
+        self._units = self._selecting(unit)
+
+    def _selecting(self, unit: Unit) -> tuple[Unit, ...]:
+        """The units that select together."""
+        if not self._pools_layer:
+            return (unit,)
+        return tuple(head.unit for head in Past(unit, 0, len(unit.keys)).heads)
+
+    def serve(self, block: Block) -> Iterator[Served]:
+        """The queries of a block, cut where the state changes."""
+        wanted = [self._wanted(position) for position in block.positions.tolist()]
+        start = 0
+        for row in range(1, len(wanted) + 1):
+            if row == len(wanted) or wanted[row] != wanted[start]:
+                self._advance(*wanted[start])
+                own = self._unit.group.kv_head if self._pools_layer else 0
+                yield Served(
+                    slice(start, row),
+                    self._states[own],
+                    self._built,
+                    self._held,
+                    self._first,
+                    tuple(zip(self._units, self._states, strict=True)) if self._pools_layer else (),
+                )
+                start = row
+
+    def together(self, block: Block, row: int) -> slice:
+        """The rows of a block that are served together with one of them."""
+        wanted = [self._wanted(position) for position in block.positions.tolist()]
+        start = stop = row
+        while start > 0 and wanted[start - 1] == wanted[row]:
+            start -= 1
+        while stop < len(wanted) and wanted[stop] == wanted[row]:
+            stop += 1
+        return slice(start, stop)
+
+    def _wanted(self, position: int) -> tuple[int, int, int]:
+        """The first key of the state at a position, the end of those that it is built from, and of
+        all that it holds."""
+        method, length = self._method, len(self._unit.keys)
+        if not method.fitted:
+            return 0, length, length
+        if isinstance(method, SearchMethod):
+            first, built = self._indexed(method, position)
+            if not first < built <= position:
+                return 0, 0, 0
+            return first, built, built + (position - built) // method.step * method.step
+        built = self._protocol.built_at(position, length)
+        if isinstance(method, ScoreMethod) and method.keeps_new:
+            return 0, built, built
+        # Scores of later keys are hidden query by query, so that all may join at once.
+        return 0, built, length if built else 0
+
+    def _indexed(self, method: SearchMethod, position: int) -> tuple[int, int]:
+        """The first key of the index at a position, and the end of those that it is built from;
+        there is none before that."""
+        protocol, rules = self._protocol, self._unit.group.rules
+        first = rules.first_visible(position)
+        if not first and method.incremental and protocol.prefix is None:
+            return 0, FIRST_BUILD
+        built = protocol.built_at(position, len(self._unit.keys))
+        if not first:
+            return 0, built
+        if rules.window is not None:
+            step = max(1, min(protocol.rebuild, rules.window // 4))
+            first = -(-first // step) * step
+            # Where the window, which is whole when it begins to move, first leaves all before.
+            since = max(first + FIRST_BUILD, first - step + rules.window)
+        elif method.incremental:
+            since = first + FIRST_BUILD
+        else:  # a chunk is a sequence of its own
+            since = first + replace(protocol, prefix=None).built_at(position - first, 0)
+        return first, since if protocol.prefix is None else max(built, since)
+
+    def _advance(self, first: int, built: int, held: int) -> None:
+        if (first, built, held) == (self._first, self._built, self._held):
+            return
+        start = self._seconds()
+        if (first, built) != (self._first, self._built):
+            self._states = (None,) * len(self._units)
+            if first < built:
+                pasts = (self._past(unit, first, first, built) for unit in self._units)
+                self._states = tuple(map(self._build, pasts))
+                self.cost.builds += 1
+            self._first, self._built, self._held = first, built, built
+        if held > self._held:
+            self._states = tuple(
+                self._extend(state, self._past(unit, first, self._held, held))
+                for unit, state in zip(self._units, self._states, strict=True)
+            )
+            self._held = held
+        self.cost.seconds += self._seconds() - start
+        self.cost.state_bytes = max(self.cost.state_bytes, _nbytes(self._states[0], self._unit))
+
+    def _build(self, past: Past) -> Any:
+        with calling("build()", lambda: last_of(past)):
+            state = self._method.build(past)
+        return _state(state, "build()", past)
+
+    def _extend(self, state: Any, new: Past) -> Any:
+        with calling("extend()", lambda: last_of(new)):
+            state = self._method.extend(state, new)
+        return _state(state, "extend()", new)
+
+    def _past(self, unit: Unit, first: int, start: int, end: int) -> Past:
+        """Positions of a unit from `start` to `end`, counted from `first` on."""
+        place = unit.group.layer, unit.group.kv_head
+        if place not in self._learned:
+            learned = self._calibration.get(place, {})
+            copies = {n: t.to(unit.keys.device, copy=True) for n, t in learned.items()}
+            self._seals.append(Seal({f"past.calibration[{n!r}]": t for n, t in copies.items()}))
+            self._learned[place] = copies
+        here = dict(self._learned[place])
+        return Past(unit.since(first), start - first, end - first, here)
+
+    def check_calibration(self) -> None:
+        """Refuse a method that wrote into what it had learned."""
+        for seal in self._seals:
+            for what in seal.broken():
+                raise WrittenInto.tensor(what)
+
+    def _seconds(self) -> float:
+        if self._unit.keys.is_cuda:
+            torch.cuda.synchronize(self._unit.keys.device)
+        return time.perf_counter()
+
+
+def _state(state: Any, hook: str, past: Past) -> Any:
+    if state is None:  # which would stand for no state, and be answered by exact search
+        raise RetraceError(f"{hook} gave None at {last_of(past)}; expected a state to go on with.")
+    return state
+
+
+def _nbytes(state: Any, unit: Unit) -> int:
+    """Bytes of the tensors and arrays in a state, less what it shares with the unit."""
+    shared = {t.untyped_storage().data_ptr() for t in (unit.keys, unit.values, unit.queries)}
+
+    def count(part: Any) -> int:
+        if isinstance(part, Tensor):
+            mine = part.untyped_storage().data_ptr() not in shared
+            return part.nbytes if mine else 0
+        if isinstance(part, np.ndarray):
+            return part.nbytes
+        if isinstance(part, Mapping):
+            return sum(map(count, part.values()))
+        if isinstance(part, list | tuple):
+            return sum(map(count, part))
+        if is_dataclass(part) and not isinstance(part, Past | Unit):
+            return sum(count(getattr(part, f.name)) for f in fields(part))
+        return 0
+
+    return count(state)

@@ -1,0 +1,1 @@
+"""Files that are kept for later runs, and read without trust."""

@@ -1,0 +1,1 @@
+"""What was tallied as tidy tables, and the folder that holds them."""

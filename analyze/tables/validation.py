@@ -1,0 +1,80 @@
+"""What a results folder holds, checked for the form that its readers rely on: anybody may have
+written it. What does not fit raises a `ValueError` that says what it is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+from pandas.api.types import is_float_dtype, is_integer_dtype, is_string_dtype
+
+from retrace.analyze.metrics.possible import most_of
+
+DIGESTS = "tables"
+"""Where run.json has the SHA-256 of each table."""
+
+
+def _is_text(column: "pd.Series[Any]") -> bool:
+    is_category = isinstance(column.dtype, pd.CategoricalDtype)
+    texts = column.cat.categories.to_series() if is_category else column
+    return bool(is_string_dtype(texts) and column.notna().all())
+
+
+def _is_count(column: "pd.Series[Any]") -> bool:
+    return bool(is_integer_dtype(column) and column.between(0, 2**31 - 1).all())
+
+
+KINDS: dict[str, Callable[["pd.Series[Any]"], bool]] = {
+    **dict.fromkeys(("method", "module", "metric", "axis", "protocol", "min_context"), _is_text),
+    **dict.fromkeys(("layer", "sequence", "head", "topk", "first", "count"), _is_count),
+    **dict.fromkeys(("mean", "std"), is_float_dtype),
+}
+"""What the columns of all tables hold."""
+ENTRIES: tuple[tuple[str, type, dict[str, type]], ...] = (
+    ("methods", dict, {"name": str, "parameters": dict}),
+    ("history", list, {"when": str, "methods": dict}),
+    ("missing", list, {"layer": int, "sequence": int, "methods": dict}),
+)
+"""Lists and mappings of run.json, and what each of their entries has."""
+
+
+def checked_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """A table, if its columns hold what belongs there."""
+    for column in map(str, table):
+        if len(table) and not KINDS[column](table[column]):
+            raise ValueError(f"its {name} holds something else in column {column}")
+    if len(table) and "metric" in table:
+        most = table["metric"].astype(str).map(most_of)
+        right = (table["mean"] >= 0) & (table["mean"] <= most)
+        if "std" in table:
+            right &= (table["std"] >= 0) | table["std"].isna()
+        wrong = table[~right & (table["count"] > 0)]
+        if len(wrong):
+            row = wrong.iloc[0]
+            raise ValueError(
+                f"its {name} holds a figure that cannot be, {row['metric']} of {row['mean']:.6g} "
+                f"of {row['method']} in layer {row['layer']}, head {row['head']}"
+            )
+    return table
+
+
+def checked_facts(run: Any) -> dict[str, Any]:
+    """A run's facts, if they have the form that others rely on."""
+    if not isinstance(run, dict):
+        raise ValueError("its run.json is no object")
+    if not isinstance(run.get(DIGESTS, {}), dict):
+        raise ValueError(f"its run.json has no {DIGESTS} as retrace writes them")
+    outdated = run.get("outdated", [])
+    if not isinstance(outdated, list) or not all(isinstance(m, str) for m in outdated):
+        raise ValueError("its run.json has no outdated as retrace writes them")
+    for name, kind, needed in ENTRIES:
+        held: Any = run.get(name, kind() if name == "missing" else None)
+        entries = held.values() if isinstance(held, dict) else held
+        if not isinstance(held, kind) or not all(_has(entry, needed) for entry in entries):
+            raise ValueError(f"its run.json has no {name} as retrace writes them")
+    return run
+
+
+def _has(entry: Any, needed: dict[str, type]) -> bool:
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(name), kind) for name, kind in needed.items()
+    )

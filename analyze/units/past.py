@@ -1,0 +1,170 @@
+"""What a method's state is built from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrace.analyze.units.attention import log_normalizer, softcap, visible
+from retrace.analyze.units.unit import HeadGroup, Unit
+from retrace.traces import RetraceError, Rotation
+
+
+@dataclass(frozen=True)
+class Past:
+    """One kv head's keys, values and queries at the positions from `start` up to `end`.
+
+    A fitted state is built from the Past that ends where the state is built, so that whatever is
+    read through it, from other kv heads and layers too, comes before the queries it answers.
+    """
+
+    unit: Unit = field(repr=False)
+    start: int
+    end: int
+    """One past the last position."""
+    calibration: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """What the method's `calibrate` gave for this layer and kv head."""
+
+    @property
+    def whole(self) -> "Past":
+        """The same from the sequence's first position: of what has come since, all so far."""
+        return replace(self, start=0)
+
+    @property
+    def hidden(self) -> int:
+        """How many of its first keys no query from its end on sees, since the layer's window or
+        chunks have left them: a cache need not hold them."""
+        return min(max(0, self.group.rules.first_visible(self.end) - self.start), len(self.keys))
+
+    @property
+    def group(self) -> HeadGroup:
+        """The kv head and the query heads that share it."""
+        return self.unit.group
+
+    @property
+    def keys(self) -> Tensor:
+        """(keys, channels) float32, as attention sees them."""
+        return self.unit.keys[self.start : self.end]
+
+    @property
+    def values(self) -> Tensor:
+        """(keys, value channels) float32"""
+        return self.unit.values[self.start : self.end]
+
+    @property
+    def query_positions(self) -> Tensor:
+        """Positions (queries,) int64 of the queries, ascending; a trace may hold only some."""
+        return self.unit.positions[self._rows]
+
+    @cached_property
+    def queries(self) -> Tensor:
+        """The queries of the group (group, queries, channels) float32, scaled as the layer scales
+        them: their products with keys are logits."""
+        return self.unit.queries[:, self._rows] * self.group.rules.scale
+
+    def queries_at(self, positions: Tensor, heads: int) -> Tensor:
+        """The queries at these of their positions (heads, positions, channels), or one mean of the
+        group where fewer heads are asked for."""
+        queries = self.queries[:, torch.searchsorted(self.query_positions, positions)]
+        return queries if heads == len(queries) else queries.mean(dim=0, keepdim=True)
+
+    @cached_property
+    def keys_before_rotation(self) -> Tensor:
+        """The keys before position encoding (keys, channels)."""
+        positions = torch.arange(self.start, self.end)
+        return self._turned(self._rotation.undo, self.keys, positions)
+
+    @cached_property
+    def queries_before_rotation(self) -> Tensor:
+        """The scaled queries before position encoding (group, queries, channels)."""
+        return self._turned(self._rotation.undo, self.queries, self.query_positions)
+
+    def rotated(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """Vectors (..., positions, channels) with the layer's position encoding for `positions`
+        (positions,)."""
+        return self._turned(self._rotation.apply, vectors, positions)
+
+    @cached_property
+    def heads(self) -> tuple["Past", ...]:
+        """The same positions of every kv head of this layer, in order."""
+        if self.unit.neighbours is None and self.group.rules.kv_heads == 1:
+            return (self,)
+        return self.layer(self.group.layer)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the recorded layers, ascending."""
+        neighbours = self.unit.neighbours
+        return (self.group.layer,) if neighbours is None else neighbours.layers
+
+    def layer(self, index: int) -> tuple["Past", ...]:
+        """The same positions of every kv head of another recorded layer, in order."""
+        neighbours = self.unit.neighbours
+        if neighbours is None:
+            raise RetraceError("needs other heads or layers, which are read from a trace only.")
+        return tuple(
+            Past(replace(unit, neighbours=neighbours), self.start, self.end)
+            for unit in neighbours.units(index)
+        )
+
+    def asked(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Some of the queries (group, rows, channels), scaled, and their positions (rows,).
+
+        Raises:
+            RetraceError: the trace holds no query of these positions.
+        """
+        positions = self.query_positions[rows]
+        if not len(positions):
+            raise RetraceError(
+                f"judges keys by queries before position {self.end}, and the trace holds none: "
+                "capture more of them (--queries), or begin later with --protocol prefix:P."
+            )
+        return self.queries[:, rows], positions
+
+    def attention(self, rows: slice | Tensor) -> Tensor:
+        """Exact attention probabilities (group, rows, keys) of some of the queries over the keys;
+        0 where a query does not see a key. `slice(-32, None)` are the last 32 queries.
+
+        Raises:
+            RetraceError: the trace holds no query of these positions.
+        """
+        queries, positions = self.asked(rows)
+        rules = self.group.rules
+        keys = torch.arange(self.start, self.end, device=positions.device)
+        scores = softcap(queries @ self.keys.T, rules)
+        scores = scores.masked_fill(~visible(positions, keys, rules), -torch.inf)
+        return torch.exp(scores - log_normalizer(scores, self.unit.sinks)[..., None])
+
+    @property
+    def _rows(self) -> slice:
+        bounds = torch.tensor([self.start, self.end], device=self.unit.positions.device)
+        return slice(*torch.searchsorted(self.unit.positions, bounds).tolist())
+
+    @property
+    def _rotation(self) -> Rotation:
+        rotation = self.group.rules.rotation
+        if rotation is None:
+            raise RetraceError(
+                f"needs keys before position encoding, but how layer {self.group.layer} "
+                f"({self.group.rules.module}) encodes positions is not known."
+            )
+        return rotation
+
+    def _turned(
+        self,
+        turn: Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.NDArray[Any]],
+        vectors: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        turned = turn(vectors.cpu().numpy(), positions.cpu().numpy() + self.unit.first)
+        return torch.from_numpy(np.asarray(turned)).to(vectors)
+
+
+def last_of(past: Past) -> str:
+    """Names the last position of a past."""
+    return past.group.place(past.unit.first + past.end - 1)

@@ -1,0 +1,110 @@
+"""The keys that a method attends, as one ranked list per query, and what is allowed in it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.units.unit import Block
+from retrace.traces import RetraceError
+
+SORT_COST = 8
+"""How many times dearer it is to sort an id than to mark a key."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The keys that a method attends for each query of a block, at several budgets.
+
+    At budget `ks[b]` a query attends the first `attended[b]` keys of its list, or all that it has.
+    """
+
+    ks: tuple[int, ...]
+    """Budgets, ascending."""
+    ids: Tensor
+    """Key ids (group, queries, listed) int64, best first, -1 only at the end."""
+    attended: Tensor
+    """Keys attended at each budget (budgets, group or 1, queries or 1) int64, never falling."""
+    sink: int = 0
+    """Keys below this position did not have to be found: they are always kept."""
+    first_given: Tensor | None = None
+    """Nor did keys from this position of each query on: kept, or not yet indexed. (budgets,
+    queries), never rising from one budget to the next, or (1, queries) for all."""
+    besides: Tensor | int = 0
+    """How many of the attended keys come besides the budget (queries,)."""
+    estimates: Tensor | None = None
+    """For mean fill: the method's own probability of each listed key, like ids."""
+    true_denominator: bool = False
+    """Whether the output is divided by the sum over all visible keys."""
+    output: Tensor | None = None
+    """The method's own output (budgets, group, queries, value channels)."""
+    aux_bytes: Tensor | float = 0.0
+    """Bytes read to find the list, per query of the whole group (queries,)."""
+    attended_bytes: float | None = None
+    """Bytes of one attended key and value, read once for the group; both in full if None."""
+
+    def given_from(self, ids: Tensor) -> Tensor:
+        """The first budget at which each key (group, queries, any) did not have to be found; the
+        number of budgets where all had to."""
+        budgets = torch.full_like(ids, len(self.ks))
+        if self.first_given is not None:
+            at = (self.first_given[..., None, :, None] > ids).sum(dim=0)
+            budgets = torch.where(at == len(self.first_given), budgets, at)
+        return budgets.masked_fill(ids < self.sink, 0)
+
+    @property
+    def anything_given(self) -> bool:
+        """Whether any key did not have to be found."""
+        return self.sink > 0 or self.first_given is not None
+
+
+def missing_last(ids: Tensor) -> Tensor:
+    """Ids (..., listed) with every -1 at the end and the order of the others kept."""
+    return ids.gather(-1, (ids < 0).to(torch.uint8).argsort(dim=-1, stable=True))
+
+
+def check_ids(ids: Tensor, block: Block) -> None:
+    """Refuse ids (group, queries, any) that a query can't attend, naming the first.
+
+    Those are a future key, one outside the layer's window, and a key that comes twice.
+    """
+    positions = block.positions[:, None]
+    inside = ids.clamp(0, block.end - 1)
+    seen = block.visible.expand(len(ids), -1, -1).gather(-1, inside) & (ids == inside)
+    if bool((~seen & (ids != -1)).any()):
+        head, row, place = (~seen & (ids != -1)).nonzero()[0].tolist()
+        key = int(ids[head, row, place])
+        kind = "a future key" if key > int(positions[row]) else "a key that the query can't see"
+        raise RetraceError(f"returned {kind}, {key}, at {where(block, head, row)}.")
+    twice = _repeated(ids, block.end)
+    if bool(twice.any()):
+        head, row, place = twice.nonzero()[0].tolist()
+        key = int(ids[head, row, place])
+        raise RetraceError(f"returned key {key} twice at {where(block, head, row)}.")
+
+
+def _repeated(ids: Tensor, end: int) -> Tensor:
+    """Which ids (..., listed) below `end` stand in their list once more; never -1."""
+    places = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    if SORT_COST * ids.shape[-1] < end:
+        ordered, order = ids.sort(dim=-1, stable=True)
+        again = torch.nn.functional.pad(ordered[..., 1:] == ordered[..., :-1], (1, 0))
+        repeated = torch.zeros_like(again).scatter_(-1, order, again)
+    else:  # Each key has one place, that of the last of those that list it.
+        shown = torch.where(ids < 0, end, ids)
+        place = places.new_empty((*ids.shape[:-1], end + 1)).scatter_(-1, shown, places)
+        repeated = place.gather(-1, shown) != places
+    return repeated & (ids >= 0)
+
+
+def check_finite(tensor: Tensor, name: str, block: Block) -> None:
+    """Refuse NaN in a method's tensor (group, queries, any), naming where the first is."""
+    # One pass in the usual case: a sum is NaN only where a term is, or where infinities cancel.
+    if bool(tensor.sum().isnan()) and bool(tensor.isnan().any()):
+        head, row = tensor.isnan().nonzero()[0].tolist()[:2]
+        raise RetraceError(f"{name} gave NaN at {where(block, head, row)}.")
+
+
+def where(block: Block, head: int = 0, row: int = 0) -> str:
+    """Names a query of a block, `head` being its place in the group."""
+    return block.unit.group.place(int(block.positions[row]), head)

@@ -1,0 +1,1 @@
+"""Standing between a model and its attention function: calls, rules, rotations."""

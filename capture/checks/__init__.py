@@ -1,0 +1,1 @@
+"""Self-checks: what a trace holds must explain what the model computed."""

@@ -1,0 +1,1 @@
+"""The closed loop: a running model whose attention is a method."""

@@ -1,0 +1,148 @@
+"""The closed loop: a running model whose attention is a method's."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.replay.approximation import Approximation
+from retrace.analyze.selection.states import States
+from retrace.analyze.units.unit import Neighbours, Unit, make_units
+from retrace.capture.attention.interface import AttentionCall
+from retrace.capture.attention.recorder import AttentionLayer
+from retrace.capture.settings import CaptureSettings
+from retrace.traces import RetraceError, Trace
+
+
+def prepare(
+    spec: MethodSpec,
+    settings: CaptureSettings,
+    layers: Mapping[int, AttentionLayer],
+    reference: Trace | None,
+) -> Approximation:
+    """The method that the settings name, calibrated on the reference if it must be.
+
+    Raises:
+        RetraceError: a dense layer that is none, or nothing to calibrate on.
+    """
+    assert settings.topk is not None
+    unknown = [index for index in settings.dense_layers if index not in layers]
+    if unknown:
+        raise RetraceError(
+            f"There is no attention in layer {', '.join(map(str, unknown))} to be dense."
+        )
+    dense = frozenset(settings.dense_layers)
+    chosen = Approximation(spec, settings.topk, settings.from_position, dense)
+    device = next(next(iter(layers.values())).module.parameters()).device
+    return chosen.calibrated(reference, tuple(layers), device)
+
+
+@dataclass
+class _Seen:
+    """What a layer has seen of a batch so far."""
+
+    query: Tensor
+    """(batch, heads, positions, channels)"""
+    key: Tensor
+    """(batch, kv_heads, positions, channels)"""
+    value: Tensor
+    """(batch, kv_heads, positions, value channels)"""
+    states: dict[tuple[int, int], States] = field(default_factory=dict)
+    """By row of the batch and kv head."""
+
+    def add(self, call: AttentionCall) -> None:
+        """Take what is new in a call: its cache may have dropped what it holds no longer."""
+        count = call.query.shape[2]
+        self.query = torch.cat([self.query, call.query], dim=2)
+        self.key = torch.cat([self.key, call.key[:, :, -count:]], dim=2)
+        self.value = torch.cat([self.value, call.value[:, :, -count:]], dim=2)
+
+
+class Approximator:
+    """Answers a model's calls of attention by a method."""
+
+    def __init__(self, approximation: Approximation, layers: Mapping[int, AttentionLayer]) -> None:
+        self._approximation = approximation
+        self._index = {layer.module: index for index, layer in layers.items()}
+        self._rules = {index: layer.rules for index, layer in sorted(layers.items())}
+        self._sequences: Sequence[int] = ()
+        self._decodes = False
+        self._first: int | None = None
+        self._seen: dict[int, _Seen] = {}
+
+    def start(self, sequences: Sequence[int], prompt: int | None = None) -> None:
+        """What the next forward passes hold: these sequences, of which the first `prompt` positions
+        are read at once and exactly, if not all are."""
+        self._sequences = sequences
+        self._decodes = prompt is not None
+        self._first = self._approximation.first_position(prompt)
+        self._seen = {}
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """The output (batch, positions, heads, value channels) of a call whose own is exact."""
+        index = self._index[call.module]
+        seen = self._take(call, index)
+        output = call.output
+        if index not in self._approximation.dense_layers:
+            output = self._answer(call.output, seen, index)
+        if not (self._decodes or self._approximation.spec.method.across_layers):
+            del self._seen[index]
+        return output
+
+    def _answer(self, exact: Tensor, seen: _Seen, index: int) -> Tensor:
+        """The method's output in place of the exact one of the last positions of a layer."""
+        start = seen.query.shape[2] - exact.shape[1]
+        first = max(start, self._first or 0)
+        if first >= seen.query.shape[2]:
+            return exact
+        output = exact.clone()
+        for row, sequence in enumerate(self._sequences):
+            for unit in self._units(index, row, sequence):
+                approximated = self._approximate(seen, row, unit, first)
+                own = output[row, first - start :, unit.group.heads]
+                own.copy_(approximated.transpose(0, 1))
+        return output
+
+    def _take(self, call: AttentionCall, index: int) -> _Seen:
+        """What the layer has seen of these sequences, this call included."""
+        count = call.query.shape[2]
+        # More positions than one, and no keys before them: a prompt, or all of a sequence anew
+        # where a model throws its cache away.
+        begins = count > 1 and call.key.shape[2] == count
+        if index in self._seen and not begins:
+            self._seen[index].add(call)
+        else:
+            # Copies: a state may write into what it was built from as long as the model decodes.
+            self._seen[index] = _Seen(call.query.clone(), call.key.clone(), call.value.clone())
+        return self._seen[index]
+
+    def _approximate(self, seen: _Seen, row: int, unit: Unit, first: int) -> Tensor:
+        """The method's output (group, queries, value channels) for the queries from `first` on."""
+        place = row, unit.group.kv_head
+        if place in seen.states:
+            seen.states[place].grow(unit)
+        else:
+            seen.states[place] = self._approximation.states(unit, self._first)
+        return self._approximation.output(seen.states[place], unit, first)
+
+    def _units(self, index: int, row: int, sequence: int) -> Iterator[Unit]:
+        """Every kv head of a layer in one row of the batch, as far as the model has come."""
+
+        def read(layer: int) -> Iterator[Unit]:
+            seen = self._seen.get(layer)
+            if seen is None or seen.query.shape[2] < length:
+                raise RetraceError(
+                    f"layer {index} needs layer {layer}, which the model has not come to yet."
+                )
+            return make(layer, seen, None)
+
+        def make(layer: int, seen: _Seen, neighbours: Neighbours | None) -> Iterator[Unit]:
+            tensors = seen.query[row], seen.key[row], seen.value[row]
+            positions = torch.arange(length, device=seen.query.device)
+            return make_units(layer, sequence, self._rules[layer], tensors, positions, neighbours)
+
+        seen = self._seen[index]
+        length = seen.query.shape[2]
+        return make(index, seen, Neighbours(tuple(self._rules), read))

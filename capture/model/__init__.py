@@ -1,0 +1,1 @@
+"""The model: found, loaded, and asked for logits."""

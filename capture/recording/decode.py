@@ -1,0 +1,173 @@
+"""Decoding: continuing sequences greedily, and recording what each step's attention saw."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrace.capture.attention.interface import AttentionCall
+from retrace.capture.attention.recorder import AttentionLayer, RecordedSequence, TensorRecorder
+from retrace.capture.model.loading import input_device
+from retrace.capture.model.logits import CachedRun, Decoding
+from retrace.traces import PHASES, LayerRules, RetraceError, Trace
+
+Tokens = npt.NDArray[np.int32]
+Phases = npt.NDArray[np.int8]
+
+
+def continue_sequences(
+    model: Any,
+    tokens: Sequence[Tokens],
+    phases: Sequence[Phases],
+    count: int,
+    decoding: Decoding,
+    *,
+    written: Trace | None = None,
+) -> tuple[list[Tokens], list[Phases]]:
+    """Sequences continued by `count` tokens each, fewer where the model ends them, and the phases
+    of the longer ones. Sequences that end with scored text stay as they are.
+
+    All is generated before anything is recorded, since a trace holds its tokens from the start. A
+    capture that is resumed goes on with the tokens that its trace has `written`.
+
+    Args:
+        model: a causal language model.
+        tokens: token ids (positions,) of each sequence.
+        phases: what each position (positions,) of each sequence is.
+        count: how many tokens to generate.
+        decoding: how the model goes on with what it has read.
+        written: the interrupted trace to go on with.
+    """
+    longer, marked = [], []
+    ends = _end_tokens(model)
+    for sequence, (prompt, phase) in enumerate(zip(tokens, phases, strict=True)):
+        more = np.empty(0, np.int32)
+        if phase[-1] == PHASES["context"]:
+            known = _written(written, sequence, prompt)
+            more = _continue(model, prompt, count, decoding, ends) if known is None else known
+        longer.append(np.concatenate([prompt, more]))
+        marked.append(np.concatenate([phase, np.full(len(more), PHASES["generated"], np.int8)]))
+    if len(longer) == len(tokens) and all(map(np.array_equal, longer, tokens)):
+        raise RetraceError(
+            "There is nothing to generate: these tasks only score given text. Leave out generate, "
+            "or name a text or a task that asks for text."
+        )
+    return longer, marked
+
+
+def _written(trace: Trace | None, sequence: int, prompt: Tokens) -> Tokens | None:
+    """What an interrupted trace holds after the prompt (generated,); None where it differs."""
+    if trace is None or sequence >= trace.planned:
+        return None
+    tokens, phase = trace.tokens(sequence), trace.phase(sequence)
+    generated = phase == PHASES["generated"]
+    if not generated.any() or not np.array_equal(tokens[~generated], prompt):
+        return None
+    known: Tokens = tokens[generated]
+    return known
+
+
+def _continue(model: Any, prompt: Tokens, count: int, decoding: Decoding, ends: set[int]) -> Tokens:
+    """The likeliest next tokens (generated,), up to `count` or one that ends the text."""
+    generated: list[int] = []
+    run = CachedRun(model, decoding)
+    device = input_device(model)
+    batch = torch.from_numpy(prompt).long()[None].to(device)
+    with torch.inference_mode():
+        last = torch.tensor([len(prompt) - 1])  # on the CPU, from where it indexes any device
+        logits = next(run.read(batch, [last]))
+        while True:
+            token = logits[0, -1].argmax()
+            generated.append(int(token))
+            if len(generated) == count or generated[-1] in ends:
+                return np.array(generated, np.int32)
+            logits = run.go_on(token[None, None].to(device))
+
+
+def _end_tokens(model: Any) -> set[int]:
+    """The tokens that end a text."""
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        end = getattr(config, "eos_token_id", None)
+        if end is not None:
+            return set(end) if isinstance(end, list | tuple) else {int(end)}
+    return set()
+
+
+class StepRecorder(TensorRecorder):
+    """Stores a sequence whose end is decoded token by token, each layer when the last token is.
+
+    A layer's first call holds the prompt; each later one a query, and the keys and values that the
+    cache holds for it, of which the last are its own. Each is kept once. All layers of one sequence
+    are held on the CPU meanwhile.
+    """
+
+    def start(self, batch: Sequence[RecordedSequence]) -> None:
+        """What the next forward passes hold: one sequence."""
+        super().start(batch)
+        self._calls: dict[torch.nn.Module, list[AttentionCall]] = {}
+        self._lengths: dict[torch.nn.Module, int] = {}
+
+    def __call__(self, call: AttentionCall) -> None:
+        """Keep what a call adds to its layer."""
+        layer = self._layers.get(call.module)
+        if layer is None:
+            return
+        before = self._lengths.get(call.module, 0)
+        count = call.query.shape[-2]
+        if before and count != 1:
+            raise RetraceError(f"{call.path} called attention twice for a sequence.")
+        if before == 0:
+            self._check(call, layer.rules)
+        elif not _sees_all(call, before, layer.rules):
+            raise RetraceError(
+                f"{call.path} has other keys in its cache than its queries see by the rules of the "
+                "trace: capture this model without generate."
+            )
+        self._lengths[call.module] = before + count
+        added = replace(
+            call,
+            # Copies, since a view of the last keys would keep all of them.
+            query=_copy(call.query),
+            key=_copy(call.key[:, :, -count:]),
+            value=_copy(call.value[:, :, -count:]),
+            output=_copy(call.output),
+            mask=None,
+        )
+        self._calls.setdefault(call.module, []).append(added)
+
+    def finish(self) -> None:
+        """Store every layer of the sequence."""
+        for module, calls in self._calls.items():
+            layer: AttentionLayer = self._layers[module]
+            joined = replace(
+                calls[0],
+                query=torch.cat([call.query for call in calls], dim=2),
+                key=torch.cat([call.key for call in calls], dim=2),
+                value=torch.cat([call.value for call in calls], dim=2),
+                output=torch.cat([call.output for call in calls], dim=1),
+            )
+            self._recorded.add(layer.index)
+            self._store(joined, layer)
+        self._calls = {}
+        super().finish()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _sees_all(call: AttentionCall, position: int, rules: LayerRules) -> bool:
+    """Whether the query at `position` sees the keys of its cache that the rules let it see."""
+    keys = call.key.shape[-2]  # the last ones: a cache with a window drops the first
+    first = position + 1 - keys
+    hidden = rules.first_visible(position) - first
+    if first < 0 or hidden < 0:
+        return False
+    if call.mask is None:
+        return hidden == 0
+    expected = torch.arange(keys, device=call.mask.device) >= hidden
+    return bool((call.mask == expected).all())

@@ -1,0 +1,173 @@
+"""What a capture will hold, settled before anything is recorded."""
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrace.analyze.replay.approximation import Approximation
+from retrace.capture.attention.recorder import AttentionLayer
+from retrace.capture.model.loading import Checkpoint
+from retrace.capture.reading.sequences import Reading
+from retrace.capture.recording.output import Output
+from retrace.capture.settings import CaptureSettings
+from retrace.traces import (
+    LayerRules,
+    RetraceError,
+    TraceWriter,
+    create_trace,
+    open_trace,
+    prompts,
+    resume_trace,
+    tensor_bytes,
+)
+
+PACKAGES = ("retrace-attention", "torch", "transformers", "datasets", "zarr", "numpy")
+COMPARED = ("model", "tokenizer", "task", "capture")
+"""Attributes that a capture must have in common with the one that it resumes."""
+UNSAID = {"model": ("weights",), "tokenizer": ("prefix",)}
+"""What is in them that earlier versions did not say."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a trace holds but the tensors."""
+
+    rules: dict[int, LayerRules]
+    tokens: list[npt.NDArray[np.int32]]
+    phases: list[npt.NDArray[np.int8]]
+    query_positions: list[npt.NDArray[np.int32]]
+    dtype: str
+    attributes: dict[str, Any]
+
+    @property
+    def generates(self) -> bool:
+        """Whether some positions are decoded one by one."""
+        return self._prompts[0] is not None
+
+    @property
+    def approximates(self) -> bool:
+        """Whether a method is in the loop."""
+        return "approximation" in self.attributes["capture"]
+
+    def prompt(self, sequence: int) -> int | None:
+        """Positions of a sequence that are read at once, before any is decoded; None where the
+        capture decodes nothing."""
+        return self._prompts[sequence]
+
+    @cached_property
+    def _prompts(self) -> list[int | None]:
+        return prompts(self.phases)
+
+    def bytes(self) -> int:
+        """Bytes of the tensors."""
+        return tensor_bytes(self.rules, self.tokens, self.query_positions, self.dtype)
+
+    def open(self, output: Output) -> TraceWriter:
+        """Begin the trace, or go on with one of the same plan."""
+        everything = {
+            "rules": self.rules,
+            "tokens": self.tokens,
+            "phases": self.phases,
+            "query_positions": self.query_positions,
+            "dtype": self.dtype,
+        }
+        if output.resumes:
+            there = open_trace(output.writing).attributes
+            compared = {name: self.attributes[name] for name in COMPARED}
+            compared |= {name: _as_said(self.attributes, there, name) for name in UNSAID}
+            return resume_trace(output.writing, attributes=compared, **everything)  # type: ignore[arg-type]
+        return create_trace(
+            output.writing,
+            attributes=self.attributes,
+            diverges=self.approximates,
+            **everything,  # type: ignore[arg-type]
+        )
+
+
+def recorded_layers(
+    layers: Mapping[int, AttentionLayer], settings: CaptureSettings
+) -> dict[int, AttentionLayer]:
+    """The layers to record, ascending."""
+    wanted = sorted(set(layers if settings.layers is None else settings.layers))
+    missing = [index for index in wanted if index not in layers]
+    if missing:
+        raise RetraceError(
+            f"{settings.pretrained} has no attention in layer {', '.join(map(str, missing))}; it "
+            f"has some in {', '.join(map(str, layers))}."
+        )
+    return {index: layers[index] for index in wanted}
+
+
+def describe(
+    settings: CaptureSettings,
+    checkpoint: Checkpoint,
+    model: Any,
+    reading: Reading,
+    layers: Mapping[int, AttentionLayer],
+    approximation: Approximation | None,
+    weights: str,
+) -> dict[str, Any]:
+    """The trace's attributes, as JSON gives them back; `weights` is the digest of the model's."""
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None) or max(layers) + 1
+    tokenizer = checkpoint.tokenizer
+    attributes = {
+        "model": {
+            "pretrained": settings.pretrained,
+            "revision": getattr(checkpoint.config, "_commit_hash", None) or settings.revision,
+            "architecture": type(model).__name__,
+            "model_type": model.config.model_type,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "layers": count,
+            "weights": weights,
+        }
+        | ({} if checkpoint.adapter is None else {"adapter": checkpoint.adapter.facts}),
+        "tokenizer": {
+            "class": type(tokenizer).__name__,
+            "vocabulary": len(tokenizer),
+        }
+        | reading.begins,
+        "task": reading.task,
+        "capture": {
+            "limit": settings.limit,
+            "max_length": reading.max_length,
+            "layers": None if settings.layers is None else sorted(set(settings.layers)),
+            "queries": settings.queries,
+        }
+        | ({"generate": settings.generate} if settings.generate else {})
+        | ({"approximation": approximation.facts} if approximation else {}),
+        "unrecorded_layers": [i for i in range(count) if i not in layers],
+        "position_encoding": getattr(config, "rope_parameters", None),
+        "batch_size": settings.batch_size,
+        "device": str(model.device),
+        "versions": {"python": sys.version.split()[0], **_versions()},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(attributes, default=str))
+    return plain
+
+
+def _as_said(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> Any:
+    """An attribute of ours, less what theirs leaves unsaid."""
+    said = theirs.get(name)
+    return {
+        key: value
+        for key, value in ours[name].items()
+        if key not in UNSAID[name] or not isinstance(said, Mapping) or key in said
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,1 @@
+"""What methods in the loop cost, as tables and a picture."""

@@ -1,0 +1,312 @@
+"""`retrace analyze`: replay methods against a trace and print what they come to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from retrace.cli.command import Command
+from retrace.cli.config import CONFIG
+from retrace.cli.parameters import (
+    AGAIN,
+    DEVICE,
+    LAYERS,
+    NO_CACHE,
+    PROTOCOL,
+    SCHEDULER,
+    SPEC,
+    WORKERS,
+    least_position,
+    numbers,
+    one_of,
+)
+from retrace.cli.progress import busy, progress_bar
+from retrace.cli.screen import (
+    note,
+    on_terminal,
+    plural,
+    print_facts,
+    print_json,
+    print_table,
+    print_words,
+    say,
+    size,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from retrace.analyze import Estimate, Results
+    from retrace.traces import Location
+
+MOST_TABLES = 12
+"""Methods and budgets that have a table of their own on stdout, before the means of all."""
+
+
+@click.command(
+    "analyze",
+    cls=Command,
+    interrupted="Layers of sequences that were finished are kept: the same command goes on there.",
+    epilog="""\b
+Example:
+  retrace analyze traces/pythia-70m-wikitext.zarr --method quest:page=32 --topk 10,50
+  retrace analyze --method 'quest:page={8,16,32}' --topk 10,50
+  retrace analyze --method exact --method ./mine.py:Mine --format json | jq '.[0]'""",
+)
+@click.argument("trace", type=click.Path(), required=False)
+@click.option(
+    "--method",
+    type=SPEC,
+    multiple=True,
+    default=("exact",),
+    help="Method to replay, such as quest, quest:page=32 or ./mine.py:Mine; may be repeated; "
+    "exact by default. `retrace methods` lists them; `all` is every one of them.",
+)
+@click.option(
+    "--topk",
+    type=numbers,
+    default="10",
+    show_default=True,
+    metavar="10,20,50",
+    help="Budgets: keys per query and head.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Folder for the results; results/<trace> by default. What it holds already is not "
+    "computed again, unless the code that it comes from changed.",
+)
+@PROTOCOL
+@click.option(
+    "--min-context",
+    type=least_position,
+    metavar="POSITION|each",
+    help="First position whose query counts, for all budgets alike: 10 times the largest by "
+    "default, or what the results in --out began with; `each` counts from 10 k on for budget k, so "
+    "that each budget has queries of its own.",
+)
+@LAYERS
+@click.option(
+    "--calibration",
+    "calibration_sequences",
+    type=numbers,
+    metavar="3,7-9",
+    help="Sequences that methods are calibrated on, and none is evaluated on; the last quarter by "
+    "default, if a method needs calibration.",
+)
+@DEVICE
+@WORKERS
+@SCHEDULER
+@click.option(
+    "--part",
+    type=one_of,
+    metavar="I/N",
+    help="Do only the I-th of N parts of the work, as jobs of a batch system do, and keep it in "
+    "--out; `retrace merge` puts the parts together.",
+)
+@NO_CACHE
+@AGAIN
+@click.option("--overwrite", is_flag=True, help="Throw away the results that --out holds.")
+@click.option(
+    "--format",
+    type=click.Choice(["table", "markdown", "json", "csv"]),
+    help="What to print on stdout: layers as a table or in Markdown, or every head and metric as "
+    "JSON or CSV. By default table on a terminal, else markdown.",
+)
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Say on stderr where the time went: reading, exact attention, and each method's building, "
+    "search and metrics.",
+)
+@click.option(
+    "--skip-damaged",
+    is_flag=True,
+    help="Read all of the trace first, and leave out the sequences of which something is damaged.",
+)
+@click.option("--no-plots", is_flag=True, help="Draw no plots.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what is left to do, what of the trace it reads, how many operations the exact pass "
+    "takes and how long all of it, by a slice that is replayed; and do nothing.",
+)
+@CONFIG
+def command(
+    trace: str | None,
+    method: tuple[str, ...],
+    topk: tuple[int, ...],
+    out: Path | None,
+    no_cache: bool,
+    format: str | None,
+    profile: bool,
+    no_plots: bool,
+    part: tuple[int, int] | None,
+    dry_run: bool,
+    **settings: Any,
+) -> None:
+    """Replay methods against TRACE, without its model, and print how near they come.
+
+    Without TRACE, the newest one here or in ./traces.
+    """
+    from retrace.analyze import analyze, estimate, parse_specs
+    from retrace.traces import locate
+
+    specs, every = parse_specs(method)
+    place = newest_trace() if trace is None else locate(trace)
+    out = Path("results", place.stem) if out is None else out
+    if dry_run:
+        if settings.pop("executor") is not None:
+            raise click.UsageError(
+                "--dry-run measures this machine and knows nothing of a cluster's: leave out "
+                "--scheduler."
+            )
+        cost = estimate(
+            place, method, topk, out=out, keep_exact=not no_cache, part=part, **settings
+        )
+        print_estimate(cost, format)
+        return
+    with progress_bar() as progress:
+        results = analyze(
+            place,
+            method,
+            topk,
+            out=out,
+            keep_exact=not no_cache,
+            profile=profile,
+            progress=progress,
+            announce=note_plan,
+            part=part,
+            **settings,
+        )
+    if part is not None:
+        note(f"Part {part[0]} of {part[1]} is in {out}: `retrace merge {out}` when all are.")
+        return
+    there = [name for name in map(str, specs) if name in results.methods()]
+    print_results(results, there, sorted(set(topk)), format or default_format())
+    if profile:
+        print_profile(results)
+    note(f"Results: {out}")
+    if not no_plots:
+        with busy("Drawing"):
+            plots = results.plot(out / "plots")
+        note(f"Plots: {out / 'plots'} ({plural(len(plots), 'picture')})")
+    _note_kept_answers(place)
+    named = {str(spec) for spec in specs} - every
+    if results.run["missing"] or not named <= set(there):
+        click.get_current_context().exit(1)
+
+
+def note_plan(cost: "Estimate") -> None:
+    """Say on stderr what a run will take, before it does."""
+    note(
+        f"Plan: {plural(cost.tasks, 'layer')} of sequences, {plural(cost.units, 'kv head')}; reads "
+        f"{size(cost.bytes)}; {cost.operations:,} operations of the exact pass; about "
+        f"{cost.seconds:,.0f} s on {plural(cost.workers, 'worker')}."
+    )
+
+
+def print_estimate(cost: "Estimate", form: str | None) -> None:
+    """Print what a run will take."""
+    if form == "json":
+        print_json(cost.to_json())
+        return
+    print_facts(
+        [
+            (
+                "Left",
+                f"{plural(cost.tasks, 'layer')} of sequences, {plural(cost.units, 'kv head')}",
+            ),
+            ("Reads", size(cost.bytes)),
+            ("Exact pass", f"{cost.operations:,} operations"),
+            ("Takes", f"about {cost.seconds:,.1f} s on {plural(cost.workers, 'worker')}"),
+        ]
+    )
+
+
+def newest_trace() -> "Location":
+    """The trace that was captured last, here or in ./traces."""
+    from retrace.traces import find_traces
+
+    found = find_traces(".")
+    if not found:
+        raise click.UsageError(
+            "There is no trace here or in ./traces: name one, or make one with `retrace capture`."
+        )
+    note(f"Analyzing {found[-1]}, the newest trace here.")
+    return found[-1]
+
+
+def print_results(
+    results: "Results", methods: Sequence[str], topk: Sequence[int], form: str
+) -> None:
+    """Print what these methods came to at these budgets; others that the folder holds are not
+    asked for."""
+    from retrace.analyze.units.costs import is_charged
+
+    if form in ("json", "csv"):
+        rows = results.metrics
+        rows = rows[rows["method"].isin(list(methods)) & rows["topk"].isin(list(topk))]
+        charged = {method: is_charged(results.run, method) for method in methods}
+        rows = rows.assign(charged=rows["method"].map(charged))
+        if form == "json":
+            print_json(rows.to_dict("records"))
+        else:
+            say(rows.to_csv(index=False), nl=False)
+        return
+    pairs = [(method, k) for method in methods for k in topk if k in results.topk(method)]
+    from retrace.analyze.results import PREDICTS
+
+    over = results.queries_words()
+    for method, k in pairs if len(pairs) <= MOST_TABLES else ():
+        table = results.layers(method, k)
+        print_figures(f"{method}, top-k {k}", table, form, over[method, k])
+    print_figures(results.summary_title(), results.summary(methods, topk), form)
+    print_words(PREDICTS)
+
+
+def print_figures(title: str, table: "pd.DataFrame", form: str, over: str = "") -> None:
+    """Print a table of figures and words, as a table or in Markdown; `over` says which
+    queries."""
+    lines = [
+        [cell if isinstance(cell, str) else f"{cell:.4f}" for cell in line]
+        for line in table.itertuples(index=False)
+    ]
+    if form == "table":
+        print_table(list(table.columns), lines, title=f"{title}, {over}" if over else title)
+    else:
+        cells = [list(table.columns), ["---"] * len(table.columns), *lines]
+        say(f"### {title}\n")
+        if over:
+            say(f"{over.capitalize()}.\n")
+        say("\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n")
+
+
+def print_profile(results: "Results") -> None:
+    """Say on stderr where the time of the newest run went."""
+    table, run = results.profile(), results.run["history"][-1]
+    rows = [
+        [step, method, f"{seconds:.2f}", f"{of_wall:.1%}", f"{of_threads:.1%}"]
+        for step, method, seconds, of_wall, of_threads in table.itertuples(index=False)
+    ]
+    title = (
+        f"Where the {run['profile']['wall']:.1f} seconds of {run['when']} went "
+        f"({plural(run['profile']['workers'], 'worker')}, {run['device']})"
+    )
+    print_table(list(table.columns), rows, title=title, left=["Method"], err=True)
+
+
+def default_format() -> str:
+    """A table for people, Markdown for files."""
+    return "table" if on_terminal() else "markdown"
+
+
+def _note_kept_answers(trace: "Location") -> None:
+    from retrace.analyze.commands.analyze import exact_answers
+
+    folder = exact_answers(trace)
+    held = 0 if folder is None else sum(f.stat().st_size for f in folder.rglob("*.npz"))
+    if held:
+        note(f"Exact answers, kept for later runs: {folder} ({size(held)}; may be deleted)")

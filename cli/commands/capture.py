@@ -1,0 +1,163 @@
+"""`retrace capture`: run a model over text and store what its attention saw."""
+
+import ast
+import importlib.util
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from retrace.cli.command import TYPED, Command
+from retrace.cli.config import CONFIG
+from retrace.cli.parameters import SPEC, names, numbers
+from retrace.cli.progress import bars
+from retrace.cli.screen import note, plural, print_facts, size
+
+if TYPE_CHECKING:
+    from retrace.capture.recording.record import Progress, ShowProgress
+    from retrace.traces import Trace
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+@cache
+def setting_docs() -> dict[str, str]:
+    """The docstring of each field of `CaptureSettings`, read from its source: to import it takes
+    longer than a help page may."""
+    package = importlib.util.find_spec("retrace.capture")
+    assert package is not None and package.submodule_search_locations
+    source = Path(package.submodule_search_locations[0], "settings.py").read_text(encoding="utf-8")
+    settings = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "CaptureSettings"
+    )
+    docs = {}
+    for field, below in zip(settings.body, settings.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            docs[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    return docs
+
+
+def setting(*flags: str, **options: Any) -> Callable[[Decorated], Decorated]:
+    """An option that sets the field of `CaptureSettings` of its name, and is explained by it."""
+    name = flags[0].removeprefix("--").replace("-", "_")
+    return click.option(*flags, name, help=setting_docs()[name], **options)
+
+
+@click.command(
+    "capture",
+    cls=Command,
+    interrupted="What is finished is kept: go on with the same command and --resume "
+    "(without --overwrite).",
+    epilog="""\b
+Example:
+  retrace capture --pretrained EleutherAI/pythia-70m --tasks wikitext --limit 10
+  retrace capture --pretrained builtin:smollm2 --text notes.txt --max-length 1024
+  retrace capture --reference traces/notes.zarr --approximate quest:page=32 --topk 64
+  torchrun --nproc-per-node 8 -m retrace.cli capture --pretrained Qwen/Qwen3-8B --tasks wikitext""",
+)
+@setting("--pretrained", metavar="MODEL")
+@setting("--reference", type=click.Path(), metavar="TRACE")
+@setting("--tasks", type=names, metavar="NAME,...")
+@setting("--text", type=click.Path(), multiple=True, metavar="FILE")
+@setting("--data", type=click.Path(), metavar="PATH")
+@setting("--include-path", type=click.Path(), metavar="FOLDER")
+@setting("--num-fewshot", type=int, metavar="N")
+@setting("--limit", type=int, metavar="N")
+@setting("--generate", type=int, metavar="N")
+@setting("--batch-size", "--batch", type=int, metavar="N")
+@setting("--max-length", type=int, metavar="N")
+@setting("--dtype", metavar="NAME")
+@setting("--device", metavar="NAME")
+@setting("--layers", type=numbers, metavar="0,2,5-8")
+@setting("--queries", metavar="WHICH")
+@setting("--approximate", type=SPEC)
+@setting("--topk", type=int, metavar="K")
+@setting("--from-position", type=int, metavar="P")
+@setting("--dense-layers", type=numbers, metavar="0,1")
+@setting("--revision", metavar="NAME")
+@setting("--trust-remote-code", is_flag=True)
+@setting("--out", type=click.Path(), metavar="PATH")
+@setting("--overwrite", is_flag=True)
+@setting("--resume", is_flag=True)
+@CONFIG
+@click.pass_context
+def command(ctx: click.Context, /, **settings: Any) -> None:
+    """Run a model over text and store every layer's queries, keys and values in a trace.
+
+    Under torchrun the processes share the sequences of one trace, each on a GPU of its own.
+    """
+    from retrace.capture import Ranks, capture
+
+    # What was not given has its default in CaptureSettings.
+    given = {name: value for name, value in settings.items() if value is not None}
+    with progress_bar() as progress:
+        trace = capture(**given, command=ctx.meta[TYPED], progress=progress)
+    if not Ranks.from_environment().first:
+        return  # of several processes one prints
+    tokens = sum(trace.length(sequence) for sequence in trace.sequences)
+    print_facts(
+        [
+            ("Trace", str(trace.path)),
+            (
+                "Holds",
+                f"{plural(len(trace.layers), 'layer')} x "
+                f"{plural(len(trace.sequences), 'sequence')}, {plural(tokens, 'token')}, "
+                f"{size(trace.nbytes())} in {trace.attributes['dtype']}",
+            ),
+            ("Perplexity", f"{trace.perplexity():.2f}"),
+            ("Next", _next_command(trace)),
+        ]
+    )
+
+
+def _next_command(trace: "Trace") -> str:
+    """A command that analyzes the trace, with a budget that its sequences are long enough for."""
+    longest = max(trace.length(sequence) for sequence in trace.sequences)
+    budget = max(1, min(10, (longest - 1) // 10))
+    return shlex.join(
+        ["retrace", "analyze", str(trace.path), "--method", "exact", "--topk", str(budget)]
+    )
+
+
+@contextmanager
+def progress_bar() -> Iterator["ShowProgress"]:
+    """Shows how far a capture is, on stderr; nothing where that is no terminal."""
+    from retrace.capture import Ranks
+
+    with bars("{task.fields[facts]}", shown=Ranks.from_environment().first) as bar:
+        row = bar.add_task("", total=None, facts="")
+        begun = False
+
+        def show(progress: "Progress") -> None:
+            nonlocal begun
+            if progress.stage != "recording":
+                words = {"loading": "Loading model and text", "checking": "Checking the model"}
+                bar.update(row, description=words[progress.stage])
+                return
+            if not begun:  # what is there already says nothing about the speed
+                bar.reset(
+                    row,
+                    description="Recording",
+                    total=progress.total_tokens,
+                    completed=progress.tokens,
+                )
+                begun = True
+            bar.update(row, completed=progress.tokens)
+            speed = bar.tasks[0].speed
+            rate = "" if speed is None else f", {speed:,.0f} tokens/s"
+            bar.update(
+                row,
+                facts=f"{progress.sequences}/{progress.total_sequences} sequences{rate}, "
+                f"{size(progress.bytes)} of {size(progress.total_bytes)}",
+            )
+
+        yield show
+    if not begun and Ranks.from_environment().first:
+        note("Nothing was left to record.")

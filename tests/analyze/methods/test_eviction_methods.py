@@ -1,0 +1,101 @@
+"""What published eviction methods think of each key, against NumPy in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from retrace.analyze import Past
+from retrace.analyze.methods.base import EvictionMethod
+from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.units.unit import load_units
+from retrace.traces import LayerRules, Trace
+
+Array = npt.NDArray[np.float64]
+END = 41
+
+
+@pytest.fixture(params=[{"heads": 4}, {"heads": 4, "window": 9}], ids=["all", "window"])
+def trace(
+    request: Any, make_trace: Callable[..., Trace], rules: Callable[..., LayerRules]
+) -> Trace:
+    """One layer and one sequence."""
+    return make_trace([rules(**request.param)], [60])
+
+
+def past_of(trace: Trace, kv_head: int = 1) -> Past:
+    return Past(list(load_units(trace.layer(0), 0, torch.device("cpu")))[kv_head], 0, END)
+
+
+def attention(trace: Trace, kv_head: int) -> Array:
+    """Probabilities (group, queries, keys) of the first `END` positions."""
+    layer = trace.layer(0)
+    rules, group = layer.rules, layer.rules.group
+    query = layer.query(0).astype(np.float64)[kv_head * group : (kv_head + 1) * group, :END]
+    key = layer.key(0).astype(np.float64)[kv_head, :END]
+    back = np.arange(END)[:, None] - np.arange(END)
+    hidden = (back < 0) | (back >= (rules.window or END))
+    scores = np.where(hidden, -np.inf, rules.scale * query @ key.T)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def importance(spec: str, past: Past) -> Array:
+    method = parse_spec(spec).method
+    assert isinstance(method, EvictionMethod)
+    return method.importance(past).double().numpy()
+
+
+def test_snapkv(trace: Trace) -> None:
+    found = importance("snapkv:window=8,kernel=5", past_of(trace))
+    observed = attention(trace, 1)[:, -8:].mean(axis=1)
+    # What the window's own keys received is no neighbour's.
+    padded = np.pad(observed[:, :-8], ((0, 0), (2, 2)))
+    smoothed = np.stack([padded[:, i : i + 5].mean(axis=1) for i in range(END - 8)], axis=1)
+    np.testing.assert_allclose(found[:, :-8], smoothed, atol=1e-6)
+    assert (found[:, -8:] > found[:, :-8].max()).all()
+    assert (np.diff(found[:, -8:]) > 0).all()  # of a small budget the newest
+
+
+def test_snapkv_of_fewer_keys_than_its_window(trace: Trace) -> None:
+    assert importance("snapkv:window=64", past_of(trace)).shape == (2, END)
+
+
+def test_tova(trace: Trace) -> None:
+    last = [attention(trace, kv_head)[:, -1] for kv_head in range(2)]
+    for kv_head in range(2):
+        found = importance("tova", past_of(trace, kv_head))
+        np.testing.assert_allclose(found, np.concatenate(last).mean(axis=0), atol=1e-6)
+
+
+def test_h2o(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrace.analyze.methods.h2o.ROWS", 7)
+    probabilities = attention(trace, 1)
+    total = probabilities.sum(axis=1)
+    np.testing.assert_allclose(importance("h2o", past_of(trace)), total, atol=1e-5)
+    seen = (probabilities > 0)[0].sum(axis=0)
+    np.testing.assert_allclose(importance("h2o:mean=true", past_of(trace)), total / seen, atol=1e-5)
+
+
+def test_norm_and_direction(trace: Trace) -> None:
+    key = trace.layer(0).key(0).astype(np.float64)[1, :END]
+    norm = np.linalg.norm(key, axis=1)
+    np.testing.assert_allclose(importance("knorm", past_of(trace)), -norm, rtol=1e-5)
+    anchor = (key / norm[:, None]).mean(axis=0)
+    cosine = key @ anchor / norm / np.linalg.norm(anchor)
+    np.testing.assert_allclose(importance("keydiff", past_of(trace)), -cosine, atol=1e-5)
+
+
+def test_q_filters(trace: Trace) -> None:
+    method = parse_spec("q-filters").method
+    assert isinstance(method, EvictionMethod)
+    past = past_of(trace)
+    learned = method.calibrate([past])
+    queries = past.queries.double().numpy().reshape(-1, past.keys.shape[1])
+    direction = np.linalg.svd(queries, full_matrices=False)[2][0]
+    direction *= np.sign(queries.mean(axis=0) @ direction)
+    found = method.importance(Past(past.unit, 0, END, learned)).double().numpy()
+    np.testing.assert_allclose(found, past.keys.double().numpy() @ direction, atol=1e-5)

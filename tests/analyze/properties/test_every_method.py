@@ -1,0 +1,351 @@
+"""What every installed method must satisfy: a new one is covered as soon as it has a name."""
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from retrace.analyze import Method, ScoreMethod, analyze, method_names, parse_spec
+from retrace.analyze.methods.registry import parameter_fields
+from retrace.analyze.replay.calibration import calibration
+from retrace.analyze.selection.select import select
+from retrace.analyze.selection.states import Calibration, Protocol, States
+from retrace.analyze.units.selection import Selection
+from retrace.analyze.units.unit import Block, Unit, load_units
+from retrace.traces import LayerRules, Rotation, Trace
+
+MakeTrace = Callable[..., Trace]
+ROTATION = Rotation((1.0, 0.3, 0.1))
+"""Of six channels, so that some are not rotated."""
+KINDS = {
+    "grouped": {},
+    "own kv heads": {"kv_heads": 4},
+    "one kv head": {"kv_heads": 1},
+    "window": {"window": 21},
+    "chunk": {"chunk": 16},
+    "softcap": {"softcap": 8.0},
+    "sinks": {"sinks": (0.5, -1.0, 2.0, 4.0)},
+    "narrow values": {"value_dim": 3},
+    "everything": {"window": 30, "softcap": 8.0, "sinks": (0.0, 1.0, 2.0, 3.0), "value_dim": 5},
+}
+
+
+SMALL = {
+    "dsa-indexer": "heads=2,channels=5,steps=3",
+    "hashattention": "hidden=8,steps=3",
+    "hata": "bits=16,steps=3",
+    "infllm": "block=4,representatives=2,local=9,keep=sink:2+recent:4",
+    "kascade": "anchors=1,keys=5,queries=8",
+    "kivi": "size=4,residual=8",
+    "linear-completion": "features=4,sink=1,recent=3,steps=3",
+    "magicpig": "bits=3,tables=12,window=5",
+    "pariskv": "keep=sink:1+recent:2",
+    "retrieval-attention": "sink=2,near=4,links=4,ef_construction=6,ef=8,step=4",
+    "retroinfer": "size=3,sink=1,recent=4",
+    "rocketkv": "window=5,kernel=3,prompt=0.5",
+    "saap": "parts=6,hidden=8,steps=3,keep=sink:1+recent:3",
+    "shadowkv": "chunk=2,rank=5,outliers=2,local=1",
+    "squeezed": "clusters=0.3,observed=6",
+    "think": "window=5,recent=4",
+    "sparse-attention-hub": "maskers=SinkMasker:sink_size=2+LocalMasker:window_size=3+OracleTopK",
+    "vattention": "sink=2,recent=3,base=0.2",
+}
+"""Parameters of methods that keep or learn so much by default that nothing is left to find in the
+few keys of these traces, or that take long."""
+SPECS = [f"{name}:{SMALL[name]}" if name in SMALL else name for name in method_names()]
+
+
+@pytest.fixture(params=SPECS)
+def method(request: pytest.FixtureRequest) -> str:
+    """Every installed method whose dependencies are there."""
+    extra = type(parse_spec(request.param).method).extra
+    if extra is not None:
+        pytest.importorskip(extra, reason=f"{extra} is not installed")
+    return str(request.param)
+
+
+def layer_of(rules: Any, **changes: Any) -> LayerRules:
+    """Rules of a layer whose position encoding can be undone."""
+    layer: LayerRules = rules(**{"heads": 4, "kv_heads": 2, "rotation": ROTATION, **changes})
+    return layer
+
+
+def selections(
+    name: str, unit: Unit, protocol: str, ks: list[int], learned: Calibration, first: int, last: int
+) -> list[list[Selection]]:
+    """What a method selects for the queries of a unit from row `first` up to `last`, one by one."""
+    spec = parse_spec(name)
+    states = States(spec.method, unit, Protocol.parse(protocol), learned)
+    found = []
+    for row in range(first, last):
+        block = Block(unit, slice(row, row + 1))
+        for served in states.serve(block):
+            found.append(select(spec.method, served, block.part(served.rows), ks))
+    return found
+
+
+def attended(selection: Selection) -> list[list[list[int]]]:
+    """The keys attended at every budget, by head, of a selection for one query."""
+    heads = len(selection.ids)
+    counts = selection.attended.expand(-1, heads, 1)[..., 0].tolist()
+    return [
+        [[j for j in selection.ids[h, 0, : count[h]].tolist() if j >= 0] for h in range(heads)]
+        for count in counts
+    ]
+
+
+def learn(trace: Trace, name: str) -> Calibration:
+    """What a method learns from the trace's last sequence."""
+    last = trace.sequences[-1:]
+    return calibration(trace, parse_spec(name), last, trace.layers, torch.device("cpu"), False)
+
+
+@pytest.fixture
+def two_futures(
+    make_trace: MakeTrace,
+    rules: Any,
+    tensors: Any,
+    shared_traces: dict[str, Trace],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[int, list[Trace]]:
+    """By a position, two traces that differ after it alone, in all layers; written once for all
+    methods."""
+    layer = layer_of(rules)
+    rng = np.random.default_rng(4)
+    given = [tensors(layer, 64, rng) for _ in range(2)]
+    learnt = tensors(layer, 40, rng)
+
+    def trace(name: str, last: int) -> Trace:
+        asked = f"future {name} of {last}"
+        if asked not in shared_traces:
+            future = np.random.default_rng(len(name))
+            after = np.arange(64)[:, None] > last
+            changed = {
+                (i, 0): tuple(np.where(after, 5 * future.normal(size=t.shape), t) for t in tensor)
+                for i, tensor in enumerate(given)
+            }
+            shared_traces[asked] = make_trace(
+                [layer, layer],
+                [64, 40],
+                queries=[range(64), range(40)],
+                tensors={**changed, (0, 1): learnt, (1, 1): learnt},
+                name=str(tmp_path_factory.mktemp("futures") / name),
+            )
+        return shared_traces[asked]
+
+    return {last: [trace(name, last) for name in ("one", "other")] for last in (25, 46)}
+
+
+@pytest.mark.parametrize("protocol", ["all", "all:16", "prefix:20", "prefix:0.4"])
+def test_another_future_changes_no_figure(
+    two_futures: dict[int, list[Trace]], method: str, protocol: str
+) -> None:
+    """Figures of the queries up to a position, with two futures after it, in all layers."""
+    for last, traces in two_futures.items():
+        frames = []
+        for trace in traces:
+            learned = learn(trace, method)
+            # Figures of later queries may differ, so that single queries are compared.
+            frames.append(
+                [
+                    selections(method, unit, protocol, [2, 5], learned, 20, last + 1)
+                    for index in trace.layers
+                    for unit in load_units(trace.layer(index), 0, torch.device("cpu"))
+                ]
+            )
+        for ours, theirs in zip(*frames, strict=True):
+            for one, other in zip(ours, theirs, strict=True):
+                for a, b in zip(one, other, strict=True):
+                    assert attended(a) == attended(b)
+                    assert (a.output is None) == (b.output is None)
+                    if a.output is not None and b.output is not None:
+                        assert torch.equal(a.output, b.output)
+
+
+@pytest.mark.parametrize("protocol", ["all:16", "prefix:20"])
+def test_keys_that_come_later_change_no_selection(
+    make_trace: MakeTrace, rules: Any, method: str, protocol: str
+) -> None:
+    """Selections of early queries, with and without the rest of the sequence."""
+    layer = layer_of(rules)
+    trace = make_trace([layer, layer], [64, 40])
+    learned = learn(trace, method)
+    whole = list(load_units(trace.layer(1), 0, torch.device("cpu")))[1]
+    early = replace(
+        whole,
+        queries=whole.queries[:, :40],
+        positions=whole.positions[:40],
+        keys=whole.keys[:40],
+        values=whole.values[:40],
+    )
+    found = [
+        [
+            attended(s)
+            for query in selections(method, unit, protocol, [3], learned, 20, 40)
+            for s in query
+        ]
+        for unit in (whole, early)
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("protocol", ["all:16", "prefix:20"])
+@pytest.mark.parametrize("name", ["one kv head", "window", "chunk", "everything"])
+def test_keys_are_visible_ones_and_come_once(
+    make_trace: MakeTrace, rules: Any, method: str, name: str, protocol: str
+) -> None:
+    kind = layer_of(rules, **KINDS[name])
+    trace = make_trace([kind, kind], [64, 40])
+    learned = learn(trace, method)
+    for unit in load_units(trace.layer(1), 0, torch.device("cpu")):
+        rows = selections(method, unit, protocol, [1, 4, 9], learned, 20, 64)
+        for position, query in enumerate(rows, start=20):
+            for selection in query:
+                for heads in attended(selection):
+                    for ids in heads:
+                        assert len(set(ids)) == len(ids)
+                        assert all(kind.first_visible(position) <= j <= position for j in ids)
+                if selection.output is not None:
+                    assert selection.output.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [*((name, "all:16") for name in KINDS), ("grouped", "prefix:20"), ("everything", "prefix:20")],
+)
+def test_figures_on_every_kind_of_layer(
+    make_trace: MakeTrace, rules: Any, method: str, name: str, protocol: str
+) -> None:
+    """Layers of 4 heads in 2 groups, changed in one thing."""
+    kind = layer_of(rules, **KINDS[name])
+    trace = make_trace([kind, kind], [64, 40, 30])
+    budgets = [1, 3, 8, 64]
+    rows = analyze(
+        trace,
+        [method],
+        budgets,
+        protocol=protocol,
+        min_context=20,
+        calibration_sequences=[2],
+        keep_exact=False,
+    ).metrics
+    assert set(rows["head"]) == set(range(kind.heads))
+    found = rows.pivot_table(index=["layer", "head", "topk"], columns="metric", values="mean")
+    assert not found[["recall", "error_norm", "attention_fraction", "density"]].isna().any().any()
+    assert (found["recall"] <= 1 + 1e-6).all() and (found["density"] <= 1 + 1e-6).all()
+    assert (found["bytes_ratio"] > 0).all() and (found["error_norm"] >= 0).all()
+    own: Method = parse_spec(method).method
+    at = {k: found.xs(k, level="topk") for k in budgets}
+    # A larger budget may count a smaller share of a larger set, but never holds less mass.
+    if isinstance(own, ScoreMethod):
+        for less, more in itertools.pairwise(budgets):
+            lost = at[less]["attention_fraction"] - at[more]["attention_fraction"]
+            assert lost.max() < (1e-5 if not own.keep.recent_share else 1.0)
+    if own.complete:
+        np.testing.assert_allclose(at[64]["recall"], 1)
+        if kind.sinks is None:
+            np.testing.assert_allclose(at[64]["attention_fraction"], 1, atol=1e-5)
+        np.testing.assert_allclose(at[64]["error_norm"], 0, atol=2e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_blocks_and_single_queries_agree(
+    make_trace: MakeTrace, rules: Any, method: str, device: str
+) -> None:
+    """The answer to a query does not depend on which others it is answered with."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    trace = make_trace([layer_of(rules), layer_of(rules)], [64, 40], seed=3)
+    protocol = Protocol.parse("prefix:20")
+    spec, learned = parse_spec(method), learn(trace, method)
+    target = torch.device(device)
+    moved = {at: {n: t.to(target) for n, t in own.items()} for at, own in learned.items()}
+    for unit in load_units(trace.layer(1), 0, target):
+        single = selections(method, unit, "prefix:20", [4], moved, 20, 64)
+        block = Block(unit, slice(20, 64))
+        together = []
+        for served in States(spec.method, unit, protocol, moved).serve(block):
+            (whole,) = select(spec.method, served, block.part(served.rows), [4])
+            counts = whole.attended.expand(1, *whole.ids.shape[:2])
+            for row in range(whole.ids.shape[1]):
+                together.append(
+                    [
+                        {j for j in whole.ids[h, row, : int(counts[0, h, row])].tolist() if j >= 0}
+                        for h in range(len(whole.ids))
+                    ]
+                )
+        alone = [[set(ids) for ids in attended(s)[0]] for (s,) in single]
+        differing = sum(a != b for a, b in zip(alone, together, strict=True))
+        # Products of other shapes may round another way and turn a tie, and no more.
+        assert differing <= len(alone) // 10
+
+
+def test_spec_round_trip(method: str) -> None:
+    spec = parse_spec(method)
+    listed = ",".join(
+        f"{name}={value}" for name, value in spec.parameters.items() if value is not None
+    )
+    again = parse_spec(f"{spec.name}:{listed}")
+    assert again.method == spec.method
+    assert str(again) == str(spec) == str(parse_spec(str(spec)))
+
+
+def test_every_method_says_what_it_is(method: str) -> None:
+    own = type(parse_spec(method).method)
+    assert own.__doc__ and own.source
+    assert all(field.metadata.get("help") for field in parameter_fields(own))
+    assert own.extra is None or importlib.util.find_spec(own.extra)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "budget=top-p:0.9",
+        "budget=fraction:0.25",
+        "budget=threshold:2",
+        "pool=sum-softmax",
+        "pool=layer-sum",
+        "keep=sink:2+recent:3",
+        "output=mean-fill",
+        "output=true-denominator",
+    ],
+)
+def test_shared_parts_can_be_overridden(
+    make_trace: MakeTrace, rules: Any, method: str, override: str
+) -> None:
+    if not isinstance(parse_spec(method).method, ScoreMethod):
+        pytest.skip(f"{method} is no score method: what it shares is its own business")
+    trace = make_trace([layer_of(rules), layer_of(rules)], [64, 40, 30])
+    spec = f"{method}{',' if ':' in method else ':'}{override}"
+    if override.partition("=")[0] + "=" in method:
+        pytest.skip(f"{method} sets that already")
+    rows = analyze(
+        trace, [spec], [6], min_context=20, calibration_sequences=[2], keep_exact=False
+    ).metrics
+    means = rows[rows.metric.isin(["recall", "error_norm", "density"])]["mean"]
+    assert not means.isna().any()
+
+
+def test_results_do_not_depend_on_companions(
+    make_trace: MakeTrace, rules: Any, method: str
+) -> None:
+    trace = make_trace([layer_of(rules), layer_of(rules)], [64, 40, 30])
+    alone, beside = (
+        analyze(
+            trace,
+            methods,
+            [3, 6],
+            min_context=20,
+            calibration_sequences=[2],
+            keep_exact=False,
+        ).metrics
+        for methods in ([method], ["exact:keep=sink:1", method])
+    )
+    beside = beside[beside["method"] == str(parse_spec(method))].reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone, beside)

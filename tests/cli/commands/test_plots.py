@@ -1,0 +1,155 @@
+"""Plots of results of every size: one layer or eighty, budgets for which no query counts."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from retrace.analyze import Results
+from retrace.analyze.metrics.buckets import BUCKETED
+from retrace.analyze.outputs.plots.positions import position_figures
+from retrace.analyze.outputs.plots.results import draw_all, slug
+from retrace.analyze.outputs.plots.sweeps import SHOWN, sweep_figures
+from retrace.analyze.results import POSITION_COLUMNS
+
+PNG = b"\x89PNG"
+
+
+def some_results(
+    layers: int, heads: int, methods: list[str], topk: list[int], empty: tuple[int, ...] = ()
+) -> Results:
+    """Random figures; none where no query counts, at the budgets in `empty`."""
+    generator = np.random.default_rng(0)
+    metrics = ["recall", "error_norm", "attention_fraction", "exact_attention_fraction"]
+    metrics.append("bytes_ratio")
+    rows = []
+    for method, layer, head, k, metric in itertools.product(
+        methods, range(layers), range(heads), topk, metrics
+    ):
+        mean, std = (np.nan, np.nan) if k in empty else generator.random(2)
+        rows.append((method, layer, f"layers.{layer}", head, k, metric, mean, std, 9, "all", "10k"))
+    names = ["method", "layer", "module", "head", "topk", "metric", "mean", "std", "count"]
+    frame = pd.DataFrame(rows, columns=[*names, "protocol", "min_context"])
+    curves = frame[frame["metric"].isin(metrics[2:4])]
+    return Results(frame, curves, {"min_context": None, "protocol": "all:256"})
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "methods", "topk", "empty"),
+    [
+        (1, 1, ["exact"], [1], ()),
+        (3, 2, ["exact", "quest:page=8"], [5, 10, 20, 50], ()),
+        (3, 2, ["window"], [5, 10], (10,)),
+        (2, 2, ["exact", "random"], [10], (10,)),
+        (80, 2, [f"a-method:of={i},with=a,very=long,list=of,parameters=all" for i in range(6)],
+         [10], ()),
+    ],
+    ids=["smallest", "budgets", "some-nan", "all-nan", "large"],
+)  # fmt: skip
+def test_every_figure_is_drawn(
+    tmp_path: Path,
+    layers: int,
+    heads: int,
+    methods: list[str],
+    topk: list[int],
+    empty: tuple[int, ...],
+) -> None:
+    files = draw_all(some_results(layers, heads, methods, topk, empty), tmp_path / "plots")
+    # All budgets of a method up to three, else the largest.
+    heatmaps = len(methods) * (len(topk) if len(topk) <= 3 else 1)
+    assert len(files) == len(set(files)) == heatmaps + 5
+    assert all(file.read_bytes().startswith(PNG) for file in files)
+
+
+def swept_results(parameters: dict[str, dict[str, object]]) -> Results:
+    results = some_results(2, 2, list(parameters), [5, 10])
+    facts = {m: {"name": m.split(":")[0], "parameters": p} for m, p in parameters.items()}
+    return Results(results.metrics, results.curves, {**results.run, "methods": facts})
+
+
+def test_figures_over_a_parameter() -> None:
+    grid: dict[str, dict[str, object]] = {
+        f"quest:page={page},pool={pool}": {"page": page, "pool": pool, "keep": "none"}
+        for page in (32, 8, 16)
+        for pool in ("none", "sum")
+    }
+    results = swept_results({**grid, "window": {"keep": "none"}})
+    assert results.names() == ["quest", "window"]
+    table = results.parameters("quest")
+    assert list(table.loc["quest:page=8,pool=sum"]) == [8, "sum", "none"]
+    figures = sweep_figures(results)
+    assert list(figures) == [("quest", "page"), ("quest", "pool")]
+    panels = figures["quest", "page"].axes
+    assert len(panels) == 2 * len(SHOWN)  # a row for each way to pool
+    line = panels[0].get_lines()[0]
+    rows = results.metrics
+    rows = rows[(rows["metric"] == "error_norm") & (rows["topk"] == 5)]
+    means = rows.groupby("method")["mean"].mean()
+    assert np.asarray(line.get_xdata()).tolist() == [8, 16, 32]
+    assert np.asarray(line.get_ydata()).tolist() == [
+        means[f"quest:page={p},pool=none"] for p in (8, 16, 32)
+    ]
+    assert line.get_label() == "k = 5"
+    assert panels[0].get_xscale() == "log"
+    assert figures["quest", "pool"].axes[0].get_xscale() == "linear"
+
+
+def test_bars_over_sequences() -> None:
+    grid: dict[str, dict[str, object]] = {f"quest:page={p}": {"page": p} for p in (8, 16)}
+    results = swept_results(grid)
+    rows = results.metrics.drop(columns=["std", "protocol", "min_context"])
+    each = pd.concat([rows.assign(sequence=s, mean=rows["mean"] + s / 10) for s in range(4)])
+    results = Results(results.metrics, results.curves, results.run, each)
+    axes = sweep_figures(results)["quest", "page"].axes[0]
+    drawn = [path.vertices[0, 1] for bars in axes.collections for path in bars.get_paths()]
+    known = results.intervals("model", metrics=["error_norm"])
+    assert len(drawn) == 4  # a bar for each page and budget
+    assert sorted(drawn) == pytest.approx(sorted(known["low"]))
+
+
+def test_no_figure_where_all_else_differs() -> None:
+    assert not sweep_figures(
+        swept_results({"a:b=1,c=1": {"b": 1, "c": 1}, "a:b=2,c=2": {"b": 2, "c": 2}})
+    )
+
+
+def test_global_state_is_left_alone(tmp_path: Path) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    draw_all(some_results(2, 2, ["exact"], [3]), tmp_path)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_names_of_files() -> None:
+    assert slug("quest") == "quest"
+    assert slug("mine.py:Mine:a=1,b=sink:4+recent:64") == "mine.py-Mine-a=1-b=sink-4+recent-64"
+    long = [slug(f"m:a={'x' * 300},b={i}") for i in range(2)]
+    assert long[0] != long[1] and max(map(len, long)) < 140
+
+
+def test_figures_over_positions(tmp_path: Path) -> None:
+    """A line for each method, through the means of the buckets that there are."""
+    results = some_results(3, 2, ["exact", "quest"], [5, 10, 20, 50])
+    rows = results.metrics[results.metrics["metric"].isin(BUCKETED)]
+    generator = np.random.default_rng(1)
+    results.positions = pd.concat(
+        rows.assign(axis=axis, first=first, mean=rows["topk"] / 50 * generator.random(), count=9)
+        for axis, firsts in (("position", [50, 64, 128]), ("distance", [0, 1, 2, 4]))
+        for first in firsts
+    ).astype(POSITION_COLUMNS)
+    figures = position_figures(results)
+    assert list(figures) == ["position", "distance"]
+    panels = figures["distance"].axes
+    assert len(panels) == 9  # three metrics, three of the budgets
+    means = results.positions.groupby(["axis", "metric", "topk", "method", "first"], observed=True)
+    of = means["mean"].mean()
+    for axes, (metric, k) in zip(panels, itertools.product(BUCKETED, [5, 20, 50]), strict=True):
+        for line, method in zip(axes.lines, ["exact", "quest"], strict=True):
+            np.testing.assert_allclose(line.get_ydata(), of["distance", metric, k, method])
+            assert list(line.get_xdata()) == [0.5, 1, 2.5, 5.5]
+            assert max(line.get_ydata()) <= axes.get_ylim()[1]
+    names = {file.name for file in draw_all(results, tmp_path / "plots")}
+    assert {"by-position.png", "by-distance.png"} <= names

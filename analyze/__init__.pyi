@@ -18,9 +18,9 @@ from .methods.registry import method_class as method_class
 from .methods.registry import method_names as method_names
 from .methods.registry import parse_spec as parse_spec
 from .methods.registry import parse_specs as parse_specs
+from .metrics.registry import METRICS as METRICS
 from .recommendation.recommendation import Recommendation as Recommendation
 from .replay.forecast import Estimate as Estimate
-from .results import METRICS as METRICS
 from .results import Results as Results
 from .units.past import Past as Past
 from .units.unit import HeadGroup as HeadGroup

@@ -15,6 +15,7 @@ from retrace.analyze.damage import without_damaged
 from retrace.analyze.exact.reference import ReferenceStore
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.methods.registry import Methods, MethodSpec, missing_libraries, parse_specs
+from retrace.analyze.outputs.plots.results import PLOTS
 from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.engine import Plan, Replayed
@@ -24,7 +25,7 @@ from retrace.analyze.replay.parts import PARTS, Job, KeptParts, clear_finished, 
 from retrace.analyze.replay.settings import Settings
 from retrace.analyze.replay.tasks import Progress, replay_all
 from retrace.analyze.replay.trials import Trials, able_to_learn
-from retrace.analyze.results import PLOTS, Results
+from retrace.analyze.results import Results
 from retrace.analyze.selection.select import CostError
 from retrace.analyze.tables.build import tabulate
 from retrace.analyze.tables.folder import SAVED, SAVING, finish_saving
@@ -194,7 +195,7 @@ def analyze(
             parts, missing = replay_all(job, tasks, store, clock, pool, there, kept, progress)
         wall, names = time.perf_counter() - start, [str(method.spec) for method in wanted]
         spent = clock.facts(wall, count, names)
-        results = tabulate(job, parts, missing, spent)
+        results = Results(**vars(tabulate(job, parts, missing, spent)))
         if part is not None:
             return results
         if before is not None:
@@ -235,7 +236,7 @@ def settle(
     else:
         budgets = settings.count_alike(budgets)
     if folder is not None and before is not None:
-        settings.check_same(before, folder)
+        settings.check_same(before.run, folder)
     return settings, *_still_wanted(settings, specs, budgets, before, again)
 
 

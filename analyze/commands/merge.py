@@ -48,7 +48,7 @@ def _merged(places: Sequence[Path], methods: Sequence[str]) -> Results:
     missing = [kept for digest, kept in runs.items() if digest not in saved]
     for parts in missing:
         if results is not None:
-            parts[0].job.settings.check_same(results, places[0])
+            parts[0].job.settings.check_same(results.run, places[0])
         newer = _whole(parts)
         results = newer if results is None else results.merged(newer)
     assert results is not None
@@ -77,7 +77,7 @@ def _whole(everywhere: Sequence[KeptParts]) -> Results:
     spent = clock.facts(
         sum(clock.seconds.values()), 1, [str(method.spec) for method in job.plan.methods]
     )
-    return tabulate(job, {at: part.tallies for at, part in parts.items()}, {}, spent)
+    return Results(**vars(tabulate(job, {at: p.tallies for at, p in parts.items()}, {}, spent)))
 
 
 def _what_is_missing(missing: list[tuple[int, int]], tasks: list[tuple[int, int]]) -> str:

@@ -12,8 +12,6 @@ AXES = {
     "prefix:P, since the last time that states were built anew under all:R",
 }
 """What queries are told apart by, by name."""
-BUCKETED = ("recall", "attention_fraction", "error_norm")
-"""Metrics whose means are kept bucket by bucket."""
 
 MOST_BUCKETS = 32
 """Of an axis: positions and distances are below 2^31."""

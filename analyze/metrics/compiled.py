@@ -1,12 +1,14 @@
 """All metrics of a selection, list by list, straight into moments over queries."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from retrace.analyze.compiled import compiled, compiled_sums
-from retrace.analyze.metrics.buckets import BUCKETED
+from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED, BY_NAME
 from retrace.analyze.units.compiled_scores import score
 
 Bools = NDArray[np.bool_]
@@ -14,16 +16,23 @@ Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
-AT_ALL = (
-    "recall",
-    "attention_fraction",
-    "exact_attention_fraction",
-    "attended_recall",
-    "candidate_recall",
+RECALL = AT_ALL.index("recall")
+FRACTION = AT_ALL.index("attention_fraction")
+EXACT_FRACTION = AT_ALL.index("exact_attention_fraction")
+ATTENDED_RECALL = AT_ALL.index("attended_recall")
+CANDIDATE_RECALL = AT_ALL.index("candidate_recall")
+TOP1_HIT = AT_ALL.index("top1_hit")
+ERROR_NORM = AT_POINTS.index("error_norm")
+DENSITY = AT_POINTS.index("density")
+BYTES_RATIO = AT_POINTS.index("bytes_ratio")
+EVERY_QUERYS = tuple(i for i, metric in enumerate(AT_ALL) if BY_NAME[metric].every_query)
+"""Of `AT_ALL`, those that every query has."""
+TOLD = tuple(
+    ((AT_ALL if at_all else AT_POINTS).index(metric), at_all)
+    for metric in BUCKETED
+    for at_all in (metric in AT_ALL,)
 )
-AT_POINTS = ("error_norm", "density", "bytes_ratio")
-RECALL, FRACTION, EXACT_FRACTION, ATTENDED_RECALL, CANDIDATE_RECALL = range(5)
-ERROR_NORM, DENSITY, BYTES_RATIO = range(3)
+"""Where each of `BUCKETED` is found: its place, and whether that is in `AT_ALL`."""
 COUNT, MEAN, SQUARES = range(3)
 LEAST_LOG = -1e300
 """Lower than the log of any probability, and finite."""
@@ -31,185 +40,177 @@ VANISHING = -600.0
 """Probabilities with lower logs lose digits in float64, or vanish."""
 
 
+class Asked(NamedTuple):
+    """What is asked of a block's queries."""
+
+    ks: Tensor
+    """Budgets (budgets,), ascending."""
+    points: Tensor
+    """Which of them have an error norm and a cost (points,)."""
+    counted_budgets: Tensor
+    """How many budgets each query (queries,) counts for: the first."""
+    counted_points: Tensor
+    """How many points."""
+    buckets: Tensor
+    """The bucket that each query is in on each axis (axes, queries)."""
+    visible: Tensor
+    """Keys that each query sees (queries,)."""
+
+
+class Listed(NamedTuple):
+    """The keys that a method attends."""
+
+    ids: Tensor
+    """(group, queries, listed), -1 only at the end."""
+    attended: Tensor
+    """How many of a list each budget reaches (group or 1, queries or 1, budgets)."""
+    besides: Tensor
+    """How many of them come besides the budget (queries or 1,)."""
+    sink: int
+    """Keys before this position did not have to be found."""
+    first_given: Tensor
+    """Nor those from these on (queries, budgets or 1); nothing if none."""
+
+
+class Exactly(NamedTuple):
+    """What exact attention answers, and what its scores come from."""
+
+    best: Tensor
+    """The best keys (group, queries, ranks)."""
+    first_budgets: Tensor
+    """The first budget that a key of each rank counts for (ranks + 1,)."""
+    logs: Tensor
+    """log of the probability of each of the best keys, float64."""
+    probabilities: Tensor
+    masses: Tensor
+    """Attention mass on the first 0, 1, ... of them (group, queries, ranks + 1) float64."""
+    output: Tensor
+    """(group, queries, value channels) float32."""
+    queries: Tensor
+    """(group, queries, channels) float32."""
+    keys: Tensor
+    """(keys, channels) float32."""
+    values: Tensor
+    """(keys, value channels) float32."""
+    log_normalizer: Tensor
+    """log of each softmax's denominator (group, queries) float64."""
+    scale: float
+    """Factor of inner products."""
+    bound: float
+    """Bound of scores, 0 for none."""
+
+
+class Answered(NamedTuple):
+    """How the method's output comes of what is attended, and what it reads."""
+
+    renormalised: bool
+    """Whether it is divided by what is attended."""
+    log_besides: Tensor
+    """log of the mass in the denominator besides (group, queries) float64."""
+    share: Tensor
+    """Share of the output that attended keys have (points, group, queries) float64; nothing where
+    they have all."""
+    fill: Tensor
+    """What has the rest (queries, value channels)."""
+    errors: Tensor
+    """Error norms (points, group, queries), where the method gave the output itself; else
+    nothing."""
+    bytes_each: float
+    """Of an attended key and value."""
+    bytes_full: float
+    """Of one that is read in full."""
+    bytes_aux: Tensor
+    """Read to find keys (queries,) float64."""
+
+
+class Summed(NamedTuple):
+    """Counts, means and sums of squared deviations over queries."""
+
+    at_all: Doubles
+    """(group, `AT_ALL`, 3, budgets)."""
+    at_points: Doubles
+    """(group, `AT_POINTS`, 3, points)."""
+    by_bucket: Doubles
+    """Of the queries in each bucket of each axis (axes, buckets, group, `BUCKETED`, 3, points)."""
+    every_error: Floats
+    """The error norm of every query (group, points, queries), NaN where it does not count."""
+    limits: Doubles
+    """The largest number that each metric can come to, of `AT_ALL` and of `AT_POINTS`."""
+    wrong: Ids
+    """Metric, head and query of the first figure that cannot be; -1 if there is none."""
+    wrong_number: Doubles
+    """That figure (1,)."""
+
+    @property
+    def refused(self) -> tuple[str, float, int, int] | None:
+        """The first figure that cannot be: its metric, the number, the head of the group and the
+        query; None if there is none."""
+        metric, head, query = self.wrong.tolist()
+        if metric < 0:
+            return None
+        return (*AT_ALL, *AT_POINTS)[metric], float(self.wrong_number[0]), head, query
+
+
 def moments(
-    *,
-    ks: Tensor,
-    points: Tensor,
-    counted: tuple[Tensor, Tensor],
-    buckets: Tensor,
-    visible: Tensor,
-    ids: Tensor,
-    attended: Tensor,
-    besides: Tensor,
-    given: tuple[int, Tensor],
-    exact: tuple[Tensor, Tensor, Tensor, Tensor],
-    output: Tensor,
-    scored: tuple[Tensor, Tensor, Tensor],
-    scoring: tuple[float, float],
-    values: Tensor,
-    mass: tuple[bool, Tensor],
-    filled: tuple[Tensor, Tensor] | None,
-    errors: Tensor | None,
-    read: tuple[float, float, Tensor],
-    most: tuple[float, ...],
-) -> tuple[Doubles, Doubles, Doubles, Floats, tuple[str, float, int, int] | None]:
-    """Counts, means and sums of squared deviations over queries: (group, `AT_ALL`, 3, budgets),
-    (group, `AT_POINTS`, 3, points) and, of the queries in each bucket of each axis,
-    (axes, buckets, group, `BUCKETED`, 3, points); and the error norm of every query (group, points,
-    queries), NaN where it does not count. Last, the first figure that cannot be, if there is any:
-    its metric, the number, the head of the group and the query.
-
-    Args:
-        ks: budgets (budgets,), ascending.
-        points: which of them have an error norm and a cost (points,).
-        counted: how many budgets, and how many points, each query (queries,) counts for: the first.
-        buckets: the bucket that each query is in on each axis (axes, queries).
-        visible: keys that each query sees (queries,).
-        ids: keys listed (group, queries, listed), -1 only at the end.
-        attended: keys of the list that each budget reaches (budgets, group or 1, queries or 1).
-        besides: how many of them come besides the budget (queries or 1,).
-        given: keys before this position, and from those (budgets or 1, queries) on, did not have
-            to be found.
-        exact: the best keys (group, queries, ranks), the log of the probability of each, the
-            probability, and the attention mass on the first 0, 1, ... of them, all float64.
-        output: of exact attention (group, queries, value channels) float32.
-        scored: queries (group, queries, channels) and keys (keys, channels) float32, and the log of
-            each softmax's denominator (group, queries) float64.
-        scoring: factor of their inner products, and the bound of scores (0 for none).
-        values: (keys, value channels) float32.
-        mass: whether outputs are divided by what is attended, and the log of the mass in the
-            denominator besides (group, queries) float64.
-        filled: share of the output that attended keys have (points, group, queries) float64, and
-            what has the rest (queries, value channels), where anything has.
-        errors: error norms (points, group, queries), where the method gave the output itself.
-        read: bytes of an attended key and value, of one that is read in full, and bytes read to
-            find them (queries,).
-        most: the largest number that each metric can come to, of `AT_ALL` and of `AT_POINTS`.
-    """
-    best, best_logs, best_probabilities, masses = exact
-    group, queries, _ = ids.shape
-    # The first budget that a key of each rank counts for.
-    first_budgets = torch.searchsorted(ks, torch.arange(best.shape[2] + 1), right=True)
-    at_all = np.zeros((group, len(AT_ALL), 3, len(ks)))
-    at_points = np.zeros((group, len(AT_POINTS), 3, len(points)))
-    every_error = np.full((group, len(points), queries), np.nan, np.float32)
-    size = int(buckets.max()) + 1
-    by_bucket = np.zeros((len(buckets), size, group, len(BUCKETED), 3, len(points)))
-    wrong, wrong_number = np.full(3, -1), np.zeros(1)
-    share, fill = filled or (torch.ones(0, 1, 1, dtype=torch.float64), torch.zeros(0, 1))
-    _moments(
-        _plain(ks),
-        _plain(points),
-        _plain(counted[0]),
-        _plain(counted[1]),
-        _plain(buckets),
-        _plain(visible),
-        _plain(ids),
-        _plain(first_budgets),
-        _plain(attended.movedim(0, -1)),
-        _plain(besides),
-        given[0],
-        _plain(given[1].T),
-        _plain(best),
-        _plain(best_logs),
-        _plain(best_probabilities),
-        _plain(masses),
-        _plain(output),
-        *(_plain(tensor) for tensor in scored),
-        *scoring,
-        _plain(values),
-        mass[0],
-        _plain(mass[1]),
-        _plain(share),
-        _plain(fill),
-        _plain(torch.zeros(0, 1, 1) if errors is None else errors),
-        read[0],
-        read[1],
-        _plain(read[2].double().expand(queries)),
-        at_all,
-        at_points,
-        by_bucket,
-        every_error,
-        np.array(most),
-        wrong,
-        wrong_number,
+    asked: Asked, listed: Listed, exact: Exactly, answered: Answered, limits: tuple[float, ...]
+) -> Summed:
+    """All metrics of a block's queries; `limits` are as in `Summed`."""
+    group, queries, _ = listed.ids.shape
+    axes, budgets, points = len(asked.buckets), len(asked.ks), len(asked.points)
+    size = int(asked.buckets.max()) + 1
+    summed = Summed(
+        np.zeros((group, len(AT_ALL), 3, budgets)),
+        np.zeros((group, len(AT_POINTS), 3, points)),
+        np.zeros((axes, size, group, len(BUCKETED), 3, points)),
+        np.full((group, points, queries), np.nan, np.float32),
+        np.array(limits),
+        np.full(3, -1),
+        np.zeros(1),
     )
-    metric, head, query = wrong.tolist()
-    refused = None
-    if metric >= 0:
-        refused = ((*AT_ALL, *AT_POINTS)[metric], float(wrong_number[0]), head, query)
-    return at_all, at_points, by_bucket, every_error, refused
+    _moments(_plain(asked), _plain(listed), _plain(exact), _plain(answered), summed)
+    return summed
 
 
-def _plain(tensor: Tensor) -> NDArray[np.generic]:
-    array: NDArray[np.generic] = tensor.contiguous().numpy()
-    return array
+def first_budgets(ks: Tensor, ranks: int) -> Tensor:
+    """The first budget that a key of each rank counts for (ranks + 1,)."""
+    return torch.searchsorted(ks, torch.arange(ranks + 1), right=True)
+
+
+def _plain(fields: Any) -> Any:
+    """The same tuple, its tensors as arrays."""
+    return type(fields)(*(f.contiguous().numpy() if isinstance(f, Tensor) else f for f in fields))
 
 
 @compiled
-def _moments(
-    ks: Ids,
-    points: Ids,
-    counted_budgets: Ids,
-    counted_points: Ids,
-    buckets: Ids,
-    visible: Ids,
-    ids: Ids,
-    first_budgets: Ids,
-    attended: Ids,
-    besides: Ids,
-    sink: int,
-    first_given: Ids,
-    best: Ids,
-    best_logs: Doubles,
-    best_probabilities: Doubles,
-    masses: Doubles,
-    output: Floats,
-    queries: Floats,
-    keys: Floats,
-    log_normalizer: Doubles,
-    scale: float,
-    bound: float,
-    values: Floats,
-    renormalised: bool,
-    log_besides: Doubles,
-    share: Doubles,
-    fill: Floats,
-    errors: Floats,
-    bytes_each: float,
-    bytes_full: float,
-    bytes_aux: Doubles,
-    at_all: Doubles,
-    at_points: Doubles,
-    by_bucket: Doubles,
-    every_error: Floats,
-    limits: Doubles,
-    wrong: Ids,
-    wrong_number: Doubles,
-) -> None:
-    """`moments`, with every argument an array of its own."""
-    group, rows, listed = ids.shape
+def _moments(asked: Any, listed: Any, exact: Any, answered: Any, summed: Any) -> None:
+    """`moments`, over arrays in place of tensors."""
+    ks, points, buckets, visible = asked.ks, asked.points, asked.buckets, asked.visible
+    ids, attended, first_given = listed.ids, listed.attended, listed.first_given
+    at_all, at_points, by_bucket = summed.at_all, summed.at_points, summed.by_bucket
+    values, share, fill = exact.values, answered.share, answered.fill
+    limits, wrong, wrong_number = summed.limits, summed.wrong, summed.wrong_number
+    group, rows, most_listed = ids.shape
     at_heads, at_queries, budgets = attended.shape
     reached = np.empty((group, budgets), np.int64)
     hits, wanted = np.empty(budgets, np.int64), np.empty(budgets, np.int64)
-    found = np.empty((5, budgets))
-    seen = np.empty((3, len(points)))
-    told = np.empty((len(BUCKETED), len(points)))
+    found = np.empty((len(AT_ALL), budgets))
+    seen = np.empty((len(AT_POINTS), len(points)))
     one_in = np.empty(budgets)
     one_in_points = np.empty(len(points))
     one_in_bucket = np.empty((len(buckets), len(points)))
+    told = np.empty(len(points))
     union_of = np.full(len(values), -1, np.int64)
     unions = np.empty(len(points))
     places = np.full(len(values), -1, np.int64)
-    ranks = np.empty(listed, np.int64)
-    logs, probabilities = np.empty(listed), np.empty(listed)
+    ranks = np.empty(most_listed, np.int64)
+    logs, probabilities = np.empty(most_listed), np.empty(most_listed)
     sums = np.empty(values.shape[1], np.float32)
     nothing = np.empty(0, np.int64)
-    anything_given = sink > 0 or len(first_given) > 0
+    anything_given = listed.sink > 0 or len(first_given) > 0
     for q in range(rows):
-        most, reads = counted_budgets[q], counted_points[q]
+        most, reads = asked.counted_budgets[q], asked.counted_points[q]
         given = first_given[q] if len(first_given) else nothing
-        extra = besides[q % len(besides)]
+        extra = listed.besides[q % len(listed.besides)]
         for h in range(group):
             count = _count(ids[h, q])
             reach = attended[h % at_heads, q % at_queries]
@@ -223,78 +224,102 @@ def _moments(
             _count_one(by_bucket[axis, buckets[axis, q], 0, 0, COUNT], one_in_bucket[axis, :reads])
         for h in range(group):
             walked = reached[h, most - 1] if most else 0
-            _rank(best[h, q], (q * group + h) * best.shape[2], places, ids[h, q, :walked], ranks)
-            _probabilities(
-                ids[h, q, :walked], ranks, best_logs[h, q], best_probabilities[h, q],
-                queries[h, q], keys, log_normalizer[h, q], scale, bound, logs, probabilities,
-            )  # fmt: skip
+            best = exact.best[h, q]
+            _rank(best, (q * group + h) * len(best), places, ids[h, q, :walked], ranks)
+            _probabilities(ids[h, q, :walked], ranks, exact, h, q, logs, probabilities)
             _recalls(
-                ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra, 0, nothing, hits
+                ids[h, q],
+                ranks,
+                exact.first_budgets,
+                ks[:most],
+                reached[h],
+                extra,
+                0,
+                nothing,
+                hits,
             )
             for b in range(most):
                 found[RECALL, b] = hits[b] / min(ks[b], visible[q])
             # As though all came besides: none that is attended is cut off.
             _recalls(
-                ids[h, q], ranks, first_budgets, ks[:most], reached[h], listed, 0, nothing, hits
+                ids[h, q],
+                ranks,
+                exact.first_budgets,
+                ks[:most],
+                reached[h],
+                most_listed,
+                0,
+                nothing,
+                hits,
             )
             for b in range(most):
                 found[ATTENDED_RECALL, b] = hits[b] / min(ks[b], visible[q])
             if anything_given:
                 _recalls(
-                    ids[h, q], ranks, first_budgets, ks[:most], reached[h], extra, sink, given, hits
+                    ids[h, q],
+                    ranks,
+                    exact.first_budgets,
+                    ks[:most],
+                    reached[h],
+                    extra,
+                    listed.sink,
+                    given,
+                    hits,
                 )
-                _wanted(best[h, q], ks[:most], sink, given, wanted)
+                _wanted(best, ks[:most], listed.sink, given, wanted)
                 for b in range(most):
                     # Not counted where nothing had to be found.
                     found[CANDIDATE_RECALL, b] = hits[b] / wanted[b] if wanted[b] else np.nan
                 _add_numbers(at_all[h, CANDIDATE_RECALL], found[CANDIDATE_RECALL, :most])
             _masses(probabilities, reached[h], found[FRACTION, :most])
             for b in range(most):
-                found[EXACT_FRACTION, b] = masses[h, q, ks[b]]
-            for metric in (RECALL, FRACTION, EXACT_FRACTION, ATTENDED_RECALL):
+                found[EXACT_FRACTION, b] = exact.masses[h, q, ks[b]]
+            _top1_hits(ranks[:walked], reached[h], found[TOP1_HIT, :most])
+            for metric in EVERY_QUERYS:
                 _add(at_all[h, metric], found[metric, :most], one_in)
-            if len(errors):
+            if len(answered.errors):
                 for p in range(reads):
-                    seen[ERROR_NORM, p] = errors[p, h, q]
+                    seen[ERROR_NORM, p] = answered.errors[p, h, q]
             else:
                 _error_norms(
-                    ids[h, q], logs, probabilities, values, output[h, q], reached[h],
-                    points[:reads], renormalised, log_besides[h, q],
+                    ids[h, q], logs, probabilities, values, exact.output[h, q], reached[h],
+                    points[:reads], answered.renormalised, answered.log_besides[h, q],
                     share[:, h % share.shape[1], q % share.shape[2]],
                     fill[q if len(fill) else 0 :], sums, seen[ERROR_NORM],
                 )  # fmt: skip
             # What is attended only grows, so that the last budget is the one to look at.
-            for metric in (RECALL, FRACTION, EXACT_FRACTION, ATTENDED_RECALL):
+            for metric in EVERY_QUERYS:
                 if most > 0:
                     _note_wrong(metric, found[metric, most - 1], limits, h, q, wrong, wrong_number)
-            whole = visible[q] * bytes_full
+            whole = visible[q] * answered.bytes_full
             for p in range(reads):
                 seen[DENSITY, p] = reached[h, points[p]] / visible[q]
-                seen[BYTES_RATIO, p] = (unions[p] * bytes_each + bytes_aux[q]) / whole
-            for metric in (ERROR_NORM, DENSITY, BYTES_RATIO):
+                seen[BYTES_RATIO, p] = (
+                    unions[p] * answered.bytes_each + answered.bytes_aux[q]
+                ) / whole
+                summed.every_error[h, p, q] = seen[ERROR_NORM, p]
+            for metric in range(len(seen)):
                 _add(at_points[h, metric], seen[metric, :reads], one_in_points)
                 for p in range(reads):
                     at = len(found) + metric
                     _note_wrong(at, seen[metric, p], limits, h, q, wrong, wrong_number)
-            for p in range(reads):  # in the order of `BUCKETED`
-                told[0, p] = found[RECALL, points[p]]
-                told[1, p] = found[FRACTION, points[p]]
-                told[2, p] = seen[ERROR_NORM, p]
-                every_error[h, p, q] = seen[ERROR_NORM, p]
-            for axis in range(len(buckets)):
-                for metric in range(len(BUCKETED)):
+            for i in range(len(TOLD)):
+                metric, at_budgets = TOLD[i]
+                for p in range(reads):
+                    told[p] = found[metric, points[p]] if at_budgets else seen[metric, p]
+                for axis in range(len(buckets)):
                     _add(
-                        by_bucket[axis, buckets[axis, q], h, metric],
-                        told[metric, :reads],
+                        by_bucket[axis, buckets[axis, q], h, i],
+                        told[:reads],
                         one_in_bucket[axis],
                     )
     for h in range(group):
-        for metric in (RECALL, FRACTION, EXACT_FRACTION, ATTENDED_RECALL):
+        for metric in EVERY_QUERYS:
             at_all[h, metric, COUNT] = at_all[0, RECALL, COUNT]
-        for metric in (ERROR_NORM, DENSITY, BYTES_RATIO):
+        for metric in range(len(seen)):
             at_points[h, metric, COUNT] = at_points[0, DENSITY, COUNT]
-        for metric in range(len(BUCKETED)):
-            by_bucket[:, :, h, metric, COUNT] = by_bucket[:, :, 0, 0, COUNT]
+        for i in range(len(TOLD)):
+            by_bucket[:, :, h, i, COUNT] = by_bucket[:, :, 0, 0, COUNT]
 
 
 @compiled
@@ -351,27 +376,29 @@ def _rank(best: Ids, base: int, places: Ids, ids: Ids, ranks: Ids) -> None:
 
 @compiled_sums
 def _probabilities(
-    ids: Ids,
-    ranks: Ids,
-    best_logs: Doubles,
-    best: Doubles,
-    query: Floats,
-    keys: Floats,
-    log_normalizer: float,
-    scale: float,
-    bound: float,
-    logs: Doubles,
-    probabilities: Doubles,
+    ids: Ids, ranks: Ids, exact: Any, head: int, query: int, logs: Doubles, probabilities: Doubles
 ) -> None:
-    """The exact probability of each listed key, and its log: of those without a rank from their
-    score."""
+    """The exact probability of each key that a query lists, and its log: of those without a rank
+    from their score."""
+    best, best_logs = exact.probabilities[head, query], exact.logs[head, query]
     for i in range(len(ids)):
         if ranks[i] < len(best):
             logs[i] = best_logs[ranks[i]]
             probabilities[i] = best[ranks[i]]
             continue
-        logs[i] = score(query, keys[ids[i]], scale, bound) - log_normalizer
+        found = score(exact.queries[head, query], exact.keys[ids[i]], exact.scale, exact.bound)
+        logs[i] = found - exact.log_normalizer[head, query]
         probabilities[i] = np.exp(logs[i])
+
+
+@compiled
+def _top1_hits(ranks: Ids, reached: Ids, hits: Doubles) -> None:
+    """1 where what a budget reaches of a list holds the best key, else 0."""
+    place = 0
+    while place < len(ranks) and ranks[place] > 0:
+        place += 1
+    for b in range(len(hits)):
+        hits[b] = 1.0 if place < reached[b] else 0.0
 
 
 @compiled

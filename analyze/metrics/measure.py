@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.exact.reference import Reference
-from retrace.analyze.metrics.buckets import AXES, BUCKETED
+from retrace.analyze.metrics.buckets import AXES
 from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import ROUNDING, most_of
+from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED
 from retrace.analyze.units.selection import Selection, where
 from retrace.analyze.units.unit import Block, Unit
 from retrace.traces import RetraceError
@@ -135,60 +136,74 @@ def tally(
     """
     if selection.ids.device.type != "cpu":
         return plain_tally(exact, selection, points, first, buckets)
-    from retrace.analyze.metrics.compiled import AT_ALL, AT_POINTS, moments
+    from retrace.analyze.metrics import compiled
 
     block, reference, unit = exact.block, exact.reference, exact.block.unit
-    attended, errors, filled = selection.attended, None, None
+    ks, attended = torch.tensor(selection.ks), selection.attended
+    errors, share, fill = torch.zeros(0, 1, 1), torch.zeros(0, 1, 1).double(), torch.zeros(0, 1)
     if selection.output is not None:
         errors = _error_norm(reference.output, selection.output)
     if selection.estimates is not None:
         share = _at(_prefixes(selection.estimates.double()), attended[points])
-        filled = share, unit.mean_values[block.positions]
+        fill = unit.mean_values[block.positions]
     counted = block.positions[:, None] >= first
     full = unit.group.key_bytes + unit.group.value_bytes
-    found = moments(
-        ks=torch.tensor(selection.ks),
-        points=torch.tensor(points),
-        counted=(counted.sum(dim=-1), counted[:, points].sum(dim=-1)),
-        buckets=buckets,
-        visible=block.visible_count,
-        ids=selection.ids,
-        attended=attended,
-        besides=torch.as_tensor(selection.besides).reshape(-1),
-        given=(selection.sink, _first_given(selection)),
-        exact=(
+    summed = compiled.moments(
+        compiled.Asked(
+            ks,
+            torch.tensor(points),
+            counted.sum(dim=-1),
+            counted[:, points].sum(dim=-1),
+            buckets,
+            block.visible_count,
+        ),
+        compiled.Listed(
+            selection.ids,
+            attended.movedim(0, -1),
+            torch.as_tensor(selection.besides).reshape(-1),
+            selection.sink,
+            _first_given(selection).T,
+        ),
+        compiled.Exactly(
             reference.ids,
+            compiled.first_budgets(ks, reference.ids.shape[-1]),
             exact.best_log_probabilities,
             exact.best_probabilities,
             exact.fractions,
+            reference.output,
+            block.queries,
+            unit.keys,
+            unit.values,
+            reference.log_normalizer,
+            unit.group.rules.scale,
+            unit.group.rules.softcap or 0.0,
         ),
-        output=reference.output,
-        scored=(block.queries, unit.keys, reference.log_normalizer),
-        scoring=(unit.group.rules.scale, unit.group.rules.softcap or 0.0),
-        values=unit.values,
-        mass=(not selection.true_denominator, _log_besides(unit, reference.log_normalizer)),
-        filled=filled,
-        errors=errors,
-        read=(
+        compiled.Answered(
+            not selection.true_denominator,
+            _log_besides(unit, reference.log_normalizer),
+            share,
+            fill,
+            errors,
             float(full if selection.attended_bytes is None else selection.attended_bytes),
             float(full),
-            torch.as_tensor(selection.aux_bytes),
+            torch.as_tensor(selection.aux_bytes).double().expand(len(block.positions)),
         ),
-        most=tuple(map(most_of, (*AT_ALL, *AT_POINTS))),
+        tuple(map(most_of, (*AT_ALL, *AT_POINTS))),
     )
-    if found[4] is not None:
-        metric, number, head, row = found[4]
+    if (refused := summed.refused) is not None:
+        metric, number, head, row = refused
         raise _refused(metric, number, block, head, row)
     at_all, at_points = (
         {metric: Moments(*part[:, i].transpose(1, 2, 0)) for i, metric in enumerate(names)}
-        for names, part in zip((AT_ALL, AT_POINTS), found[:2], strict=True)
+        for names, part in ((AT_ALL, summed.at_all), (AT_POINTS, summed.at_points))
     )
     if not selection.anything_given:
         del at_all["candidate_recall"]
     # (buckets, group, metrics, 3, points) of each axis
-    parts = found[2].transpose(0, 4, 1, 5, 3, 2)
+    parts = summed.by_bucket.transpose(0, 4, 1, 5, 3, 2)
     by_bucket = {axis: Moments(*part) for axis, part in zip(AXES, parts, strict=True)}
-    return Tallied(at_all, at_points, by_bucket, Histogram.of(found[3].transpose(1, 0, 2)))
+    errors_of = Histogram.of(summed.every_error.transpose(1, 0, 2))
+    return Tallied(at_all, at_points, by_bucket, errors_of)
 
 
 def plain_tally(
@@ -261,6 +276,7 @@ def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measu
         "attended_recall": _hits(exact, every, listed) / most,
         "attention_fraction": _at(_prefixes(logs.exp()), selection.attended),
         "exact_attention_fraction": exact.fractions[..., ks].movedim(-1, 0),
+        "top1_hit": _at(_prefixes((exact.ranks(ids) == 0).double()), selection.attended),
     }
     if selection.anything_given:
         best = exact.reference.ids[..., : selection.ks[-1]]

@@ -4,25 +4,16 @@ import numpy as np
 import numpy.typing as npt
 
 from retrace.analyze.metrics.moments import Moments
+from retrace.analyze.metrics.registry import BY_NAME
 
 ROUNDING = 1e-5
-"""What a share may come to above 1."""
-SHARES = frozenset(
-    (
-        "recall",
-        "attended_recall",
-        "candidate_recall",
-        "attention_fraction",
-        "exact_attention_fraction",
-        "density",
-    )
-)
-"""Metrics that are at most 1. None is below 0, or infinite."""
+"""What a share may come to above 1. No metric is below 0, or infinite."""
 
 
 def most_of(metric: str) -> float:
     """The largest number that a metric can come to."""
-    return 1.0 + ROUNDING if metric in SHARES else float(np.finfo(np.float64).max)
+    most = BY_NAME[metric].most
+    return float(np.finfo(np.float64).max) if most is None else most + ROUNDING
 
 
 def impossible(metric: str, moments: Moments) -> npt.NDArray[np.bool_]:

@@ -1,23 +1,21 @@
-"""Results as labelled arrays."""
+"""Figures as labelled arrays."""
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from retrace.analyze.metrics.buckets import AXES
 from retrace.analyze.optional import optional
-
-if TYPE_CHECKING:
-    from retrace.analyze.results import Results
+from retrace.analyze.tables.figures import Figures
 
 SUFFIX = {"mean": "", "std": "_std", "count": "_count"}
 """What stands behind a metric's name in the names of variables."""
 
 
-def to_xarray(results: "Results") -> Any:
-    """An xarray Dataset; see `Results.to_xarray`."""
+def to_xarray(results: Figures) -> Any:
+    """An xarray Dataset; see `Figures.to_xarray`."""
     xarray = optional("xarray", "pip install xarray", "A dataset")
     dataset = xarray.merge(
         [
@@ -35,7 +33,7 @@ def to_xarray(results: "Results") -> Any:
     return dataset.assign_attrs({name: str(value) for name, value in facts.items()})
 
 
-def _by_axis(results: "Results") -> Iterator[tuple[str, pd.DataFrame]]:
+def _by_axis(results: Figures) -> Iterator[tuple[str, pd.DataFrame]]:
     """The axes that queries are told apart by, with the rows of their buckets."""
     for axis in AXES:
         rows = results.positions[results.positions["axis"] == axis]

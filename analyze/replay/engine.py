@@ -25,6 +25,7 @@ from retrace.analyze.metrics.buckets import buckets_of
 from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.measure import ExactBlock, Tallied, tally
 from retrace.analyze.metrics.moments import Moments, empty
+from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, COMPARED
 from retrace.analyze.replay.clock import Charge, Clock
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.selection.select import select
@@ -345,9 +346,9 @@ def _side_by_side(parts: list[dict[str, Moments]]) -> dict[str, Moments]:
 
 def _fill_missing(tally: Tally, group: int) -> None:
     """A sequence too short for any query to count still has its place in the merge."""
-    for metric in ("recall", "attention_fraction", "exact_attention_fraction", "attended_recall"):
+    for metric in (metric for metric in AT_ALL if metric in COMPARED):
         tally.at_all.setdefault(metric, empty((len(tally.ks), group)))
-    for metric in ("error_norm", "density", "bytes_ratio"):
+    for metric in AT_POINTS:
         tally.at_points.setdefault(metric, empty((len(tally.topk), group)))
     if tally.errors is None:
         tally.errors = Histogram.empty((len(tally.topk), group))

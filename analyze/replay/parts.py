@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from retrace.analyze.methods.registry import recorded_spec
-from retrace.analyze.metrics.buckets import AXES, BUCKETED, MOST_BUCKETS
+from retrace.analyze.metrics.buckets import AXES, MOST_BUCKETS
 from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import impossible
+from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED
 from retrace.analyze.replay.clock import Charge, Clock
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.engine import Plan, Replayed, Tally
 from retrace.analyze.replay.settings import Settings
-from retrace.analyze.results import METRICS
 from retrace.analyze.selection.states import Cost
 from retrace.analyze.storage.npz import Arrays, read_arrays, write_arrays
 from retrace.analyze.storage.untrusted import read_facts
@@ -177,8 +177,8 @@ class KeptParts:
             index, kind, of = name.split(".")
             tally = tallies[int(index)]
             known, names, shape = {
-                "at_all": (tally.at_all, METRICS, (len(tally.ks),)),
-                "at_points": (tally.at_points, METRICS, (len(tally.topk),)),
+                "at_all": (tally.at_all, AT_ALL, (len(tally.ks),)),
+                "at_points": (tally.at_points, AT_POINTS, (len(tally.topk),)),
                 "by_bucket": (tally.by_bucket, AXES, (-1, len(tally.topk), len(BUCKETED))),
             }[kind]
             if of not in names or array.dtype != np.float64:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import cached_property
@@ -17,7 +17,6 @@ from retrace.analyze.provenance import engine
 from retrace.analyze.replay.calibration import calibration, calibration_name
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.engine import Replayed
-from retrace.analyze.results import Results
 from retrace.analyze.units.costs import SERVING_DTYPE
 from retrace.traces import RetraceError, Trace
 
@@ -125,9 +124,9 @@ class Settings:
             "serving_dtype": SERVING_DTYPE,
         }
 
-    def check_same(self, before: Results, folder: Path) -> None:
-        """Refuse to add to results of other facts."""
-        different = [name for name, value in self.facts().items() if before.run.get(name) != value]
+    def check_same(self, before: Mapping[str, Any], folder: Path) -> None:
+        """Refuse to add to results of other facts than `before`, a run's."""
+        different = [name for name, value in self.facts().items() if before.get(name) != value]
         if "calibration" in different:
             raise RetraceError(
                 f"{folder} holds results over other sequences than these, less those for "

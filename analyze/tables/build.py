@@ -11,14 +11,16 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from retrace.analyze.metrics.buckets import BUCKETED, first_of
+from retrace.analyze.metrics.buckets import first_of
 from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import impossible
+from retrace.analyze.metrics.registry import BUCKETED, MEDIAN
 from retrace.analyze.replay.engine import Tally
 from retrace.analyze.replay.parts import Job
-from retrace.analyze.results import COLUMNS, MEDIAN, POSITION_COLUMNS, SEQUENCE_COLUMNS, Results
 from retrace.analyze.selection.states import Cost
+from retrace.analyze.tables.columns import COLUMNS, POSITION_COLUMNS, SEQUENCE_COLUMNS
+from retrace.analyze.tables.figures import Figures
 from retrace.traces import RetraceError
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -30,8 +32,8 @@ def tabulate(
     parts: Mapping[tuple[int, int], list[Tally]],
     missing: Mapping[tuple[int, int], str],
     spent: dict[str, Any],
-) -> Results:
-    """Results with a row for every method, layer, head, budget and metric.
+) -> Figures:
+    """Figures with a row for every method, layer, head, budget and metric.
 
     `parts` are the tallies of each layer and sequence, in the order in which they merge, `missing`
     says why some are not there, and `spent` is what `Clock.facts` says of the run.
@@ -110,7 +112,7 @@ def tabulate(
         ],
     }
     each, along = _by_sequence(job, parts), _by_bucket(job, tallies)
-    return Results(join(points), join(curves), run, each, along)
+    return Figures(join(points), join(curves), run, each, along)
 
 
 def _by_layer(parts: Mapping[tuple[int, int], list[Tally]]) -> dict[int, list[Tally]]:

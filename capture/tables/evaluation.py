@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import pandas as pd
 
-from retrace.analyze.results import markdown_table
+from retrace.analyze.outputs.markdown import markdown_table
 from retrace.analyze.storage.untrusted import read_whole
 from retrace.traces import RetraceError
 from retrace.traces.storage.durable import make_folder, written_whole

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from retrace.analyze.results import markdown_table
+from retrace.analyze.outputs.markdown import markdown_table
 from retrace.analyze.storage.untrusted import read_whole
 from retrace.analyze.tables.intervals import interval_of_mean
 from retrace.traces import RetraceError

@@ -257,7 +257,7 @@ def print_results(
             say(rows.to_csv(index=False), nl=False)
         return
     pairs = [(method, k) for method in methods for k in topk if k in results.topk(method)]
-    from retrace.analyze.results import PREDICTS
+    from retrace.analyze.outputs.markdown import PREDICTS
 
     over = results.queries_words()
     for method, k in pairs if len(pairs) <= MOST_TABLES else ():

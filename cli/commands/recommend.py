@@ -105,7 +105,7 @@ def command(
     keep full attention. Without TRACE, the newest one here or in ./traces.
     """
     from retrace.analyze import recommend
-    from retrace.analyze.results import PREDICTS
+    from retrace.analyze.outputs.markdown import PREDICTS
     from retrace.traces import locate
     from retrace.traces.storage.lock import locked_file
 

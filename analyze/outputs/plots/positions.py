@@ -1,14 +1,15 @@
 """Pictures of figures by position, and by distance from the prefix that a state was built from."""
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from retrace.analyze.metrics.buckets import AXES, BUCKETED
+from retrace.analyze.metrics.buckets import AXES
+from retrace.analyze.metrics.registry import BUCKETED, BY_NAME
 from retrace.analyze.outputs.plots.style import (
     counted_words,
     legend,
@@ -18,28 +19,21 @@ from retrace.analyze.outputs.plots.style import (
     styles_of,
     wrapped,
 )
-
-if TYPE_CHECKING:
-    from retrace.analyze.results import Results
+from retrace.analyze.tables.figures import Figures
 
 BUDGETS = 3
 """Most budgets that one figure shows: the least, the largest and the middle one."""
 TICKS = 8
-TITLES = {
-    "recall": "recall@k",
-    "attention_fraction": "share of attention mass",
-    "error_norm": "||o - o'|| / ||o||",
-}
 LABELS = {"position": "position", "distance": "distance from the prefix"}
 
 
-def position_figures(results: "Results") -> dict[str, Figure]:
+def position_figures(results: Figures) -> dict[str, Figure]:
     """A figure for each axis that queries are told apart by, if the results hold any figure."""
     held = set(results.positions["axis"])
     return {axis: _along(results, axis) for axis in AXES if axis in held}
 
 
-def _along(results: "Results", axis: str) -> Figure:
+def _along(results: Figures, axis: str) -> Figure:
     """Panels of metrics by budgets; in each a line for every method, a point for every bucket."""
     rows = results.positions[results.positions["axis"] == axis]
     means: Any = rows.groupby(["metric", "topk", "method", "first"], observed=True)["mean"].mean()
@@ -78,12 +72,13 @@ def _along(results: "Results", axis: str) -> Figure:
         if row == 0:
             axes.set_title(f"k = {k}", fontsize="small")
         if column == 0:
-            axes.set_ylabel(TITLES[metric], fontsize="small")
+            axes.set_ylabel(BY_NAME[metric].axis, fontsize="small")
         if row == len(BUCKETED) - 1:
             axes.set_xlabel(LABELS[axis], fontsize="small")
     # When all panels of a row have their lines: limits that are set no longer follow them.
     for metric, axes in zip(BUCKETED, panels[:, 0], strict=True):
-        axes.set_ylim(0.0, 1.02 if metric != "error_norm" else None)
+        most = BY_NAME[metric].most
+        axes.set_ylim(0.0, None if most is None else 1.02 * most)
         plain_numbers(axes)
     _label_buckets(panels[0, 0], sorted(int(first) for first in rows["first"].unique()))
     legend(figure, *panels.flat)

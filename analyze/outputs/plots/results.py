@@ -1,14 +1,14 @@
 """Pictures of results: heat maps over layers and heads, curves over budgets, lines over layers.
 
 Figures are made without pyplot, so that no global state of matplotlib is touched and no display is
-needed. What is drawn is what `Results.metrics` and `Results.curves` hold.
+needed. What is drawn is what `Figures.metrics` and `Figures.curves` hold.
 """
 
 import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from retrace.analyze.metrics.registry import BY_LAYER, BY_NAME, Metric
 from retrace.analyze.outputs.plots.files import save_picture
 from retrace.analyze.outputs.plots.positions import position_figures
 from retrace.analyze.outputs.plots.style import (
@@ -32,12 +33,21 @@ from retrace.analyze.outputs.plots.style import (
     wrapped,
 )
 from retrace.analyze.outputs.plots.sweeps import sweep_figures
+from retrace.analyze.tables.figures import Figures
 from retrace.analyze.units.costs import serving_words, with_charge
 
-if TYPE_CHECKING:
-    from retrace.analyze.results import Results
-
 DPI = 130
+PLOTS = (
+    "attention-fraction-*.png",
+    "recall-by-layer.png",
+    "error-norm-by-layer.png",
+    "error-by-bytes.png",
+    "by-position.png",
+    "by-distance.png",
+    "sweep-*.png",
+)
+"""Names of the pictures that are drawn of results."""
+
 PANELS = 6
 """Most budgets that a figure over layers shows."""
 LAYER_GROUPS = 12
@@ -47,7 +57,7 @@ BANDS = 4
 LONGEST_SLUG = 120
 
 
-def draw_all(results: "Results", folder: Path) -> list[Path]:
+def draw_all(results: Figures, folder: Path) -> list[Path]:
     """Draw every plot of the results into a folder; returns the files, in the order drawn."""
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure] = {}
@@ -58,8 +68,9 @@ def draw_all(results: "Results", folder: Path) -> list[Path]:
             figures[name] = attention_fraction_heatmap(results, method, k)
     figures["attention-fraction-curves"] = attention_fraction_curves(results)
     figures["attention-fraction-curves-by-layer"] = attention_fraction_curves_by_layer(results)
-    figures["recall-by-layer"] = recall_by_layer(results)
-    figures["error-norm-by-layer"] = error_norm_by_layer(results)
+    for metric in BY_LAYER:
+        if (results.metrics["metric"] == metric).any():  # earlier results have fewer
+            figures[f"{metric.replace('_', '-')}-by-layer"] = by_layer(results, BY_NAME[metric])
     figures["error-by-bytes"] = error_by_bytes(results)
     for axis, figure in position_figures(results).items():
         figures[f"by-{axis}"] = figure
@@ -86,7 +97,7 @@ def slug(method: str) -> str:
     return name
 
 
-def attention_fraction_heatmap(results: "Results", method: str, topk: int) -> Figure:
+def attention_fraction_heatmap(results: Figures, method: str, topk: int) -> Figure:
     """Exact and approximate attention fraction of every layer and head, and their difference."""
     rows = results.metrics
     rows = rows[(rows["method"] == method) & (rows["topk"] == topk)]
@@ -121,7 +132,7 @@ def attention_fraction_heatmap(results: "Results", method: str, topk: int) -> Fi
     return figure
 
 
-def attention_fraction_curves(results: "Results") -> Figure:
+def attention_fraction_curves(results: Figures) -> Figure:
     """Attention fraction over budgets: means over heads and layers, with a band across layers."""
     curves = _Curves.of(results)
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
@@ -139,7 +150,7 @@ def attention_fraction_curves(results: "Results") -> Figure:
     return figure
 
 
-def attention_fraction_curves_by_layer(results: "Results") -> Figure:
+def attention_fraction_curves_by_layer(results: Figures) -> Figure:
     """Attention fraction over budgets, a panel for each layer or group of consecutive layers."""
     curves = _Curves.of(results)
     groups = _layer_groups(sorted(results.curves["layer"].unique()))
@@ -158,18 +169,7 @@ def attention_fraction_curves_by_layer(results: "Results") -> Figure:
     return figure
 
 
-def recall_by_layer(results: "Results") -> Figure:
-    """Recall of every method over layers: mean and standard deviation across heads."""
-    label = "recall@k: share of the\nexact top k keys returned"
-    return _by_layer(results, "recall", "Recall", label, most=1.0)
-
-
-def error_norm_by_layer(results: "Results") -> Figure:
-    """Error norm of every method over layers: mean and standard deviation across heads."""
-    return _by_layer(results, "error_norm", "Error norm", "||o - o'|| / ||o|| of the output o")
-
-
-def error_by_bytes(results: "Results") -> Figure:
+def error_by_bytes(results: Figures) -> Figure:
     """Error norm and lost attention mass against bytes read, a curve through a method's budgets:
     means over heads and layers, which is how methods compare at equal cost."""
     rows = results.metrics
@@ -197,7 +197,7 @@ def error_by_bytes(results: "Results") -> Figure:
                 label=wrapped(with_charge(results.run, method), 34),
             )
     for axes, label in zip(
-        panels, ("||o - o'|| / ||o|| of the output o", "attention mass lost"), strict=True
+        panels, (BY_NAME["error_norm"].axis, "attention mass lost"), strict=True
     ):
         axes.set_title(label, fontsize="small")
         axes.set_ylim(bottom=0.0)
@@ -220,7 +220,7 @@ class _Curves(NamedTuple):
     """In the order of the results, exact attention itself left out."""
 
     @classmethod
-    def of(cls, results: "Results") -> "_Curves":
+    def of(cls, results: Figures) -> "_Curves":
         rows = results.curves
         exact = rows[rows["metric"] == "exact_attention_fraction"]
         # Every method's rows hold it; those of one budget are the same.
@@ -279,7 +279,7 @@ def _draw_curves(axes: Axes, curves: _Curves, *, banded: bool) -> None:
         say_nothing_counts(axes)
 
 
-def _label_budgets(axes: Axes, results: "Results") -> None:
+def _label_budgets(axes: Axes, results: Figures) -> None:
     """Ticks at 1, 2, 5, 10, ... within the budgets that there are."""
     budgets = results.curves["topk"]
     least, most = int(budgets.min()), int(budgets.max())
@@ -293,11 +293,10 @@ def _label_budgets(axes: Axes, results: "Results") -> None:
         axes.set_xlim(least / 2, least * 2)
 
 
-def _by_layer(
-    results: "Results", metric: str, title: str, label: str, most: float | None = None
-) -> Figure:
-    rows = results.metrics[results.metrics["metric"] == metric]
-    known = results.intervals("layer", metrics=[metric]).dropna(subset="low")
+def by_layer(results: Figures, metric: Metric) -> Figure:
+    """A metric of every method over layers: mean and standard deviation across heads."""
+    rows = results.metrics[results.metrics["metric"] == metric.name]
+    known = results.intervals("layer", metrics=[metric.name]).dropna(subset="low")
     budgets = _chosen(sorted(int(k) for k in rows["topk"].unique()))
     layers = sorted(int(layer) for layer in rows["layer"].unique())
     methods = results.methods()
@@ -306,7 +305,7 @@ def _by_layer(
     figure, panels = panel_grid(len(budgets), width=width, height=2.9, columns=3)
     bars = "; bars: 95 % over sequences" if len(known) else ""
     figure.suptitle(
-        f"{title} by layer: mean and standard deviation across heads{bars}\n"
+        f"{metric.title} by layer: mean and standard deviation across heads{bars}\n"
         f"{counted_words(results)}",
         fontsize="medium",
     )
@@ -320,7 +319,9 @@ def _by_layer(
                 continue
             drawn = True
             share = (number + 0.5) / len(methods)
-            _draw_layers(axes, mean, std.loc[mean.index], styles[method], method, most, share)
+            _draw_layers(
+                axes, mean, std.loc[mean.index], styles[method], method, metric.most, share
+            )
             bounds = known[(known["method"] == method) & (known["topk"] == k)].set_index("layer")
             _draw_intervals(axes, mean, bounds, styles[method], share)
         axes.set_title(f"k = {k}", fontsize="small")
@@ -331,9 +332,9 @@ def _by_layer(
             axes.set_xticks(layers)
         if not drawn:
             say_nothing_counts(axes)
-    panels[0].set_ylim(bottom=0.0, top=None if most is None else 1.03 * most)
+    panels[0].set_ylim(bottom=0.0, top=None if metric.most is None else 1.03 * metric.most)
     plain_numbers(panels[0])
-    label_outer(panels, "layer", label)
+    label_outer(panels, "layer", metric.axis)
     legend(figure, *panels)
     return figure
 

@@ -3,7 +3,7 @@
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,9 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from retrace.analyze.replay.counting import Counting, number_of
-
-if TYPE_CHECKING:
-    from retrace.analyze.results import Results
+from retrace.analyze.tables.figures import Figures
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Of Okabe and Ito, which the colour-blind can tell apart; black is exact attention's."""
@@ -160,7 +158,7 @@ def wrapped(method: str, width: int) -> str:
     return "\n".join(re.sub(r"([:,]) ", r"\1", line) for line in lines)
 
 
-def counted_words(results: "Results") -> str:
+def counted_words(results: Figures) -> str:
     """How many queries the figures are over, and which."""
     counting, counts = Counting.recorded(results.run), results.queries()
     number = number_of(counts["least"].min(), counts["most"].max())

@@ -1,7 +1,7 @@
 """Pictures of sweeps: figures over the values of a method's parameter."""
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from matplotlib import colormaps
@@ -9,30 +9,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from retrace.analyze.metrics.registry import BY_NAME, SWEPT
 from retrace.analyze.outputs.plots.style import (
     counted_words,
     legend,
     plain_numbers,
     say_nothing_counts,
     space,
+    wrapped,
 )
+from retrace.analyze.tables.figures import Figures
 from retrace.analyze.units.costs import NOT_CHARGED, is_charged, serving_words
-
-if TYPE_CHECKING:
-    from retrace.analyze.results import Results
 
 ROWS = 6
 """Most combinations of the other parameters that one figure shows."""
-SHOWN = {
-    "error_norm": "error norm",
-    "recall": "recall@k",
-    "attention_fraction": "attention fraction",
-    "bytes_ratio": "bytes read over those\nof full attention",
-}
-"""Metrics that have a column of panels, and their titles."""
 
 
-def sweep_figures(results: "Results") -> dict[tuple[str, str], Figure]:
+def sweep_figures(results: Figures) -> dict[tuple[str, str], Figure]:
     """A figure for each method and parameter of which the results hold several values, other
     parameters being equal."""
     figures = {}
@@ -57,17 +50,17 @@ def _alike(table: pd.DataFrame, others: list[str]) -> dict[str, pd.DataFrame]:
 
 
 def _over_values(
-    results: "Results", name: str, parameter: str, others: list[str], rows: list[pd.DataFrame]
+    results: Figures, name: str, parameter: str, others: list[str], rows: list[pd.DataFrame]
 ) -> Figure:
     """A row of panels for each combination of the other parameters, a line for each budget."""
     shown = rows[:ROWS]
     methods = [str(method) for table in shown for method in table.index]
     rows_shown = results.metrics[results.metrics["method"].isin(methods)]
     means: Any = rows_shown.groupby(["method", "topk", "metric"])["mean"].mean()
-    known: Any = results.intervals("model", methods=methods, metrics=tuple(SHOWN))
+    known: Any = results.intervals("model", methods=methods, metrics=SWEPT)
     known = known.dropna(subset="low").set_index(["method", "topk", "metric"])
     budgets = sorted({k for method in methods for k in results.topk(method)})
-    figure = Figure(figsize=(2.9 * len(SHOWN), 2.3 * len(shown) + 1.0), layout="constrained")
+    figure = Figure(figsize=(2.9 * len(SWEPT), 2.3 * len(shown) + 1.0), layout="constrained")
     space(figure)
     bars = "; bars: 95 % over sequences" if len(known) else ""
     less = f"; {len(shown)} of {len(rows)} combinations" if len(shown) < len(rows) else ""
@@ -76,9 +69,9 @@ def _over_values(
         f"{counted_words(results)}",
         fontsize="medium",
     )
-    panels: Any = figure.subplots(len(shown), len(SHOWN), sharex=True, sharey="col", squeeze=False)
+    panels: Any = figure.subplots(len(shown), len(SWEPT), sharex=True, sharey="col", squeeze=False)
     places = _places(rows, parameter)
-    for (number, table), (column, metric) in itertools.product(enumerate(shown), enumerate(SHOWN)):
+    for (number, table), (column, metric) in itertools.product(enumerate(shown), enumerate(SWEPT)):
         axes = panels[number, column]
         drawn = False
         for i, k in enumerate(budgets):
@@ -109,7 +102,7 @@ def _over_values(
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize="small")
         if number == 0:
-            title = SHOWN[metric]
+            title = wrapped(BY_NAME[metric].axis, 24)
             if metric == "bytes_ratio":
                 title += f",\n{serving_words(results.run)}"
                 if not is_charged(results.run, methods[0]):

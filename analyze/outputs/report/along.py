@@ -8,7 +8,7 @@ import pandas as pd
 
 from retrace.analyze.metrics.buckets import AXES
 from retrace.analyze.outputs.report.packed import Packed
-from retrace.analyze.results import Results
+from retrace.analyze.tables.figures import Figures
 
 FIGURES = 3_000_000
 """Most figures of all methods of a page together; of more, it holds means over heads only."""
@@ -20,13 +20,13 @@ Places = dict[str, dict[str, dict[str, int]]]
 """Where the grids of a method are, by axis, metric and budget."""
 
 
-def fit(runs: Sequence[Results]) -> bool:
+def fit(runs: Sequence[Figures]) -> bool:
     """Whether the figures of every head fit the page."""
     return sum(len(run.positions) for run in runs) <= FIGURES
 
 
 def along(
-    results: Results, layers: list[int], heads: int, packed: Packed
+    results: Figures, layers: list[int], heads: int, packed: Packed
 ) -> tuple[dict[str, Any], dict[str, Places]]:
     """What all methods of results share, and the places of each one's grids.
 

@@ -7,11 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from retrace.analyze.metrics.registry import AT_ALL, BY_NAME, METRICS, Metric
+from retrace.analyze.outputs.markdown import PREDICTS
 from retrace.analyze.outputs.plots.style import DASHES, EXACT_STYLE, Style, styles_of
 from retrace.analyze.outputs.report.along import along, fit
 from retrace.analyze.outputs.report.intervals import ends_within, intervals_of
 from retrace.analyze.outputs.report.packed import Packed
-from retrace.analyze.results import METRICS, PREDICTS, Results
+from retrace.analyze.tables.figures import Figures
 from retrace.analyze.units.costs import serving_words, with_charge
 
 MEAN_BITS = 15
@@ -23,14 +25,6 @@ CURVE_POINTS = 40
 """Most points of a curve; budgets are spread evenly over their logarithm."""
 CURVE_FIGURES = 4_000_000
 """Most figures of all curves of a page together, so that a large model's page can be mailed."""
-CURVED = (
-    "recall",
-    "attended_recall",
-    "candidate_recall",
-    "attention_fraction",
-    "exact_attention_fraction",
-)
-"""Metrics that have curves."""
 EXACT = "exact"
 
 
@@ -43,7 +37,7 @@ class Entry(NamedTuple):
     """Exact attention's fraction, read off the other methods' rows where `exact` was not run."""
 
 
-def figures_of(results: Mapping[str, Results], packed: Packed) -> dict[str, Any]:
+def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]:
     """The index of a page: runs with their facts, and the methods with the places of their grids.
 
     A grid is (layers, heads) of its run, NaN where there is no figure; `packed` takes it.
@@ -67,7 +61,7 @@ def figures_of(results: Mapping[str, Results], packed: Packed) -> dict[str, Any]
         strict=True,
     )
     return {
-        "metrics": METRICS,
+        "metrics": {name: _of_page(metric) for name, metric in BY_NAME.items()},
         "predicts": PREDICTS,
         "runs": [
             {"name": name, "facts": run.run, "layers": part.layers, "modules": part.modules,
@@ -88,7 +82,13 @@ def figures_of(results: Mapping[str, Results], packed: Packed) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _entries(run: int, results: Results) -> Iterator[Entry]:
+def _of_page(metric: Metric) -> dict[str, Any]:
+    """What the page says of a metric, and how it draws it."""
+    told = ("title", "axis", "description", "most", "better", "bucketed")
+    return {name: getattr(metric, name) for name in told}
+
+
+def _entries(run: int, results: Figures) -> Iterator[Entry]:
     methods = results.methods()
     if EXACT not in methods:
         yield Entry(run, EXACT, True)
@@ -96,7 +96,7 @@ def _entries(run: int, results: Results) -> Iterator[Entry]:
         yield Entry(run, method, False)
 
 
-def _labels(entries: list[Entry], results: Mapping[str, Results]) -> list[str]:
+def _labels(entries: list[Entry], results: Mapping[str, Figures]) -> list[str]:
     """A method's spec, with what is not charged; of several results also which."""
     names, runs = list(results), [one.run for one in results.values()]
     words = [
@@ -118,10 +118,10 @@ def _styles(entries: list[Entry], labels: list[str]) -> dict[str, Style]:
     return {**styles_of(label for label in labels if label not in exact), **exact}
 
 
-def _curve_points(entries: list[Entry], runs: list[Results]) -> int:
+def _curve_points(entries: list[Entry], runs: list[Figures]) -> int:
     """How many points of each curve fit the page."""
     heads = [len(run.metrics[["layer", "head"]].drop_duplicates()) for run in runs]
-    one = len(CURVED) * sum(heads[entry.run] for entry in entries)
+    one = len(AT_ALL) * sum(heads[entry.run] for entry in entries)
     return int(np.clip(CURVE_FIGURES // max(1, one), 4, CURVE_POINTS))
 
 
@@ -136,7 +136,7 @@ class _Grids:
         self._curves: dict[tuple[str, str, int], int] = {}
 
     @classmethod
-    def of(cls, results: Results, points: int, packed: Packed) -> "_Grids":
+    def of(cls, results: Figures, points: int, packed: Packed) -> "_Grids":
         """Pack the grids of results."""
         names = results.metrics[["layer", "module"]].drop_duplicates("layer").sort_values("layer")
         heads = int(results.metrics["head"].max()) + 1
@@ -148,7 +148,7 @@ class _Grids:
                 "count": packed.add(grids._grid(part, "count")),
             }
         chosen = _thinned(results.curves, points)
-        for key, part in grids._parts(chosen, list(CURVED)):
+        for key, part in grids._parts(chosen, list(AT_ALL)):
             grids._curves[key] = packed.add(grids._grid(part, "mean"), CURVE_BITS)
         return grids
 
@@ -178,7 +178,7 @@ class _Grids:
             "curves": {
                 name: [curves.get((metric, k)) for k in curve_topk]
                 for name, metric in names.items()
-                if metric in CURVED
+                if metric in AT_ALL
             },
         }
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from retrace.analyze.metrics.registry import WITH_INTERVAL
 from retrace.analyze.outputs.report.packed import Packed
-from retrace.analyze.results import WITH_INTERVAL, Results
+from retrace.analyze.tables.figures import Figures
 from retrace.analyze.tables.intervals import HEAD, OVER, differences, intervals
 
 Ends = dict[str, dict[str, list[float]]]
@@ -26,7 +27,7 @@ ROWS = 500_000
 """Rows of sequences that pairs of methods are compared over at once."""
 
 
-def intervals_of(results: Results) -> tuple[dict[str, Ends], dict[str, dict[str, Ends]]]:
+def intervals_of(results: Figures) -> tuple[dict[str, Ends], dict[str, dict[str, Ends]]]:
     """Intervals by method, and those of a method's figures less an earlier method's, by both.
 
     None where they take more sequences than there are. Drawn from the same sequences for both, so
@@ -55,7 +56,7 @@ def intervals_of(results: Results) -> tuple[dict[str, Ends], dict[str, dict[str,
 
 
 def ends_within(
-    results: Results, layers: list[int], heads: int, packed: Packed
+    results: Figures, layers: list[int], heads: int, packed: Packed
 ) -> dict[str, Places]:
     """The places of the intervals of every layer's mean and, unless they are too many, of every
     head: grids (2, layers) and (2, layers, heads) of low and high ends, NaN where there is none."""

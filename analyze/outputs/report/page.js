@@ -4,22 +4,10 @@
 
 const at = (id) => document.getElementById(id);
 
-const METRICS = {
-  recall: { title: "Recall", axis: "recall@k", most: 1, better: 1 },
-  attended_recall: { title: "Attended recall", axis: "recall of all attended", most: 1, better: 1 },
-  candidate_recall: { title: "Candidate recall", axis: "candidate recall@k", most: 1, better: 1 },
-  error_norm: { title: "Error norm", axis: "error norm ||o − o'|| / ||o||", better: -1 },
-  attention_fraction: { title: "Attention fraction", axis: "share of attention mass", most: 1, better: 1 },
-  exact_attention_fraction: { title: "Exact attention fraction", axis: "share of attention mass", most: 1, better: 0 },
-  density: { title: "Density", axis: "keys attended / keys visible", most: 1, better: -1 },
-  bytes_ratio: { title: "Bytes", axis: "bytes read / bytes of full attention", better: -1 },
-  error_norm_median: { title: "Error norm, median", axis: "median of ||o − o'|| / ||o||", better: -1 },
-};
 const LOST = { title: "Lost attention mass", axis: "1 − attention fraction", better: -1 };
+// What curves are drawn over; `begin` adds the metrics among it.
 const AGAINST = {
   topk: { title: "budget k (keys per query and head)", words: "the budget" },
-  density: { title: METRICS.density.axis, words: "keys attended over keys visible" },
-  bytes_ratio: { title: METRICS.bytes_ratio.axis, words: "bytes read over those of full attention" },
   position: { title: "position of the query", words: "the query's position" },
   distance: { title: "distance from the index's prefix", words: "the query's distance from the prefix that a state may be built from" },
 };
@@ -29,10 +17,9 @@ const MARKERS = { o: ["circle", "●"], s: ["square", "■"], "^": ["triangle-up
 // Okabe and Ito's colours, lighter where the page is dark.
 const ON_DARK = { "#0072B2": "#4DA6E0", "#D55E00": "#F0803C", "#009E73": "#2CC29A", "#CC79A7": "#DF9CC1", black: "#F2F2F2" };
 const DIVERGING = ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"].map((c, i) => [i / 6, c]);
-const CURVED = ["attention_fraction", "recall", "error_norm"]; // metrics that have a plot of curves
 const DRAWN_AT_FIRST = 10;
 
-let index, figures;
+let index, figures, METRICS, CURVED; // of the metrics, those that have a plot of curves
 const chosen = { method: 0, other: null, metric: "attention_fraction", topk: 0, layer: null, head: null, against: "topk", drawn: new Set() };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -230,7 +217,7 @@ function drawMaps() {
   const first = grid(method, metric, topk), second = other && grid(other, metric, topk);
   const both = [first, second].flatMap((values) => (values ? [...values].filter(Number.isFinite) : []));
   const scale = { colours: "Viridis", least: 0, most: info.most ?? (end(both) || 1), title: info.axis };
-  at("heads-caption").textContent = `${info.title} (${index.metrics[metric]}) at k = ${topk}, mean over the queries that count. Choose a cell for that head's curves; with the keyboard, arrows move and Enter goes there.`
+  at("heads-caption").textContent = `${info.title} (${info.description}) at k = ${topk}, mean over the queries that count. Choose a cell for that head's curves; with the keyboard, arrows move and Enter goes there.`
     + (info.most ? "" : " Colours end where 2 % of the heads lie beyond.")
     + (alikeChosen() ? "" : ` The two methods ${OTHERS}: their difference is not the methods' alone.`);
   showMap("method", method, first, scale, method.label);
@@ -737,6 +724,9 @@ function clicked(part, event) {
 
 async function begin() {
   index = JSON.parse(at("index").textContent);
+  METRICS = index.metrics;
+  CURVED = Object.keys(METRICS).filter((name) => METRICS[name].bucketed);
+  for (const name of ["density", "bytes_ratio"]) AGAINST[name] = { title: METRICS[name].axis, words: METRICS[name].description };
   const library = document.createElement("script"); // allowed by its digest in the page's policy
   library.textContent = new TextDecoder().decode(await unpacked("library"));
   document.head.append(library);

@@ -14,11 +14,11 @@ from retrace.analyze.optional import optional
 from retrace.analyze.outputs.report.figures import figures_of
 from retrace.analyze.outputs.report.packed import Packed, compressed
 from retrace.analyze.outputs.shown import shown
-from retrace.analyze.results import Results
+from retrace.analyze.tables.figures import Figures
 from retrace.traces import RetraceError
 
 
-def page(results: Mapping[str, Results]) -> str:
+def page(results: Mapping[str, Figures]) -> str:
     """The page of results, by the names that they have there, as HTML.
 
     It loads nothing from anywhere, and its policy lets the browser run its own two scripts alone:

@@ -12,7 +12,7 @@ import pytest
 from retrace.analyze import Results, analyze
 from retrace.analyze.metrics.histogram import RESOLUTION
 from retrace.analyze.metrics.measure import plain_tally
-from retrace.analyze.results import MEDIAN
+from retrace.analyze.metrics.registry import MEDIAN
 from retrace.traces import Trace
 
 MakeTrace = Callable[..., Trace]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from retrace.analyze.outputs.markdown import markdown_table
 from retrace.analyze.outputs.shown import shown
-from retrace.analyze.results import markdown_table
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retrace.analyze import Recommendation, Results, analyze, merge
-from retrace.analyze.results import COLUMNS
 from retrace.analyze.storage.npz import read_arrays, write_arrays
 from retrace.analyze.storage.untrusted import FACTS_BYTES, read_facts, read_table
+from retrace.analyze.tables.columns import COLUMNS
 from retrace.traces import RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]

@@ -12,7 +12,8 @@ import pytest
 from scipy import stats
 
 from retrace.analyze import Results, analyze
-from retrace.analyze.results import MEDIAN, SEQUENCE_COLUMNS
+from retrace.analyze.metrics.registry import MEDIAN
+from retrace.analyze.tables.columns import SEQUENCE_COLUMNS
 from retrace.analyze.tables.intervals import interval_of_mean
 from retrace.traces import RetraceError, Trace
 

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import Results
-from retrace.analyze.metrics.buckets import BUCKETED
+from retrace.analyze.metrics.registry import BUCKETED
 from retrace.analyze.outputs.plots.positions import position_figures
 from retrace.analyze.outputs.plots.results import draw_all, slug
 from retrace.analyze.outputs.plots.sweeps import SHOWN, sweep_figures
-from retrace.analyze.results import POSITION_COLUMNS
+from retrace.analyze.tables.columns import POSITION_COLUMNS
 
 PNG = b"\x89PNG"
 

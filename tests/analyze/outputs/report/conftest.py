@@ -13,7 +13,8 @@ import pytest
 
 from retrace.analyze import METRICS, Results
 from retrace.analyze.metrics.buckets import AXES
-from retrace.analyze.results import POSITION_COLUMNS, WITH_INTERVAL
+from retrace.analyze.metrics.registry import WITH_INTERVAL
+from retrace.analyze.tables.columns import POSITION_COLUMNS
 
 SEQUENCE_COUNTS = [1000, 2000, 4792]
 """Queries that count, by sequence."""

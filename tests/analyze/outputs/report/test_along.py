@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import Results
-from retrace.analyze.metrics.buckets import AXES, BUCKETED
+from retrace.analyze.metrics.buckets import AXES
+from retrace.analyze.metrics.registry import BUCKETED
 from retrace.analyze.outputs.report.page import page
 
 pytest.importorskip("plotly", reason="needs the report extra")

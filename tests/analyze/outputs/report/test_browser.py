@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import Results
+from retrace.analyze.metrics.registry import WITH_INTERVAL
 from retrace.analyze.outputs.report.page import page
-from retrace.analyze.results import WITH_INTERVAL
 
 pytest.importorskip("plotly", reason="needs the report extra")
 pytest.importorskip("playwright", reason="needs the dev extra")

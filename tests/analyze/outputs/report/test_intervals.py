@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from retrace.analyze import Results
+from retrace.analyze.metrics.registry import WITH_INTERVAL
 from retrace.analyze.outputs.report.intervals import ends_within, intervals_of
 from retrace.analyze.outputs.report.packed import Packed
-from retrace.analyze.results import WITH_INTERVAL
 
 Make = Callable[..., Results]
 METHODS = ["exact", "quest", "loki"]

@@ -1,0 +1,190 @@
+"""Every metric: what it is called, what it says, and where its figures stand.
+
+Tables, plots, the report, recommendations, docs/metrics.md and the compiled loops take it from
+here: a further metric is an entry, and the code that computes it (`retrace.analyze.metrics.measure`
+for any device, `retrace.analyze.metrics.compiled` for a CPU).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["budget", "point", "median"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric is."""
+
+    name: str
+    """In tables, files and on the command line."""
+    title: str
+    """In headings."""
+    axis: str
+    """On axes of plots."""
+    description: str
+    level: Level
+    """`budget`: measured at every budget on the way to the largest, and so has curves; `point`: at
+    the budgets asked for; `median`: of another metric's queries, and so has no mean over them."""
+    better: Literal[1, 0, -1]
+    """1 where more is better, -1 where less is; 0 where it is the trace's, not the method's."""
+    most: float | None = None
+    """What it can come to at the most; None of it is below 0."""
+    full: float = 1.0
+    """What full attention comes to."""
+    every_query: bool = True
+    """Whether it is of all queries that count, so that two methods are compared on the same."""
+    bucketed: bool = False
+    """Whether it is told apart by position and by distance."""
+    by_layer: bool = False
+    """Whether there is a picture of it over layers."""
+    swept: bool = False
+    """Whether it is drawn over the values of a swept parameter."""
+    interval: bool = False
+    """Whether a summary shows it with its 95 % interval."""
+    in_summary: bool = False
+    """Whether a summary shows it."""
+    target: bool = False
+    """Whether a recommendation can be asked for it."""
+
+
+ALL = (
+    Metric(
+        "recall",
+        "Recall",
+        "recall@k",
+        "share of the exact top k keys that the method returned among its k best",
+        "budget",
+        better=1,
+        most=1.0,
+        bucketed=True,
+        by_layer=True,
+        swept=True,
+        interval=True,
+        in_summary=True,
+        target=True,
+    ),
+    Metric(
+        "attention_fraction",
+        "Attention fraction",
+        "share of attention mass",
+        "attention mass on the keys attended",
+        "budget",
+        better=1,
+        most=1.0,
+        bucketed=True,
+        swept=True,
+        interval=True,
+        in_summary=True,
+        target=True,
+    ),
+    Metric(
+        "exact_attention_fraction",
+        "Exact attention fraction",
+        "share of attention mass",
+        "attention mass on the exact top k keys",
+        "budget",
+        better=0,
+        most=1.0,
+    ),
+    Metric(
+        "attended_recall",
+        "Attended recall",
+        "recall of all attended",
+        "share of the exact top k keys among all that the method attended",
+        "budget",
+        better=1,
+        most=1.0,
+    ),
+    Metric(
+        "candidate_recall",
+        "Candidate recall",
+        "candidate recall@k",
+        "recall over the keys that did not have to be kept anyway",
+        "budget",
+        better=1,
+        most=1.0,
+        every_query=False,
+    ),
+    Metric(
+        "top1_hit",
+        "Top-1 hit",
+        "best key attended",
+        "share of queries whose best key is among those attended",
+        "budget",
+        better=1,
+        most=1.0,
+        by_layer=True,
+        in_summary=True,
+    ),
+    Metric(
+        "error_norm",
+        "Error norm",
+        "||o - o'|| / ||o||",
+        "||o - o'|| / ||o||: relative error of the attention output",
+        "point",
+        better=-1,
+        full=0.0,
+        bucketed=True,
+        by_layer=True,
+        swept=True,
+        interval=True,
+        in_summary=True,
+        target=True,
+    ),
+    Metric(
+        "error_norm_median",
+        "Error norm median",
+        "median of ||o - o'|| / ||o||",
+        "median over queries of error_norm, whose mean a few queries can make; to 0.8 % of it",
+        "median",
+        better=-1,
+        full=0.0,
+        every_query=False,
+        in_summary=True,
+    ),
+    Metric(
+        "density",
+        "Density",
+        "keys attended / keys visible",
+        "keys attended over keys visible",
+        "point",
+        better=-1,
+        most=1.0,
+        in_summary=True,
+    ),
+    Metric(
+        "bytes_ratio",
+        "Bytes ratio",
+        "bytes read / bytes of full attention",
+        "bytes read over those of full attention",
+        "point",
+        better=-1,
+        swept=True,
+        in_summary=True,
+        target=True,
+    ),
+)
+BY_NAME = {metric.name: metric for metric in ALL}
+METRICS: dict[str, str] = {metric.name: metric.description for metric in ALL}
+"""What is measured, by name."""
+MEDIAN = "error_norm_median"
+"""Its rows in tables hold the median in the column `mean`."""
+
+
+def _names(*metrics: Metric) -> tuple[str, ...]:
+    return tuple(metric.name for metric in metrics)
+
+
+AT_ALL = _names(*(metric for metric in ALL if metric.level == "budget"))
+"""Measured at every budget on the way to the largest."""
+AT_POINTS = _names(*(metric for metric in ALL if metric.level == "point"))
+"""Measured at the budgets asked for."""
+BUCKETED = _names(*(metric for metric in ALL if metric.bucketed))
+"""Those whose means are kept bucket by bucket."""
+BY_LAYER = _names(*(metric for metric in ALL if metric.by_layer))
+COMPARED = _names(*(metric for metric in ALL if metric.every_query))
+"""Means over all queries, so that two methods are compared on the same ones."""
+SWEPT = _names(*(metric for metric in ALL if metric.swept))
+SUMMARY = _names(*(metric for metric in ALL if metric.in_summary))
+WITH_INTERVAL = _names(*(metric for metric in ALL if metric.interval))
+TARGETS = _names(*(metric for metric in ALL if metric.target))

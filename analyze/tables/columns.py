@@ -1,0 +1,32 @@
+"""The columns of every table of results, and their types."""
+
+KEYS = ["method", "layer", "module", "head", "topk", "metric"]
+COLUMNS = [*KEYS, "mean", "std", "count", "protocol", "min_context"]
+SEQUENCE_COLUMNS = {
+    "method": "str",
+    "layer": "int32",
+    "module": "str",
+    "sequence": "int32",
+    "head": "int32",
+    "topk": "int32",
+    "metric": "str",
+    "mean": "float32",
+    "count": "int32",
+}
+"""Columns of the table of sequences, and their types: it is the largest."""
+
+POSITION_COLUMNS = {
+    **dict.fromkeys(["method", "module", "metric", "axis"], "category"),
+    **dict.fromkeys(["layer", "head", "topk", "first", "count"], "int32"),
+    **dict.fromkeys(["mean", "std"], "float32"),
+}
+"""Those of the table of positions."""
+BUCKET = ["axis", "first"]
+"""Columns that name a bucket of queries."""
+TABLES = {
+    "metrics": COLUMNS,
+    "curves": COLUMNS,
+    "sequences": list(SEQUENCE_COLUMNS),
+    "positions": list(POSITION_COLUMNS),
+}
+"""Columns of each table."""

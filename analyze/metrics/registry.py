@@ -22,6 +22,9 @@ class Metric:
     axis: str
     """On axes of plots."""
     description: str
+    """In a few words."""
+    definition: str
+    """In Markdown, with the symbols that the README introduces."""
     level: Level
     """`budget`: measured at every budget on the way to the largest, and so has curves; `point`: at
     the budgets asked for; `median`: of another metric's queries, and so has no mean over them."""
@@ -53,6 +56,9 @@ ALL = (
         "Recall",
         "recall@k",
         "share of the exact top k keys that the method returned among its k best",
+        r"\|R_k ∩ T_k\| / min(k, \|V(i)\|), of R_k at most its k best-ranked keys, in "
+        r"the method's own order: kept keys (sinks, then the newest first), then its "
+        r"best keys, pages or clusters, the keys of one in ascending position",
         "budget",
         better=1,
         most=1.0,
@@ -68,6 +74,7 @@ ALL = (
         "Attention fraction",
         "share of attention mass",
         "attention mass on the keys attended",
+        "sum of p over R_k",
         "budget",
         better=1,
         most=1.0,
@@ -82,6 +89,7 @@ ALL = (
         "Exact attention fraction",
         "share of attention mass",
         "attention mass on the exact top k keys",
+        "sum of p over T_k",
         "budget",
         better=0,
         most=1.0,
@@ -91,6 +99,8 @@ ALL = (
         "Attended recall",
         "recall of all attended",
         "share of the exact top k keys among all that the method attended",
+        r"\|R_k ∩ T_k\| / min(k, \|V(i)\|), of R_k all keys, however many more than k "
+        r"were attended",
         "budget",
         better=1,
         most=1.0,
@@ -100,6 +110,7 @@ ALL = (
         "Candidate recall",
         "candidate recall@k",
         "recall over the keys that did not have to be kept anyway",
+        "`recall` over the keys that the method does not keep anyway (sinks, recent ones)",
         "budget",
         better=1,
         most=1.0,
@@ -110,6 +121,7 @@ ALL = (
         "Top-1 hit",
         "best key attended",
         "share of queries whose best key is among those attended",
+        "whether the key of largest score is in R_k",
         "budget",
         better=1,
         most=1.0,
@@ -121,6 +133,7 @@ ALL = (
         "Error norm",
         "||o - o'|| / ||o||",
         "||o - o'|| / ||o||: relative error of the attention output",
+        "‖o - o'‖ / ‖o‖, where o' is what the method outputs: by default the softmax over R_k",
         "point",
         better=-1,
         full=0.0,
@@ -136,6 +149,8 @@ ALL = (
         "Error norm median",
         "median of ||o - o'|| / ||o||",
         "median over queries of error_norm, whose mean a few queries can make; to 0.8 % of it",
+        "the median of `error_norm` over queries, to 0.8 % of it, in the column `mean`:"
+        " a few queries can make the mean",
         "median",
         better=-1,
         full=0.0,
@@ -147,6 +162,7 @@ ALL = (
         "Density",
         "keys attended / keys visible",
         "keys attended over keys visible",
+        "keys actually attended / keys visible",
         "point",
         better=-1,
         most=1.0,
@@ -157,6 +173,8 @@ ALL = (
         "Bytes ratio",
         "bytes read / bytes of full attention",
         "bytes read over those of full attention",
+        "bytes read (index, projections, keys, values) / bytes of all keys and values, "
+        "in bfloat16 whatever the trace holds",
         "point",
         better=-1,
         swept=True,
@@ -188,3 +206,9 @@ SWEPT = _names(*(metric for metric in ALL if metric.swept))
 SUMMARY = _names(*(metric for metric in ALL if metric.in_summary))
 WITH_INTERVAL = _names(*(metric for metric in ALL if metric.interval))
 TARGETS = _names(*(metric for metric in ALL if metric.target))
+
+
+def table() -> str:
+    """Every metric and its definition, as the README has them."""
+    lines = [f"| `{metric.name}` | {metric.definition} |" for metric in ALL]
+    return "\n".join(["| metric | definition |", "|---|---|", *lines])

@@ -35,9 +35,11 @@ class Measured:
 class ExactBlock:
     """What every selection for a block is compared with."""
 
-    def __init__(self, block: Block, reference: Reference) -> None:
+    def __init__(self, block: Block, reference: Reference, buckets: Tensor) -> None:
+        """`buckets` are those of the block's queries, as `buckets_of` has them (axes, queries)."""
         self.block = block
         self.reference = reference
+        self.buckets = buckets
         self.no_rank = reference.ids.shape[-1]
 
     def selection(self, ks: tuple[int, ...]) -> Selection:
@@ -76,13 +78,17 @@ class ExactBlock:
         right = (mass <= 1 + ROUNDING) & (mass + others + besides >= 1 - 10 * ROUNDING)
         return bool(right.all()) and bool((shares.diff(dim=-1) <= ROUNDING).all())
 
-    def part(self, rows: slice) -> "ExactBlock":
-        """Some of the block's queries."""
-        if rows == slice(0, len(self.block.positions)):
+    def rows(self, rows: slice, ranks: int | None = None) -> "ExactBlock":
+        """Some of the block's queries: with so many of their best keys at most, or with all, whose
+        probabilities are then computed once for all parts."""
+        if ranks is None and rows == slice(0, len(self.block.positions)):
             return self
-        part = ExactBlock(self.block.part(rows), self.reference.part(rows))
-        for name in ("best_log_probabilities", "best_probabilities", "fractions"):
-            part.__dict__[name] = getattr(self, name)[:, rows]
+        part = ExactBlock(
+            self.block.part(rows), self.reference.part(rows, ranks), self.buckets[:, rows]
+        )
+        if ranks is None:
+            for name in ("best_log_probabilities", "best_probabilities", "fractions"):
+                part.__dict__[name] = getattr(self, name)[:, rows]
         return part
 
     @cached_property
@@ -119,9 +125,7 @@ class Tallied(NamedTuple):
     """Of the error norms (points, group)."""
 
 
-def tally(
-    exact: ExactBlock, selection: Selection, points: list[int], first: Tensor, buckets: Tensor
-) -> Tallied:
+def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Tensor) -> Tallied:
     """Moments over the queries that count.
 
     On a CPU a compiled loop walks each list once for all metrics and budgets; it gives what
@@ -132,10 +136,9 @@ def tally(
         selection: what the method attends.
         points: indices into `selection.ks` of the budgets that want an output and a cost.
         first: the first position that counts for each budget (budgets,), never falling.
-        buckets: as `buckets_of` has them (axes, queries).
     """
     if selection.ids.device.type != "cpu":
-        return plain_tally(exact, selection, points, first, buckets)
+        return plain_tally(exact, selection, points, first)
     from retrace.analyze.metrics import compiled
 
     block, reference, unit = exact.block, exact.reference, exact.block.unit
@@ -154,7 +157,7 @@ def tally(
             torch.tensor(points),
             counted.sum(dim=-1),
             counted[:, points].sum(dim=-1),
-            buckets,
+            exact.buckets,
             block.visible_count,
         ),
         compiled.Listed(
@@ -207,7 +210,7 @@ def tally(
 
 
 def plain_tally(
-    exact: ExactBlock, selection: Selection, points: list[int], first: Tensor, buckets: Tensor
+    exact: ExactBlock, selection: Selection, points: list[int], first: Tensor
 ) -> Tallied:
     """What `tally` gives, by the metrics of every query."""
     measured = measure(exact, selection, points)
@@ -229,8 +232,8 @@ def plain_tally(
         for values, mask in ((measured.at_all, counted), (measured.at_points, counted[points]))
     )
     errors = measured.at_points["error_norm"].float().masked_fill(~counted[points], torch.nan)
+    buckets = exact.buckets.to(told.device)
     size = int(buckets.max()) + 1
-    buckets = buckets.to(told.device)
     return Tallied(
         {metric: at_all.take(i) for i, metric in enumerate(measured.at_all)},
         {metric: at_points.take(i) for i, metric in enumerate(measured.at_points)},

@@ -135,9 +135,8 @@ class Approximation:
             begin = int(torch.searchsorted(whole.positions, first))
             block = whole.part(slice(begin, len(whole.positions)))
             for served in states.serve(block):
-                part = block.part(served.rows)
-                [selection] = select(method, served, part, (self.topk,))
-                yield _output(part, selection)
+                [selection] = select(method, served, served.block, (self.topk,))
+                yield _output(served.block, selection)
 
 
 def model_weights(trace: Trace) -> str | None:

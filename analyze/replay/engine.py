@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from retrace.analyze.exact.reference import (
     CORRECTED,
@@ -249,15 +248,16 @@ def replay_unit(
             continue
         with clock.charge("metrics"):
             rows = slice(counted, len(block.positions))
+            exact = ExactBlock(block, reference, buckets[:, block.rows])
+            if kept is not None and not exact.rows(rows, exact.no_rank).is_possible:
+                # What is kept cannot be right.
+                exact = ExactBlock(block, exact_pass(block, ranks), exact.buckets)
             # Kept or not, the same ranks: probabilities of further keys are taken otherwise.
-            part = block.part(rows)
-            if kept is not None and not ExactBlock(part, reference.part(rows)).is_possible:
-                reference = exact_pass(block, ranks)  # what is kept cannot be right
-            exact = ExactBlock(part, reference.part(rows, plan.ranks))
+            exact = exact.rows(rows, plan.ranks)
             refuse_unheld(exact.block, exact.reference)
         for method, found, state in zip(plan.methods, tallies, states, strict=True):
             with naming(method.spec):
-                _replay_method(method, exact, buckets, state, plan, found, clock)
+                _replay_method(method, exact, state, plan, found, clock)
     for method, found, state in zip(plan.methods, tallies, states, strict=True):
         with naming(method.spec):
             state.check_calibration()
@@ -292,13 +292,12 @@ def _exact_answers(
 def _replay_method(
     method: Replayed,
     exact: ExactBlock,
-    buckets: Tensor,
     states: States,
     plan: Plan,
     found: Tally,
     clock: Clock,
 ) -> None:
-    """Add a block's queries to a method's tally, `buckets` being those of all the unit's."""
+    """Add a block's queries to a method's tally."""
     name = str(method.spec)
     length = len(exact.block.unit.keys)
     for served in states.serve(exact.block):
@@ -311,7 +310,7 @@ def _replay_method(
             if rows.start + start >= rows.stop:
                 continue
             with clock.charge("metrics", name):
-                part = exact.part(slice(rows.start + start, rows.stop))
+                part = exact.rows(slice(rows.start + start, rows.stop))
             with clock.charge("search", name):
                 if method.spec.method == EXACT:
                     selections = [part.selection(ks)]
@@ -321,8 +320,7 @@ def _replay_method(
                 for selection in selections:
                     points = [i for i, k in enumerate(selection.ks) if k in method.topk]
                     first = torch.tensor([plan.counting.first(k, length) for k in selection.ks])
-                    within = buckets[:, part.block.rows]
-                    found.add(selection.ks, points, tally(part, selection, points, first, within))
+                    found.add(selection.ks, points, tally(part, selection, points, first))
 
 
 def _whole_layer(heads: Sequence[Tally]) -> Tally:

@@ -101,6 +101,8 @@ class Served:
 
     rows: slice
     """Which of the block's queries."""
+    block: Block
+    """These alone."""
     state: Any
     """None while there is none, when all keys are searched exactly."""
     built: int
@@ -165,6 +167,7 @@ class States:
                 own = self._unit.group.kv_head if self._pools_layer else 0
                 yield Served(
                     slice(start, row),
+                    block.part(slice(start, row)),
                     self._states[own],
                     self._built,
                     self._held,

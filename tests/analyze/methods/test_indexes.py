@@ -44,7 +44,7 @@ def figures(unit: Unit, spec: str, k: int = 10) -> tuple[float, float]:
     states = States(method, unit, Protocol(prefix=LENGTH - 40))
     hits, read = [], []
     for served in states.serve(block):
-        part = block.part(served.rows)
+        part = served.block
         [selection] = select(method, served, part, [k])
         best = part.scores.topk(k, dim=-1).indices
         for ours, theirs in zip(

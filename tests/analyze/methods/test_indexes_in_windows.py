@@ -57,7 +57,7 @@ def answers(method: SearchMethod, unit: Unit, protocol: str, k: int) -> Any:
     states = States(method, unit, rule)
     block = Block(unit, slice(start, LENGTH))
     for served in states.serve(block):
-        part = block.part(served.rows)
+        part = served.block
         [found] = select(method, served, part, [k])
         read = torch.as_tensor(found.aux_bytes).expand(len(part.positions))
         for row, position in enumerate(part.positions.tolist()):

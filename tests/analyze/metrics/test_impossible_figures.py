@@ -29,7 +29,8 @@ def test_of_one_query(make_trace: MakeTrace, rules: Any, count: Any, fault: str)
     unit = next(load_units(make_trace(rules()).layer(0), 0, torch.device("cpu")))
     block = Block(unit, slice(0, len(unit.positions)))
     reference = exact_pass(block, 4)
-    selection = ExactBlock(block, reference).selection((1, 4))
+    buckets = torch.zeros(2, len(block.positions), dtype=torch.int64)
+    selection = ExactBlock(block, reference, buckets).selection((1, 4))
     if fault == "mass":
         reference.log_normalizer[0, 30] -= 1
     elif fault == "output":
@@ -40,12 +41,11 @@ def test_of_one_query(make_trace: MakeTrace, rules: Any, count: Any, fault: str)
         aux = torch.zeros(len(block.positions))
         aux[30] = -1e6
         selection = replace(selection, aux_bytes=aux)
-    buckets = torch.zeros(2, len(block.positions), dtype=torch.int64)
-    exact = ExactBlock(block, reference)
+    exact = ExactBlock(block, reference, buckets)
     with pytest.raises(RetraceError, match=r"cannot be, .* at layer 0, head 0, .*position 30"):
-        count(exact, selection, [0, 1], torch.zeros(2, dtype=torch.int64), buckets)
+        count(exact, selection, [0, 1], torch.zeros(2, dtype=torch.int64))
     # Of queries that do not count nothing is asked.
-    count(exact, selection, [0, 1], torch.full((2,), 31), buckets)
+    count(exact, selection, [0, 1], torch.full((2,), 31))
 
 
 def test_kept_answers_that_cannot_be_are_computed_anew(make_trace: MakeTrace, rules: Any) -> None:

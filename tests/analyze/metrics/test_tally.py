@@ -15,6 +15,7 @@ from retrace.analyze.units.unit import Block, HeadGroup, Unit
 from retrace.traces import LayerRules
 
 KS = (1, 2, 5, 9, 30)
+BUCKETS = torch.stack([torch.arange(21) // 5, torch.arange(21) % 3 * 2])
 
 
 def a_block(**changes: Any) -> tuple[Block, torch.Generator]:
@@ -46,8 +47,7 @@ def both(
 ) -> dict[str, list[Any]]:
     """Moments by metric, compiled and plain, which must be alike."""
     start = torch.tensor(first or [0] * len(selection.ks))
-    buckets = torch.stack([torch.arange(21) // 5, torch.arange(21) % 3 * 2])
-    pairs = [f(exact, selection, points, start, buckets) for f in (tally, plain_tally)]
+    pairs = [f(exact, selection, points, start) for f in (tally, plain_tally)]
     medians = [pair.errors.medians() for pair in pairs]
     assert_allclose(*medians, rtol=2.1 * RESOLUTION, atol=4e-6)
     found: dict[str, list[Any]] = {}
@@ -67,7 +67,7 @@ def both(
 )
 def test_as_by_plain_operations(changes: dict[str, Any], output: str) -> None:
     block, generator = a_block(**changes)
-    exact = ExactBlock(block, exact_pass(block, 30))
+    exact = ExactBlock(block, exact_pass(block, 30), BUCKETS)
     selection = select_any(block, generator)
     if output == "true-denominator":
         selection = replace(selection, true_denominator=True)
@@ -79,7 +79,7 @@ def test_as_by_plain_operations(changes: dict[str, Any], output: str) -> None:
         selection = replace(selection, output=torch.randn(3, 3, 21, 7, generator=generator))
     found = both(exact, selection, [0, 2, 4], (0, 20, 25, 33, 40))
     # The same where the pass that gave the answers is long over, and for some of the queries.
-    later = ExactBlock(Block(block.unit, block.rows), exact.reference)
+    later = ExactBlock(Block(block.unit, block.rows), exact.reference, BUCKETS)
     again = both(later, selection, [0, 2, 4], (0, 20, 25, 33, 40))
     for metric, (moments, _) in found.items():
         assert_allclose(again[metric][0].mean, moments.mean, rtol=2e-5, atol=4e-6)
@@ -91,7 +91,7 @@ def test_as_by_plain_operations(changes: dict[str, Any], output: str) -> None:
 @pytest.mark.parametrize("alike", [True, False], ids=["one window", "a window each"])
 def test_what_is_given_and_what_comes_besides(alike: bool) -> None:
     block, generator = a_block()
-    exact = ExactBlock(block, exact_pass(block, 30))
+    exact = ExactBlock(block, exact_pass(block, 30), BUCKETS)
     selection = select_any(block, generator)
     more = torch.randint(0, 9, (5, 3, 21), generator=generator).cumsum(0)
     selection = replace(
@@ -111,7 +111,7 @@ def test_what_is_given_and_what_comes_besides(alike: bool) -> None:
 
 def test_nothing_attended_is_an_output_of_zeros() -> None:
     block, generator = a_block()
-    exact = ExactBlock(block, exact_pass(block, 30))
+    exact = ExactBlock(block, exact_pass(block, 30), BUCKETS)
     selection = replace(
         select_any(block, generator), ids=torch.full((3, 21, 30), -1, dtype=torch.int64)
     )
@@ -121,6 +121,6 @@ def test_nothing_attended_is_an_output_of_zeros() -> None:
 def test_tiny_probabilities_do_not_vanish() -> None:
     block, generator = a_block()
     block = Block(replace(block.unit, keys=block.unit.keys * 20), block.rows)
-    exact = ExactBlock(block, exact_pass(block, 30))
+    exact = ExactBlock(block, exact_pass(block, 30), BUCKETS)
     found = both(exact, select_any(block, generator), [0, 4])
     assert (found["error_norm"][0].count == 21).all()

@@ -86,7 +86,7 @@ def selections(
     for row in range(first, last):
         block = Block(unit, slice(row, row + 1))
         for served in states.serve(block):
-            found.append(select(spec.method, served, block.part(served.rows), ks))
+            found.append(select(spec.method, served, served.block, ks))
     return found
 
 
@@ -271,7 +271,7 @@ def test_blocks_and_single_queries_agree(
         block = Block(unit, slice(20, 64))
         together = []
         for served in States(spec.method, unit, protocol, moved).serve(block):
-            (whole,) = select(spec.method, served, block.part(served.rows), [4])
+            (whole,) = select(spec.method, served, served.block, [4])
             counts = whole.attended.expand(1, *whole.ids.shape[:2])
             for row in range(whole.ids.shape[1]):
                 together.append(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from retrace.analyze.exact.reference import KEPT_RANKS
+from retrace.analyze.exact.store import KEPT_RANKS
 from retrace.capture.queries import parse_queries
 
 RESULTS = Path(__file__).parent / "results"

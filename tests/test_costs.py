@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from retrace.analyze.exact.reference import KEPT_RANKS, KeptReferences
+from retrace.analyze.exact.store import KEPT_RANKS, KeptReferences
 from retrace.analyze.units.unit import HeadGroup, Unit
 from retrace.traces import LayerRules, tensor_bytes
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from retrace.analyze.commands.analyze import earlier
+from retrace.analyze.commands.setup import earlier
 from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.parts import KeptParts, Part, finished_runs
 from retrace.analyze.results import Results

@@ -14,10 +14,9 @@ two independent halves may cross with some probability is crossed so with far le
 
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ import pandas as pd
 from retrace.analyze.arguments import choose_calibration
 from retrace.analyze.commands.analyze import analyze
 from retrace.analyze.methods.registry import Methods, listed, parse_specs
+from retrace.analyze.options import AnalysisOptions, with_defaults
 from retrace.analyze.recommendation.bounds import ASSUMES, CONFIDENCE, ENOUGH, upper_bounds
 from retrace.analyze.recommendation.head_classes import (
     BUDGET,
@@ -64,15 +64,8 @@ def recommend(
     methods: Methods = METHODS,
     topk: Sequence[int] = TOPK,
     *,
-    protocol: str = "all",
-    min_context: int | None = None,
-    layers: Sequence[int] | None = None,
-    calibration_sequences: Sequence[int] | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    executor: Executor | str | None = None,
-    keep_exact: bool = True,
     progress: Progress | None = None,
+    **options: Unpack[AnalysisOptions],
 ) -> Recommendation:
     """The cheapest of these methods and budgets for every kv head that meets a target, chosen on
     one half of the trace's sequences and verified on the other.
@@ -89,17 +82,10 @@ def recommend(
         methods: those to choose from, as in `analyze`. Those that share a choice between the heads
             of a layer are judged as if all of them used it.
         topk: budgets to choose from.
-        protocol: as in `analyze`.
-        min_context: the first position that counts, whatever the budget; half of the shortest
-            sequence if None. Sequences without queries from there on are in neither half.
-        layers: indices of the layers; all recorded ones if None.
-        calibration_sequences: those that methods learn from, which are in neither half; by default
-            the last quarter if a method needs them.
-        device: `cpu`, `cuda`, `cuda:N` or `auto`.
-        workers: as in `analyze`.
-        executor: as in `analyze`.
-        keep_exact: as in `analyze`.
         progress: told how far it is.
+        options: `retrace.analyze.options.AnalysisOptions` says what each is. `min_context` is half
+            of the shortest sequence by default; sequences without queries from there on are in
+            neither half, and neither are `calibration_sequences`.
 
     Raises:
         RetraceError: fewer than three sequences, a target that nothing meets in any head (with the
@@ -114,8 +100,15 @@ def recommend(
             raise RetraceError(
                 f"{spec} takes its choice from other layers, so that no head can use it alone."
             )
-    learns = calibration_sequences is not None or any(s.method.calibrated for s in specs)
-    held_out = choose_calibration(trace, calibration_sequences) if learns else ()
+    chosen = with_defaults(options, AnalysisOptions)
+    min_context = chosen["min_context"]
+    if isinstance(min_context, str):
+        raise RetraceError("All budgets are judged on the same queries: min_context is a position.")
+    learns = any(s.method.calibrated for s in specs)
+    if chosen["calibration_sequences"] is not None or learns:
+        held_out = choose_calibration(trace, chosen["calibration_sequences"])
+    else:
+        held_out = ()
     free = [s for s in trace.sequences if s not in held_out]
     if min_context is None:
         min_context = min(map(trace.length, free), default=0) // 2
@@ -128,20 +121,8 @@ def recommend(
             ENOUGH,
             100 * CONFIDENCE,
         )
-    results = analyze(
-        trace,
-        [*listed(methods), PROBE],
-        topk,
-        protocol=protocol,
-        min_context=min_context,
-        layers=layers,
-        calibration_sequences=held_out or None,
-        device=device,
-        workers=workers,
-        executor=executor,
-        keep_exact=keep_exact,
-        progress=progress,
-    )
+    chosen["min_context"], chosen["calibration_sequences"] = min_context, held_out or None
+    results = analyze(trace, [*listed(methods), PROBE], topk, progress=progress, **chosen)
     # Of `all`, not every method runs on every trace.
     ran = set(results.methods())
     able = [str(s) for s in specs if str(s) in ran and not s.method.across_layers]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrace.analyze.selection.states import Protocol
+from retrace.analyze.units.protocol import Protocol
 
 AXES = {
     "position": "the query's own position",

@@ -15,8 +15,9 @@ from retrace.analyze.methods.registry import MethodSpec, recorded_spec
 from retrace.analyze.metrics.measure import outputs
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.selection.select import select
-from retrace.analyze.selection.states import Calibration, Protocol, States
+from retrace.analyze.selection.states import Calibration, States
 from retrace.analyze.units.attention import log_normalizer
+from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.selection import Selection
 from retrace.analyze.units.unit import Block, Unit, intact
 from retrace.traces import RetraceError, Trace, noted

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from retrace.analyze.selection.states import Protocol
+from retrace.analyze.units.protocol import Protocol
 from retrace.traces import RetraceError
 
 CONTEXT_PER_KEY = 10

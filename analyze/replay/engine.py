@@ -1,145 +1,35 @@
 """The replay engine: one exact pass over a layer and sequence, shared by methods and budgets."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from retrace.analyze.exact.reference import (
     CORRECTED,
-    KEPT_RANKS,
-    KeptReferences,
     Reference,
-    ReferenceStore,
     exact_pass,
     holds_no_scores,
     refuse_unheld,
 )
+from retrace.analyze.exact.store import KEPT_RANKS, KeptReferences, ReferenceStore
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.methods.exact import Exact
 from retrace.analyze.methods.hooks import naming
-from retrace.analyze.methods.registry import MethodSpec
 from retrace.analyze.metrics.buckets import buckets_of
-from retrace.analyze.metrics.histogram import Histogram
-from retrace.analyze.metrics.measure import ExactBlock, Tallied, tally
-from retrace.analyze.metrics.moments import Moments, empty
-from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, COMPARED
+from retrace.analyze.metrics.measure import ExactBlock, tally
 from retrace.analyze.replay.clock import Charge, Clock
-from retrace.analyze.replay.counting import Counting
+from retrace.analyze.replay.plan import Plan, Replayed
+from retrace.analyze.replay.tally import Tally, fill_missing, whole_layer
 from retrace.analyze.selection.select import select
-from retrace.analyze.selection.states import Calibration, Cost, States
+from retrace.analyze.selection.states import States
 from retrace.analyze.units.seals import WrittenInto
 from retrace.analyze.units.unit import Block, Unit, intact, load_units
 from retrace.traces import RetraceError, Trace
 
 EXACT = Exact()
 """Its selection is the exact pass itself."""
-EVERY_BUDGET_TO = 256
-"""Curves have a point at every budget up to here, and further ones evenly on a log scale."""
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """One method at the budgets asked for."""
-
-    spec: MethodSpec
-    topk: tuple[int, ...]
-    """Ascending."""
-    calibration: Calibration = field(default_factory=dict, compare=False)
-
-    @property
-    def ks(self) -> tuple[int, ...]:
-        """The budgets at which recall and attention fraction are measured: all on the way where
-        one ranked list holds them, otherwise those asked for."""
-        method = self.spec.method
-        if not isinstance(method, ScoreMethod) or not method.nested:
-            return self.topk
-        return curve_budgets(self.topk)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is replayed, and under which rules; the same for every unit."""
-
-    methods: tuple[Replayed, ...]
-    counting: Counting
-    block_elements: int | None = None
-    """Scores held at once."""
-
-    @property
-    def ranks(self) -> int:
-        """Exact ranks that the largest budget needs."""
-        return max(method.topk[-1] for method in self.methods)
-
-
-@dataclass
-class Tally:
-    """What one method came to in one layer: moments over queries, by metric."""
-
-    ks: tuple[int, ...]
-    topk: tuple[int, ...]
-    at_all: dict[str, Moments] = field(default_factory=dict)
-    """(ks, heads), by metric."""
-    at_points: dict[str, Moments] = field(default_factory=dict)
-    """(topk, heads), by metric."""
-    by_bucket: dict[str, Moments] = field(default_factory=dict)
-    """(buckets, topk, metrics of `BUCKETED`, heads), by axis; buckets as far as there are any."""
-    errors: Histogram | None = None
-    """Of the error norms (topk, heads); None of no queries."""
-    cost: Cost = field(default_factory=Cost)
-
-    def add(self, ks: tuple[int, ...], points: list[int], tallied: Tallied) -> None:
-        """Add a block's queries, at budgets `ks` and at those of them that `points` name."""
-        asked = tuple(ks[i] for i in points)
-        for known, new, given, budgets in (
-            (self.at_all, tallied.at_all, ks, self.ks),
-            (self.at_points, tallied.at_points, asked, self.topk),
-        ):
-            places = None if given == budgets else [budgets.index(k) for k in given]
-            for metric, moments in new.items():
-                if places is not None:
-                    moments = moments.spread(places, len(budgets))
-                known[metric] = known[metric].merge(moments) if metric in known else moments
-        by_bucket, errors = tallied.by_bucket, tallied.errors
-        if asked != self.topk:
-            ours = [self.topk.index(k) for k in asked]
-            errors = errors.spread(ours, len(self.topk))
-            by_bucket = {
-                axis: moments.spread(ours, len(self.topk), axis=1)
-                for axis, moments in by_bucket.items()
-            }
-        self._merge_buckets(by_bucket)
-        self._merge_errors(errors)
-
-    def merge(self, other: "Tally") -> None:
-        """Add another sequence's queries."""
-        self.cost.merge(other.cost)
-        for ours, theirs in ((self.at_all, other.at_all), (self.at_points, other.at_points)):
-            for metric, moments in theirs.items():
-                ours[metric] = ours[metric].merge(moments) if metric in ours else moments
-        self._merge_buckets(other.by_bucket)
-        if other.errors is not None:
-            self._merge_errors(other.errors)
-
-    def _merge_errors(self, errors: Histogram) -> None:
-        self.errors = errors if self.errors is None else self.errors.merge(errors)
-
-    def _merge_buckets(self, by_bucket: dict[str, Moments]) -> None:
-        for axis, moments in by_bucket.items():
-            known = self.by_bucket.get(axis)
-            self.by_bucket[axis] = moments if known is None else known.merge_longer(moments)
-
-
-def curve_budgets(topk: Sequence[int]) -> tuple[int, ...]:
-    """Every budget up to the largest asked for; thinned beyond `EVERY_BUDGET_TO`."""
-    largest = max(topk)
-    budgets = set(range(1, min(largest, EVERY_BUDGET_TO) + 1)) | set(topk)
-    k = float(EVERY_BUDGET_TO)
-    while k < largest:
-        k *= 2 ** (1 / 16)
-        budgets.add(min(int(k), largest))
-    return tuple(sorted(budgets))
 
 
 def replay(
@@ -177,7 +67,7 @@ def replay(
     if fresh is not None:
         with clock.charge("exact answers kept"):
             store.save(digest, layer, fresh)
-    return [_whole_layer(tallies) for tallies in zip(*heads, strict=True)]
+    return [whole_layer(tallies) for tallies in zip(*heads, strict=True)]
 
 
 def _again(trace: Trace, unit: Unit) -> Unit:
@@ -263,7 +153,7 @@ def replay_unit(
             state.check_calibration()
         clock.seconds[Charge("build", str(method.spec))] += state.cost.seconds
         found.cost = state.cost
-        _fill_missing(found, unit.group.rules.group)
+        fill_missing(found, unit.group.rules.group)
     return tallies
 
 
@@ -321,32 +211,3 @@ def _replay_method(
                     points = [i for i, k in enumerate(selection.ks) if k in method.topk]
                     first = torch.tensor([plan.counting.first(k, length) for k in selection.ks])
                     found.add(selection.ks, points, tally(part, selection, points, first))
-
-
-def _whole_layer(heads: Sequence[Tally]) -> Tally:
-    """The tallies of a layer's kv heads as one."""
-    layer = Tally(
-        heads[0].ks,
-        heads[0].topk,
-        _side_by_side([head.at_all for head in heads]),
-        _side_by_side([head.at_points for head in heads]),
-        _side_by_side([head.by_bucket for head in heads]),
-        Histogram.stack([head.errors for head in heads if head.errors is not None]),
-    )
-    for head in heads:
-        layer.cost.merge(head.cost)
-    return layer
-
-
-def _side_by_side(parts: list[dict[str, Moments]]) -> dict[str, Moments]:
-    return {name: Moments.stack([part[name] for part in parts], -1) for name in parts[0]}
-
-
-def _fill_missing(tally: Tally, group: int) -> None:
-    """A sequence too short for any query to count still has its place in the merge."""
-    for metric in (metric for metric in AT_ALL if metric in COMPARED):
-        tally.at_all.setdefault(metric, empty((len(tally.ks), group)))
-    for metric in AT_POINTS:
-        tally.at_points.setdefault(metric, empty((len(tally.topk), group)))
-    if tally.errors is None:
-        tally.errors = Histogram.empty((len(tally.topk), group))

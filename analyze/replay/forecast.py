@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from retrace.analyze.exact.reference import ReferenceStore
+from retrace.analyze.exact.store import ReferenceStore
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.replay.clock import Clock
-from retrace.analyze.replay.engine import Plan, Replayed, replay_unit
+from retrace.analyze.replay.engine import replay_unit
 from retrace.analyze.replay.parts import Job
+from retrace.analyze.replay.plan import Plan, Replayed
 from retrace.analyze.replay.settings import Settings
-from retrace.analyze.selection.states import FIRST_BUILD
+from retrace.analyze.units.protocol import FIRST_BUILD
 from retrace.analyze.units.unit import HeadGroup, Unit, load_units
 from retrace.traces import Layer
 

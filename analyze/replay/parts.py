@@ -25,8 +25,9 @@ from retrace.analyze.metrics.possible import impossible
 from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED
 from retrace.analyze.replay.clock import Charge, Clock
 from retrace.analyze.replay.counting import Counting
-from retrace.analyze.replay.engine import Plan, Replayed, Tally
+from retrace.analyze.replay.plan import Plan, Replayed
 from retrace.analyze.replay.settings import Settings
+from retrace.analyze.replay.tally import Tally
 from retrace.analyze.selection.states import Cost
 from retrace.analyze.storage.npz import Arrays, read_arrays, write_arrays
 from retrace.analyze.storage.untrusted import read_facts
@@ -50,8 +51,13 @@ class Job:
     """A run, as all that is part of it must agree on."""
 
     settings: Settings
-    plan: Plan
+    methods: tuple[Replayed, ...]
     device: torch.device
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What is replayed of every unit."""
+        return Plan(self.methods, self.settings.counting)
 
     @property
     def tasks(self) -> list[tuple[int, int]]:
@@ -109,8 +115,7 @@ class Job:
         methods = tuple(
             Replayed(recorded_spec(text, named), tuple(topk)) for text, *_, topk in facts["methods"]
         )
-        plan = Plan(methods, settings.counting)
-        return cls(settings, plan, torch.device(facts["device"]))
+        return cls(settings, methods, torch.device(facts["device"]))
 
 
 class KeptParts:

@@ -7,10 +7,12 @@ from functools import partial
 
 import torch
 
-from retrace.analyze.exact.reference import ReferenceStore
+from retrace.analyze.exact.store import ReferenceStore
 from retrace.analyze.replay.clock import Clock
-from retrace.analyze.replay.engine import Plan, Tally, replay
+from retrace.analyze.replay.engine import replay
 from retrace.analyze.replay.parts import Job, KeptParts, Part
+from retrace.analyze.replay.plan import Plan
+from retrace.analyze.replay.tally import Tally
 from retrace.analyze.selection.states import of_layer
 from retrace.analyze.workers.retry import finished, name_missing, none_left
 from retrace.traces import Trace

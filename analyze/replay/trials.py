@@ -8,11 +8,12 @@ import torch
 
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.methods.registry import MethodSpec
-from retrace.analyze.replay.engine import Replayed
+from retrace.analyze.replay.plan import Replayed
 from retrace.analyze.replay.settings import Settings
 from retrace.analyze.selection.causality import check_causality
 from retrace.analyze.selection.select import select
-from retrace.analyze.selection.states import Protocol, States
+from retrace.analyze.selection.states import States
+from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.unit import Block, Neighbours, Unit, load_units, make_units
 from retrace.traces import LayerRules, RetraceError, Trace
 

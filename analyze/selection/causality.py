@@ -13,7 +13,8 @@ from torch import Tensor
 
 from retrace.analyze.methods.base import Method, ScoreMethod
 from retrace.analyze.selection.select import select, visible_scores
-from retrace.analyze.selection.states import Calibration, Protocol, Served, States
+from retrace.analyze.selection.states import Calibration, Served, States
+from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.selection import Selection, where
 from retrace.analyze.units.unit import Block, Unit, intact
 from retrace.traces import RetraceError

@@ -16,8 +16,8 @@ from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import impossible
 from retrace.analyze.metrics.registry import BUCKETED, MEDIAN
-from retrace.analyze.replay.engine import Tally
 from retrace.analyze.replay.parts import Job
+from retrace.analyze.replay.tally import Tally
 from retrace.analyze.selection.states import Cost
 from retrace.analyze.tables.columns import COLUMNS, POSITION_COLUMNS, SEQUENCE_COLUMNS
 from retrace.analyze.tables.figures import Figures

@@ -304,7 +304,7 @@ def default_format() -> str:
 
 
 def _note_kept_answers(trace: "Location") -> None:
-    from retrace.analyze.commands.analyze import exact_answers
+    from retrace.analyze.exact.store import exact_answers
 
     folder = exact_answers(trace)
     held = 0 if folder is None else sum(f.stat().st_size for f in folder.rglob("*.npz"))

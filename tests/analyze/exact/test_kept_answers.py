@@ -96,7 +96,7 @@ def test_a_folder_that_takes_no_more(
     wanted = run(trace)
     first, *others = kept_files(trace)
     first.unlink()
-    monkeypatch.setattr("retrace.analyze.exact.reference.write_arrays", refused)
+    monkeypatch.setattr("retrace.analyze.exact.store.write_arrays", refused)
     assert_equal(run(trace), wanted)
     assert caplog.messages == [
         f"Exact answers are not kept in {trace.path.with_name('own.exact')} for later runs: "

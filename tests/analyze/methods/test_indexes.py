@@ -10,7 +10,8 @@ import torch
 
 from retrace.analyze import analyze, parse_spec
 from retrace.analyze.selection.select import select
-from retrace.analyze.selection.states import Protocol, States
+from retrace.analyze.selection.states import States
+from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.unit import Block, Unit, load_units
 from retrace.traces import Trace
 

@@ -11,8 +11,9 @@ import torch
 from retrace.analyze import analyze, parse_spec
 from retrace.analyze.methods.base import SearchMethod
 from retrace.analyze.selection.select import select
-from retrace.analyze.selection.states import Protocol, States
+from retrace.analyze.selection.states import States
 from retrace.analyze.units.past import Past
+from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.unit import Block, Unit, load_units
 from retrace.traces import Rotation, Trace
 

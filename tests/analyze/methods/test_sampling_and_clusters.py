@@ -14,9 +14,10 @@ from retrace.analyze import parse_spec
 from retrace.analyze.methods.retroinfer import Clusters, RetroInfer
 from retrace.analyze.methods.vattention import VAttention
 from retrace.analyze.selection.select import select
-from retrace.analyze.selection.states import Protocol, States
+from retrace.analyze.selection.states import States
 from retrace.analyze.units.attention import attend
 from retrace.analyze.units.past import Past
+from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.selection import Selection
 from retrace.analyze.units.unit import Block, Unit, load_units
 from retrace.traces import Trace

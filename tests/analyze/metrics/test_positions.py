@@ -18,8 +18,8 @@ from retrace.analyze import Results, analyze
 from retrace.analyze.metrics.buckets import buckets_of, first_of
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.registry import BUCKETED
-from retrace.analyze.selection.states import Protocol
 from retrace.analyze.tables.columns import POSITION_COLUMNS
+from retrace.analyze.units.protocol import Protocol
 from retrace.traces import RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]

@@ -10,7 +10,8 @@ import torch
 from retrace.analyze import analyze
 from retrace.analyze.methods.retroinfer import RetroInfer
 from retrace.analyze.methods.toolkit.partial_attention import attended_ids
-from retrace.analyze.selection.states import Protocol, States
+from retrace.analyze.selection.states import States
+from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.unit import Block, load_units
 from retrace.traces import Trace
 

@@ -15,7 +15,8 @@ from retrace.analyze import Method, ScoreMethod, analyze, method_names, parse_sp
 from retrace.analyze.methods.registry import parameter_fields
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.selection.select import select
-from retrace.analyze.selection.states import Calibration, Protocol, States
+from retrace.analyze.selection.states import Calibration, States
+from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.selection import Selection
 from retrace.analyze.units.unit import Block, Unit, load_units
 from retrace.traces import LayerRules, Rotation, Trace

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retrace.analyze import analyze, calibrate
-from retrace.analyze.commands.analyze import exact_answers
+from retrace.analyze.exact.store import exact_answers
 from retrace.analyze.units.seals import Seal
 from retrace.traces import RetraceError, Trace
 

@@ -265,7 +265,7 @@ def test_exact_answers_of_other_code(
     before = file.stat().st_mtime_ns
     analyze(trace, topk=[2])
     assert file.stat().st_mtime_ns == before
-    monkeypatch.setattr("retrace.analyze.exact.reference.code_digest", lambda *_: "ab" * 32)
+    monkeypatch.setattr("retrace.analyze.exact.store.code_digest", lambda *_: "ab" * 32)
     analyze(trace, topk=[2])
     assert file.stat().st_mtime_ns > before
 

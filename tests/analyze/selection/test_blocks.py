@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from retrace.analyze.exact.reference import Reference, ReferenceStore, exact_pass
+from retrace.analyze.exact.reference import Reference, exact_pass
+from retrace.analyze.exact.store import ReferenceStore
 from retrace.analyze.methods.registry import method_names, parse_spec
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.counting import Counting
-from retrace.analyze.replay.engine import Plan, Replayed, Tally, replay
+from retrace.analyze.replay.engine import replay
+from retrace.analyze.replay.plan import Plan, Replayed
+from retrace.analyze.replay.tally import Tally
 from retrace.analyze.units.unit import Block, load_units
 from retrace.traces import Layer, Rotation, Trace
 

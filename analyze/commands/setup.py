@@ -1,0 +1,236 @@
+"""What a run comes to before it begins: what is asked for, less what its folder holds."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from retrace.analyze.arguments import choose_calibration, choose_device, choose_layers
+from retrace.analyze.damage import without_damaged
+from retrace.analyze.exact.store import ReferenceStore, exact_answers
+from retrace.analyze.methods.registry import Methods, MethodSpec, parse_specs
+from retrace.analyze.options import RunOptions
+from retrace.analyze.replay.counting import Counting
+from retrace.analyze.replay.kept import note_kept, outdated_among, outdated_besides
+from retrace.analyze.replay.parts import PARTS, counting_of_parts
+from retrace.analyze.replay.plan import Replayed
+from retrace.analyze.replay.settings import Settings
+from retrace.analyze.replay.trials import able_to_learn
+from retrace.analyze.results import Results
+from retrace.analyze.tables.folder import SAVED, SAVING
+from retrace.traces import Location, RetraceError, Trace, open_trace
+from retrace.traces.storage.lock import LOCK
+
+log = logging.getLogger("retrace")
+
+MOST_KEYS = 10_000_000
+"""Of a budget: no context is longer."""
+BEGUN = {PARTS, SAVING, LOCK}
+"""What is in a folder before there are results."""
+OWN = {"metrics.parquet", SAVED}
+"""What only results of retrace have."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run is asked for."""
+
+    trace: Trace
+    specs: list[MethodSpec]
+    optional: frozenset[str]
+    """Methods that are left out, with a warning, where they cannot run."""
+    topk: Sequence[int]
+    options: RunOptions
+
+    @classmethod
+    def of(
+        cls,
+        trace: Trace | str | Location,
+        methods: Methods,
+        topk: Sequence[int],
+        options: RunOptions,
+    ) -> "Asked":
+        """Open the trace and find the methods."""
+        trace = trace if isinstance(trace, Trace) else open_trace(trace)
+        if options["skip_damaged"]:
+            trace = without_damaged(trace, choose_layers(trace, options["layers"]))
+        specs, optional = parse_specs(methods)
+        if options["part"] is not None:
+            for spec in specs:
+                spec.check_named()
+        return cls(trace, able_to_learn(trace, specs, optional), optional, topk, options)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the results go; None for nowhere."""
+        out = self.options["out"]
+        return None if out is None else Path(out)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What is left of it to do."""
+
+    settings: Settings
+    """What all methods of the run share."""
+    wanted: list[Replayed]
+    """The methods and budgets that are not there yet."""
+    before: Results | None
+    """What is there, less what is outdated."""
+    noted: list[str]
+    """What the folder says of outdated methods."""
+    device: torch.device
+
+
+def settle(asked: Asked) -> Settled:
+    """Look up what the run's folder holds, and what that leaves to do."""
+    options, folder, trace = asked.options, asked.folder, asked.trace
+    if folder is not None and options["overwrite"]:
+        refuse_other_things(folder)
+        folder = None
+    before = None if folder is None else earlier(folder)
+    noted = [] if before is None else before.run.get("outdated", [])
+    device, min_context = choose_device(options["device"]), options["min_context"]
+    settings = Settings(
+        trace,
+        Counting.asked(options["protocol"], min_context),
+        choose_layers(trace, options["layers"]),
+        _held_out(asked, before),
+    )
+    budgets = _budgets(asked.topk)
+    if min_context is not None:
+        budgets = settings.countable(budgets)
+    elif folder is not None and (begun := _begun(folder, before)) is not None:
+        budgets = settings.count_as(begun, budgets, folder)
+    else:
+        budgets = settings.count_alike(budgets)
+    if folder is not None and before is not None:
+        settings.check_same(before.run, folder)
+    wanted, before = _still_wanted(settings, asked.specs, budgets, before, options["again"])
+    return Settled(settings, wanted, before, noted, device)
+
+
+def _begun(folder: Path, before: Results | None) -> Counting | None:
+    """Which queries count in what a folder holds: results, or parts of some."""
+    return counting_of_parts(folder) if before is None else Counting.recorded(before.run)
+
+
+def _budgets(topk: Sequence[int]) -> tuple[int, ...]:
+    if not topk or min(topk) < 1:
+        raise RetraceError(f"top-k {', '.join(map(str, topk)) or 'missing'}: expected 1 or more.")
+    if max(topk) > MOST_KEYS:
+        raise RetraceError(f"top-k {max(topk)}: expected at most {MOST_KEYS:,} keys.")
+    return tuple(sorted(set(topk)))
+
+
+def _held_out(asked: Asked, before: Results | None) -> tuple[int, ...]:
+    """The sequences that are for calibration."""
+    sequences = asked.options["calibration_sequences"]
+    if sequences is None and before is not None:
+        sequences = before.run.get("calibration")
+    if sequences is None and not any(spec.method.calibrated for spec in asked.specs):
+        return ()
+    return choose_calibration(asked.trace, sequences)
+
+
+def earlier(folder: Path) -> Results | None:
+    """The results that are in the folder; None where there are at most parts of some."""
+    names = _names_in(folder)
+    if names <= BEGUN:
+        return None
+    if not names & OWN:
+        raise _other_things(folder)
+    try:
+        return Results.load(folder)
+    except RetraceError as error:
+        raise RetraceError(
+            f"{error} Choose another with --out, or replace it with --overwrite."
+        ) from error
+
+
+def refuse_other_things(folder: Path) -> None:
+    """Refuse to replace what retrace did not write."""
+    names = _names_in(folder)
+    if not names <= BEGUN and not names & OWN:
+        raise _other_things(folder)
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _other_things(folder: Path) -> RetraceError:
+    return RetraceError(
+        f"{folder} is not empty, and no results folder of retrace: choose another with --out."
+    )
+
+
+def share(tasks: list[tuple[int, int]], index: int, count: int) -> list[tuple[int, int]]:
+    """The tasks of one of so many parts."""
+    if not 1 <= index <= count:
+        raise RetraceError(f"Part {index}/{count}: expected 1/{count} to {count}/{count}.")
+    if index > len(tasks):
+        raise RetraceError(
+            f"Part {index}/{count}: there are only {len(tasks)} layers of sequences."
+        )
+    return tasks[index - 1 :: count]
+
+
+def _still_wanted(
+    settings: Settings,
+    specs: list[MethodSpec],
+    budgets: tuple[int, ...],
+    before: Results | None,
+    again: bool,
+) -> tuple[list[Replayed], Results | None]:
+    """The methods and budgets that are not there yet, and what is there less what is outdated."""
+    if before is None:
+        return [Replayed(spec, budgets) for spec in specs], None
+    asked = {str(spec): spec for spec in specs}
+    made = {name: settings.made_by(spec) for name, spec in asked.items()}
+    outdated = outdated_among(made, before.run["methods"])
+    wanted = []
+    for name, spec in asked.items():
+        held = set(before.topk(name))
+        if again:
+            missing = tuple(sorted({*budgets, *held}))
+        else:
+            there = set() if name in outdated else held - before.incomplete(name)
+            missing = tuple(k for k in budgets if k not in there)
+        if missing:
+            wanted.append(Replayed(spec, missing))
+    computed = {(str(method.spec), k) for method in wanted for k in method.topk}
+    note_kept(
+        (name, k, before.when(name, k))
+        for name in asked
+        for k in budgets
+        if (name, k) not in computed
+    )
+    before = before.without(asked.keys() if again else outdated)
+    before.run["outdated"] = outdated_besides(
+        specs, before.run["methods"], settings.made_by, settings.engine
+    )
+    return wanted, before
+
+
+def reference_store(trace: Trace, keep: bool, create: bool = True) -> ReferenceStore:
+    """Where exact answers are kept: beside the trace, if there is room and leave to write. With
+    `create` the folder is there afterwards."""
+    folder = exact_answers(trace.path) if keep else None
+    if folder is None:
+        return ReferenceStore(None)
+    folder = folder.absolute()  # for workers that may stand elsewhere
+    try:
+        if create:
+            folder.mkdir(exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+    except OSError as error:
+        log.warning("Exact answers are not kept for later runs: %s.", error)
+        return ReferenceStore(None)
+    if free < 4 * trace.nbytes():
+        log.warning("Exact answers are not kept for later runs: %s has little room.", folder)
+        return ReferenceStore(None)
+    return ReferenceStore(folder)

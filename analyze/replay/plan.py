@@ -1,0 +1,57 @@
+"""What is replayed: methods at budgets, for the queries that count."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.replay.counting import Counting
+from retrace.analyze.selection.states import Calibration
+
+EVERY_BUDGET_TO = 256
+"""Curves have a point at every budget up to here, and further ones evenly on a log scale."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One method at the budgets asked for."""
+
+    spec: MethodSpec
+    topk: tuple[int, ...]
+    """Ascending."""
+    calibration: Calibration = field(default_factory=dict, compare=False)
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The budgets at which recall and attention fraction are measured: all on the way where
+        one ranked list holds them, otherwise those asked for."""
+        method = self.spec.method
+        if not isinstance(method, ScoreMethod) or not method.nested:
+            return self.topk
+        return curve_budgets(self.topk)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is replayed, and under which rules; the same for every unit."""
+
+    methods: tuple[Replayed, ...]
+    counting: Counting
+    block_elements: int | None = None
+    """Scores held at once."""
+
+    @property
+    def ranks(self) -> int:
+        """Exact ranks that the largest budget needs."""
+        return max(method.topk[-1] for method in self.methods)
+
+
+def curve_budgets(topk: Sequence[int]) -> tuple[int, ...]:
+    """Every budget up to the largest asked for; thinned beyond `EVERY_BUDGET_TO`."""
+    largest = max(topk)
+    budgets = set(range(1, min(largest, EVERY_BUDGET_TO) + 1)) | set(topk)
+    k = float(EVERY_BUDGET_TO)
+    while k < largest:
+        k *= 2 ** (1 / 16)
+        budgets.add(min(int(k), largest))
+    return tuple(sorted(budgets))

@@ -1,0 +1,97 @@
+"""What methods came to: moments over queries, block by block, head by head, then layer by layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from retrace.analyze.metrics.histogram import Histogram
+from retrace.analyze.metrics.measure import Tallied
+from retrace.analyze.metrics.moments import Moments, empty
+from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, COMPARED
+from retrace.analyze.selection.states import Cost
+
+
+@dataclass
+class Tally:
+    """What one method came to in one layer: moments over queries, by metric."""
+
+    ks: tuple[int, ...]
+    topk: tuple[int, ...]
+    at_all: dict[str, Moments] = field(default_factory=dict)
+    """(ks, heads), by metric."""
+    at_points: dict[str, Moments] = field(default_factory=dict)
+    """(topk, heads), by metric."""
+    by_bucket: dict[str, Moments] = field(default_factory=dict)
+    """(buckets, topk, metrics of `BUCKETED`, heads), by axis; buckets as far as there are any."""
+    errors: Histogram | None = None
+    """Of the error norms (topk, heads); None of no queries."""
+    cost: Cost = field(default_factory=Cost)
+
+    def add(self, ks: tuple[int, ...], points: list[int], tallied: Tallied) -> None:
+        """Add a block's queries, at budgets `ks` and at those of them that `points` name."""
+        asked = tuple(ks[i] for i in points)
+        for known, new, given, budgets in (
+            (self.at_all, tallied.at_all, ks, self.ks),
+            (self.at_points, tallied.at_points, asked, self.topk),
+        ):
+            places = None if given == budgets else [budgets.index(k) for k in given]
+            for metric, moments in new.items():
+                if places is not None:
+                    moments = moments.spread(places, len(budgets))
+                known[metric] = known[metric].merge(moments) if metric in known else moments
+        by_bucket, errors = tallied.by_bucket, tallied.errors
+        if asked != self.topk:
+            ours = [self.topk.index(k) for k in asked]
+            errors = errors.spread(ours, len(self.topk))
+            by_bucket = {
+                axis: moments.spread(ours, len(self.topk), axis=1)
+                for axis, moments in by_bucket.items()
+            }
+        self._merge_buckets(by_bucket)
+        self._merge_errors(errors)
+
+    def merge(self, other: "Tally") -> None:
+        """Add another sequence's queries."""
+        self.cost.merge(other.cost)
+        for ours, theirs in ((self.at_all, other.at_all), (self.at_points, other.at_points)):
+            for metric, moments in theirs.items():
+                ours[metric] = ours[metric].merge(moments) if metric in ours else moments
+        self._merge_buckets(other.by_bucket)
+        if other.errors is not None:
+            self._merge_errors(other.errors)
+
+    def _merge_errors(self, errors: Histogram) -> None:
+        self.errors = errors if self.errors is None else self.errors.merge(errors)
+
+    def _merge_buckets(self, by_bucket: dict[str, Moments]) -> None:
+        for axis, moments in by_bucket.items():
+            known = self.by_bucket.get(axis)
+            self.by_bucket[axis] = moments if known is None else known.merge_longer(moments)
+
+
+def whole_layer(heads: Sequence[Tally]) -> Tally:
+    """The tallies of a layer's kv heads as one."""
+    layer = Tally(
+        heads[0].ks,
+        heads[0].topk,
+        _side_by_side([head.at_all for head in heads]),
+        _side_by_side([head.at_points for head in heads]),
+        _side_by_side([head.by_bucket for head in heads]),
+        Histogram.stack([head.errors for head in heads if head.errors is not None]),
+    )
+    for head in heads:
+        layer.cost.merge(head.cost)
+    return layer
+
+
+def _side_by_side(parts: list[dict[str, Moments]]) -> dict[str, Moments]:
+    return {name: Moments.stack([part[name] for part in parts], -1) for name in parts[0]}
+
+
+def fill_missing(tally: Tally, group: int) -> None:
+    """A sequence too short for any query to count still has its place in the merge."""
+    for metric in (metric for metric in AT_ALL if metric in COMPARED):
+        tally.at_all.setdefault(metric, empty((len(tally.ks), group)))
+    for metric in AT_POINTS:
+        tally.at_points.setdefault(metric, empty((len(tally.topk), group)))
+    if tally.errors is None:
+        tally.errors = Histogram.empty((len(tally.topk), group))

@@ -8,6 +8,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from retrace.cli.completion import method_specs
+from retrace.cli.documented import documented
 
 MOST_NUMBERS = 1_000_000
 """Of one range: more are a slip of the finger, or a file that was made to fill the memory."""
@@ -121,52 +122,23 @@ FORMAT = click.option(
 )
 """Of the commands that answer what there is."""
 
-DEVICE = click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help="cpu, cuda or cuda:N; auto is cuda where there is one, else cpu.",
+analysis = documented(
+    "retrace.analyze", "options.py", "WorkOptions", "AnalysisOptions", "RunOptions"
 )
-"""Of the commands that read a trace's tensors."""
-
-
-LAYERS = click.option(
-    "--layers",
-    type=numbers,
-    metavar="0,2,5-8",
-    help="Layers of the trace; all recorded ones by default.",
+"""Makes the options of the commands that read a trace's tensors."""
+LAYERS = analysis("--layers", type=numbers, metavar="0,2,5-8")
+DEVICE = analysis("--device", default="auto", show_default=True, metavar="NAME")
+WORKERS = analysis("--workers", type=click.IntRange(min=1), metavar="N")
+SCHEDULER = analysis("--scheduler", sets="executor", metavar="ADDRESS")
+PROTOCOL = analysis("--protocol", default="all", show_default=True, metavar="WHICH")
+CALIBRATION = analysis("--calibration", sets="calibration_sequences", type=numbers, metavar="3,7-9")
+AGAIN = analysis("--again", is_flag=True)
+NO_CACHE = click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Do not keep the exact answers, nor what methods learn, beside the trace; later runs "
+    "compute them again.",
 )
-"""Likewise."""
-
-WORKERS = click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Processes that share the work; figures are the same for any number. By default one per "
-    "core, threads instead where cores are fewer than 4 or the work is short; on a machine with "
-    "several GPUs one for each, or one where the work is short.",
-)
-"""Of the commands whose work is shared out."""
-
-SCHEDULER = click.option(
-    "--scheduler",
-    "executor",
-    metavar="ADDRESS",
-    help="Dask scheduler whose cluster does the work, such as tcp://10.0.0.1:8786; its workers "
-    "find the trace under the same path or URL.",
-)
-"""Likewise."""
-
-PROTOCOL = click.option(
-    "--protocol",
-    default="all",
-    show_default=True,
-    metavar="WHICH",
-    help="Which queries are answered, from what state: all, all:R (fitted states are rebuilt "
-    "every R positions) or prefix:P (state built at P, queries from there on).",
-)
-"""Of the commands that replay methods."""
 
 LOOSE_METHODS = click.option(
     "--method",
@@ -177,19 +149,3 @@ LOOSE_METHODS = click.option(
     "May be repeated.",
 )
 """Of the commands that read from data which methods there were."""
-
-AGAIN = click.option(
-    "--again",
-    is_flag=True,
-    help="Compute the methods named again at all budgets that --out holds of them, and what they "
-    "learn, though nothing that they depend on is known to have changed.",
-)
-"""Of the commands that keep what they computed."""
-
-NO_CACHE = click.option(
-    "--no-cache",
-    is_flag=True,
-    help="Do not keep the exact answers, nor what methods learn, beside the trace; later runs "
-    "compute them again.",
-)
-"""Likewise."""

@@ -14,7 +14,6 @@ from retrace.analyze.commands.setup import Asked, Settled, reference_store, sett
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.methods.registry import Methods, MethodSpec, missing_libraries
 from retrace.analyze.options import RunOptions, with_defaults
-from retrace.analyze.outputs.plots.results import PLOTS
 from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.forecast import Estimate, forecast
 from retrace.analyze.replay.parts import Job, KeptParts, clear_finished
@@ -179,6 +178,8 @@ def _ready(asked: Asked, settled: Settled, clock: Clock, pool: Executor) -> tupl
 
 def _clear_plots(folder: Path) -> None:
     """Remove the pictures of earlier results, and nothing else that may lie there."""
+    from retrace.analyze.outputs.plots.results import PLOTS  # draws: not wanted before
+
     for pattern in PLOTS:
         for plot in (folder / "plots").glob(pattern):
             plot.unlink()

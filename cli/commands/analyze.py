@@ -10,6 +10,7 @@ from retrace.cli.command import Command
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import (
     AGAIN,
+    CALIBRATION,
     DEVICE,
     LAYERS,
     NO_CACHE,
@@ -17,6 +18,7 @@ from retrace.cli.parameters import (
     SCHEDULER,
     SPEC,
     WORKERS,
+    analysis,
     least_position,
     numbers,
     one_of,
@@ -71,44 +73,18 @@ Example:
     metavar="10,20,50",
     help="Budgets: keys per query and head.",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Folder for the results; results/<trace> by default. What it holds already is not "
-    "computed again, unless the code that it comes from changed.",
-)
+@analysis("--out", type=click.Path(path_type=Path), metavar="FOLDER")
 @PROTOCOL
-@click.option(
-    "--min-context",
-    type=least_position,
-    metavar="POSITION|each",
-    help="First position whose query counts, for all budgets alike: 10 times the largest by "
-    "default, or what the results in --out began with; `each` counts from 10 k on for budget k, so "
-    "that each budget has queries of its own.",
-)
+@analysis("--min-context", type=least_position, metavar="POSITION|each")
 @LAYERS
-@click.option(
-    "--calibration",
-    "calibration_sequences",
-    type=numbers,
-    metavar="3,7-9",
-    help="Sequences that methods are calibrated on, and none is evaluated on; the last quarter by "
-    "default, if a method needs calibration.",
-)
+@CALIBRATION
 @DEVICE
 @WORKERS
 @SCHEDULER
-@click.option(
-    "--part",
-    type=one_of,
-    metavar="I/N",
-    help="Do only the I-th of N parts of the work, as jobs of a batch system do, and keep it in "
-    "--out; `retrace merge` puts the parts together.",
-)
+@analysis("--part", type=one_of, metavar="I/N")
 @NO_CACHE
 @AGAIN
-@click.option("--overwrite", is_flag=True, help="Throw away the results that --out holds.")
+@analysis("--overwrite", is_flag=True)
 @click.option(
     "--format",
     type=click.Choice(["table", "markdown", "json", "csv"]),
@@ -121,11 +97,7 @@ Example:
     help="Say on stderr where the time went: reading, exact attention, and each method's building, "
     "search and metrics.",
 )
-@click.option(
-    "--skip-damaged",
-    is_flag=True,
-    help="Read all of the trace first, and leave out the sequences of which something is damaged.",
-)
+@analysis("--skip-damaged", is_flag=True)
 @click.option("--no-plots", is_flag=True, help="Draw no plots.")
 @click.option(
     "--dry-run",
@@ -139,12 +111,12 @@ def command(
     method: tuple[str, ...],
     topk: tuple[int, ...],
     out: Path | None,
-    no_cache: bool,
     format: str | None,
     profile: bool,
     no_plots: bool,
     part: tuple[int, int] | None,
     dry_run: bool,
+    no_cache: bool,
     **settings: Any,
 ) -> None:
     """Replay methods against TRACE, without its model, and print how near they come.
@@ -157,16 +129,14 @@ def command(
     specs, every = parse_specs(method)
     place = newest_trace() if trace is None else locate(trace)
     out = Path("results", place.stem) if out is None else out
+    settings["keep_exact"] = not no_cache
     if dry_run:
-        if settings.pop("executor") is not None:
+        if settings["executor"] is not None:
             raise click.UsageError(
                 "--dry-run measures this machine and knows nothing of a cluster's: leave out "
                 "--scheduler."
             )
-        cost = estimate(
-            place, method, topk, out=out, keep_exact=not no_cache, part=part, **settings
-        )
-        print_estimate(cost, format)
+        print_estimate(estimate(place, method, topk, out=out, part=part, **settings), format)
         return
     with progress_bar() as progress:
         results = analyze(
@@ -174,7 +144,6 @@ def command(
             method,
             topk,
             out=out,
-            keep_exact=not no_cache,
             profile=profile,
             progress=progress,
             announce=note_plan,

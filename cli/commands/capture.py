@@ -1,18 +1,15 @@
 """`retrace capture`: run a model over text and store what its attention saw."""
 
-import ast
-import importlib.util
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from retrace.cli.command import TYPED, Command
 from retrace.cli.config import CONFIG
+from retrace.cli.documented import documented
 from retrace.cli.parameters import SPEC, names, numbers
 from retrace.cli.progress import bars
 from retrace.cli.screen import note, plural, print_facts, size
@@ -21,33 +18,7 @@ if TYPE_CHECKING:
     from retrace.capture.recording.record import Progress, ShowProgress
     from retrace.traces import Trace
 
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-
-
-@cache
-def setting_docs() -> dict[str, str]:
-    """The docstring of each field of `CaptureSettings`, read from its source: to import it takes
-    longer than a help page may."""
-    package = importlib.util.find_spec("retrace.capture")
-    assert package is not None and package.submodule_search_locations
-    source = Path(package.submodule_search_locations[0], "settings.py").read_text(encoding="utf-8")
-    settings = next(
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == "CaptureSettings"
-    )
-    docs = {}
-    for field, below in zip(settings.body, settings.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            assert isinstance(field.target, ast.Name)
-            docs[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
-    return docs
-
-
-def setting(*flags: str, **options: Any) -> Callable[[Decorated], Decorated]:
-    """An option that sets the field of `CaptureSettings` of its name, and is explained by it."""
-    name = flags[0].removeprefix("--").replace("-", "_")
-    return click.option(*flags, name, help=setting_docs()[name], **options)
+setting = documented("retrace.capture", "settings.py", "CaptureSettings")
 
 
 @click.command(

@@ -9,6 +9,7 @@ from retrace.cli.command import Command
 from retrace.cli.commands.analyze import default_format, newest_trace, print_figures
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import (
+    CALIBRATION,
     DEVICE,
     LAYERS,
     NO_CACHE,
@@ -72,14 +73,7 @@ Example:
     "by default.",
 )
 @LAYERS
-@click.option(
-    "--calibration",
-    "calibration_sequences",
-    type=numbers,
-    metavar="3,7-9",
-    help="Sequences that methods are calibrated on, which neither choose nor verify; the last "
-    "quarter by default, if a method needs calibration.",
-)
+@CALIBRATION
 @DEVICE
 @WORKERS
 @SCHEDULER
@@ -112,7 +106,7 @@ def command(
     place = newest_trace() if trace is None else locate(trace)
     with locked_file(out):  # refused before the work
         with progress_bar() as progress:
-            found = recommend(place, target, keep_exact=not no_cache, progress=progress, **settings)
+            found = recommend(place, target, progress=progress, keep_exact=not no_cache, **settings)
         if out is not None:
             found.save(out)
     form = format or default_format()

@@ -23,7 +23,7 @@ CURVE_BITS = 11
 """Of a curve's points between the budgets asked for: finer than a screen."""
 CURVE_POINTS = 40
 """Most points of a curve; budgets are spread evenly over their logarithm."""
-CURVE_FIGURES = 4_000_000
+CURVE_FIGURES = 3_600_000
 """Most figures of all curves of a page together, so that a large model's page can be mailed."""
 EXACT = "exact"
 

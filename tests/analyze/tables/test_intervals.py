@@ -237,9 +237,10 @@ def test_differences_are_paired(results: Results) -> None:
 def test_bars_in_the_plots(results: Results) -> None:
     from matplotlib.collections import LineCollection
 
-    from retrace.analyze.outputs.plots.results import error_norm_by_layer
+    from retrace.analyze.metrics.registry import BY_NAME
+    from retrace.analyze.outputs.plots.results import by_layer
 
-    panel = error_norm_by_layer(results).axes[0]  # of the smaller budget
+    panel = by_layer(results, BY_NAME["error_norm"]).axes[0]  # of the smaller budget
     drawn = [c for c in panel.collections if isinstance(c, LineCollection)]
     known = results.intervals("layer", topk=[2], metrics=["error_norm"])
     for method, bars in zip(METHODS, drawn, strict=True):

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import Results
-from retrace.analyze.metrics.registry import BUCKETED
+from retrace.analyze.metrics.registry import BUCKETED, SWEPT
 from retrace.analyze.outputs.plots.positions import position_figures
 from retrace.analyze.outputs.plots.results import draw_all, slug
-from retrace.analyze.outputs.plots.sweeps import SHOWN, sweep_figures
+from retrace.analyze.outputs.plots.sweeps import sweep_figures
 from retrace.analyze.tables.columns import POSITION_COLUMNS
 
 PNG = b"\x89PNG"
@@ -82,8 +82,8 @@ def test_figures_over_a_parameter() -> None:
     figures = sweep_figures(results)
     assert list(figures) == [("quest", "page"), ("quest", "pool")]
     panels = figures["quest", "page"].axes
-    assert len(panels) == 2 * len(SHOWN)  # a row for each way to pool
-    line = panels[0].get_lines()[0]
+    assert len(panels) == 2 * len(SWEPT)  # a row for each way to pool
+    line = panels[SWEPT.index("error_norm")].get_lines()[0]
     rows = results.metrics
     rows = rows[(rows["metric"] == "error_norm") & (rows["topk"] == 5)]
     means = rows.groupby("method")["mean"].mean()

@@ -13,18 +13,11 @@ import pytest
 
 from retrace.analyze import METRICS, Results
 from retrace.analyze.metrics.buckets import AXES
-from retrace.analyze.metrics.registry import WITH_INTERVAL
+from retrace.analyze.metrics.registry import AT_ALL, WITH_INTERVAL
 from retrace.analyze.tables.columns import POSITION_COLUMNS
 
 SEQUENCE_COUNTS = [1000, 2000, 4792]
 """Queries that count, by sequence."""
-CURVED = [
-    "recall",
-    "attended_recall",
-    "attention_fraction",
-    "exact_attention_fraction",
-    "candidate_recall",
-]
 
 
 def random_results(
@@ -74,7 +67,7 @@ def random_results(
         },
         "history": [{"when": "2026-11-25T00:55:42Z", "device": "cpu", "threads": 2}],
     }  # fmt: skip
-    metrics, curves = table(list(METRICS), topk), table(CURVED, curve)
+    metrics, curves = table(list(METRICS), topk), table(list(AT_ALL), curve)
     results = Results(metrics, curves, run)
     kept = metrics[metrics["metric"].isin(WITH_INTERVAL) & (metrics["count"] > 0)]
     kept = kept[["method", "layer", "module", "head", "topk", "metric"]]

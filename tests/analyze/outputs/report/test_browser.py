@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import Results
-from retrace.analyze.metrics.registry import WITH_INTERVAL
+from retrace.analyze.metrics.registry import METRICS, WITH_INTERVAL
 from retrace.analyze.outputs.report.page import page
 
 pytest.importorskip("plotly", reason="needs the report extra")
@@ -144,15 +144,8 @@ def test_tables_hold_the_figures_of_the_results(open_page: Open, results: Result
     shown.select_option("#topk", "5")
     rows = of(results.metrics, topk=5)
     means = rows.groupby(["method", "metric"], observed=True)["mean"].mean()
-    shown_metrics = [
-        "recall",
-        "attended_recall",
-        "candidate_recall",
-        "error_norm",
-        "attention_fraction",
-    ]
     for method, *cells in rows_of(shown, "methods-table"):
-        for metric, text in zip(shown_metrics, cells, strict=False):
+        for metric, text in zip(METRICS, cells, strict=False):
             assert number(text) == pytest.approx(means[method, metric], abs=1e-4)
     shown.select_option("#method", label="loki:basis=own")
     table = results.table("loki:basis=own", 5)

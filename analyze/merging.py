@@ -63,11 +63,10 @@ def _merged(places: Sequence[Path], methods: Sequence[str]) -> Results:
 def _whole(everywhere: Sequence[KeptParts]) -> Results:
     """The results of one run, whose parts are in some folders."""
     job = everywhere[0].job
-    parts: dict[tuple[int, int], Part] = {}
-    for at in job.tasks:
-        part = next((part for kept in everywhere if (part := kept.load(at))), None)
-        if part is not None:
-            parts[at] = part
+    found: dict[tuple[int, int], Part] = {}
+    for kept in everywhere:
+        found = kept.load_all(job.tasks) | found
+    parts = {at: found[at] for at in job.tasks if at in found}
     if len(parts) < len(job.tasks):
         raise RetraceError(_what_is_missing([at for at in job.tasks if at not in parts], job.tasks))
     clock = Clock(job.device)

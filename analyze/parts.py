@@ -17,10 +17,11 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from retrace.analyze.archives import Arrays, read_arrays, write_arrays
+from retrace.analyze.archives import Arrays
 from retrace.analyze.buckets import AXES, BUCKETED, MOST_BUCKETS
 from retrace.analyze.counting import Counting
 from retrace.analyze.histogram import Histogram
+from retrace.analyze.journal import Journal, read_journals
 from retrace.analyze.methods.registry import recorded_spec
 from retrace.analyze.moments import Moments
 from retrace.analyze.possible import impossible
@@ -114,13 +115,14 @@ class Job:
 
 
 class KeptParts:
-    """The finished parts of one run in a results folder: a file each, written whole, and
-    `job.json`, which says what run that is."""
+    """The finished parts of one run in a results folder: a journal of each process that worked on
+    it, and `job.json`, which says what run that is."""
 
     def __init__(self, results: Path, job: Job) -> None:
         self._results = results
         self._job = job
         self._folder = results / PARTS / job.digest
+        self._journal = Journal(self._folder)
 
     @classmethod
     def all_in(cls, results: Path, named: Sequence[str]) -> Iterator["KeptParts"]:
@@ -150,18 +152,15 @@ class KeptParts:
             opened.write(json.dumps(self._job.to_json(), indent=2).encode())
 
     def load_all(self, tasks: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Part]:
-        """The parts of these layers and sequences that are there."""
-        return {at: part for at in tasks if (part := self.load(at)) is not None}
-
-    def load(self, task: tuple[int, int]) -> Part | None:
-        """The part of a layer and sequence; None if it is not there, or damaged."""
-        arrays = read_arrays(self._file(task))
-        if arrays is None:
-            return None
-        try:
-            return self._part(arrays, self._job.settings.trace.layer(task[0]).rules.heads)
-        except (ValueError, TypeError, LookupError, RecursionError):
-            return None
+        """The parts of these layers and sequences that are there, and not damaged."""
+        found, wanted = {}, set(tasks)
+        for at, arrays in read_journals(self._folder):
+            if at in wanted:
+                with suppress(ValueError, TypeError, LookupError, RecursionError):
+                    found[at] = self._part(
+                        arrays, self._job.settings.trace.layer(at[0]).rules.heads
+                    )
+        return found
 
     def _part(self, arrays: Arrays, heads: int) -> Part:
         """The part that these arrays hold."""
@@ -212,15 +211,15 @@ class KeptParts:
             "spent": [[*charge, seconds] for charge, seconds in part.clock.seconds.items()],
         }
         encoded = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-        write_arrays(self._file(task), {"facts": encoded, **arrays})
+        self._journal.append(task, {"facts": encoded, **arrays})
+
+    def flush(self) -> None:
+        """Those that were saved outlive a power cut from here on."""
+        self._journal.flush()
 
     def clear(self) -> None:
         """Remove them."""
         _remove(self._folder)
-
-    def _file(self, task: tuple[int, int]) -> Path:
-        layer, sequence = task
-        return self._folder / f"{layer}.{sequence}.npz"
 
 
 def counting_of_parts(results: Path) -> Counting | None:

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def written_whole(path: Path, writer: str = "") -> Iterator[BinaryIO]:
+def written_whole(path: Path, writer: str = "", *, flush: bool = True) -> Iterator[BinaryIO]:
     """A file to write, which takes its place when the block ends without an error. What was there
     before stays until then; the new one, once there, outlives a power cut.
 
@@ -17,6 +17,8 @@ def written_whole(path: Path, writer: str = "") -> Iterator[BinaryIO]:
         path: the file's place, in a folder that is there.
         writer: tells apart those who may write it at a time. What a killed one left beside it is
             overwritten by the next of the same name.
+        flush: False for what is checked when it is read, and made again where it is damaged: it
+            may be so after a power cut, and waits for no disk.
     """
     aside = path.with_name(f"{path.name}{writer and '.'}{writer}.partial")
     # Anew, and by nobody's link: another name of some file is no place to write to.
@@ -28,12 +30,14 @@ def written_whole(path: Path, writer: str = "") -> Iterator[BinaryIO]:
         with os.fdopen(opened, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    sync_path(path.parent)
+    if flush:
+        sync_path(path.parent)
 
 
 def remove_all(path: Path) -> None:

@@ -32,7 +32,7 @@ from retrace.analyze.settings import Settings
 from retrace.analyze.states import Cost
 from retrace.analyze.untrusted import read_facts
 from retrace.traces import RetraceError, open_trace
-from retrace.traces.durable import make_folder, written_whole
+from retrace.traces.durable import make_folder, within, written_whole
 
 PARTS = ".parts"
 """Where parts are, in a results folder."""
@@ -121,7 +121,7 @@ class KeptParts:
     def __init__(self, results: Path, job: Job) -> None:
         self._results = results
         self._job = job
-        self._folder = results / PARTS / job.digest
+        self._folder = within(within(results, PARTS), job.digest)
         self._journal = Journal(self._folder)
 
     @classmethod
@@ -241,7 +241,7 @@ def clear_finished(results: Path, run: Mapping[str, Any]) -> None:
     """Remove the parts of every run that is whole in a folder's results: it may have been killed
     before it came to that."""
     for digest in finished_runs(run):
-        _remove(results / PARTS / digest)
+        _remove(within(within(results, PARTS), digest))
 
 
 def _remove(parts: Path) -> None:

@@ -30,6 +30,7 @@ from retrace.analyze.tasks import Progress, replay_all
 from retrace.analyze.trying import Trials, able_to_learn
 from retrace.analyze.workers import WORTH_PROCESSES, is_here, start_workers
 from retrace.traces import DamageError, Location, RetraceError, Trace, beside, open_trace
+from retrace.traces.durable import within
 from retrace.traces.lock import LOCK, locked_folder
 
 log = logging.getLogger("retrace")
@@ -131,6 +132,9 @@ def analyze(
         nullcontext() if folder is None else locked_folder(folder, shared=part is not None)
     )
     with writing as refusal:
+        if folder is not None:
+            for name in ("plots", PARTS, SAVED):
+                within(folder, name)  # refused ahead
         if folder is not None and overwrite:
             refuse_other_things(folder)
         before = None if folder is None or overwrite else earlier(folder)
@@ -417,6 +421,8 @@ def reference_store(trace: Trace, keep: bool, create: bool = True) -> ReferenceS
 
 def _clear_plots(folder: Path) -> None:
     """Remove the pictures of earlier results, and nothing else that may lie there."""
+    pictures = within(folder, "plots")
     for pattern in PLOTS:
-        for plot in (folder / "plots").glob(pattern):
-            plot.unlink()
+        for plot in pictures.glob(pattern):
+            if not plot.is_dir():
+                plot.unlink()

@@ -46,7 +46,7 @@ from retrace.capture.reading import Reading, like_reference, read_reference
 from retrace.capture.recorder import AttentionLayer, dtype_of
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
-from retrace.traces.durable import make_folder, written_whole
+from retrace.traces.durable import make_folder, within, written_whole
 from retrace.traces.lock import LOCK, check_leave, one_at_a_time
 
 FIGURES = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio")
@@ -183,7 +183,7 @@ def evaluate(
         exact,
         methods,
         sorted({*topk, *(k for held in budgets.values() for k in held)}),
-        out=None if folder is None else folder / "replay",
+        out=None if folder is None else within(folder, "replay"),
         protocol="all" if first is None else f"prefix:{first}",
         min_context=first or 0,
         layers=[i for i in exact.layers if i not in dense_layers],

@@ -51,6 +51,7 @@ def command(
     """
     from retrace.analyze.compare import TENSORS, compare
     from retrace.traces import locate
+    from retrace.traces.durable import within
     from retrace.traces.lock import locked_folder
 
     place = locate(exact)
@@ -58,6 +59,7 @@ def command(
     with locked_folder(out) as refusal:
         if refusal is not None:
             raise refusal
+        pictures = within(out, "plots")
         with progress_bar("Comparing") as progress:
             runs = [locate(run) for run in approximate]
             drift = compare(place, runs, progress=progress, **settings)
@@ -80,8 +82,8 @@ def command(
         from retrace.analyze.drift_plots import draw_drift
 
         with busy("Drawing"):
-            plots = draw_drift(drift, out / "plots")
-        note(f"Plots: {out / 'plots'} ({plural(len(plots), 'picture')})")
+            plots = draw_drift(drift, pictures)
+        note(f"Plots: {pictures} ({plural(len(plots), 'picture')})")
     if drift.missing:
         click.get_current_context().exit(1)
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from retrace.traces.errors import RetraceError
+
 
 @contextmanager
 def written_whole(path: Path, writer: str = "", *, flush: bool = True) -> Iterator[BinaryIO]:
@@ -38,6 +40,21 @@ def written_whole(path: Path, writer: str = "", *, flush: bool = True) -> Iterat
         raise
     if flush:
         sync_path(path.parent)
+
+
+def within(folder: Path, name: str) -> Path:
+    """The place of a folder in another one that is written or cleared: no link, by which files
+    would be written or removed that are elsewhere.
+
+    Raises:
+        RetraceError: what is there is a link, or no folder.
+    """
+    path = folder / name
+    if path.is_symlink():
+        raise RetraceError(f"{path} is a link, which may lead to files of others: remove it.")
+    if path.exists() and not path.is_dir():
+        raise RetraceError(f"{path} is no folder: remove it, or name another place with --out.")
+    return path
 
 
 def remove_all(path: Path) -> None:

@@ -12,7 +12,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from retrace.traces.bfloat16 import register
-from retrace.traces.durable import sync_all, sync_path
+from retrace.traces.durable import remove_all, sync_all, sync_path
 from retrace.traces.errors import RetraceError
 from retrace.traces.location import Location, RemoteLocation, explained, open_store
 from retrace.traces.reader import open_trace
@@ -164,7 +164,7 @@ def create_trace(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Built aside and renamed, so that a trace either holds its whole plan or is not there.
     aside = path.with_name(f".{path.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_all(aside)  # a link too, by which another folder would be emptied
     try:
         group = zarr.open_group(
             aside, mode="w", attributes={FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes}

@@ -20,7 +20,7 @@ from retrace.analyze.top import top
 from retrace.analyze.unit import HeadGroup, Unit, load_units, scores_at_once
 from retrace.traces import Location, RetraceError, Trace, open_trace
 from retrace.traces.durable import make_folder, remove_all, sync_all, sync_path, written_whole
-from retrace.traces.lock import check_leave, one_at_a_time
+from retrace.traces.lock import check_files, check_leave, one_at_a_time
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -125,6 +125,8 @@ def export(
         _check_all_seen(trace, tasks)
     make_folder(folder)
     check_leave(folder)
+    if form == "ann-benchmarks":
+        check_files(folder, [file.name for file in folder.glob("*.hdf5")])
     written = []
     for done, (layer, sequence) in enumerate(tasks):
         if progress is not None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from retrace.analyze.parts import KeptParts, Part, finished_runs
 from retrace.analyze.profile import Clock
-from retrace.analyze.results import Results
+from retrace.analyze.results import FILES, Results
 from retrace.analyze.results_folder import SAVED
 from retrace.analyze.run import earlier
 from retrace.analyze.tabulate import tabulate
 from retrace.traces import RetraceError
 from retrace.traces.durable import within
-from retrace.traces.lock import locked_folder
+from retrace.traces.lock import check_files, locked_folder
 
 
 def merge(folders: Sequence[str | Path], *, methods: Sequence[str] = ()) -> Results:
@@ -46,6 +46,7 @@ def _merged(places: Sequence[Path], methods: Sequence[str]) -> Results:
         )
     for name in ("plots", SAVED):
         within(places[0], name)  # refused ahead
+    check_files(places[0], FILES)
     results = earlier(places[0])
     # Of a merge that was killed when it had saved, some parts may be gone already.
     saved = set() if results is None else finished_runs(results.run)

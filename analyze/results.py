@@ -54,6 +54,8 @@ TABLES = {
     "positions": list(POSITION_COLUMNS),
 }
 """Columns of each table."""
+FILES = (*(f"{name}.parquet" for name in TABLES), "run.json", "table.md")
+"""What is written into a folder."""
 PLOTS = (
     "attention-fraction-*.png",
     "recall-by-layer.png",

@@ -20,7 +20,7 @@ from retrace.analyze.parts import PARTS, Job, KeptParts, clear_finished, countin
 from retrace.analyze.profile import Clock
 from retrace.analyze.reference import ReferenceStore
 from retrace.analyze.replay import Plan, Replayed
-from retrace.analyze.results import PLOTS, Results
+from retrace.analyze.results import FILES, PLOTS, Results
 from retrace.analyze.results_folder import SAVED, SAVING, finish_saving
 from retrace.analyze.scope import choose_calibration, choose_device, choose_layers
 from retrace.analyze.select import CostError
@@ -31,7 +31,7 @@ from retrace.analyze.trying import Trials, able_to_learn
 from retrace.analyze.workers import WORTH_PROCESSES, is_here, start_workers
 from retrace.traces import DamageError, Location, RetraceError, Trace, beside, open_trace
 from retrace.traces.durable import within
-from retrace.traces.lock import LOCK, locked_folder
+from retrace.traces.lock import LOCK, check_files, locked_folder
 
 log = logging.getLogger("retrace")
 
@@ -135,6 +135,7 @@ def analyze(
         if folder is not None:
             for name in ("plots", PARTS, SAVED):
                 within(folder, name)  # refused ahead
+            check_files(folder, FILES)
         if folder is not None and overwrite:
             refuse_other_things(folder)
         before = None if folder is None or overwrite else earlier(folder)

@@ -47,7 +47,7 @@ from retrace.capture.recorder import AttentionLayer, dtype_of
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
 from retrace.traces.durable import make_folder, within, written_whole
-from retrace.traces.lock import LOCK, check_leave, one_at_a_time
+from retrace.traces.lock import LOCK, check_files, check_leave, one_at_a_time
 
 FIGURES = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio")
 """Of replay, each the mean over layers and heads."""
@@ -177,6 +177,7 @@ def evaluate(
         "serving_dtype": SERVING_DTYPE,
         "retrace": version("retrace-attention"),
     }
+    check_files(folder, FILES)
     found = _earlier(folder, facts, overwrite)
     found, budgets = _still_good(found, specs, topk, again)
     replayed = analyze(

@@ -40,6 +40,11 @@ class Output:
             within(own.parent, own.name)  # by a link, another trace would be taken for it
         if self._retired.exists() and not path.exists():
             self._retired.rename(path)  # killed between the two renames of `complete`
+        if path.is_symlink() and not path.exists():
+            raise RetraceError(
+                f"{path} is a link to what is not there: remove it, or name another place with "
+                "--out."
+            )
         if path.exists() and not (overwrite or resume):
             raise _exists(path)
         if path.exists() and overwrite:

@@ -38,7 +38,7 @@ from retrace.capture.recorder import AttentionLayer
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, TASKS, CaptureSettings
 from retrace.traces import PHASES, Location, RetraceError, Trace, noted, open_trace
 from retrace.traces.durable import make_folder, written_whole
-from retrace.traces.lock import LOCK, check_leave, one_at_a_time
+from retrace.traces.lock import LOCK, check_files, check_leave, one_at_a_time
 
 FILES = ("scores.parquet", "documents.parquet", "scores.md", "scores.json")
 EXACT = "exact attention"
@@ -298,6 +298,7 @@ def evaluate_tasks(
         "lm_eval": version("lm_eval"),
     }
     folder = None if out is None else Path(out)
+    check_files(folder, FILES)
     found = _earlier(folder, facts, overwrite)
     found, points = _still_good(found, specs, budgets, again)
     wanted = [(spec, k) for spec, k in points if not found.has(_name(spec), k)]

@@ -49,10 +49,10 @@ def command(
     run: perplexity, and what the method costs in likelihood with an interval over sequences. All
     are of the positions that the method answers, which --from-position was given the first of.
     """
-    from retrace.analyze.compare import TENSORS, compare
+    from retrace.analyze.compare import FILES, TENSORS, compare
     from retrace.traces import locate
     from retrace.traces.durable import within
-    from retrace.traces.lock import locked_folder
+    from retrace.traces.lock import check_files, locked_folder
 
     place = locate(exact)
     out = Path("results", f"{place.stem}-drift") if out is None else out
@@ -60,6 +60,7 @@ def command(
         if refusal is not None:
             raise refusal
         pictures = within(out, "plots")
+        check_files(out, FILES)
         with progress_bar("Comparing") as progress:
             runs = [locate(run) for run in approximate]
             drift = compare(place, runs, progress=progress, **settings)

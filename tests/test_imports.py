@@ -1,5 +1,5 @@
-"""Imports run one way, cli -> capture -> analyze -> traces, and nowhere in a circle: those for types
-and those within functions as well."""
+"""Imports run one way, cli -> capture -> analyze -> traces, and nowhere in a circle; those for
+types and those within functions count as well."""
 
 import ast
 from collections.abc import Iterator

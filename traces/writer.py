@@ -23,7 +23,7 @@ from retrace.traces.schema import (
     TENSOR_AXES,
     LayerRules,
 )
-from retrace.traces.storage.durable import sync_all, sync_path
+from retrace.traces.storage.durable import remove_all, sync_all, sync_path
 from retrace.traces.storage.shards import shard_length, write_row, write_shard
 
 register()
@@ -164,7 +164,7 @@ def create_trace(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Built aside and renamed, so that a trace either holds its whole plan or is not there.
     aside = path.with_name(f".{path.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_all(aside)  # a link too, by which another folder would be emptied
     try:
         group = zarr.open_group(
             aside, mode="w", attributes={FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes}

@@ -16,17 +16,18 @@ from retrace.analyze.methods.registry import Methods, MethodSpec, missing_librar
 from retrace.analyze.options import RunOptions, with_defaults
 from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.forecast import Estimate, forecast
-from retrace.analyze.replay.parts import Job, KeptParts, clear_finished
+from retrace.analyze.replay.parts import PARTS, Job, KeptParts, clear_finished
 from retrace.analyze.replay.plan import Replayed
 from retrace.analyze.replay.tasks import Progress, replay_all
 from retrace.analyze.replay.trials import Trials
 from retrace.analyze.results import Results
 from retrace.analyze.selection.select import CostError
 from retrace.analyze.tables.build import tabulate
-from retrace.analyze.tables.folder import finish_saving
+from retrace.analyze.tables.folder import FILES, SAVED, finish_saving
 from retrace.analyze.workers.start import WORTH_PROCESSES, is_here, start_workers
 from retrace.traces import DamageError, Location, RetraceError, Trace
-from retrace.traces.storage.lock import locked_folder
+from retrace.traces.storage.durable import within
+from retrace.traces.storage.lock import check_files, locked_folder
 
 log = logging.getLogger("retrace")
 
@@ -73,6 +74,10 @@ def analyze(
         nullcontext() if folder is None else locked_folder(folder, shared=part is not None)
     )
     with writing as refusal:
+        if folder is not None:
+            for name in ("plots", PARTS, SAVED):
+                within(folder, name)  # refused ahead
+            check_files(folder, FILES)
         settled = settle(asked)
         settings, wanted, before = settled.settings, settled.wanted, settled.before
         if refusal is not None and (wanted or part is not None):
@@ -180,6 +185,8 @@ def _clear_plots(folder: Path) -> None:
     """Remove the pictures of earlier results, and nothing else that may lie there."""
     from retrace.analyze.outputs.plots.results import PLOTS  # draws: not wanted before
 
+    pictures = within(folder, "plots")
     for pattern in PLOTS:
-        for plot in (folder / "plots").glob(pattern):
-            plot.unlink()
+        for plot in pictures.glob(pattern):
+            if not plot.is_dir():
+                plot.unlink()

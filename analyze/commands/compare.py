@@ -33,6 +33,7 @@ from retrace.traces.storage.durable import make_folder, written_whole
 
 log = logging.getLogger("retrace")
 
+FILES = ("drift.parquet", "likelihoods.parquet", "runs.csv")
 TENSORS = ("query", "key", "value", "output")
 PASSES = 3
 """Attention that is computed of each layer: exact of both runs, and the method's."""
@@ -75,11 +76,12 @@ class Drift:
         """Write `drift.parquet`, `likelihoods.parquet` and `runs.csv`."""
         folder = Path(folder)
         make_folder(folder)
-        for name, content in (
-            ("drift.parquet", self.layers.to_parquet(index=False)),
-            ("likelihoods.parquet", self.likelihoods.to_parquet(index=False)),
-            ("runs.csv", self.runs.to_csv(index=False).encode()),
-        ):
+        contents = (
+            self.layers.to_parquet(index=False),
+            self.likelihoods.to_parquet(index=False),
+            self.runs.to_csv(index=False).encode(),
+        )
+        for name, content in zip(FILES, contents, strict=True):
             with written_whole(folder / name) as file:
                 file.write(content)
 

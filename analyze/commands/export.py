@@ -26,7 +26,7 @@ from retrace.traces.storage.durable import (
     sync_path,
     written_whole,
 )
-from retrace.traces.storage.lock import check_leave, one_at_a_time
+from retrace.traces.storage.lock import check_files, check_leave, one_at_a_time
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -131,6 +131,8 @@ def export(
         _check_all_seen(trace, tasks)
     make_folder(folder)
     check_leave(folder)
+    if form == "ann-benchmarks":
+        check_files(folder, [file.name for file in folder.glob("*.hdf5")])
     written = []
     for done, (layer, sequence) in enumerate(tasks):
         if progress is not None:

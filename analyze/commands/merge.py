@@ -8,8 +8,10 @@ from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.parts import KeptParts, Part, finished_runs
 from retrace.analyze.results import Results
 from retrace.analyze.tables.build import tabulate
+from retrace.analyze.tables.folder import FILES, SAVED
 from retrace.traces import RetraceError
-from retrace.traces.storage.lock import locked_folder
+from retrace.traces.storage.durable import within
+from retrace.traces.storage.lock import check_files, locked_folder
 
 
 def merge(folders: Sequence[str | Path], *, methods: Sequence[str] = ()) -> Results:
@@ -42,6 +44,9 @@ def _merged(places: Sequence[Path], methods: Sequence[str]) -> Results:
         raise RetraceError(
             f"{', '.join(map(str, places))} holds no parts: `retrace analyze --part` makes them."
         )
+    for name in ("plots", SAVED):
+        within(places[0], name)  # refused ahead
+    check_files(places[0], FILES)
     results = earlier(places[0])
     # Of a merge that was killed when it had saved, some parts may be gone already.
     saved = set() if results is None else finished_runs(results.run)
@@ -63,11 +68,10 @@ def _merged(places: Sequence[Path], methods: Sequence[str]) -> Results:
 def _whole(everywhere: Sequence[KeptParts]) -> Results:
     """The results of one run, whose parts are in some folders."""
     job = everywhere[0].job
-    parts: dict[tuple[int, int], Part] = {}
-    for at in job.tasks:
-        part = next((part for kept in everywhere if (part := kept.load(at))), None)
-        if part is not None:
-            parts[at] = part
+    found: dict[tuple[int, int], Part] = {}
+    for kept in everywhere:
+        found = kept.load_all(job.tasks) | found
+    parts = {at: found[at] for at in job.tasks if at in found}
     if len(parts) < len(job.tasks):
         raise RetraceError(_what_is_missing([at for at in job.tasks if at not in parts], job.tasks))
     clock = Clock(job.device)

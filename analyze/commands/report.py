@@ -5,8 +5,8 @@ from pathlib import Path
 
 from retrace.analyze.outputs.report.page import page
 from retrace.analyze.results import Results
-from retrace.traces import RetraceError
 from retrace.traces.storage.durable import written_whole
+from retrace.traces.storage.lock import locked_file
 
 
 def report(folders: Sequence[str | Path], out: str | Path) -> Path:
@@ -17,15 +17,12 @@ def report(folders: Sequence[str | Path], out: str | Path) -> Path:
             installed.
     """
     out = Path(out)
-    places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
-    results = [Results.load(folder) for folder in places]
-    text = page(dict(zip(_names(places), results, strict=True)))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with locked_file(out):  # refused before the work
+        places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+        results = [Results.load(folder) for folder in places]
+        text = page(dict(zip(_names(places), results, strict=True)))
         with written_whole(out) as file:
             file.write(text.encode())
-    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise RetraceError(f"{out} cannot be written ({error.strerror}).") from error
     return out
 
 

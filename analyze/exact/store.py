@@ -69,8 +69,9 @@ class ReferenceStore:
         """Keep the answers for a layer of a sequence, if there are some to every query, and room
         and leave to write."""
         if self._folder is not None and references.are_figures:
+            arrays = {"code": self._code, **vars(references)}
             try:
-                write_arrays(self._path(digest, layer), {"code": self._code, **vars(references)})
+                write_arrays(self._path(digest, layer), arrays, flush=False)
             except OSError as error:
                 _not_kept(self._folder, error.strerror)
 

@@ -29,10 +29,11 @@ from retrace.analyze.replay.plan import Plan, Replayed
 from retrace.analyze.replay.settings import Settings
 from retrace.analyze.replay.tally import Tally
 from retrace.analyze.selection.states import Cost
-from retrace.analyze.storage.npz import Arrays, read_arrays, write_arrays
+from retrace.analyze.storage.journal import Journal, read_journals
+from retrace.analyze.storage.npz import Arrays
 from retrace.analyze.storage.untrusted import read_facts
 from retrace.traces import RetraceError, open_trace
-from retrace.traces.storage.durable import make_folder, written_whole
+from retrace.traces.storage.durable import make_folder, within, written_whole
 
 PARTS = ".parts"
 """Where parts are, in a results folder."""
@@ -119,13 +120,14 @@ class Job:
 
 
 class KeptParts:
-    """The finished parts of one run in a results folder: a file each, written whole, and
-    `job.json`, which says what run that is."""
+    """The finished parts of one run in a results folder: a journal of each process that worked on
+    it, and `job.json`, which says what run that is."""
 
     def __init__(self, results: Path, job: Job) -> None:
         self._results = results
         self._job = job
-        self._folder = results / PARTS / job.digest
+        self._folder = within(within(results, PARTS), job.digest)
+        self._journal = Journal(self._folder)
 
     @classmethod
     def all_in(cls, results: Path, named: Sequence[str]) -> Iterator["KeptParts"]:
@@ -155,18 +157,15 @@ class KeptParts:
             opened.write(json.dumps(self._job.to_json(), indent=2).encode())
 
     def load_all(self, tasks: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Part]:
-        """The parts of these layers and sequences that are there."""
-        return {at: part for at in tasks if (part := self.load(at)) is not None}
-
-    def load(self, task: tuple[int, int]) -> Part | None:
-        """The part of a layer and sequence; None if it is not there, or damaged."""
-        arrays = read_arrays(self._file(task))
-        if arrays is None:
-            return None
-        try:
-            return self._part(arrays, self._job.settings.trace.layer(task[0]).rules.heads)
-        except (ValueError, TypeError, LookupError, RecursionError):
-            return None
+        """The parts of these layers and sequences that are there, and not damaged."""
+        found, wanted = {}, set(tasks)
+        for at, arrays in read_journals(self._folder):
+            if at in wanted:
+                with suppress(ValueError, TypeError, LookupError, RecursionError):
+                    found[at] = self._part(
+                        arrays, self._job.settings.trace.layer(at[0]).rules.heads
+                    )
+        return found
 
     def _part(self, arrays: Arrays, heads: int) -> Part:
         """The part that these arrays hold."""
@@ -217,15 +216,15 @@ class KeptParts:
             "spent": [[*charge, seconds] for charge, seconds in part.clock.seconds.items()],
         }
         encoded = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-        write_arrays(self._file(task), {"facts": encoded, **arrays})
+        self._journal.append(task, {"facts": encoded, **arrays})
+
+    def flush(self) -> None:
+        """Those that were saved outlive a power cut from here on."""
+        self._journal.flush()
 
     def clear(self) -> None:
         """Remove them."""
         _remove(self._folder)
-
-    def _file(self, task: tuple[int, int]) -> Path:
-        layer, sequence = task
-        return self._folder / f"{layer}.{sequence}.npz"
 
 
 def counting_of_parts(results: Path) -> Counting | None:
@@ -247,7 +246,7 @@ def clear_finished(results: Path, run: Mapping[str, Any]) -> None:
     """Remove the parts of every run that is whole in a folder's results: it may have been killed
     before it came to that."""
     for digest in finished_runs(run):
-        _remove(results / PARTS / digest)
+        _remove(within(within(results, PARTS), digest))
 
 
 def _remove(parts: Path) -> None:

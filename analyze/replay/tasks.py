@@ -79,6 +79,8 @@ def replay_all(
             if kept is not None:
                 kept.save(at, answer)
         show()
+    if kept is not None:
+        kept.flush()
     if not parts:
         raise none_left(missing.values())
     return {at: parts[at] for at in tasks if at in parts}, missing

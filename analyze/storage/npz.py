@@ -50,9 +50,18 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> Arrays | No
         size = os.stat(path)
         if not stat.S_ISREG(size.st_mode):  # a pipe would be waited for, a device never ends
             return None
-        with path.open("rb") as file, ZipFile(file) as archive:
+        with path.open("rb") as file:
+            return arrays_in(file, size.st_size, names)
+    except DAMAGED:
+        return None
+
+
+def arrays_in(file: IO[bytes], size: int, names: Collection[str] | None = None) -> Arrays | None:
+    """The same of an open file of so many bytes."""
+    try:
+        with ZipFile(file) as archive:
             entries = archive.infolist()
-            if sum(entry.file_size for entry in entries) > size.st_size:
+            if sum(entry.file_size for entry in entries) > size:
                 return None
             return {
                 name: _array(archive, entry)
@@ -64,11 +73,20 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> Arrays | No
         return None
 
 
-def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write an archive that is there whole and for good, or not at all."""
-    make_folder(path.parent)
-    with written_whole(path, writer=str(os.getpid())) as file:
-        np.savez(file, allow_pickle=False, **arrays)
+def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], *, flush: bool = True) -> None:
+    """Write an archive that is there whole and for good, or not at all; without `flush` a power cut
+    may damage it, and `read_arrays` gives None then."""
+    if flush:
+        make_folder(path.parent)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path, writer=str(os.getpid()), flush=flush) as file:
+        put_arrays(file, arrays)
+
+
+def put_arrays(file: IO[bytes], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write an archive into an open file."""
+    np.savez(file, allow_pickle=False, **arrays)
 
 
 def _array(archive: ZipFile, entry: ZipInfo) -> npt.NDArray[Any]:

@@ -10,10 +10,13 @@ from typing import Any
 import pandas as pd
 
 from retrace.analyze.storage.untrusted import read_facts, read_table
+from retrace.analyze.tables.columns import TABLES
 from retrace.analyze.tables.validation import DIGESTS, checked_facts, checked_table
 from retrace.traces import RetraceError
 from retrace.traces.storage.durable import make_folder, remove_all, sync_all, sync_path
 
+FILES = (*(f"{name}.parquet" for name in TABLES), "run.json", "table.md")
+"""What is written into a folder."""
 SAVING, SAVED = ".saving", ".saved"
 """Folders, in one of results, of what is being written and of what is whole: the second is moved
 into its place file by file, and counts before what is there."""

@@ -38,12 +38,17 @@ from retrace.capture.model.loading import (
     open_checkpoint,
     quiet_libraries,
 )
-from retrace.capture.reading.sequences import Reading, like_reference, read_reference
+from retrace.capture.reading.sequences import (
+    Reading,
+    like_reference,
+    read_reference,
+)
 from retrace.capture.recording.identity import check_same_model, weights_digest
 from retrace.capture.settings import CaptureSettings
 from retrace.capture.tables.evaluation import FILES, Evaluation
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
-from retrace.traces.storage.lock import LOCK, check_leave, one_at_a_time
+from retrace.traces.storage.durable import within
+from retrace.traces.storage.lock import LOCK, check_files, check_leave, one_at_a_time
 
 FIGURES = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio")
 """Of replay, each the mean over layers and heads."""
@@ -119,13 +124,14 @@ def evaluate(
         "serving_dtype": SERVING_DTYPE,
         "retrace": version("retrace-attention"),
     }
+    check_files(folder, FILES)
     found = _earlier(folder, facts, overwrite)
     found, budgets = _still_good(found, specs, topk, again)
     replayed = analyze(
         exact,
         methods,
         sorted({*topk, *(k for held in budgets.values() for k in held)}),
-        out=None if folder is None else folder / "replay",
+        out=None if folder is None else within(folder, "replay"),
         protocol="all" if first is None else f"prefix:{first}",
         min_context=first or 0,
         layers=[i for i in exact.layers if i not in dense_layers],

@@ -38,7 +38,7 @@ from retrace.capture.recording.identity import check_same_model, weights_digest
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, TASKS, CaptureSettings
 from retrace.capture.tables.task_evaluation import EXACT, FILES, PLACE, POINT, TaskEvaluation
 from retrace.traces import PHASES, Location, RetraceError, Trace, noted, open_trace
-from retrace.traces.storage.lock import LOCK, check_leave, one_at_a_time
+from retrace.traces.storage.lock import LOCK, check_files, check_leave, one_at_a_time
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much."""
@@ -152,6 +152,7 @@ def evaluate_tasks(
         "lm_eval": version("lm_eval"),
     }
     folder = None if out is None else Path(out)
+    check_files(folder, FILES)
     found = _earlier(folder, facts, overwrite)
     found, points = _still_good(found, specs, budgets, again)
     wanted = [(spec, k) for spec, k in points if not found.has(_name(spec), k)]

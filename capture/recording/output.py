@@ -1,9 +1,11 @@
 """Where a trace is written, and what happens to one that is there already."""
 
+import contextlib
 import errno
 import shutil
 
 from retrace.traces import Location, RemoteLocation, RetraceError, half_begun, open_trace
+from retrace.traces.storage.durable import remove_all, within
 
 
 class Output:
@@ -34,8 +36,15 @@ class Output:
         # No names that end in .zarr: these are nothing that a listing of traces should show.
         self._aside = path.with_name(f".{path.name}.replacement")
         self._retired = path.with_name(f".{path.name}.replaced")
+        for own in (self._aside, self._retired):
+            within(own.parent, own.name)  # by a link, another trace would be taken for it
         if self._retired.exists() and not path.exists():
             self._retired.rename(path)  # killed between the two renames of `complete`
+        if path.is_symlink() and not path.exists():
+            raise RetraceError(
+                f"{path} is a link to what is not there: remove it, or name another place with "
+                "--out."
+            )
         if path.exists() and not (overwrite or resume):
             raise _exists(path)
         if path.exists() and overwrite:
@@ -84,10 +93,11 @@ class Output:
         if isinstance(self.path, RemoteLocation) or isinstance(self.writing, RemoteLocation):
             return
         if self.writing != self.path:
-            shutil.rmtree(self._retired, ignore_errors=True)
+            remove_all(self._retired)
             self.path.rename(self._retired)
             self.writing.rename(self.path)
-        shutil.rmtree(self._retired, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the new one is there, whatever is left of the old
+            remove_all(self._retired)
 
     def explain(self, error: OSError) -> RetraceError | None:
         """What a disk that takes no more in the middle of a capture means, and how to go on; None

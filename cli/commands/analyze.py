@@ -125,6 +125,7 @@ def command(
     """
     from retrace.analyze import analyze, estimate, parse_specs
     from retrace.traces import locate
+    from retrace.traces.storage.durable import within
 
     specs, every = parse_specs(method)
     place = newest_trace() if trace is None else locate(trace)
@@ -160,7 +161,7 @@ def command(
     note(f"Results: {out}")
     if not no_plots:
         with busy("Drawing"):
-            plots = results.plot(out / "plots")
+            plots = results.plot(within(out, "plots"))
         note(f"Plots: {out / 'plots'} ({plural(len(plots), 'picture')})")
     _note_kept_answers(place)
     named = {str(spec) for spec in specs} - every

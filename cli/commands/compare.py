@@ -49,15 +49,18 @@ def command(
     run: perplexity, and what the method costs in likelihood with an interval over sequences. All
     are of the positions that the method answers, which --from-position was given the first of.
     """
-    from retrace.analyze.commands.compare import TENSORS, compare
+    from retrace.analyze.commands.compare import FILES, TENSORS, compare
     from retrace.traces import locate
-    from retrace.traces.storage.lock import locked_folder
+    from retrace.traces.storage.durable import within
+    from retrace.traces.storage.lock import check_files, locked_folder
 
     place = locate(exact)
     out = Path("results", f"{place.stem}-drift") if out is None else out
     with locked_folder(out) as refusal:
         if refusal is not None:
             raise refusal
+        pictures = within(out, "plots")
+        check_files(out, FILES)
         with progress_bar("Comparing") as progress:
             runs = [locate(run) for run in approximate]
             drift = compare(place, runs, progress=progress, **settings)
@@ -80,8 +83,8 @@ def command(
         from retrace.analyze.outputs.plots.drift import draw_drift
 
         with busy("Drawing"):
-            plots = draw_drift(drift, out / "plots")
-        note(f"Plots: {out / 'plots'} ({plural(len(plots), 'picture')})")
+            plots = draw_drift(drift, pictures)
+        note(f"Plots: {pictures} ({plural(len(plots), 'picture')})")
     if drift.missing:
         click.get_current_context().exit(1)
 

@@ -129,9 +129,11 @@ def _evaluate_trace(
 ) -> None:
     from retrace.capture import evaluate
     from retrace.traces import locate
+    from retrace.traces.storage.durable import within
 
     place = locate(exact)
     out = Path("results", f"{place.stem}-evaluation") if out is None else out
+    pictures = within(out, "plots")
     with progress_bars() as progress:
         evaluation = evaluate(place, method, topk, out=out, progress=progress, **settings)
     rows = evaluation.points.to_dict("records")
@@ -143,7 +145,7 @@ def _evaluate_trace(
     if not no_plots:
         from retrace.capture.tables.plot import draw_evaluation
 
-        note(f"Plot: {draw_evaluation(evaluation, out / 'plots')}")
+        note(f"Plot: {draw_evaluation(evaluation, pictures)}")
 
 
 def _evaluate_tasks(

@@ -25,6 +25,7 @@ Example:
 def command(folders: tuple[Path, ...], methods: tuple[str, ...], no_plots: bool) -> None:
     """Put the parts in FOLDERS together to the results of one run, in the first of them."""
     from retrace.analyze import merge
+    from retrace.traces.storage.durable import within
 
     with busy("Merging"):
         results = merge(folders, methods=methods)
@@ -32,5 +33,5 @@ def command(folders: tuple[Path, ...], methods: tuple[str, ...], no_plots: bool)
     note(f"Results: {folders[0]} ({plural(len(results.methods()), 'method')})")
     if not no_plots:
         with busy("Drawing"):
-            plots = results.plot(folders[0] / "plots")
+            plots = results.plot(within(folders[0], "plots"))
         note(f"Plots: {folders[0] / 'plots'} ({plural(len(plots), 'picture')})")

@@ -1,4 +1,4 @@
-"""Help pages: complete, and quick because they load nothing heavy."""
+"""Help pages: complete, and quick, because they load nothing heavy."""
 
 import subprocess
 import sys
@@ -8,25 +8,25 @@ from importlib.metadata import version
 import pytest
 from click.testing import Result
 
-from retrace.cli.commands.capture import setting_docs
+from retrace.cli.documented import field_docs
 from retrace.cli.main import COMMANDS
 
 Run = Callable[..., Result]
 HEAVY = ("torch", "transformers", "datasets", "zarr", "pandas", "matplotlib", "numpy", "rich")
 SCRIPT = """
-import sys, time
+import sys
 sys.argv[0] = "retrace"
 from retrace.cli.main import main
 try:
     main()
 except SystemExit as exit:
     code = exit.code
-print(code, time.process_time(), *(set({heavy!r}) & set(sys.modules)), file=sys.stderr)
+print(code, *(set({heavy!r}) & set(sys.modules)), file=sys.stderr)
 """
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
-def test_help_is_quick(command: str | None) -> None:
+def test_help_loads_nothing_heavy(command: str | None) -> None:
     arguments = ["--help"] if command is None else [command, "--help"]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(heavy=HEAVY), *arguments],
@@ -35,10 +35,9 @@ def test_help_is_quick(command: str | None) -> None:
         check=True,
     )
     assert "  Example:\n    retrace" in done.stdout
-    code, seconds, *heavy = done.stderr.split()
+    code, *heavy = done.stderr.split()
     assert code == "0"
     assert not heavy
-    assert float(seconds) < 0.5  # of processor time, whatever else the machine does
 
 
 def test_every_setting_of_capture_is_an_option(run: Run) -> None:
@@ -46,11 +45,26 @@ def test_every_setting_of_capture_is_an_option(run: Run) -> None:
 
     from retrace.capture import CaptureSettings
 
-    assert list(setting_docs()) == [field.name for field in fields(CaptureSettings)]
+    docs = field_docs("retrace.capture", "settings.py")
+    names = [field.name for field in fields(CaptureSettings)]
+    assert [name for of, name in docs if of == "CaptureSettings"] == names
     page = run("capture", "--help").stdout
-    for field in fields(CaptureSettings):
-        assert f"--{field.name.replace('_', '-')}" in page
-        assert " ".join(setting_docs()[field.name].split()[:3]) in page
+    for name in names:
+        assert f"--{name.replace('_', '-')}" in page
+        assert " ".join(docs["CaptureSettings", name].split()[:3]) in page
+
+
+def test_every_option_of_analysis_is_one_of_the_command(run: Run) -> None:
+    from retrace.analyze.options import DEFAULTS, RunOptions
+    from retrace.cli.commands.analyze import command
+
+    assert [*DEFAULTS] == [*RunOptions.__annotations__]
+    docs = field_docs("retrace.analyze", "options.py")
+    known = {parameter.name for parameter in command.params} | {"keep_exact"}  # --no-cache
+    assert {name for _, name in docs} == {*DEFAULTS} <= known
+    page = " ".join(run("analyze", "--help").stdout.split())
+    for (_, name), doc in docs.items():
+        assert name == "keep_exact" or " ".join(doc.split()[:4]) in page
 
 
 def test_as_a_module() -> None:

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from retrace.traces.errors import RetraceError
+
 
 @contextmanager
-def written_whole(path: Path, writer: str = "") -> Iterator[BinaryIO]:
+def written_whole(path: Path, writer: str = "", *, flush: bool = True) -> Iterator[BinaryIO]:
     """A file to write, which takes its place when the block ends without an error. What was there
     before stays until then; the new one, once there, outlives a power cut.
 
@@ -17,6 +19,8 @@ def written_whole(path: Path, writer: str = "") -> Iterator[BinaryIO]:
         path: the file's place, in a folder that is there.
         writer: tells apart those who may write it at a time. What a killed one left beside it is
             overwritten by the next of the same name.
+        flush: False for what is checked when it is read, and made again where it is damaged: it
+            may be so after a power cut, and waits for no disk.
     """
     aside = path.with_name(f"{path.name}{writer and '.'}{writer}.partial")
     # Anew, and by nobody's link: another name of some file is no place to write to.
@@ -28,12 +32,29 @@ def written_whole(path: Path, writer: str = "") -> Iterator[BinaryIO]:
         with os.fdopen(opened, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    sync_path(path.parent)
+    if flush:
+        sync_path(path.parent)
+
+
+def within(folder: Path, name: str) -> Path:
+    """The place of a folder in another one that is written or cleared: no link, by which files
+    would be written or removed that are elsewhere.
+
+    Raises:
+        RetraceError: what is there is a link, or no folder.
+    """
+    path = folder / name
+    if path.is_symlink():
+        raise RetraceError(f"{path} is a link, which may lead to files of others: remove it.")
+    if path.exists() and not path.is_dir():
+        raise RetraceError(f"{path} is no folder: remove it, or name another place with --out.")
+    return path
 
 
 def remove_all(path: Path) -> None:

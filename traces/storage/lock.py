@@ -3,9 +3,10 @@
 import contextlib
 import errno
 import functools
+import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -63,6 +64,7 @@ def locked_file(file: Path | None) -> Iterator[None]:
         raise RetraceError(f"{file} is a folder: name a file with --out.")
     with locked(file, "Another run"):
         check_leave(file.absolute().parent)
+        check_files(file.parent, [file.name])
         yield
 
 
@@ -88,10 +90,11 @@ def locked_folder(folder: Path, *, shared: bool = False) -> Iterator[RetraceErro
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
     """A function that writes the folder `out`, if that is given, which nobody else writes
     meanwhile. Before it does so, it asks `check_leave`."""
+    arguments = inspect.signature(function)
 
     @functools.wraps(function)
     def locking(*args: P.args, **kwargs: P.kwargs) -> T:
-        out = kwargs.get("out")
+        out = arguments.bind_partial(*args, **kwargs).arguments.get("out")
         if not isinstance(out, str | Path):
             return function(*args, **kwargs)
         with locked_folder(Path(out)):
@@ -108,6 +111,18 @@ def check_leave(folder: Path | None) -> None:
     """
     if folder is not None and not os.access(folder, os.W_OK):
         raise _refusal(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def check_files(folder: Path | None, names: Iterable[str]) -> None:
+    """Refuse a folder where something stands that a file can't take the place of, before there is
+    one to write: a folder, or a device, which nobody means to replace.
+
+    Raises:
+        RetraceError: what is there under one of these names is no file.
+    """
+    for place in () if folder is None else (folder / name for name in names):
+        if place.exists() and not place.is_file():
+            raise RetraceError(f"{place} is no file: remove it, or name another place with --out.")
 
 
 @contextlib.contextmanager

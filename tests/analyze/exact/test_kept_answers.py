@@ -89,7 +89,7 @@ def test_a_folder_that_takes_no_more(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def refused(path: Path, arrays: Any) -> None:
+    def refused(path: Path, arrays: Any, *, flush: bool) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     trace = make_trace(rules(), name="own")

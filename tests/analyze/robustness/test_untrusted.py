@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retrace.analyze import Recommendation, Results, analyze, merge
-from retrace.analyze.storage.npz import read_arrays, write_arrays
+from retrace.analyze.storage.journal import Journal, read_journals
 from retrace.analyze.storage.untrusted import FACTS_BYTES, read_facts, read_table
 from retrace.analyze.tables.columns import COLUMNS
 from retrace.traces import RetraceError, Trace
@@ -101,6 +101,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from retrace.analyze.storage.npz import read_arrays, write_arrays
+from retrace.analyze.storage.untrusted import read_table
 from retrace.analyze.storage.untrusted import read_table
 lines = Path("/proc/self/status").read_text().splitlines()
 held = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmSize"))
@@ -202,12 +203,13 @@ def test_a_part_of_too_many_buckets_is_computed_anew(
     trace, out = make_trace(rules(), [40, 30]), tmp_path / "p"
     settings: dict[str, Any] = {"out": out, "keep_exact": False, "workers": 1}
     analyze(trace, ["exact"], [2], part=(1, 2), **settings)
-    (file,) = out.glob(".parts/*/*.npz")
-    arrays = read_arrays(file)
-    assert arrays is not None
+    (parts,) = out.glob(".parts/*")
+    ((at, arrays),) = read_journals(parts)
     name = "0.by_bucket.position"
     arrays[name] = np.ones((3, 33, *arrays[name].shape[2:]))
-    write_arrays(file, arrays)
+    (file,) = parts.glob("*.journal")
+    file.unlink()
+    Journal(parts).append(at, arrays)
     found = analyze(trace, ["exact"], [2], **settings)
     whole = analyze(trace, ["exact"], [2], keep_exact=False, workers=1)
     pd.testing.assert_frame_equal(found.positions, whole.positions)

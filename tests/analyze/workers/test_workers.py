@@ -349,11 +349,13 @@ def test_parts_of_another_run_are_not_used(
 
 def test_damaged_parts_are_replayed(trace: Trace, probe: Any, tmp_path: Path, one: Any) -> None:
     interrupt(trace, probe(), tmp_path / "r")
-    kept = sorted((tmp_path / "r" / ".parts").glob("*/*.npz"))
-    assert len(kept) == 2
-    kept[0].write_bytes(kept[0].read_bytes()[:100])
-    kept[1].write_bytes(b"nothing")
-    run(trace, probe(), tmp_path / "r", workers=1)
+    (kept,) = (tmp_path / "r" / ".parts").glob("*/*.journal")
+    whole = bytearray(kept.read_bytes())
+    whole[len(whole) // 4] ^= 1  # of the first of two
+    kept.write_bytes(whole[:-1])
+    told: list[tuple[int, int]] = []
+    run(trace, probe(), tmp_path / "r", workers=1, progress=lambda *at: told.append(at))
+    assert told[0] == (0, TASKS)
     assert figures(tmp_path / "r") == one
 
 

@@ -15,6 +15,7 @@ from click.testing import Result
 
 from retrace.analyze import Results
 from retrace.analyze.replay import engine as replay
+from retrace.analyze.storage.journal import read_journals
 
 Run = Callable[..., Result]
 SWEEP = """
@@ -141,13 +142,18 @@ class Slow(ScoreMethod):
 """
 
 
+def _kept(results: Path) -> list[tuple[int, int]]:
+    """Layer and sequence of each part of a run that is under way."""
+    return [at for folder in results.glob(".parts/*") for at, _ in read_journals(folder)]
+
+
 def test_killed_and_gone_on_with(run: Run, trace: Path, sweep: Path) -> None:
     Path("slow.py").write_text(SLOW)
     sweep.write_text(f"{SWEEP}  - ./slow.py:Slow: {{slope: [1, -1]}}\n")
     run("sweep", trace, sweep, "--out", "undisturbed")
     command = [sys.executable, "-m", "retrace.cli", "sweep", trace, sweep, "--out", "killed"]
     killed = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while len(kept := list(Path("killed").glob(".parts/*/*.npz"))) < 2 and killed.poll() is None:
+    while len(kept := _kept(Path("killed"))) < 2 and killed.poll() is None:
         time.sleep(0.005)
     os.kill(killed.pid, signal.SIGKILL)
     said = killed.communicate()[1].decode()
@@ -157,7 +163,7 @@ def test_killed_and_gone_on_with(run: Run, trace: Path, sweep: Path) -> None:
     run("sweep", trace, sweep, "--out", "killed")
     built = set(Path("built").read_text().split())
     # The first unit is answered again, to see that no method knows the future.
-    assert built.isdisjoint({file.stem for file in kept} - {"0.0"})
+    assert built.isdisjoint({f"{layer}.{sequence}" for layer, sequence in kept} - {"0.0"})
     assert len(kept) == 2 and len(built) >= 3
     for name in TABLES:
         assert Path("killed", name).read_bytes() == Path("undisturbed", name).read_bytes()

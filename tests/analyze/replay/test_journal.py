@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retrace.analyze import analyze, journal
+from retrace.analyze import analyze
+from retrace.analyze.storage import journal
 from retrace.analyze.storage.journal import Journal, read_journals
 from retrace.traces import Trace
 

@@ -1,6 +1,5 @@
 from .commands.analyze import analyze as analyze
 from .commands.calibrate import calibrate as calibrate
-from .commands.compare import Drift as Drift
 from .commands.compare import compare as compare
 from .commands.estimate import estimate as estimate
 from .commands.export import export as export
@@ -22,5 +21,6 @@ from .metrics.registry import METRICS as METRICS
 from .recommendation.recommendation import Recommendation as Recommendation
 from .replay.forecast import Estimate as Estimate
 from .results import Results as Results
+from .tables.drift import Drift as Drift
 from .units.past import Past as Past
 from .units.unit import HeadGroup as HeadGroup

@@ -2,18 +2,27 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pandas as pd
 
 from retrace.analyze.outputs import markdown
-from retrace.analyze.tables.columns import TABLES
+from retrace.analyze.tables.columns import COLUMNS_OF
 from retrace.analyze.tables.figures import Figures
-from retrace.analyze.tables.folder import load, save
+from retrace.analyze.tables.saved import SavedTables, Table
+from retrace.analyze.tables.validation import checked_facts, checked_table
 
 
-class Results(Figures):
+class Results(Figures, SavedTables):
     """The figures of one trace under one protocol, for any number of methods and budgets."""
+
+    NONE = "is not a results folder"
+    TABLES = tuple(
+        Table(name, f"{name}.parquet", columns, name not in ("sequences", "positions"))
+        for name, columns in COLUMNS_OF.items()
+    )
+    FACTS = "run", "run.json"
+    TEXT = "table.md"
 
     def plot(self, folder: str | Path) -> list[Path]:
         """Draw every plot into a folder; returns the files."""
@@ -53,18 +62,16 @@ class Results(Figures):
         intervals of their means over sequences, where there are several."""
         return markdown.markdown(self)
 
-    def save(self, folder: str | Path) -> None:
-        """Write a parquet file of each table, `run.json` and `table.md`, all of them or none: a
-        process that is killed meanwhile leaves the results that were there before, or these."""
-        tables = {name: getattr(self, name) for name in TABLES}
-        save(Path(folder), tables, self.run, self.markdown())
+    def text(self) -> str:
+        """The same."""
+        return self.markdown()
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """Read a results folder back.
+    def checked_table(cls, table: pd.DataFrame, name: str) -> pd.DataFrame:
+        """A table, if its columns hold figures that can be."""
+        return checked_table(table, name)
 
-        Raises:
-            RetraceError: it is none, its files do not belong together, or one was changed.
-        """
-        tables, run = load(Path(folder), TABLES, optional={"sequences", "positions"})
-        return cls(run=run, **tables)
+    @classmethod
+    def checked_facts(cls, facts: Any) -> dict[str, Any]:
+        """A run's facts, if they have the form that others rely on."""
+        return checked_facts(super().checked_facts(facts))

@@ -23,7 +23,7 @@ from retrace.analyze.replay.trials import Trials
 from retrace.analyze.results import Results
 from retrace.analyze.selection.select import CostError
 from retrace.analyze.tables.build import tabulate
-from retrace.analyze.tables.folder import FILES, SAVED, finish_saving
+from retrace.analyze.tables.saved import SAVED, finish_saving
 from retrace.analyze.workers.start import WORTH_PROCESSES, is_here, start_workers
 from retrace.traces import DamageError, Location, RetraceError, Trace
 from retrace.traces.storage.durable import within
@@ -77,7 +77,7 @@ def analyze(
         if folder is not None:
             for name in ("plots", PARTS, SAVED):
                 within(folder, name)  # refused ahead
-            check_files(folder, FILES)
+            check_files(folder, Results.files())
         settled = settle(asked)
         settings, wanted, before = settled.settings, settled.wanted, settled.before
         if refusal is not None and (wanted or part is not None):

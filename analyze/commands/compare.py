@@ -4,9 +4,8 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,66 +23,21 @@ from retrace.analyze.replay.approximation import (
     transformers_release,
 )
 from retrace.analyze.selection.states import of_layer
+from retrace.analyze.tables.drift import Drift, Place
 from retrace.analyze.tables.intervals import interval_of_mean
 from retrace.analyze.units.unit import Unit, load_units
 from retrace.analyze.workers.retry import finished, name_missing, none_left
 from retrace.analyze.workers.start import start_workers
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
-from retrace.traces.storage.durable import make_folder, written_whole
 
 log = logging.getLogger("retrace")
 
-FILES = ("drift.parquet", "likelihoods.parquet", "runs.csv")
-TENSORS = ("query", "key", "value", "output")
 PASSES = 3
 """Attention that is computed of each layer: exact of both runs, and the method's."""
-Place = tuple[str, int, int]
-"""A run, a layer and a sequence."""
 Distances = dict[tuple[str, str], Moments]
 """Moments over positions (heads,) by tensor and metric."""
 Answer = Callable[[Unit], Tensor]
 """Attention output (group, queries, value channels) of a unit."""
-
-
-@dataclass(frozen=True)
-class Drift:
-    """What runs with a method in the loop come to beside the exact run."""
-
-    layers: pd.DataFrame
-    """Tidy: one row per (run, layer, module, head, tensor, metric) with mean, std and count over
-    positions, from where the method begins. `error` is ||x' - x|| / ||x||, `cosine` that of the
-    angle between x' and x; heads of keys and values are kv heads, and `output` is what the layer
-    gave before its projection."""
-    likelihoods: pd.DataFrame
-    """One row per (run, sequence, position), from where the method begins: `exact` and
-    `approximate` negative log-likelihood of the next token, in nats, `difference`, and `kl`, the
-    divergence of the next token's distribution from the exact model's."""
-    runs: pd.DataFrame
-    """One row per run: method, topk, perplexity, exact_perplexity, the mean `difference` of the
-    likelihoods in nats with a 95 % interval over sequences (`low`, `high`; NaN with one
-    sequence), and the mean `kl`."""
-    missing: dict[Place, str] = field(default_factory=dict)
-    """What ended the workers of those that `layers` lacks."""
-
-    def table(self) -> pd.DataFrame:
-        """Per run and layer: the mean over heads of each tensor's error."""
-        rows = self.layers[self.layers["metric"] == "error"]
-        keys = ["run", "layer", "module"]
-        means = rows.groupby([*keys, "tensor"], sort=False)["mean"].mean().unstack("tensor")
-        return means[list(TENSORS)].reset_index()
-
-    def save(self, folder: str | Path) -> None:
-        """Write `drift.parquet`, `likelihoods.parquet` and `runs.csv`."""
-        folder = Path(folder)
-        make_folder(folder)
-        contents = (
-            self.layers.to_parquet(index=False),
-            self.likelihoods.to_parquet(index=False),
-            self.runs.to_csv(index=False).encode(),
-        )
-        for name, content in zip(FILES, contents, strict=True):
-            with written_whole(folder / name) as file:
-                file.write(content)
 
 
 def compare(
@@ -145,7 +99,7 @@ def compare(
         ),
         pd.concat(likelihoods.values(), ignore_index=True),
         pd.DataFrame(_summary(n, r.approximation, likelihoods[n]) for n, r in named.items()),
-        missing,
+        {"missing": [[*at, why] for at, why in missing.items()]},
     )
 
 

@@ -8,7 +8,7 @@ from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.parts import KeptParts, Part, finished_runs
 from retrace.analyze.results import Results
 from retrace.analyze.tables.build import tabulate
-from retrace.analyze.tables.folder import FILES, SAVED
+from retrace.analyze.tables.saved import SAVED
 from retrace.traces import RetraceError
 from retrace.traces.storage.durable import within
 from retrace.traces.storage.lock import check_files, locked_folder
@@ -46,7 +46,7 @@ def _merged(places: Sequence[Path], methods: Sequence[str]) -> Results:
         )
     for name in ("plots", SAVED):
         within(places[0], name)  # refused ahead
-    check_files(places[0], FILES)
+    check_files(places[0], Results.files())
     results = earlier(places[0])
     # Of a merge that was killed when it had saved, some parts may be gone already.
     saved = set() if results is None else finished_runs(results.run)

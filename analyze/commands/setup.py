@@ -20,7 +20,7 @@ from retrace.analyze.replay.plan import Replayed
 from retrace.analyze.replay.settings import Settings
 from retrace.analyze.replay.trials import able_to_learn
 from retrace.analyze.results import Results
-from retrace.analyze.tables.folder import SAVED, SAVING
+from retrace.analyze.tables.saved import SAVING, names_in
 from retrace.traces import Location, RetraceError, Trace, open_trace
 from retrace.traces.storage.lock import LOCK
 
@@ -30,8 +30,8 @@ MOST_KEYS = 10_000_000
 """Of a budget: no context is longer."""
 BEGUN = {PARTS, SAVING, LOCK}
 """What is in a folder before there are results."""
-OWN = {"metrics.parquet", SAVED}
-"""What only results of retrace have."""
+OWN = "metrics.parquet"
+"""What all results of retrace have."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,10 @@ def _held_out(asked: Asked, before: Results | None) -> tuple[int, ...]:
 
 def earlier(folder: Path) -> Results | None:
     """The results that are in the folder; None where there are at most parts of some."""
-    names = _names_in(folder)
+    names = names_in(folder)
     if names <= BEGUN:
         return None
-    if not names & OWN:
+    if OWN not in names:
         raise _other_things(folder)
     try:
         return Results.load(folder)
@@ -153,13 +153,9 @@ def earlier(folder: Path) -> Results | None:
 
 def refuse_other_things(folder: Path) -> None:
     """Refuse to replace what retrace did not write."""
-    names = _names_in(folder)
-    if not names <= BEGUN and not names & OWN:
+    names = names_in(folder)
+    if not names <= BEGUN and OWN not in names:
         raise _other_things(folder)
-
-
-def _names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _other_things(folder: Path) -> RetraceError:

@@ -25,8 +25,6 @@ ROWS_PER_BYTE, TEXT_PER_BYTE = 16, 1 << 10
 """And those besides for each of its file's bytes. Values that repeat cost nothing, but figures
 differ: of tables of results one byte stands for less than a row."""
 
-POINT_TEXTS = {"method", "task", "metric"}
-"""Columns of tables of points that hold text; the others hold numbers."""
 TEXTS = (pa.types.is_string, pa.types.is_large_string)
 KINDS = (
     *TEXTS,
@@ -72,30 +70,6 @@ def read_facts(file: Path) -> Any:
     if len(raw) > FACTS_BYTES:
         raise ValueError(f"{file.name} has more than {FACTS_BYTES >> 20} MiB")
     return json.loads(raw.decode())
-
-
-def read_whole(
-    folder: Path, facts: str, tables: Sequence[str]
-) -> tuple[dict[str, Any], list[pd.DataFrame]]:
-    """The facts, and the tables of points, of a folder.
-
-    Raises:
-        OSError, ValueError, RecursionError: they can't be read, or have another form.
-    """
-    held = read_facts(folder / facts)
-    if not isinstance(held, dict) or not isinstance(held.get("methods", {}), dict):
-        raise ValueError(f"{facts} is not as retrace writes it")
-    if not all(isinstance(entry, dict) for entry in held.get("methods", {}).values()):
-        raise ValueError(f"{facts} has no methods as retrace writes them")
-    frames = [read_table(folder / name) for name in tables]
-    for name, frame in zip(tables, frames, strict=True):
-        for column in POINT_TEXTS & set(frame.columns):
-            if not all(isinstance(text, str) for text in frame[column]):
-                raise ValueError(f"{name} holds something else in column {column}")
-        for column in set(frame.columns) - POINT_TEXTS:
-            if not pd.api.types.is_numeric_dtype(frame[column]):
-                raise ValueError(f"{name} holds something else in column {column}")
-    return held, frames
 
 
 def _check(found: Any, size: int, columns: Sequence[str] | None) -> list[str]:

@@ -23,7 +23,7 @@ POSITION_COLUMNS = {
 """Those of the table of positions."""
 BUCKET = ["axis", "first"]
 """Columns that name a bucket of queries."""
-TABLES = {
+COLUMNS_OF = {
     "metrics": COLUMNS,
     "curves": COLUMNS,
     "sequences": list(SEQUENCE_COLUMNS),

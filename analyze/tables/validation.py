@@ -9,9 +9,6 @@ from pandas.api.types import is_float_dtype, is_integer_dtype, is_string_dtype
 
 from retrace.analyze.metrics.possible import most_of
 
-DIGESTS = "tables"
-"""Where run.json has the SHA-256 of each table."""
-
 
 def _is_text(column: "pd.Series[Any]") -> bool:
     is_category = isinstance(column.dtype, pd.CategoricalDtype)
@@ -57,12 +54,8 @@ def checked_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
     return table
 
 
-def checked_facts(run: Any) -> dict[str, Any]:
+def checked_facts(run: dict[str, Any]) -> dict[str, Any]:
     """A run's facts, if they have the form that others rely on."""
-    if not isinstance(run, dict):
-        raise ValueError("its run.json is no object")
-    if not isinstance(run.get(DIGESTS, {}), dict):
-        raise ValueError(f"its run.json has no {DIGESTS} as retrace writes them")
     outdated = run.get("outdated", [])
     if not isinstance(outdated, list) or not all(isinstance(m, str) for m in outdated):
         raise ValueError("its run.json has no outdated as retrace writes them")

@@ -24,6 +24,7 @@ from retrace.analyze.replay.kept import (
 )
 from retrace.analyze.replay.trials import able_to_learn
 from retrace.analyze.tables.intervals import interval_of_mean
+from retrace.analyze.tables.saved import SAVING, names_in
 from retrace.analyze.units.costs import SERVING_DTYPE, is_charged
 from retrace.capture.attention.interface import observed_attention
 from retrace.capture.attention.recorder import AttentionLayer, dtype_of
@@ -45,7 +46,7 @@ from retrace.capture.reading.sequences import (
 )
 from retrace.capture.recording.identity import check_same_model, weights_digest
 from retrace.capture.settings import CaptureSettings
-from retrace.capture.tables.evaluation import FILES, Evaluation
+from retrace.capture.tables.evaluation import Evaluation
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
 from retrace.traces.storage.durable import within
 from retrace.traces.storage.lock import LOCK, check_files, check_leave, one_at_a_time
@@ -124,7 +125,7 @@ def evaluate(
         "serving_dtype": SERVING_DTYPE,
         "retrace": version("retrace-attention"),
     }
-    check_files(folder, FILES)
+    check_files(folder, Evaluation.files())
     found = _earlier(folder, facts, overwrite)
     found, budgets = _still_good(found, specs, topk, again)
     replayed = analyze(
@@ -231,11 +232,11 @@ def _earlier(folder: Path | None, facts: dict[str, Any], overwrite: bool) -> Eva
     none = Evaluation(pd.DataFrame(columns=["method", "topk"]), facts)
     if folder is None or not folder.is_dir():
         return none
-    there = {file.name for file in folder.iterdir()} - {LOCK}
-    begun = {name.removesuffix(".partial") for name in there} <= {*FILES, "replay"}
-    if begun and not {FILES[0], FILES[2]} <= there:
+    there, points = names_in(folder), "evaluation.parquet"
+    begun = {name.removesuffix(".partial") for name in there - {LOCK, SAVING}}
+    if begun <= {*Evaluation.files(), "replay"} and not {points, "evaluation.json"} <= there:
         return none  # empty, or ended before the first point was whole
-    if FILES[0] not in there:
+    if points not in there:
         raise RetraceError(
             f"{folder} is not empty, and no evaluation of retrace: choose another with --out."
         )

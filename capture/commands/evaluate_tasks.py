@@ -21,6 +21,7 @@ from retrace.analyze.replay.kept import (
     outdated_besides,
     when_made,
 )
+from retrace.analyze.tables.saved import SAVING, names_in
 from retrace.capture.attention.recorder import AttentionLayer
 from retrace.capture.checks.runs import check_loop
 from retrace.capture.checks.trace import examine
@@ -36,7 +37,7 @@ from retrace.capture.reading.harness import Harness
 from retrace.capture.reading.sequences import like_reference, read_text
 from retrace.capture.recording.identity import check_same_model, weights_digest
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, TASKS, CaptureSettings
-from retrace.capture.tables.task_evaluation import EXACT, FILES, PLACE, POINT, TaskEvaluation
+from retrace.capture.tables.task_evaluation import EXACT, PLACE, POINT, TaskEvaluation
 from retrace.traces import PHASES, Location, RetraceError, Trace, noted, open_trace
 from retrace.traces.storage.lock import LOCK, check_files, check_leave, one_at_a_time
 
@@ -152,7 +153,7 @@ def evaluate_tasks(
         "lm_eval": version("lm_eval"),
     }
     folder = None if out is None else Path(out)
-    check_files(folder, FILES)
+    check_files(folder, TaskEvaluation.files())
     found = _earlier(folder, facts, overwrite)
     found, points = _still_good(found, specs, budgets, again)
     wanted = [(spec, k) for spec, k in points if not found.has(_name(spec), k)]
@@ -242,11 +243,11 @@ def _earlier(folder: Path | None, facts: dict[str, Any], overwrite: bool) -> Tas
     )
     if folder is None or not folder.is_dir():
         return none
-    there = {file.name for file in folder.iterdir()} - {LOCK}
-    begun = {name.removesuffix(".partial") for name in there} <= {*FILES}
-    if begun and not {FILES[0], FILES[3]} <= there:
+    there, scores = names_in(folder), "scores.parquet"
+    begun = {name.removesuffix(".partial") for name in there - {LOCK, SAVING}}
+    if begun <= {*TaskEvaluation.files()} and not {scores, "scores.json"} <= there:
         return none  # empty, or of a run that ended before its first scores were whole
-    if FILES[0] not in there:
+    if scores not in there:
         raise RetraceError(
             f"{folder} is not empty, and holds no scores of retrace: choose another with --out."
         )

@@ -1,25 +1,25 @@
 """What methods in the loop cost a model in likelihood, as a table."""
 
 import dataclasses
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
 
 from retrace.analyze.outputs.markdown import markdown_table
-from retrace.analyze.storage.untrusted import read_whole
-from retrace.traces import RetraceError
-from retrace.traces.storage.durable import make_folder, written_whole
-
-FILES = ("evaluation.parquet", "evaluation.md", "evaluation.json")
+from retrace.analyze.tables.saved import SavedTables, Table
+from retrace.capture.tables.points import checked_methods, checked_points
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(SavedTables):
     """What methods in the loop come to, point by point."""
+
+    NONE = "holds no evaluation"
+    TABLES = (Table("points", "evaluation.parquet", ()),)
+    FACTS = "facts", "evaluation.json"
+    TEXT = "evaluation.md"
 
     points: pd.DataFrame
     """One row per (method, topk), over the tokens that the method predicts: perplexity,
@@ -44,27 +44,16 @@ class Evaluation:
         """The table, in Markdown."""
         return markdown_table(self.points) + "\n"
 
-    def save(self, folder: Path) -> None:
-        """Write `evaluation.parquet`, `evaluation.md` and `evaluation.json`, each whole."""
-        facts = json.dumps(self.facts, indent=2) + "\n"
-        contents = self.points.to_parquet(index=False), self.markdown().encode(), facts.encode()
-        make_folder(folder)
-        for name, content in zip(FILES, contents, strict=True):
-            with written_whole(folder / name) as file:
-                file.write(content)
+    def text(self) -> str:
+        """The same."""
+        return self.markdown()
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read a folder back.
+    def checked_table(cls, table: pd.DataFrame, name: str) -> pd.DataFrame:
+        """The points, if all figures are numbers."""
+        return checked_points(table, name)
 
-        Raises:
-            RetraceError: it holds no evaluation.
-        """
-        try:
-            facts, (points,) = read_whole(folder, FILES[2], FILES[:1])
-            if not {"method", "topk"} <= set(points):
-                raise ValueError(f"{FILES[0]} names no methods and budgets")
-        except (OSError, ValueError, RecursionError) as error:
-            cause = " ".join(str(error).split())
-            raise RetraceError(f"{folder} holds no evaluation of retrace ({cause}).") from error
-        return cls(points, facts)
+    @classmethod
+    def checked_facts(cls, facts: Any) -> dict[str, Any]:
+        """The facts, if they have the methods as they were run."""
+        return checked_methods(super().checked_facts(facts))

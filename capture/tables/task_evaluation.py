@@ -1,22 +1,18 @@
 """What methods in the loop cost a model in tasks, as tables."""
 
 import dataclasses
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 
 from retrace.analyze.outputs.markdown import markdown_table
-from retrace.analyze.storage.untrusted import read_whole
 from retrace.analyze.tables.intervals import interval_of_mean
-from retrace.traces import RetraceError
-from retrace.traces.storage.durable import make_folder, written_whole
+from retrace.analyze.tables.saved import SavedTables, Table
+from retrace.capture.tables.points import checked_methods, checked_points
 
-FILES = ("scores.parquet", "documents.parquet", "scores.md", "scores.json")
 EXACT = "exact attention"
 """The model as it is, in the column of methods; its budget is 0."""
 POINT = ["method", "topk"]
@@ -24,8 +20,16 @@ PLACE = ["task", "metric"]
 
 
 @dataclass(frozen=True)
-class TaskEvaluation:
+class TaskEvaluation(SavedTables):
     """What a model scores in tasks, exactly and with methods in the loop."""
+
+    NONE = "holds no scores"
+    TABLES = (
+        Table("scores", "scores.parquet", (*POINT, *PLACE, "value")),
+        Table("documents", "documents.parquet", (*POINT, *PLACE, "document", "value")),
+    )
+    FACTS = "facts", "scores.json"
+    TEXT = "scores.md"
 
     scores: pd.DataFrame
     """One row per (method, topk, task or group, metric): `value`, as lm-eval-harness states it."""
@@ -90,35 +94,19 @@ class TaskEvaluation:
             self, scores=_joined(self.scores, scores), documents=_joined(said, documents)
         )
 
-    def save(self, folder: Path) -> None:
-        """Write `scores.parquet`, `documents.parquet`, `scores.md` and `scores.json`, each whole,
-        the scores after what they are of, and what they come from last."""
-        facts = json.dumps(self.facts, indent=2) + "\n"
-        tables = (frame.to_parquet(index=False) for frame in (self.scores, self.documents))
-        contents = dict(
-            zip(FILES, (*tables, self.markdown().encode(), facts.encode()), strict=True)
-        )
-        make_folder(folder)
-        for name in (FILES[1], FILES[2], FILES[0], FILES[3]):
-            with written_whole(folder / name) as file:
-                file.write(contents[name])
+    def text(self) -> str:
+        """The same."""
+        return self.markdown()
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read a folder back.
+    def checked_table(cls, table: pd.DataFrame, name: str) -> pd.DataFrame:
+        """Scores, if all of them are numbers."""
+        return checked_points(table, name)
 
-        Raises:
-            RetraceError: it holds no scores.
-        """
-        try:
-            facts, (scores, documents) = read_whole(folder, FILES[3], FILES[:2])
-            columns = {*POINT, *PLACE, "value"}
-            if not columns <= set(scores) or not columns | {"document"} <= set(documents):
-                raise ValueError("its tables lack columns")
-        except (OSError, ValueError, RecursionError) as error:
-            cause = " ".join(str(error).split())
-            raise RetraceError(f"{folder} holds no scores of retrace ({cause}).") from error
-        return cls(scores, documents, facts)
+    @classmethod
+    def checked_facts(cls, facts: Any) -> dict[str, Any]:
+        """The facts, if they have the methods as they were run."""
+        return checked_methods(super().checked_facts(facts))
 
 
 def _joined(frame: pd.DataFrame, rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -49,7 +49,8 @@ def command(
     run: perplexity, and what the method costs in likelihood with an interval over sequences. All
     are of the positions that the method answers, which --from-position was given the first of.
     """
-    from retrace.analyze.commands.compare import FILES, TENSORS, compare
+    from retrace.analyze import Drift, compare
+    from retrace.analyze.tables.drift import TENSORS
     from retrace.traces import locate
     from retrace.traces.storage.durable import within
     from retrace.traces.storage.lock import check_files, locked_folder
@@ -60,7 +61,7 @@ def command(
         if refusal is not None:
             raise refusal
         pictures = within(out, "plots")
-        check_files(out, FILES)
+        check_files(out, Drift.files())
         with progress_bar("Comparing") as progress:
             runs = [locate(run) for run in approximate]
             drift = compare(place, runs, progress=progress, **settings)

@@ -1,7 +1,6 @@
 """Pictures of a comparison: drift over depth, and what it costs over positions."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,16 +15,14 @@ from retrace.analyze.outputs.plots.style import (
     styles_of,
     wrapped,
 )
-
-if TYPE_CHECKING:
-    from retrace.analyze.commands.compare import Drift
+from retrace.analyze.tables.drift import Drift
 
 DPI = 130
 BINS = 32
 """Most points of a line over positions."""
 
 
-def draw_drift(drift: "Drift", folder: Path) -> list[Path]:
+def draw_drift(drift: Drift, folder: Path) -> list[Path]:
     """Draw every plot of a comparison into a folder; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -38,7 +35,7 @@ def draw_drift(drift: "Drift", folder: Path) -> list[Path]:
     return files
 
 
-def drift_by_layer(drift: "Drift") -> Figure:
+def drift_by_layer(drift: Drift) -> Figure:
     """Relative drift of queries, keys, values and attention outputs over layers: mean over heads
     and positions."""
     table = drift.table()
@@ -67,7 +64,7 @@ def drift_by_layer(drift: "Drift") -> Figure:
     return figure
 
 
-def likelihood_by_position(drift: "Drift") -> Figure:
+def likelihood_by_position(drift: Drift) -> Figure:
     """How much less likely the next token is than in the exact run, over positions."""
     figure, panels = panel_grid(1, width=6.0, height=3.2)
     [axes] = panels

@@ -9,7 +9,7 @@ import pytest
 
 from retrace.analyze import analyze, merge
 from retrace.analyze.replay.parts import PARTS
-from retrace.analyze.tables.folder import SAVED
+from retrace.analyze.tables.saved import SAVED
 from retrace.traces import RetraceError, Trace, create_trace
 from retrace.traces.storage.durable import within
 

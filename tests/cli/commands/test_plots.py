@@ -102,7 +102,7 @@ def test_bars_over_sequences() -> None:
     rows = results.metrics.drop(columns=["std", "protocol", "min_context"])
     each = pd.concat([rows.assign(sequence=s, mean=rows["mean"] + s / 10) for s in range(4)])
     results = Results(results.metrics, results.curves, results.run, each)
-    axes = sweep_figures(results)["quest", "page"].axes[0]
+    axes = sweep_figures(results)["quest", "page"].axes[SWEPT.index("error_norm")]
     drawn = [path.vertices[0, 1] for bars in axes.collections for path in bars.get_paths()]
     known = results.intervals("model", metrics=["error_norm"])
     assert len(drawn) == 4  # a bar for each page and budget

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from retrace.analyze import analyze
+from retrace.analyze.commands.compare import compare
 from retrace.analyze.methods.registry import parse_spec
 from retrace.analyze.selection.select import select
 from retrace.capture import capture
@@ -197,6 +198,7 @@ def test_the_trace_tells_what_ran(captured: Capture) -> None:
     assert told["method"] == "quest:page=2"
     assert (told["topk"], told["from_position"]) == (4, 9)
     assert told["parameters"]["page"] == 2
+    assert list(compare(exact, [found]).runs["code"]) == ["same"]
     assert found.attributes["task"] == exact.attributes["task"]
     assert "approximation" not in exact.attributes["capture"]
 

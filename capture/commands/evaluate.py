@@ -124,8 +124,8 @@ def evaluate(
         "serving_dtype": SERVING_DTYPE,
         "retrace": version("retrace-attention"),
     }
-    check_files(folder, FILES)
     found = _earlier(folder, facts, overwrite)
+    check_files(folder, FILES)
     found, budgets = _still_good(found, specs, topk, again)
     replayed = analyze(
         exact,

@@ -152,8 +152,8 @@ def evaluate_tasks(
         "lm_eval": version("lm_eval"),
     }
     folder = None if out is None else Path(out)
-    check_files(folder, FILES)
     found = _earlier(folder, facts, overwrite)
+    check_files(folder, FILES)
     found, points = _still_good(found, specs, budgets, again)
     wanted = [(spec, k) for spec, k in points if not found.has(_name(spec), k)]
     if wanted:

@@ -132,10 +132,14 @@ class Approximation:
         once, if not all are; None where all are approximate and there is no prefix."""
         return prompt if self.from_position is None else self.from_position
 
+    @staticmethod
+    def protocol(first: int | None) -> Protocol:
+        """Which keys a state is built from, where queries from `first` on are approximate."""
+        return Protocol() if first is None else Protocol(prefix=first)
+
     def states(self, unit: Unit, first: int | None) -> States:
         """The method's states for a unit whose queries from `first` on are approximate."""
-        protocol = Protocol() if first is None else Protocol(prefix=first)
-        return States(self.spec.method, unit, protocol, self.calibration)
+        return States(self.spec.method, unit, self.protocol(first), self.calibration)
 
     def output(self, states: States, unit: Unit, first: int) -> Tensor:
         """Attention output (group, queries, value channels) float32 of a unit's queries from

@@ -22,6 +22,7 @@ def calibrate(
     device: str = "auto",
     workers: int | None = None,
     executor: Executor | str | None = None,
+    again: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Calibrate a method, and keep what it learns beside the trace for `analyze` to find.
@@ -36,12 +37,14 @@ def calibrate(
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         workers: processes that share the layers, as in `analyze`.
         executor: as in `analyze`.
+        again: learn anew what is kept, though nothing that it depends on is known to have changed:
+            for what nobody sees, such as files that a method reads and does not name in `reads`.
         progress: told how many layers of methods are done, and of how many.
 
     Returns:
         The files, one per method and layer, or one per method where it learns of all layers
         together, each an .npz of arrays named `<kv head>.<name>`. Those that are there already are
-        not computed again.
+        not computed again, unless with `again`.
 
     Raises:
         RetraceError: the method needs no calibration, or the trace has too few sequences.
@@ -62,7 +65,7 @@ def calibrate(
     # Methods that differ only in how they select share their files.
     calls = {
         folder / calibration_name(trace, spec, chosen, layer): partial(
-            keep_learned, trace, spec, chosen, layer, target
+            keep_learned, trace, spec, chosen, layer, target, True, again
         )
         for spec in specs
         for layer in (trace.layers[:1] if spec.method.learns == "model" else indices)

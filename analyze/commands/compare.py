@@ -76,6 +76,8 @@ def compare(
     check_exact(exact)
     indices, target = choose_layers(exact, layers), choose_device(device)
     paired = [_paired(exact, other, methods) for other in others]
+    for run in paired:
+        run.warn_of_code()
     work = PASSES * sum(scores(exact, indices, run.sequences) for run in paired)
     with start_workers(target, workers, work, executor) as (pool, _):
         paired = [run.calibrated(exact, indices, target, pool) for run in paired]
@@ -98,7 +100,7 @@ def compare(
             for row in _rows(name, index, exact.layer(index).rules.module, distances)
         ),
         pd.concat(likelihoods.values(), ignore_index=True),
-        pd.DataFrame(_summary(n, r.approximation, likelihoods[n]) for n, r in named.items()),
+        pd.DataFrame(_summary(n, r, likelihoods[n]) for n, r in named.items()),
         {"missing": [[*at, why] for at, why in missing.items()]},
     )
 
@@ -119,6 +121,24 @@ class _Run:
             for s in self.trace.sequences
             if s not in learnt and self.first(s) < self.trace.length(s) - 1
         ]
+
+    @property
+    def code(self) -> str:
+        """What is known of the code in the loop; see `Approximation.code_of_run`."""
+        return self.approximation.code_of_run(self.trace)
+
+    def warn_of_code(self) -> None:
+        """Say where the code in the loop was another, or nobody knows."""
+        if self.code != "same":
+            log.warning(
+                "%s %s: its errors of `output` are what the code of now gives for what the layers "
+                "saw then. Its other figures are the run's own.",
+                self.trace.path,
+                f"was captured with other code of {self.approximation.spec}, or of retrace, than "
+                "there is now"
+                if self.code == "changed"
+                else f"does not tell which code of {self.approximation.spec} was in the loop",
+            )
 
     def calibrated(
         self, exact: Trace, layers: tuple[int, ...], device: torch.device, pool: Executor
@@ -218,13 +238,14 @@ def _likelihoods(name: str, exact: Trace, run: _Run) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _summary(name: str, approximation: Approximation, likelihoods: pd.DataFrame) -> dict[str, Any]:
+def _summary(name: str, run: _Run, likelihoods: pd.DataFrame) -> dict[str, Any]:
     by_sequence = likelihoods.groupby("sequence")["difference"].agg(["sum", "count"])
     low, high = interval_of_mean(by_sequence["sum"].to_numpy(), by_sequence["count"].to_numpy())
     return {
         "run": name,
-        "method": str(approximation.spec),
-        "topk": approximation.topk,
+        "method": str(run.approximation.spec),
+        "topk": run.approximation.topk,
+        "code": run.code,
         "perplexity": float(np.exp(likelihoods["approximate"].mean())),
         "exact_perplexity": float(np.exp(likelihoods["exact"].mean())),
         "difference": float(likelihoods["difference"].mean()),

@@ -12,8 +12,13 @@ ROUNDING = 1e-5
 
 def most_of(metric: str) -> float:
     """The largest number that a metric can come to."""
+    return float(min(end_of(metric) + ROUNDING, np.finfo(np.float64).max))
+
+
+def end_of(metric: str) -> float:
+    """Where the range of a metric ends, which begins at 0, rounding left aside."""
     most = BY_NAME[metric].most
-    return float(np.finfo(np.float64).max) if most is None else most + ROUNDING
+    return np.inf if most is None else most
 
 
 def impossible(metric: str, moments: Moments) -> npt.NDArray[np.bool_]:

@@ -13,6 +13,7 @@ from retrace.analyze.exact.reference import exact_pass, refuse_unheld
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.methods.registry import MethodSpec, recorded_spec
 from retrace.analyze.metrics.measure import outputs
+from retrace.analyze.provenance import code_digest
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.selection.select import select
 from retrace.analyze.selection.states import Calibration, States
@@ -84,7 +85,22 @@ class Approximation:
             "from_position": self.from_position,
             "dense_layers": sorted(self.dense_layers),
             "calibration": list(self.calibration_sequences),
+            **self._code,
         }
+
+    @property
+    def _code(self) -> dict[str, str | None]:
+        """Names the code that the output comes from: the method's, and retrace's."""
+        return {"code": self.spec.code.digest, "engine": code_digest(__name__)}
+
+    def code_of_run(self, run: Trace) -> str:
+        """What is known of the code that a run was captured with: `same` as there is now,
+        `changed`, or `unknown`, where the run does not say or nobody can look at it."""
+        told = run.attributes["capture"]["approximation"]
+        known = [told.get(name) for name in self._code]
+        if None in known or None in self._code.values():
+            return "unknown"
+        return "same" if known == list(self._code.values()) else "changed"
 
     def calibrated(
         self,
@@ -116,10 +132,14 @@ class Approximation:
         once, if not all are; None where all are approximate and there is no prefix."""
         return prompt if self.from_position is None else self.from_position
 
+    @staticmethod
+    def protocol(first: int | None) -> Protocol:
+        """Which keys a state is built from, where queries from `first` on are approximate."""
+        return Protocol() if first is None else Protocol(prefix=first)
+
     def states(self, unit: Unit, first: int | None) -> States:
         """The method's states for a unit whose queries from `first` on are approximate."""
-        protocol = Protocol() if first is None else Protocol(prefix=first)
-        return States(self.spec.method, unit, protocol, self.calibration)
+        return States(self.spec.method, unit, self.protocol(first), self.calibration)
 
     def output(self, states: States, unit: Unit, first: int) -> Tensor:
         """Attention output (group, queries, value channels) float32 of a unit's queries from

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from retrace.analyze.storage.journal import Journal, read_journals
 from retrace.analyze.storage.npz import Arrays
 from retrace.analyze.storage.untrusted import read_facts
 from retrace.traces import RetraceError, open_trace
-from retrace.traces.storage.durable import make_folder, within, written_whole
+from retrace.traces.storage.durable import make_folder, this_process, within, written_whole
 
 PARTS = ".parts"
 """Where parts are, in a results folder."""
@@ -153,7 +152,7 @@ class KeptParts:
     def begin(self) -> None:
         """Say which run the parts are of."""
         make_folder(self._folder)
-        with written_whole(self._folder / "job.json", writer=str(os.getpid())) as opened:
+        with written_whole(self._folder / "job.json", writer=this_process()) as opened:
             opened.write(json.dumps(self._job.to_json(), indent=2).encode())
 
     def load_all(self, tasks: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Part]:

@@ -79,8 +79,8 @@ class Trials:
         known = set()
         for index in self._settings.layers:
             layer = self._settings.trace.layer(index)
-            if _kind(layer.rules) not in known:
-                known.add(_kind(layer.rules))
+            if kind_of(layer.rules) not in known:
+                known.add(kind_of(layer.rules))
                 yield next(load_units(layer, self._sequence, self._device))
 
     def _check_unit(self, method: Replayed, unit: Unit) -> None:
@@ -133,7 +133,7 @@ class Trials:
         return next(read(index, Neighbours(trace.layers, read)))
 
 
-def _kind(rules: LayerRules) -> tuple[Any, ...]:
+def kind_of(rules: LayerRules) -> tuple[Any, ...]:
     """What methods may make a difference by."""
     return (
         rules.heads,

@@ -14,7 +14,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 import numpy as np
 import numpy.typing as npt
 
-from retrace.traces.storage.durable import make_folder, written_whole
+from retrace.traces.storage.durable import make_folder, this_process, written_whole
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -80,7 +80,7 @@ def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], *, flush: b
         make_folder(path.parent)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path, writer=str(os.getpid()), flush=flush) as file:
+    with written_whole(path, writer=this_process(), flush=flush) as file:
         put_arrays(file, arrays)
 
 

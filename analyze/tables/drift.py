@@ -35,7 +35,8 @@ class Drift(SavedTables):
     `approximate` negative log-likelihood of the next token, in nats, `difference`, and `kl`, the
     divergence of the next token's distribution from the exact model's."""
     runs: pd.DataFrame
-    """One row per run: method, topk, perplexity, exact_perplexity, the mean `difference` of the
+    """One row per run: method, topk, `code` (whether that of the method is as it was captured:
+    same, changed or unknown), perplexity, exact_perplexity, the mean `difference` of the
     likelihoods in nats with a 95 % interval over sequences (`low`, `high`; NaN with one
     sequence), and the mean `kl`."""
     facts: dict[str, Any] = field(default_factory=lambda: {"missing": []})

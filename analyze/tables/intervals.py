@@ -16,15 +16,20 @@ Student's interval alone is right for means that are normal. Of skewed ones it h
 says: of 5 exponential ones (skewness 2) 88 in 100. The last factor makes up for that, by
 simulation: for means as skewed as exponential ones the interval holds in at least 95 of 100 cases,
 and in 97 to 99 for normal ones. What is more skewed (one sequence in many unlike all others) it
-holds less often: of means like exp(z), z standard normal, in 90 to 94. It may reach beyond what a
-figure can be.
+holds less often: of means like exp(z), z standard normal, in 90 to 94.
+
+An interval ends where a figure's range does: shares are 0 to 1, other figures 0 or more, and
+differences of shares -1 to 1. What is cut off is nothing that the figure can be, so it holds as
+often as before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+
+from retrace.analyze.metrics.possible import end_of
 
 Array = npt.NDArray[np.float64]
 
@@ -45,7 +50,7 @@ def intervals(rows: pd.DataFrame, by: list[str], over: str) -> pd.DataFrame:
 
     Args:
         rows: those of `Results.sequences`.
-        by: columns of which each group of rows has figures of its own.
+        by: columns of which each group of rows has figures of its own, `metric` among them.
         over: a key of `OVER`.
 
     Returns:
@@ -56,7 +61,7 @@ def intervals(rows: pd.DataFrame, by: list[str], over: str) -> pd.DataFrame:
     for piece in _pieces(rows, by):
         samples = _Samples(piece, by, over)
         pieces.append(_tabulated(samples, samples.figures, samples.parts))
-    return _joined(pieces, by, over)
+    return _within_range(_joined(pieces, by, over), lambda end: 0.0)
 
 
 def differences(rows: pd.DataFrame, other: pd.DataFrame, by: list[str], over: str) -> pd.DataFrame:
@@ -72,7 +77,7 @@ def differences(rows: pd.DataFrame, other: pd.DataFrame, by: list[str], over: st
         )
         figures, parts = ours.figures - theirs.figures, ours.parts - theirs.parts
         pieces.append(_tabulated(ours, figures, parts))
-    return _joined(pieces, by, over)
+    return _within_range(_joined(pieces, by, over), lambda end: -end)
 
 
 def interval_of_mean(totals: Array, counts: Array) -> tuple[float, float]:
@@ -134,6 +139,17 @@ def _tabulated(samples: _Samples, figures: Array, parts: Array) -> pd.DataFrame:
     """Figures, by name, with their intervals."""
     low, high = _ends(figures, samples.shares, parts)
     return samples.names.assign(mean=figures, low=low, high=high, sequences=samples.sequences)
+
+
+def _within_range(table: pd.DataFrame, begin: Callable[[float], float]) -> pd.DataFrame:
+    """The table with intervals cut to what each metric can be, where `begin` says the least by the
+    most; never so that the figure, which rounding may put beyond, is outside."""
+    most = table["metric"].map(end_of).to_numpy(np.float64)
+    least = table["metric"].map(lambda metric: begin(end_of(metric))).to_numpy(np.float64)
+    mean, low, high = (table[name].to_numpy(np.float64) for name in ("mean", "low", "high"))
+    return table.assign(
+        low=np.maximum(low, np.minimum(least, mean)), high=np.minimum(high, np.maximum(most, mean))
+    )
 
 
 def _joined(pieces: list[pd.DataFrame], by: list[str], over: str) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import torch
 
 from retrace.analyze.methods.registry import MethodSpec, parse_spec
 from retrace.capture.attention.recorder import dtype_of
+from retrace.capture.checks.method import check_method
 from retrace.capture.checks.runs import check_batch, check_decoding, check_loop
 from retrace.capture.checks.trace import examine
 from retrace.capture.loop.approximate import Approximator, prepare
@@ -166,6 +167,7 @@ def _capture(
         if approximation is not None:
             decodes = settings.generate > 0 or prompts(phases)[0] is not None
             check_loop(model, layers, longest, decoding=decoding if decodes else None)
+            check_method(model, layers, approximation, longest, decodes=decodes)
         attributes = describe(settings, checkpoint, model, reading, layers, approximation, weights)
         attributes |= {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

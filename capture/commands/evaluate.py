@@ -125,8 +125,8 @@ def evaluate(
         "serving_dtype": SERVING_DTYPE,
         "retrace": version("retrace-attention"),
     }
-    check_files(folder, Evaluation.files())
     found = _earlier(folder, facts, overwrite)
+    check_files(folder, Evaluation.files())
     found, budgets = _still_good(found, specs, topk, again)
     replayed = analyze(
         exact,

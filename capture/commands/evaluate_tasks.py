@@ -23,6 +23,7 @@ from retrace.analyze.replay.kept import (
 )
 from retrace.analyze.tables.saved import SAVING, names_in
 from retrace.capture.attention.recorder import AttentionLayer
+from retrace.capture.checks.method import check_method
 from retrace.capture.checks.runs import check_loop
 from retrace.capture.checks.trace import examine
 from retrace.capture.loop.approximate import Approximator, prepare
@@ -153,8 +154,8 @@ def evaluate_tasks(
         "lm_eval": version("lm_eval"),
     }
     folder = None if out is None else Path(out)
-    check_files(folder, TaskEvaluation.files())
     found = _earlier(folder, facts, overwrite)
+    check_files(folder, TaskEvaluation.files())
     found, points = _still_good(found, specs, budgets, again)
     wanted = [(spec, k) for spec, k in points if not found.has(_name(spec), k)]
     if wanted:
@@ -301,17 +302,17 @@ class _Scorer:
         model = checkpoint.load(settings.dtype, settings.device)
         check_vocabulary(model, reading.tokens)
         self._model = HarnessModel(model, checkpoint.tokenizer, most)
-        longest = max(reading.tokens, key=len)
+        self._longest = longest = max(reading.tokens, key=len)
         # What will be generated is not known yet, but any tokens will do.
         length = min(len(longest) + self._model.max_gen_toks, most)
         self._layers: dict[int, AttentionLayer] = dict(examine(model, np.resize(longest, length)))
-        decodes = any(phase[-1] == PHASES["context"] for phase in reading.phases)
+        self._decodes = any(phase[-1] == PHASES["context"] for phase in reading.phases)
         # lm-eval-harness decodes by the model's own `generate`.
         check_loop(
             model,
             self._layers,
             longest,
-            decoding=Decoding.ways(model)[0] if decodes else None,
+            decoding=Decoding.ways(model)[0] if self._decodes else None,
         )
 
     def score(self, spec: MethodSpec | None, k: int, show: Progress) -> dict[str, Any]:
@@ -322,5 +323,8 @@ class _Scorer:
         if spec is not None:
             settings = dataclasses.replace(self._settings, approximate=str(spec), topk=k)
             approximation = prepare(spec, settings, self._layers, self._exact)
+            check_method(
+                self._model.model, self._layers, approximation, self._longest, decodes=self._decodes
+            )
             self._model.approximator = Approximator(approximation, self._layers)
         return self._harness.score(self._model)

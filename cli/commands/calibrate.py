@@ -31,6 +31,11 @@ Example:
 @DEVICE
 @WORKERS
 @SCHEDULER
+@click.option(
+    "--again",
+    is_flag=True,
+    help="Learn anew what is kept, though nothing that it depends on is known to have changed.",
+)
 def command(trace: str, method: str, **settings: Any) -> None:
     """Let METHOD learn from some sequences of TRACE, and keep that beside it.
 

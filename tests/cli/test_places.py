@@ -9,8 +9,7 @@ import pytest
 from click.testing import Result
 
 import retrace.analyze
-import retrace.analyze.commands.analyze
-from retrace.analyze import compare, export
+from retrace.analyze.commands import analyze, compare, export
 from retrace.capture.recording.output import Output
 from retrace.traces import RetraceError
 
@@ -76,7 +75,7 @@ def test_files_of_a_folder(run: Run, trace: Path, monkeypatch: pytest.MonkeyPatc
     run("analyze", trace, "--method", "window", "--topk", "5", "--no-plots", "--out", "r")
     Path("r/table.md").unlink()
     Path("r/table.md").mkdir()
-    monkeypatch.setattr(retrace.analyze.commands.analyze, "replay_all", never)
+    monkeypatch.setattr(analyze, "replay_all", never)
     result = run("analyze", trace, "--method", "exact", "--topk", "5", "--out", "r", code=2)
     assert "r/table.md is no file" in result.stderr
     monkeypatch.setattr(compare, "compare", never)

@@ -2,13 +2,14 @@
 
 import errno
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from retrace.traces import RetraceError
-from retrace.traces.storage.durable import remove_all, written_whole
+from retrace.traces.storage.durable import remove_all, this_process, written_whole
 from retrace.traces.storage.lock import locked_file, locked_folder
 from retrace.traces.storage.regular import open_regular
 
@@ -48,6 +49,27 @@ def test_nothing_is_left_of_what_failed(
         if failing == "write":
             fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_hosts_that_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a shared folder, by processes of one number: each writes its own, and the last counts."""
+    with written_whole(tmp_path / "x", this_process()) as ours:
+        ours.write(b"ou")
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "gethostname", lambda: "other")
+            with written_whole(tmp_path / "x", this_process()) as theirs:
+                theirs.write(b"theirs")
+        assert (tmp_path / "x").read_bytes() == b"theirs"
+        ours.write(b"rs")
+    assert (tmp_path / "x").read_bytes() == b"ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_a_killed_process_left_is_overwritten_by_itself(tmp_path: Path) -> None:
+    (tmp_path / f"x.{this_process()}.partial").write_text("cut")
+    with written_whole(tmp_path / "x", this_process()) as file:
+        file.write(b"ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_links_are_removed_and_not_what_they_lead_to(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,8 @@ def written_whole(path: Path, writer: str = "", *, flush: bool = True) -> Iterat
 
     Args:
         path: the file's place, in a folder that is there.
-        writer: tells apart those who may write it at a time. What a killed one left beside it is
-            overwritten by the next of the same name.
+        writer: tells apart those who may write it at a time, as `this_process` does. What a killed
+            one left beside it is overwritten by the next of the same name.
         flush: False for what is checked when it is read, and made again where it is damaged: it
             may be so after a power cut, and waits for no disk.
     """
@@ -40,6 +41,16 @@ def written_whole(path: Path, writer: str = "", *, flush: bool = True) -> Iterat
         raise
     if flush:
         sync_path(path.parent)
+
+
+def this_process() -> str:
+    """Names this process among all that write to a folder, of this host and of others, of which
+    those of two containers may have the same number."""
+    try:
+        namespace = f".{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # no Linux
+        namespace = ""
+    return f"{socket.gethostname()}{namespace}.{os.getpid()}"
 
 
 def within(folder: Path, name: str) -> Path:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from retrace.analyze.commands.compare import compare
+from retrace.analyze.methods.registry import parse_spec
 from retrace.analyze.outputs.plots.drift import draw_drift
+from retrace.analyze.replay.approximation import Approximation
 from retrace.traces import RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]
@@ -257,3 +259,39 @@ def test_a_method_file_is_run_only_where_it_is_named(pair: Any, tmp_path: Path) 
         compare(exact.path, [run.path])
     drift = compare(exact.path, [run.path], methods=[f"{file}:Mine"])
     assert list(drift.runs["method"]) == ["mine.py:Mine"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({}, "same", ""),
+        ({"code": "0" * 64}, "changed", "was captured with other code of window"),
+        ({"engine": "0" * 64}, "changed", "was captured with other code of window"),
+        ({"code": None}, "unknown", "does not tell which code of window"),
+        (None, "unknown", "does not tell which code of window"),
+    ],
+)
+def test_code_that_changed_since_is_told(
+    pair: Any, caplog: pytest.LogCaptureFixture, changes: Any, code: str, words: str
+) -> None:
+    exact, run, _ = pair
+    told = Approximation(parse_spec(TOLD["method"]), TOLD["topk"]).facts
+    told = TOLD if changes is None else told | changes
+    say(run, {"max_length": 40, "approximation": told})
+    drift = compare(exact.path, [run.path])
+    assert list(drift.runs["code"]) == [code]
+    warned = [r.getMessage() for r in caplog.records if "code of" in r.getMessage()]
+    assert len(warned) == bool(words) and all(words in line for line in warned)
+
+
+def test_a_file_that_was_edited_since(pair: Any, tmp_path: Path) -> None:
+    exact, run, _ = pair
+    file = tmp_path / "mine.py"
+    text = "from retrace.analyze.methods.window import Window\n\n\nclass Mine(Window):\n    pass\n"
+    named = [f"{file}:Mine"]
+    file.write_text(text)
+    facts = Approximation(parse_spec(named[0]), 5).facts
+    say(run, {"max_length": 40, "approximation": facts})
+    for added, code in (("", "same"), ("SLOPE = 2\n", "changed")):
+        file.write_text(text + added)
+        assert list(compare(exact.path, [run.path], methods=named).runs["code"]) == [code]

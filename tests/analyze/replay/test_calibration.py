@@ -122,6 +122,20 @@ def test_calibrate_ahead(trace: Trace, learnt_from: list[list[int]]) -> None:
     assert len(learnt_from) == 4
 
 
+def test_calibrate_again(trace: Trace, learnt_from: list[list[int]]) -> None:
+    (file, other) = calibrate(trace, "loki", workers=1)
+    before = {path: path.read_bytes() for path in (file, other)}
+    arrays = read_arrays(file)
+    assert arrays is not None
+    write_arrays(file, {name: array * 2 for name, array in arrays.items()})
+    learnt_from.clear()
+    assert calibrate(trace, "loki", workers=1) == [file, other]
+    assert not learnt_from and file.read_bytes() != before[file]
+    assert calibrate(trace, "loki", again=True, workers=1) == [file, other]
+    assert learnt_from == [[2]] * 4  # two layers of two kv heads
+    assert {path: path.read_bytes() for path in (file, other)} == before
+
+
 def test_results_of_one_folder_have_one_split(trace: Trace, tmp_path: Path) -> None:
     out = tmp_path / "results"
     analyze(trace, ["loki"], [2], min_context=0, out=out, calibration_sequences=[1])

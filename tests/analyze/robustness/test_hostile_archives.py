@@ -2,14 +2,17 @@
 
 import io
 import os
+import socket
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retrace.analyze.storage import npz
 from retrace.analyze.storage.npz import read_arrays, write_arrays
 
 ARRAYS = {
@@ -116,3 +119,22 @@ def test_what_cannot_be_written_leaves_nothing(
         write_arrays(archive, {"a": np.zeros(3)})
     assert archive.read_bytes() == before
     assert [file.name for file in archive.parent.iterdir()] == ["0.npz"]
+
+
+def test_two_hosts_with_processes_of_one_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One begins to write what the other is at: both come to an end."""
+    put = npz.put_arrays
+
+    def both(file: Any, arrays: Any) -> None:
+        put(file, arrays)
+        if socket.gethostname() != "second":
+            monkeypatch.setattr(socket, "gethostname", lambda: "second")
+            write_arrays(tmp_path / "0.npz", {"a": np.ones(2)})
+
+    monkeypatch.setattr(npz, "put_arrays", both)
+    write_arrays(tmp_path / "0.npz", {"a": np.zeros(2)})
+    found = read_arrays(tmp_path / "0.npz")
+    assert found is not None and found["a"].tolist() == [0, 0]
+    assert [file.name for file in tmp_path.iterdir()] == ["0.npz"]

@@ -19,6 +19,7 @@ from retrace.traces import RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]
 METHODS = ["quest:page=4", "window"]
+MOST = {"error_norm": np.inf, "attention_fraction": 1.0, "recall": 1.0}
 LENGTHS = (53, 61, 1, 70, 44, 66)
 
 
@@ -36,7 +37,7 @@ def results(make_trace: MakeTrace, rules: Any, found: dict[str, Results]) -> Res
     return found["all"]
 
 
-def rows_of(values: np.ndarray[Any, Any], count: int = 1) -> Results:
+def rows_of(values: np.ndarray[Any, Any], count: int = 1, metric: str = "recall") -> Results:
     """Results of one method and head with these figures (sequences,)."""
     rows = pd.DataFrame(
         {
@@ -46,7 +47,7 @@ def rows_of(values: np.ndarray[Any, Any], count: int = 1) -> Results:
             "sequence": np.arange(len(values)),
             "head": 0,
             "topk": 1,
-            "metric": "recall",
+            "metric": metric,
             "mean": values,
             "count": count,
         }
@@ -110,7 +111,8 @@ def test_against_the_definition(results: Results, metric: str) -> None:
     wide = stats.t.ppf(0.975, alike - 1) * (1 + min(0.9, 4 / alike)) * error
     assert ours["sequences"] == rows["sequence"].nunique() > alike > 2
     found = [ours["mean"], ours["low"], ours["high"]]
-    np.testing.assert_allclose(found, [figure, figure - wide, figure + wide], rtol=1e-6)
+    ends = np.clip([figure - wide, figure + wide], 0, MOST[metric])
+    np.testing.assert_allclose(found, [figure, *ends], rtol=1e-6)
 
 
 def test_heads_that_count_unlike_queries(results: Results) -> None:
@@ -157,7 +159,7 @@ SPREADS: dict[str, tuple[float, Draw]] = {
     "uniform": (0.5, lambda g, size: g.random(size)),
     "lognormal": (np.exp(0.125), lambda g, size: g.lognormal(0.0, 0.5, size)),
     "exponential": (1.0, lambda g, size: g.exponential(1.0, size)),
-    "turned": (-1.0, lambda g, size: -g.exponential(1.0, size)),
+    "turned": (9.0, lambda g, size: 10 - g.exponential(1.0, size)),
 }
 """Means of sequences: the true one, and draws of (trials, sequences)."""
 
@@ -168,7 +170,7 @@ def test_how_often_intervals_hold_the_truth(sequences: int, spread: str) -> None
     """95 of 100 times, of so few sequences and of means so skewed; heads are the trials here."""
     truth, draw = SPREADS[spread]
     samples = draw(np.random.default_rng(0), (2000, sequences)).astype(np.float32)
-    one = rows_of(samples[0]).sequences
+    one = rows_of(samples[0], metric="error_norm").sequences
     trials = pd.concat([one] * len(samples), ignore_index=True)
     trials = trials.assign(head=np.repeat(np.arange(len(samples)), sequences), mean=samples.ravel())
     rows = Results(pd.DataFrame(), pd.DataFrame(), {}, trials).intervals("head")
@@ -195,7 +197,39 @@ def test_long_sequences_weigh_more() -> None:
     results.sequences["count"] = np.array([2, 3, 3], np.int32)
     [row] = results.intervals("model").to_dict("records")
     assert row["mean"] == 0.75
-    assert row["low"] < 0.0 < 1.0 < row["high"]  # three tell little
+    assert (row["low"], row["high"]) == (0.0, 1.0)  # three tell little
+
+
+def test_intervals_end_where_the_figure_does() -> None:
+    values = np.array([0.2, 1.0, 1.0, 0.9])  # four tell little
+    ends = interval_of_mean(values, np.ones(4))
+    assert ends[0] < 0.0 and ends[1] > 1.0
+    for metric, most in (("recall", 1.0), ("density", 1.0), ("error_norm", np.inf)):
+        [row] = (
+            rows_of(values, metric=metric).intervals("model", metrics=[metric]).to_dict("records")
+        )
+        assert (row["low"], row["high"]) == pytest.approx((0.0, min(ends[1], most)))
+    # What rounding puts beyond is no reason to leave the figure out.
+    [row] = rows_of(np.full(3, 1 + 1e-6)).intervals("model").to_dict("records")
+    assert row["low"] <= row["mean"] <= row["high"]
+
+
+def test_differences_end_where_those_of_figures_do() -> None:
+    rows = {
+        metric: pd.concat(
+            [
+                rows_of(values, metric=metric).sequences.assign(method=name)
+                for name, values in (("a", np.zeros(3)), ("b", np.array([0.1, 1.0, 1.0])))
+            ]
+        )
+        for metric in ("recall", "error_norm")
+    }
+    for metric, most in (("recall", 1.0), ("error_norm", np.inf)):
+        results = Results(pd.DataFrame(), pd.DataFrame(), {}, rows[metric])
+        [more] = results.difference("b", "a", metrics=[metric]).to_dict("records")
+        [less] = results.difference("a", "b", metrics=[metric]).to_dict("records")
+        assert more["high"] == -less["low"] and more["low"] == -less["high"] < 0.0
+        assert more["high"] == most if metric == "recall" else 1.0 < more["high"] < most
 
 
 def test_the_interval_of_one_mean_is_that_of_the_tables(results: Results) -> None:
@@ -206,7 +240,7 @@ def test_the_interval_of_one_mean_is_that_of_the_tables(results: Results) -> Non
     [row] = one.intervals("model").to_dict("records")
     counts = rows["count"].to_numpy(np.float64)
     ends = interval_of_mean(rows["mean"].to_numpy(np.float64) * counts, counts)
-    assert ends == pytest.approx((row["low"], row["high"]), rel=1e-6)
+    assert np.clip(ends, 0, 1) == pytest.approx((row["low"], row["high"]), rel=1e-6)
     assert np.isnan(interval_of_mean(np.array([3.0]), np.array([4.0]))).all()
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from retrace.analyze import analyze
+from retrace.analyze.commands.compare import compare
 from retrace.analyze.methods.registry import parse_spec
 from retrace.analyze.selection.select import select
 from retrace.capture import capture
@@ -197,6 +198,7 @@ def test_the_trace_tells_what_ran(captured: Capture) -> None:
     assert told["method"] == "quest:page=2"
     assert (told["topk"], told["from_position"]) == (4, 9)
     assert told["parameters"]["page"] == 2
+    assert list(compare(exact, [found]).runs["code"]) == ["same"]
     assert found.attributes["task"] == exact.attributes["task"]
     assert "approximation" not in exact.attributes["capture"]
 
@@ -309,3 +311,74 @@ def test_a_method_that_writes_while_a_model_decodes_is_refused(
         RetraceError, match=rf"^writers\.py:Raises scores\(\) at {place} raised Ind"
     ):
         captured("llama", "raises", approximate=f"{tmp_path}/writers.py:Raises", **settings)
+
+
+CHEATS = """
+from dataclasses import dataclass
+
+import torch
+
+from retrace.analyze import ScoreMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanOfAll(ScoreMethod):
+    def build(self, past):
+        return past.keys * past.keys.mean(dim=0)
+
+    def scores(self, state, queries, positions):
+        return queries @ state.T
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueriesOfAll(ScoreMethod):
+    def scores(self, state, queries, positions):
+        return (queries * state.queries.mean(dim=(0, 1))) @ state.keys.T
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changeable(ScoreMethod):
+    def scores(self, state, queries, positions):
+        return torch.rand(*queries.shape[:2], state.end)
+"""
+
+
+@pytest.mark.parametrize(
+    ("cheat", "words"),
+    [
+        ("MeanOfAll", "sees the future"),
+        ("QueriesOfAll", "sees the future"),
+        ("Changeable", "differently when asked twice"),
+    ],
+)
+@pytest.mark.parametrize(
+    "settings", [{}, {"from_position": 20}, {"from_position": 48}, {"generate": 6}]
+)
+def test_a_method_that_sees_what_it_must_not_is_refused(
+    captured: Capture, tmp_path: Path, cheat: str, words: str, settings: dict[str, Any]
+) -> None:
+    """Before anything is captured, also where it would begin at the end of what is tried."""
+    (tmp_path / "cheats.py").write_text(CHEATS)
+    spec = f"{tmp_path}/cheats.py:{cheat}"
+    place = r"layer 0, head 0, sequence 0, position \d+"
+    with pytest.raises(RetraceError, match=rf"^cheats\.py:{cheat} .*{place}") as caught:
+        captured("llama", "found", approximate=spec, topk=3, max_length=44, **settings)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "found").exists()
+
+
+def test_layers_of_each_kind_are_tried(captured: Capture, tmp_path: Path) -> None:
+    """Of those that the method is to answer in."""
+    text = CHEATS.replace("past.keys.mean(dim=0)", "self.factor(past)") + (
+        "\n\n@dataclass(frozen=True, kw_only=True)\nclass InWindows(MeanOfAll):\n"
+        "    def factor(self, past):\n        windowed = past.group.rules.window is not None\n"
+        "        return past.keys.mean(dim=0) if windowed else 1\n"
+    )
+    (tmp_path / "cheats.py").write_text(text)
+    settings = {"approximate": f"{tmp_path}/cheats.py:InWindows", "topk": 3}
+    exact = captured("gemma2")
+    windowed = [i for i in exact.layers if exact.layer(i).rules.window is not None]
+    assert 0 < len(windowed) < len(exact.layers)
+    with pytest.raises(RetraceError, match=f"sees the future.* layer {windowed[0]}"):
+        captured("gemma2", "found", **settings)
+    captured("gemma2", "found", dense_layers=windowed, **settings)

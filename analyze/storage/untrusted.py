@@ -50,6 +50,7 @@ def read_table(file: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
             # Texts stay numbers until it is known what they come to.
             with pq.ParquetFile(opened, read_dictionary=texts) as held:
                 table = held.read(columns=columns)
+        table.validate(full=True)  # texts are UTF-8, which is found out when they are first shown
         if sum(_text_bytes(table[name]) for name in texts) > TEXT + TEXT_PER_BYTE * size:
             raise ValueError(f"the texts of {file.name} are larger than such a file can hold")
         plain = [f.with_type(pa.large_string()) if f.name in texts else f for f in table.schema]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from retrace.analyze.commands.compare import compare
+from retrace.analyze import Drift, compare
 from retrace.analyze.methods.registry import parse_spec
 from retrace.analyze.outputs.plots.drift import draw_drift
 from retrace.analyze.replay.approximation import Approximation
@@ -109,11 +110,10 @@ def test_likelihoods_are_paired(pair: tuple[Trace, Trace, dict[Any, Any]], tmp_p
     np.testing.assert_allclose([summary["low"], summary["high"]], sides, rtol=1e-4)
     assert summary["run"] == "window:keep=recent:1, top-k 5"
     drift.save(tmp_path / "drift")
-    assert {f.name for f in (tmp_path / "drift").iterdir()} == {
-        "drift.parquet",
-        "likelihoods.parquet",
-        "runs.csv",
-    }
+    assert {f.name for f in (tmp_path / "drift").iterdir()} == set(Drift.files())
+    again = Drift.load(tmp_path / "drift")
+    pd.testing.assert_frame_equal(again.layers, drift.layers)
+    assert again.missing == drift.missing == {}
     assert all(file.stat().st_size > 10_000 for file in draw_drift(drift, tmp_path / "plots"))
 
 

@@ -17,8 +17,8 @@ def most_of(metric: str) -> float:
 
 def end_of(metric: str) -> float:
     """Where the range of a metric ends, which begins at 0, rounding left aside."""
-    most = BY_NAME[metric].most
-    return np.inf if most is None else most
+    known = BY_NAME.get(metric)  # there may be other names in a file that anybody wrote
+    return np.inf if known is None or known.most is None else known.most
 
 
 def impossible(metric: str, moments: Moments) -> npt.NDArray[np.bool_]:

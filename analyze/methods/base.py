@@ -133,36 +133,69 @@ class Method:
         return optional(module or cls.extra, cls.install_command() or "")
 
     def calibrate(self, pasts: Sequence[Past]) -> dict[str, Tensor]:
-        """What the method learns of one layer and kv head from whole sequences, which no method of
-        the run is then evaluated on. `build` finds it as `past.calibration`. Gradients work."""
+        """Learn from whole sequences, which no method of the run is then evaluated on. Gradients
+        work.
+
+        Args:
+            pasts: one for each sequence, of the same layer and kv head (`learns` says which).
+
+        Returns:
+            Tensors by name, which `build` finds as `past.calibration`, on its device.
+        """
         raise NotImplementedError(f"{type(self).__name__} is calibrated and must define this.")
 
     def learned_like(self, rules: LayerRules, layers: int) -> LearnedLike | None:
-        """What `calibrate` gives for a layer of these rules, in a trace of so many layers. Of what
-        is kept beside the trace, what is different is learned anew; with None nothing is known."""
+        """What `calibrate` gives, ahead: of what is kept beside the trace, what is different is
+        learned anew.
+
+        Args:
+            rules: those of the layer.
+            layers: how many the trace has.
+
+        Returns:
+            Dtype and sizes by name; None where nothing is known.
+        """
         return None
 
     def build(self, past: Past) -> Any:
-        """The state for a past's keys; the past itself if not defined.
+        """Make the state that answers queries.
 
-        A method that is not fitted is handed a whole sequence, and each query's future is hidden
-        when its scores come back: what it keeps of a key must depend on that key and earlier ones.
+        Args:
+            past: keys and values (keys, channels) of one kv head and its queries (group, queries,
+                channels), on the device that queries will be on. A method that is not fitted is
+                handed a whole sequence, and each query's future is hidden when its scores come
+                back: what it keeps of a key must depend on that key and earlier ones.
+
+        Returns:
+            Anything but None; tensors in it count as bytes of the state. By default the past.
         """
         return past
 
     def extend(self, state: Any, new: Past) -> Any:
-        """A fitted state with later keys added, by the method's own update rule.
+        """Add later keys to a fitted state, by the method's own update rule.
 
-        While a model decodes, its keys grow: a state that looks back at keys or values keeps
-        `new.whole`, since the past that it was built from does not hold later ones.
+        Args:
+            state: what `build` or this gave last; it may be changed and handed back.
+            new: the keys that join. While a model decodes, its keys grow: a state that looks back
+                at keys or values keeps `new.whole`, since the past that it was built from does not
+                hold later ones.
+
+        Returns:
+            The state from then on.
         """
         raise NotImplementedError(f"{type(self).__name__} is fitted and must define extend().")
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
-        """Bytes of the state that a query's whole group reads, for the number of keys that each
-        query sees (queries,): finite, and not negative.
+        """Bytes that finding keys reads of the state, once for a query's whole group.
 
-        By default all keys, in a method that `holds_keys`, else nothing.
+        Args:
+            state: what answers the queries.
+            keys: how many keys each query sees (queries,) int64.
+            group: the kv head, its layer's rules, and the bytes of a key and a value as served.
+
+        Returns:
+            Bytes (queries,), or a number for all: finite, and not negative. By default all keys, in
+            a method that `holds_keys`, else nothing.
         """
         return keys * group.key_bytes if self.reads_all_keys else 0.0
 
@@ -187,13 +220,19 @@ class ScoreMethod(Method):
     output: str = field(default="renorm", metadata=OUTPUT)
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
-        """Estimated scores (group, queries, units) for queries (group, queries, channels).
+        """Estimate how much each key, or page of keys, is worth to each query.
 
-        Units are keys, or pages where `unit_size` is more than 1, from the sequence's first to at
-        least the one at the last of `positions` (queries,), which ascend. Higher is better, and
-        -inf is never attended. Where scores estimate logits, a budget by mass or threshold, a
-        softmax in pooling and mean fill mean what they say. Units that a query does not see may
-        hold anything but NaN. With `pool=mean-query` the group is one query.
+        Args:
+            state: what `build` or `extend` gave; do not change it.
+            queries: (group, queries, channels) float32; with `pool=mean-query` the group is one.
+            positions: of the queries (queries,) int64, ascending.
+
+        Returns:
+            Scores (group, queries, units) of a floating dtype. Units are keys, or pages where
+            `unit_size` is more than 1, from the sequence's first to at least the one at the last of
+            `positions`. Higher is better, and -inf is never attended. Units that a query does not
+            see may hold anything but NaN. Where scores estimate logits, a budget by mass or
+            threshold, a softmax in pooling and mean fill mean what they say.
         """
         raise NotImplementedError
 
@@ -255,7 +294,14 @@ class EvictionMethod(ScoreMethod):
     holds_keys: ClassVar[bool | None] = False
 
     def importance(self, past: Past) -> Tensor:
-        """One number per key (keys,), or (group, keys) where heads of a group differ."""
+        """Say how much each key is worth to all later queries.
+
+        Args:
+            past: what ends where the choice is made.
+
+        Returns:
+            One number per key (keys,), or (group, keys) where heads of a group differ.
+        """
         raise NotImplementedError
 
     def build(self, past: Past) -> Any:
@@ -297,8 +343,17 @@ class SearchMethod(Method):
     )
 
     def search(self, state: Any, queries: Tensor, k: int) -> Tensor:
-        """Ids (group, queries, k) int64 of retrieved keys, best first, -1 where there are fewer,
-        for queries (group, queries, channels). Ids count from the first key of the past."""
+        """Find keys.
+
+        Args:
+            state: what `build` or `extend` gave; do not change it.
+            queries: (group, queries, channels) float32.
+            k: how many are wanted.
+
+        Returns:
+            Ids (group, queries, k) int64, best first, each once, -1 where there are fewer. They
+            count from the first key of the past.
+        """
         raise NotImplementedError
 
 
@@ -313,8 +368,17 @@ class AttendMethod(Method):
     def attend(
         self, state: Any, queries: Tensor, positions: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """The output (group, queries, value channels) and the ids (group, queries, any) int64 of
-        the keys attended, in the method's own order, of which recall takes the first k, -1 where
-        there are fewer, for queries (group, queries, channels) at `positions` (queries,) and a
-        budget of k keys. `partial_attention.attended_ids` of the toolkit makes such ids."""
+        """Compute the attention output.
+
+        Args:
+            state: what `build` or `extend` gave; do not change it.
+            queries: (group, queries, channels) float32.
+            positions: of the queries (queries,) int64, ascending.
+            k: the budget: keys per query and head.
+
+        Returns:
+            The output (group, queries, value channels), and the ids (group, queries, any) int64 of
+            the keys attended, in the method's own order, of which recall takes the first k; -1
+            where there are fewer. `partial_attention.attended_ids` of the toolkit makes such ids.
+        """
         raise NotImplementedError

@@ -21,7 +21,7 @@ from retrace.analyze.replay.plan import Replayed
 from retrace.analyze.replay.tasks import Progress, replay_all
 from retrace.analyze.replay.trials import Trials
 from retrace.analyze.results import Results
-from retrace.analyze.selection.select import CostError
+from retrace.analyze.selection.charges import CostError
 from retrace.analyze.tables.build import tabulate
 from retrace.analyze.tables.saved import SAVED, finish_saving
 from retrace.analyze.workers.start import WORTH_PROCESSES, is_here, start_workers

@@ -64,7 +64,7 @@ class Listed(NamedTuple):
     """(group, queries, listed), -1 only at the end."""
     attended: Tensor
     """How many of a list each budget reaches (group or 1, queries or 1, budgets)."""
-    besides: Tensor
+    extra_keys: Tensor
     """How many of them come besides the budget (queries or 1,)."""
     sink: int
     """Keys before this position did not have to be found."""
@@ -105,7 +105,7 @@ class Answered(NamedTuple):
 
     renormalised: bool
     """Whether it is divided by what is attended."""
-    log_besides: Tensor
+    log_sink_mass: Tensor
     """log of the mass in the denominator besides (group, queries) float64."""
     share: Tensor
     """Share of the output that attended keys have (points, group, queries) float64; nothing where
@@ -210,7 +210,7 @@ def _moments(asked: Any, listed: Any, exact: Any, answered: Any, summed: Any) ->
     for q in range(rows):
         most, reads = asked.counted_budgets[q], asked.counted_points[q]
         given = first_given[q] if len(first_given) else nothing
-        extra = listed.besides[q % len(listed.besides)]
+        extra = listed.extra_keys[q % len(listed.extra_keys)]
         for h in range(group):
             count = _count(ids[h, q])
             reach = attended[h % at_heads, q % at_queries]
@@ -283,7 +283,7 @@ def _moments(asked: Any, listed: Any, exact: Any, answered: Any, summed: Any) ->
             else:
                 _error_norms(
                     ids[h, q], logs, probabilities, values, exact.output[h, q], reached[h],
-                    points[:reads], answered.renormalised, answered.log_besides[h, q],
+                    points[:reads], answered.renormalised, answered.log_sink_mass[h, q],
                     share[:, h % share.shape[1], q % share.shape[2]],
                     fill[q if len(fill) else 0 :], sums, seen[ERROR_NORM],
                 )  # fmt: skip
@@ -408,7 +408,7 @@ def _recalls(
     first_budgets: Ids,
     ks: Ids,
     reached: Ids,
-    besides: int,
+    extra_keys: int,
     sink: int,
     first_given: Ids,
     hits: Ids,
@@ -420,7 +420,7 @@ def _recalls(
     for b in range(budgets):
         # Those that this budget is the first to reach are hits from it on, or from where their
         # exact rank is within the budget.
-        while place < min(reached[b], ks[b] + besides):
+        while place < min(reached[b], ks[b] + extra_keys):
             key = ids[place]
             at = max(b, first_budgets[ranks[place]])
             until = _given_from(key, sink, first_given, budgets)
@@ -489,7 +489,7 @@ def _error_norms(
     reached: Ids,
     points: Ids,
     renormalised: bool,
-    log_besides: float,
+    log_sink_mass: float,
     share: Doubles,
     fill: Floats,
     sums: Floats,
@@ -547,7 +547,7 @@ def _error_norms(
                     )
                 continue
             if renormalised:
-                whole = total + np.exp(log_besides - peak)
+                whole = total + np.exp(log_sink_mass - peak)
                 factor = 1.0 / whole if whole > 0.0 else 1.0
             else:
                 factor = np.exp(peak)

@@ -74,8 +74,8 @@ class ExactBlock:
         much each as the last of the best, and none a larger share than one before it."""
         shares, mass = self.best_probabilities, self.fractions[..., -1]
         others = (self.block.visible_count - self.no_rank).clamp(min=0) * shares[..., -1]
-        besides = _log_besides(self.block.unit, self.reference.log_normalizer).exp()
-        right = (mass <= 1 + ROUNDING) & (mass + others + besides >= 1 - 10 * ROUNDING)
+        sink_mass = _log_sink_mass(self.block.unit, self.reference.log_normalizer).exp()
+        right = (mass <= 1 + ROUNDING) & (mass + others + sink_mass >= 1 - 10 * ROUNDING)
         return bool(right.all()) and bool((shares.diff(dim=-1) <= ROUNDING).all())
 
     def rows(self, rows: slice, ranks: int | None = None) -> "ExactBlock":
@@ -163,7 +163,7 @@ def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Ten
         compiled.Listed(
             selection.ids,
             attended.movedim(0, -1),
-            torch.as_tensor(selection.besides).reshape(-1),
+            torch.as_tensor(selection.extra_keys).reshape(-1),
             selection.sink,
             _first_given(selection).T,
         ),
@@ -183,7 +183,7 @@ def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Ten
         ),
         compiled.Answered(
             not selection.true_denominator,
-            _log_besides(unit, reference.log_normalizer),
+            _log_sink_mass(unit, reference.log_normalizer),
             share,
             fill,
             errors,
@@ -273,7 +273,7 @@ def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measu
     logs = exact.log_probabilities(ids)
     listed = ids >= 0
     most = torch.minimum(ks[:, None], block.visible_count)[:, None]
-    every = replace(selection, besides=ids.shape[-1])  # none that is attended is cut off
+    every = replace(selection, extra_keys=ids.shape[-1])  # none that is attended is cut off
     at_all = {
         "recall": _hits(exact, selection, listed) / most,
         "attended_recall": _hits(exact, every, listed) / most,
@@ -325,7 +325,7 @@ def _hits(
     the k best-ranked, and r < k: so from some budget on, and counting them is a cumulative sum.
     """
     ks = torch.tensor(selection.ks, device=counted.device)
-    reach = torch.minimum(selection.attended, ks[:, None, None] + selection.besides)
+    reach = torch.minimum(selection.attended, ks[:, None, None] + selection.extra_keys)
     from_rank = torch.searchsorted(ks, exact.ranks(selection.ids), right=True)
     first_budget = torch.maximum(_first_budget(reach, counted.shape[-1]), from_rank)
     return _at_each(first_budget, until, counted, len(ks))
@@ -378,14 +378,14 @@ def outputs(
     width = min(int(attended.max()), ids.shape[-1])
     ids, logs = ids[..., :width].clamp(min=0), logs[..., None, :width]
     attended = attended.expand(-1, ids.shape[1], -1, -1)
-    besides = _log_besides(block.unit, log_normalizer)[..., None, None]
+    log_sink_mass = _log_sink_mass(block.unit, log_normalizer)[..., None, None]
     places = torch.arange(width, device=ids.device)
     values, parts = block.unit.values, []
     for rows in _row_slices(ids, values.shape[1] + 2 * len(points)):
         weights = logs[:, rows].masked_fill(places >= attended[:, rows], -torch.inf)
         if not selection.true_denominator:
             # As logs, since the probabilities of what was selected may all be tiny.
-            total = torch.logaddexp(weights.logsumexp(dim=-1, keepdim=True), besides[:, rows])
+            total = torch.logaddexp(weights.logsumexp(dim=-1, keepdim=True), log_sink_mass[:, rows])
             weights = weights - total.masked_fill(total.isneginf(), 0.0)
         # (group, queries, points, listed) @ (group, queries, listed, value channels)
         parts.append(weights.exp().to(values.dtype) @ values[ids[:, rows]])
@@ -414,7 +414,7 @@ def _error_norm(exact: Tensor, output: Tensor) -> Tensor:
     return torch.where(error == 0, 0.0, error / norm)
 
 
-def _log_besides(unit: Unit, log_normalizer: Tensor) -> Tensor:
+def _log_sink_mass(unit: Unit, log_normalizer: Tensor) -> Tensor:
     """log of the share (group, queries) float64 of the softmax's denominator that no key has."""
     if unit.sinks is None:
         return torch.full_like(log_normalizer, -torch.inf)

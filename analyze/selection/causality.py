@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import Method, ScoreMethod
-from retrace.analyze.selection.select import select, visible_scores
+from retrace.analyze.selection.by_score import visible_scores
+from retrace.analyze.selection.select import select
 from retrace.analyze.selection.states import Calibration, Served, States
 from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.selection import Selection, where

@@ -30,7 +30,7 @@ class Selection:
     first_given: Tensor | None = None
     """Nor did keys from this position of each query on: kept, or not yet indexed. (budgets,
     queries), never rising from one budget to the next, or (1, queries) for all."""
-    besides: Tensor | int = 0
+    extra_keys: Tensor | int = 0
     """How many of the attended keys come besides the budget (queries,)."""
     estimates: Tensor | None = None
     """For mean fill: the method's own probability of each listed key, like ids."""

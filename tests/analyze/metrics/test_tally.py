@@ -99,7 +99,7 @@ def test_what_is_given_and_what_comes_besides(alike: bool) -> None:
         attended=more,
         sink=3,
         first_given=block.positions - torch.tensor([[6]] if alike else [[2], [2], [4], [9], [20]]),
-        besides=torch.randint(0, 4, (21,), generator=generator),
+        extra_keys=torch.randint(0, 4, (21,), generator=generator),
         aux_bytes=torch.rand(21, generator=generator),
         attended_bytes=5.0,
     )

@@ -1,0 +1,338 @@
+"""Keys by the scores that a method gives them, or their pages: pooled over heads, kept in any case,
+and as many as a budget buys."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.exact.top_k import top
+from retrace.analyze.methods.base import (
+    ScoreMethod,
+)
+from retrace.analyze.methods.hooks import calling, key_ids, numbers
+from retrace.analyze.methods.options.pooling import MEAN_QUERY, pool
+from retrace.analyze.methods.toolkit.partial_attention import marked
+from retrace.analyze.selection.charges import aux_bytes
+from retrace.analyze.selection.joining import in_order_of_joining
+from retrace.analyze.selection.states import Served
+from retrace.analyze.units.selection import Selection, check_finite, missing_last, where
+from retrace.analyze.units.unit import Block
+from retrace.traces import RetraceError
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """What a score method says of a block's queries."""
+
+    state: Any
+    """Its state."""
+    ids: Tensor
+    """Keys (group, queries, any), best unit first, -1 where none is."""
+    scores: Tensor
+    """The group's own scores (group or 1, queries, units)."""
+    size: int
+    """Keys in a unit."""
+    first_new: int | None
+    """Keys from here on are attended besides the budget."""
+    evicted: Tensor | None
+    """Keys (keys,) bool that are gone, and so not kept either."""
+    aux_bytes: Tensor
+    attended_bytes: float
+
+
+def select_by_score(
+    method: ScoreMethod, served: Served, block: Block, ks: Sequence[int]
+) -> list[Selection]:
+    """Most methods have one list for all budgets."""
+    if served.state is not None and method.attends_all(block.unit.group):
+        return [_everything(block, tuple(ks))]
+    found = []
+    for own, shared in _sharing(method, ks):
+        ranked = _rank(own, served, block, shared)
+        log_total = _log_total(ranked, block) if method.output == "mean-fill" else None
+        found.append(_compose(own, ranked, log_total, shared, block))
+    return found
+
+
+def _everything(block: Block, ks: tuple[int, ...]) -> Selection:
+    """All visible keys, those of largest exact score first."""
+    best = top(block.scores, ks[-1])[1]
+    rest = torch.arange(block.end, device=best.device).expand(*block.queries.shape[:2], -1)
+    rest = rest.masked_fill(~block.visible | marked(best, block.end), -1)
+    attended = block.visible_count.expand(len(ks), 1, -1)
+    return Selection(ks, missing_last(torch.cat([best, rest], dim=-1)), attended)
+
+
+def _sharing(method: ScoreMethod, ks: Sequence[int]) -> list[tuple[ScoreMethod, tuple[int, ...]]]:
+    """The budgets that share one ranked list, and what the method is under them."""
+    if method.nested:
+        return [(method, tuple(ks))]
+    found: list[tuple[ScoreMethod, tuple[int, ...]]] = []
+    for k in ks:
+        own = method.at(k)
+        if found and found[-1][0] == own and own.keep.at(found[-1][1][0]) == own.keep.at(k):
+            found[-1] = own, (*found[-1][1], k)
+        else:
+            found.append((own, (k,)))
+    return found
+
+
+def _rank(method: ScoreMethod, served: Served, block: Block, ks: tuple[int, ...]) -> _Ranked:
+    """The best units for some budgets, by the scores that the method's heads pool."""
+    size = 1 if served.state is None else method.unit_size
+    scores = visible_scores(method, served.state, block)
+    together = scores
+    if served.heads:
+        peers = [(block.of(unit), state) for unit, state in served.heads]
+        together = torch.cat([visible_scores(method, state, peer) for peer, state in peers])
+    if size > 1 or method.pool.endswith("softmax"):
+        # What is kept anyway takes no page of the budget, and has no part in a softmax.
+        together = together.masked_fill(_kept_pages(method, ks[0], size, block), -torch.inf)
+    k = int(_allowances(method, served.state, ks[-1:], block).max())
+    most = k if size == 1 else max(method.units(budget) for budget in range(1, k + 1))
+    ids = top(pool(method.pool, together), most)[1]
+    if size > 1:
+        ids = _keys_of_pages(ids, size, block)
+    group = block.unit.group
+    aux, each = aux_bytes(method, served.state, block), method.attended_bytes(group)
+    first_new = served.built if method.keeps_new else None
+    if served.state is None and first_new is None:  # every key is read to rank them
+        aux, each = block.visible_count * group.key_bytes, group.value_bytes
+    ids = ids.expand(len(block.queries), -1, -1)
+    evicted = None if served.state is None else method.evicted(served.state, block.end)
+    return _Ranked(served.state, ids, scores, size, first_new, evicted, aux, each)
+
+
+def _allowances(method: ScoreMethod, state: Any, ks: Sequence[int], block: Block) -> Tensor:
+    """Keys of each budget (budgets, group or 1, 1); the budgets themselves without a state."""
+    budgets = torch.tensor(ks, device=block.positions.device)[:, None, None]
+    if state is None:
+        return budgets
+    with calling("allowance()", lambda: where(block)):
+        allowed = method.allowance(state, budgets)
+    allowed = key_ids(allowed, "allowance()", lambda: where(block), block.positions)
+    heads = len(block.queries)
+    if allowed.dim() != 3 or not all(
+        size in sizes
+        for size, sizes in zip(allowed.shape, ((len(ks),), (1, heads), (1,)), strict=True)
+    ):
+        raise RetraceError(
+            f"allowance() gave shape {tuple(allowed.shape)} at {where(block)}; expected (budgets, "
+            f"group or 1, 1) = {(len(ks), heads, 1)}."
+        )
+    return allowed
+
+
+def visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
+    """The method's scores (group or 1, queries, units), -inf where a unit is not visible; exact
+    ones while there is no state."""
+    if state is None:
+        return block.scores
+    queries = block.queries * block.unit.group.rules.scale
+    if method.pool == MEAN_QUERY:
+        queries = queries.mean(dim=0, keepdim=True)
+    with calling("scores()", lambda: where(block)):
+        scores = method.scores(state, queries, block.positions.clone())
+    scores = numbers(scores, "scores()", lambda: where(block), queries)
+    units = -(-block.end // method.unit_size)
+    expected = (*queries.shape[:2], units)
+    short = scores.shape[-1] < units and not method.keeps_new
+    if scores.dim() != 3 or scores.shape[:2] != expected[:2] or short:
+        raise RetraceError(
+            f"scores() gave shape {tuple(scores.shape)} at {where(block)}; expected (group, "
+            f"queries, units) = {expected}, or more units."
+        )
+    if scores.shape[-1] < units:
+        missing = (0, units - scores.shape[-1])
+        scores = torch.nn.functional.pad(scores, missing, value=-torch.inf)
+    hidden = ~_visible_pages(block, method.unit_size)
+    scores = scores[..., :units].masked_fill(hidden, -torch.inf)
+    check_finite(scores, "scores()", block)
+    return scores
+
+
+def _visible_pages(block: Block, size: int) -> Tensor:
+    """Which units hold a key that the query sees: bool (queries, units)."""
+    return block.visible if size == 1 else _keys_in_pages_of(block, size) > 0
+
+
+def _kept_pages(method: ScoreMethod, k: int, size: int, block: Block) -> Tensor:
+    """Which units hold only keys that are kept under a budget of k: bool (queries, units)."""
+    sink, recent = method.keep.at(k)
+    keys = torch.arange(block.end, device=block.positions.device)
+    free = block.visible & (keys >= sink) & (keys <= block.positions[:, None] - recent)
+    return ~free if size == 1 else _in_pages(free, size) == 0
+
+
+def _keys_in_pages_of(block: Block, size: int) -> Tensor:
+    """How many visible keys each unit holds (queries, units)."""
+    return _in_pages(block.visible, size)
+
+
+def _in_pages(keys: Tensor, size: int) -> Tensor:
+    """How many of some keys, bool (queries, keys), each unit holds (queries, units)."""
+    padded = torch.nn.functional.pad(keys, (0, -keys.shape[-1] % size))
+    return padded.view(len(padded), -1, size).sum(dim=-1)
+
+
+def _keys_of_pages(pages: Tensor, size: int, block: Block) -> Tensor:
+    """Keys (group, queries, pages * size) of pages (group, queries, pages), -1 if not visible."""
+    offsets = torch.arange(size, device=pages.device)
+    keys = (pages[..., None] * size + offsets).masked_fill(pages[..., None] < 0, -1)
+    return only_visible(keys.flatten(-2), block)
+
+
+def only_visible(ids: Tensor, block: Block) -> Tensor:
+    """Ids (any, queries, any) with -1 in place of those that the query does not see."""
+    inside = ids.clamp(0, block.end - 1)
+    seen = block.visible.expand(len(ids), -1, -1).gather(-1, inside)
+    return ids.masked_fill(~seen | (ids != inside), -1)
+
+
+def _compose(
+    method: ScoreMethod,
+    ranked: _Ranked,
+    log_total: Tensor | None,
+    ks: tuple[int, ...],
+    block: Block,
+) -> Selection:
+    """The always-kept keys in front of the ranked ones, and how many keys each budget attends."""
+    ids, size = ranked.ids, ranked.size
+    budgets = _allowances(method, ranked.state, ks, block)
+    sink = method.keep.at(ks[0])[0]
+    first_given = _first_given(method, ranked, ks, block)
+    most, extra_keys = method.budget.most(budgets, block.visible_count), ids.new_zeros(1)
+    if ranked.first_new is not None:
+        extra_keys = block.visible[:, ranked.first_new :].sum(dim=-1)
+        most = most + extra_keys
+    kept_count = ids.new_zeros((1, 1, 1))
+    if sink or first_given is not None:
+        kept = kept_ids(sink, None if first_given is None else first_given[-1], block)
+        if ranked.evicted is not None:
+            kept = kept.masked_fill(ranked.evicted[kept.clamp(min=0)], -1)
+        kept_count = _kept_counts(kept, sink, first_given)
+    left = (most - kept_count).clamp(min=0)
+    if first_given is not None and len(first_given) > 1:
+        listed, attended = in_order_of_joining(ids, kept[0], sink, first_given, left, block.end)
+        return _selection(method, ranked, log_total, ks, listed, attended, first_given, extra_keys)
+    if sink or first_given is not None:
+        again = ids < sink
+        if first_given is not None:
+            again = again | (ids >= first_given[0, :, None])
+        ids = ids.masked_fill(again, -1)
+        listed = missing_last(torch.cat([kept.expand(len(ids), -1, -1), ids], dim=-1))
+    else:
+        listed = ids if size == 1 else missing_last(ids)
+    in_pages = None
+    if size > 1:
+        # Keys in the first u pages, u = 0, 1, ...
+        in_page = (ids >= 0).view(*ids.shape[:-1], -1, size).sum(dim=-1)
+        in_pages = torch.nn.functional.pad(in_page.cumsum(dim=-1), (1, 0))
+        affordable = [0] + [method.units(k) for k in range(1, int(budgets.max()) + 1)]
+        units = torch.tensor(affordable, device=ids.device)[left]
+        left = keys_in_pages(in_pages, units)
+    attended = kept_count + left
+    if method.budget.by_estimate:
+        estimates = ranked.scores.expand(len(listed), -1, -1).gather(-1, _pages(listed, size))
+        estimates = estimates.masked_fill(listed < 0, -torch.inf)
+        largest = ranked.scores.amax(dim=-1, keepdim=True)
+        pruned = method.budget.prune(estimates, largest, attended)
+        left = (pruned - kept_count).clamp(min=0)
+        if in_pages is not None:  # a page that is begun is read whole
+            units = torch.searchsorted(in_pages, left.movedim(0, -1).contiguous())
+            left = keys_in_pages(in_pages, units.movedim(-1, 0))
+        attended = kept_count + left
+    return _selection(method, ranked, log_total, ks, listed, attended, first_given, extra_keys)
+
+
+def _selection(
+    method: ScoreMethod,
+    ranked: _Ranked,
+    log_total: Tensor | None,
+    ks: tuple[int, ...],
+    listed: Tensor,
+    attended: Tensor,
+    first_given: Tensor | None,
+    extra_keys: Tensor,
+) -> Selection:
+    listed = listed[..., : max(1, int(attended[-1].max()))]
+    return Selection(
+        ks,
+        listed,
+        attended,
+        sink=method.keep.at(ks[0])[0],
+        first_given=first_given,
+        extra_keys=extra_keys,
+        estimates=None if log_total is None else _probabilities(ranked, log_total, listed),
+        true_denominator=method.output == "true-denominator",
+        aux_bytes=ranked.aux_bytes,
+        attended_bytes=ranked.attended_bytes,
+    )
+
+
+def _first_given(
+    method: ScoreMethod, ranked: _Ranked, ks: tuple[int, ...], block: Block
+) -> Tensor | None:
+    """The first of the newest keys that each budget keeps (budgets, queries), one row where all
+    keep the same; None where none keeps any."""
+    recents = [method.keep.at(k)[1] for k in ks]
+    if not recents[-1] and ranked.first_new is None:
+        return None
+    counts = block.positions.new_tensor(recents)
+    first = block.positions - counts[:, None] + 1
+    if ranked.first_new is not None:
+        first = first.clamp(max=ranked.first_new)
+    return first[:1] if recents[0] == recents[-1] else first
+
+
+def _kept_counts(kept: Tensor, sink: int, first_given: Tensor | None) -> Tensor:
+    """How many of the keys that the largest budget keeps (1, queries, any) each one does
+    (budgets or 1, 1, queries)."""
+    if first_given is None or len(first_given) == 1:
+        return (kept >= 0).sum(dim=-1)[None]
+    of_budget = (kept < sink) | (kept >= first_given[..., None])
+    return (of_budget & (kept >= 0)).sum(dim=-1)[:, None]
+
+
+def keys_in_pages(in_pages: Tensor, pages: Tensor) -> Tensor:
+    """Keys in the first pages (budgets, group or 1, queries or 1), by the table `in_pages`
+    (group, queries, listed pages + 1): (budgets, group, queries)."""
+    pages = pages.clamp(max=in_pages.shape[-1] - 1).movedim(0, -1)
+    return in_pages.gather(-1, pages.expand(*in_pages.shape[:2], -1)).movedim(-1, 0)
+
+
+def _pages(ids: Tensor, size: int) -> Tensor:
+    """The unit of each key; any for the id -1."""
+    return ids.clamp(min=0) if size == 1 else ids.clamp(min=0) // size
+
+
+def _log_total(ranked: _Ranked, block: Block) -> Tensor:
+    """log of the sum of exp(score) over all keys (group or 1, queries, 1), the keys of a page
+    alike."""
+    scores = ranked.scores
+    if ranked.size > 1:
+        scores = scores + _keys_in_pages_of(block, ranked.size).log()
+    return torch.logsumexp(scores, dim=-1, keepdim=True)
+
+
+def _probabilities(ranked: _Ranked, log_total: Tensor, listed: Tensor) -> Tensor:
+    """The method's own probability of each listed key, the keys of a page alike."""
+    scores = ranked.scores.expand(len(listed), -1, -1).gather(-1, _pages(listed, ranked.size))
+    return (scores - log_total).exp().masked_fill(listed < 0, 0.0)
+
+
+def kept_ids(sink: int, first_given: Tensor | None, block: Block) -> Tensor:
+    """Always-kept keys (1, queries, any): the first `sink`, and those from `first_given` (queries,)
+    on, one's own first; -1 where not visible."""
+    positions = block.positions[:, None]
+    ids = torch.arange(sink, device=positions.device).expand(len(positions), -1)
+    if first_given is not None:
+        first = first_given[:, None].clamp(min=sink)  # those before are sinks already
+        recent = positions - torch.arange(
+            max(0, int((positions - first).max()) + 1), device=positions.device
+        )
+        ids = torch.cat([ids, recent.masked_fill(recent < first, -1)], dim=-1)
+    return only_visible(ids[None], block)

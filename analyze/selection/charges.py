@@ -1,0 +1,39 @@
+"""What finding keys reads, as a method counts it."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrace.analyze.methods.base import (
+    Method,
+)
+from retrace.analyze.methods.hooks import calling
+from retrace.analyze.units.selection import where
+from retrace.analyze.units.unit import Block
+from retrace.traces import RetraceError
+
+COUNTED = "bytes are counted, from 0 on."
+
+
+class CostError(RetraceError):
+    """A method counts its bytes in numbers that none can be."""
+
+
+def aux_bytes(method: Method, state: Any, block: Block) -> Tensor:
+    """Bytes of the state read per query of the group (queries,)."""
+    if state is None:
+        return torch.zeros_like(block.visible_count)
+    with calling("aux_bytes()", lambda: where(block)):
+        read = method.aux_bytes(state, block.visible_count.clone(), block.unit.group)
+        read = torch.as_tensor(read, device=block.positions.device)
+        read = read.expand(len(block.positions)).clone()
+    wrong = ~read.isfinite() | (read < 0)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise CostError(f"aux_bytes() gave {float(read[row])} at {where(block, 0, row)}: {COUNTED}")
+    each = float(method.attended_bytes(block.unit.group))
+    if not 0 <= each < math.inf:
+        raise CostError(f"attended_bytes() gave {each}: {COUNTED}")
+    return read

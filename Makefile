@@ -3,6 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 PREDICTION := build/prediction
+SCRIPTS := analyze/outputs/report/js
 
 COMMANDS := tests/cli tests/analyze/recommendation/test_recommendation.py tests/analyze/outputs/test_export.py
 
@@ -38,9 +39,12 @@ test: lint types pytest
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/deno lint
+	$(BIN)/deno fmt --check
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+	$(BIN)/deno check $(SCRIPTS)
 
 # One process per core, with arithmetic of one thread each: threads that share an operation would
 # wait for those of the other processes. Each takes a share of the tests in one piece, which makes
@@ -65,6 +69,7 @@ newest:
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/deno fmt
 
 clean:
 	rm -rf $(VENV) build dist

@@ -1,5 +1,6 @@
 """Traces: the queries, keys and values of a model, in a Zarr store that any client can read."""
 
+from retrace.traces.bundles import bundle_size, bundles_of
 from retrace.traces.errors import DamageError, RetraceError, UnreachableError
 from retrace.traces.location import Location, RemoteLocation, beside, locate
 from retrace.traces.noted import noted
@@ -25,6 +26,8 @@ __all__ = [
     "UnreachableError",
     "Verification",
     "beside",
+    "bundle_size",
+    "bundles_of",
     "create_trace",
     "find_traces",
     "half_begun",

@@ -209,6 +209,11 @@ class Trace:
         return len(self._lengths)  # which there is for each, whatever the metadata say
 
     @cached_property
+    def bundle(self) -> int:
+        """How many consecutive sequences share each shard; the last bundle may have fewer."""
+        return self._rows("done", "bool", (self.planned,)).bundle
+
+    @cached_property
     def most_positions(self) -> int:
         """Positions of the longest sequence that was planned."""
         return self._rows("tokens", "int32", (self.planned, None)).shape[1]
@@ -314,17 +319,28 @@ class Trace:
         """Refuse a trace of which some array's metadata is not as its rules and plan say."""
         for index in self.layers:
             for name in TENSOR_AXES:
-                self.layer(index).tensors(name)
+                self.check_tensors(index, name)
         self.check_small_arrays()
+
+    def check_tensors(self, layer: int, name: str) -> None:
+        """Refuse a layer's query, key or value whose metadata is not as rules and plan say."""
+        self._check_bundle(self.layer(layer).tensors(name))
 
     def check_small_arrays(self) -> None:
         """Refuse a trace of which some array of rows is not as the others say."""
         each = (self.planned, self.most_positions)
         for name, dtype in (("nll", "float32"), ("kl", "float32"), ("phase", "int8")):
             if name == "nll" or self.has(name):
-                self._rows(name, dtype, each)
-        self._rows("done", "bool", (self.planned,))
-        self._rows("query_positions", "int32", (self.planned, None))
+                self._check_bundle(self._rows(name, dtype, each))
+        for name in ("tokens", "query_positions"):
+            self._check_bundle(self._rows(name, "int32", (self.planned, None)))
+        self._check_bundle(self._rows("length", "int32", (None,)))
+
+    def _check_bundle(self, array: Rows | Tensors) -> None:
+        if array.bundle != self.bundle:
+            raise array.damage(
+                f"its chunks hold {array.bundle} sequences, those of done {self.bundle}"
+            )
 
     @cached_property
     def _rules(self) -> tuple[LayerRules, ...]:

@@ -1,4 +1,4 @@
-"""What a trace holds: names, axes and the rules of a layer (format version 1)."""
+"""What a trace holds: names, axes and the rules of a layer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,9 @@ from retrace.traces.bfloat16 import BFLOAT16
 from retrace.traces.errors import RetraceError
 from retrace.traces.rotation import Rotation, is_number
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read. Only a trace whose bundles have several sequences is written as
+version 2, so that an earlier retrace asks to be updated; all others are of version 1."""
 SMALLEST, LARGEST = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 FORMAT_KEY = "retrace_format"
 

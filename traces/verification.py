@@ -143,7 +143,7 @@ def _check_metadata(trace: Trace, found: Verification) -> None:
     for index in found.layers:
         for name in TENSOR_AXES:
             with _noted(found):
-                trace.layer(index).tensors(name)
+                trace.check_tensors(index, name)
     with _noted(found):
         trace.check_small_arrays()
     consolidated = (trace.stored.metadata("") or {}).get("consolidated_metadata")

@@ -1,4 +1,4 @@
-"""Writing a trace: the plan first, then one sequence after another, each marked when complete."""
+"""Writing a trace: the plan first, then one bundle after another, each marked when complete."""
 
 import shutil
 import warnings
@@ -12,6 +12,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from retrace.traces.bfloat16 import register
+from retrace.traces.bundles import MOST_SEQUENCES, bundles_of
 from retrace.traces.errors import RetraceError
 from retrace.traces.location import Location, RemoteLocation, explained, open_store
 from retrace.traces.reader import open_trace
@@ -24,23 +25,25 @@ from retrace.traces.schema import (
     LayerRules,
 )
 from retrace.traces.storage.durable import remove_all, sync_all, sync_path
-from retrace.traces.storage.shards import shard_length, write_row, write_shard
+from retrace.traces.storage.shards import shard_length, write_rows, write_shard
 
 register()
 
 CHUNK_POSITIONS = 16384
 """Longest run of positions in one inner chunk."""
 SHARD_BYTES = 1 << 28
-"""A sequence's tensor of a layer is one shard up to this size; above, several along position.
+"""A bundle's tensor of a layer is one shard up to this size; above, one sequence's is several along
+position.
 
 What is written is in memory a shard at a time; a disk is no faster with larger ones."""
 
 
 class TraceWriter:
-    """Writes the tensors of one trace, sequence by sequence.
+    """Writes the tensors of one trace, bundle by bundle.
 
-    Made by `create_trace` or `resume_trace`. One sequence's tensor of a layer is one shard, and the
-    small arrays have one sequence per chunk, so that no two sequences share a stored object.
+    Made by `create_trace` or `resume_trace`. One bundle's tensor of a layer is one shard, and the
+    small arrays have one bundle per chunk, so that no two bundles share a stored object. A bundle
+    is written whole by one process, and again from its start where that was interrupted.
     """
 
     def __init__(self, path: Location) -> None:
@@ -49,6 +52,12 @@ class TraceWriter:
         with explained(path):
             self._group = zarr.open_group(store, mode="r+", use_consolidated=False, zarr_format=3)
         self._tensors: dict[str, zarr.Array[Any]] = {}  # opened once: each costs a read
+        done = self._array("done")
+        self._bundles = bundles_of(done.shape[0], done.chunks[0])
+
+    def bundle_of(self, sequence: int) -> range:
+        """The sequences that share shards with this one, itself included."""
+        return self._bundles[sequence // len(self._bundles[0])]
 
     def write_layer(
         self,
@@ -58,34 +67,39 @@ class TraceWriter:
         key: npt.NDArray[Any],
         value: npt.NDArray[Any],
     ) -> None:
-        """Store one layer's tensors of one sequence, in the trace's dtype.
+        """Store one layer's tensors of one sequence that is a bundle of its own, in the trace's
+        dtype.
 
         Shapes: query (heads, queries, channels), key (kv_heads, positions, channels),
         value (kv_heads, positions, value channels).
         """
+        bundle = range(sequence, sequence + 1)
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             length = self.shard_length(layer, name)
             for start in range(0, tensor.shape[1], length):
-                self.write_shard(sequence, layer, name, start, tensor[:, start : start + length])
+                self.write_shard(bundle, layer, name, start, [tensor[:, start : start + length]])
 
     def shard_length(self, layer: int, name: str) -> int:
         """Positions of one shard of a layer's query, key or value."""
         return shard_length(self._tensor(layer, name))
 
     def write_shard(
-        self, sequence: int, layer: int, name: str, start: int, part: npt.NDArray[Any]
+        self, bundle: range, layer: int, name: str, start: int, parts: Sequence[npt.NDArray[Any]]
     ) -> None:
-        """Store `part` (heads, positions, channels) of a layer's query, key or value, from position
-        `start` on: a whole shard, or what the sequence has of its last one.
+        """Store what each sequence of a bundle has of a layer's query, key or value (heads,
+        positions, channels), from position `start` on: a whole shard, or what the sequence has of
+        its last one.
 
         May be called on several threads at once, for different shards. On a local disk the shard
         is there for good when this returns.
         """
+        self._check_whole(bundle, parts)
         array = self._tensor(layer, name)
-        if part.dtype != array.dtype:
-            raise TypeError(f"{name} is {part.dtype}, the trace stores {array.dtype}.")
+        for part in parts:
+            if part.dtype != array.dtype:
+                raise TypeError(f"{name} is {part.dtype}, the trace stores {array.dtype}.")
         with explained(self.path):
-            write_shard(array, sequence, start, part)
+            write_shard(array, bundle.start, start, parts)
 
     def finish_sequence(
         self,
@@ -93,16 +107,32 @@ class TraceWriter:
         nll: npt.NDArray[np.float32],
         kl: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        """Store the negative log-likelihoods (positions,), and the divergences (positions,) from
-        the exact model where there are some, and mark the sequence complete."""
+        """Do for one sequence that is a bundle of its own what `finish_bundle` does."""
+        self.finish_bundle(range(sequence, sequence + 1), [nll], None if kl is None else [kl])
+
+    def finish_bundle(
+        self,
+        bundle: range,
+        nll: Sequence[npt.NDArray[np.float32]],
+        kl: Sequence[npt.NDArray[np.float32]] | None = None,
+    ) -> None:
+        """Store each sequence's negative log-likelihoods (positions,), and the divergences
+        (positions,) from the exact model where there are some, and mark the bundle complete: all
+        its sequences at once, or none."""
+        self._check_whole(bundle, nll)
         with explained(self.path):
             for name, figures in (("nll", nll), ("kl", kl)):
                 if figures is not None:
-                    array = self._array(name)
-                    row = np.full(array.shape[1:], np.nan, np.float32)
-                    row[: len(figures)] = figures
-                    write_row(array, sequence, row)
-            write_row(self._array("done"), sequence, np.array(True))
+                    write_rows(self._array(name), bundle.start, _padded(figures, self._array(name)))
+            write_rows(self._array("done"), bundle.start, np.ones(len(bundle), bool))
+
+    def _check_whole(self, bundle: range, parts: Sequence[Any]) -> None:
+        whole = self.bundle_of(bundle.start)
+        if bundle != whole or len(parts) != len(whole):
+            raise ValueError(
+                f"Sequences {whole.start} to {whole.stop - 1} share shards, and are written "
+                f"together: not {len(parts)} of them from {bundle.start} on."
+            )
 
     def close(self) -> None:
         """Write the consolidated metadata of a trace that will not grow any more."""
@@ -137,6 +167,7 @@ def create_trace(
     attributes: Mapping[str, Any],
     phases: Sequence[npt.NDArray[np.int8]] | None = None,
     diverges: bool = False,
+    bundle: int = 1,
 ) -> TraceWriter:
     """Create a trace that holds its whole plan and no tensors yet.
 
@@ -150,26 +181,27 @@ def create_trace(
         phases: what each position (positions,) of each sequence is, a code in `PHASES`; context
             by default.
         diverges: whether sequences are finished with their divergence from an exact model.
+        bundle: how many consecutive sequences share each shard, by `bundle_size` for instance.
     """
     if path.exists():
         raise RetraceError(f"{path} exists already.")
+    _check_bundle(bundle, tokens)
+    said = {FORMAT_KEY: 1 if bundle == 1 else FORMAT_VERSION, "dtype": dtype, **attributes}
     if isinstance(path, RemoteLocation):
         with explained(path):
             # Nothing can be renamed there: without a version it is a trace that is half begun.
             store = open_store(path, read_only=False)
             group = zarr.open_group(store, mode="w", attributes={FORMAT_KEY: None})
-            _create_arrays(group, rules, tokens, query_positions, phases, dtype, diverges)
-            group.attrs.update({FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes})
+            _create_arrays(group, rules, tokens, query_positions, phases, dtype, diverges, bundle)
+            group.attrs.update(said)
         return TraceWriter(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Built aside and renamed, so that a trace either holds its whole plan or is not there.
     aside = path.with_name(f".{path.name}.new")
     remove_all(aside)  # a link too, by which another folder would be emptied
     try:
-        group = zarr.open_group(
-            aside, mode="w", attributes={FORMAT_KEY: FORMAT_VERSION, "dtype": dtype, **attributes}
-        )
-        _create_arrays(group, rules, tokens, query_positions, phases, dtype, diverges)
+        group = zarr.open_group(aside, mode="w", attributes=said)
+        _create_arrays(group, rules, tokens, query_positions, phases, dtype, diverges, bundle)
         sync_all(aside)
         aside.rename(path)
         sync_path(path.parent)
@@ -243,17 +275,34 @@ def _create_arrays(
     phases: Sequence[npt.NDArray[np.int8]] | None,
     dtype: str,
     diverges: bool,
+    bundle: int,
 ) -> None:
-    _create_small_arrays(group, tokens, query_positions, phases or _all_context(tokens), diverges)
+    phases = phases or _all_context(tokens)
+    _create_small_arrays(group, tokens, query_positions, phases, diverges, bundle)
     positions = max(len(t) for t in tokens)
     queries = max(len(q) for q in query_positions)
     for layer, layer_rules in rules.items():
-        _create_layer(group, layer, layer_rules, len(tokens), positions, queries, dtype)
+        _create_layer(group, layer, layer_rules, len(tokens), positions, queries, dtype, bundle)
+
+
+def _check_bundle(bundle: int, tokens: Sequence[npt.NDArray[np.int32]]) -> None:
+    if not 1 <= bundle <= min(len(tokens), MOST_SEQUENCES):
+        raise ValueError(f"A bundle of {len(tokens)} sequences cannot have {bundle}.")
+    if bundle > 1 and max(len(t) for t in tokens) > CHUNK_POSITIONS:
+        raise ValueError(f"Sequences of more than {CHUNK_POSITIONS} positions share no shard.")
 
 
 def _all_context(tokens: Sequence[npt.NDArray[np.int32]]) -> list[npt.NDArray[np.int8]]:
     """Phases (positions,) of sequences that are all context."""
     return [np.full(len(t), PHASES["context"], np.int8) for t in tokens]
+
+
+def _padded(rows: Sequence[npt.NDArray[Any]], array: "zarr.Array[Any]") -> npt.NDArray[Any]:
+    """Rows of an array (sequence, ...), each filled up to the array's extent."""
+    padded = np.full((len(rows), *array.shape[1:]), array.fill_value, array.dtype)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded
 
 
 def _create_small_arrays(
@@ -262,8 +311,9 @@ def _create_small_arrays(
     query_positions: Sequence[npt.NDArray[np.int32]],
     phases: Sequence[npt.NDArray[np.int8]],
     diverges: bool,
+    bundle: int,
 ) -> None:
-    """The arrays with one chunk per sequence; all but `nll`, `kl` and `done` are filled at once."""
+    """The arrays with one chunk per bundle; all but `nll`, `kl` and `done` are filled at once."""
     count = len(tokens)
 
     # Nothing is written twice: of two writes to an object store the first may arrive last, when it
@@ -279,7 +329,7 @@ def _create_small_arrays(
         return group.create_array(
             name,
             shape=(count, *extent),
-            chunks=(1, *extent),
+            chunks=(bundle, *extent),
             dtype=dtype,
             fill_value=fill,
             compressors=(Crc32cCodec(),),
@@ -296,11 +346,13 @@ def _create_small_arrays(
     for name in ("nll", "kl") if diverges else ("nll",):
         create(name, ("position",), (positions,), "float32", float("nan"))
     create("done", (), (), "bool", False)
-    for s in range(count):
-        token_array[s, : len(tokens[s])] = tokens[s]
-        length_array[s] = len(tokens[s])
-        phase_array[s, : len(tokens[s])] = phases[s]
-        query_array[s, : len(query_positions[s])] = query_positions[s]
+    lengths = np.array([len(t) for t in tokens], np.int32)
+    for some in bundles_of(count, bundle):
+        whole = slice(some.start, some.stop)
+        token_array[whole] = _padded(tokens[whole], token_array)
+        length_array[whole] = lengths[whole]
+        phase_array[whole] = _padded(phases[whole], phase_array)
+        query_array[whole] = _padded(query_positions[whole], query_array)
 
 
 def _create_layer(
@@ -311,6 +363,7 @@ def _create_layer(
     positions: int,
     queries: int,
     dtype: str,
+    bundle: int,
 ) -> None:
     layer_group = group.create_group(f"layers/{layer}", attributes=rules.to_attributes())
     shapes = {
@@ -326,7 +379,7 @@ def _create_layer(
             name,
             shape=(sequences, heads, length, channels),
             chunks=(1, 1, chunk_length, channels),
-            shards=(1, heads, chunks_per_shard * chunk_length, channels),
+            shards=(bundle, heads, chunks_per_shard * chunk_length, channels),
             dtype=DTYPES[dtype],
             # Post-RoPE tensors compress by a few per cent only; a checksum is worth more.
             compressors=(Crc32cCodec(),),

@@ -193,10 +193,11 @@ def _capture(
             query_positions=[select.positions(len(p), prompt_length(p)) for p in phases],
             dtype=dtype,
             attributes=attributes,
+            writing=open_trace(output.writing) if output.resumes else None,
         )
         # Caches of sequences of different lengths would need padding: those are read one by one.
         batch_size = 1 if plan.generates else settings.batch_size
-        batches = batches_of(model, [len(t) for t in tokens], batch_size)
+        batches = batches_of(model, [len(t) for t in tokens], batch_size, plan.bundle)
         mixed = max(batches, key=lambda batch: np.ptp([len(tokens[s]) for s in batch]))
         if len(mixed) > 1:
             check_batch(model, [tokens[s] for s in mixed], dtype)

@@ -20,9 +20,10 @@ from retrace.capture.settings import CaptureSettings
 from retrace.traces import (
     LayerRules,
     RetraceError,
+    Trace,
     TraceWriter,
+    bundle_size,
     create_trace,
-    open_trace,
     prompts,
     resume_trace,
     tensor_bytes,
@@ -45,6 +46,8 @@ class Plan:
     query_positions: list[npt.NDArray[np.int32]]
     dtype: str
     attributes: dict[str, Any]
+    writing: Trace | None
+    """The interrupted trace that is gone on with, where there is one."""
 
     @property
     def generates(self) -> bool:
@@ -65,6 +68,14 @@ class Plan:
     def _prompts(self) -> list[int | None]:
         return prompts(self.phases)
 
+    @cached_property
+    def bundle(self) -> int:
+        """Sequences that share each shard: as many as in the trace that is gone on with."""
+        if self.writing is not None:
+            return self.writing.bundle
+        count, positions = len(self.tokens), max(len(t) for t in self.tokens)
+        return bundle_size(count, positions, self.bytes() // count)
+
     def bytes(self) -> int:
         """Bytes of the tensors."""
         return tensor_bytes(self.rules, self.tokens, self.query_positions, self.dtype)
@@ -78,8 +89,8 @@ class Plan:
             "query_positions": self.query_positions,
             "dtype": self.dtype,
         }
-        if output.resumes:
-            there = open_trace(output.writing).attributes
+        if self.writing is not None:
+            there = self.writing.attributes
             compared = {name: self.attributes[name] for name in COMPARED}
             compared |= {name: _as_said(self.attributes, there, name) for name in UNSAID}
             return resume_trace(output.writing, attributes=compared, **everything)  # type: ignore[arg-type]
@@ -87,6 +98,7 @@ class Plan:
             output.writing,
             attributes=self.attributes,
             diverges=self.approximates,
+            bundle=self.bundle,
             **everything,  # type: ignore[arg-type]
         )
 

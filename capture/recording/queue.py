@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,14 +25,10 @@ worth of checksums and copies keep the fastest disks busy."""
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """A copy on the host of what one shard holds."""
+class _Part:
+    """A copy on the host of what one sequence has in a shard."""
 
-    sequence: int
-    layer: int
-    name: str
-    start: int
-    part: npt.NDArray[Any]
+    tensor: npt.NDArray[Any]
     """(heads, positions, channels)."""
     extremes: Tensor
     """Least and greatest element (2,), on the host; NaN where there is one."""
@@ -40,14 +36,49 @@ class _Shard:
     """After this the copy is complete; None where it is already."""
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """What one shard holds, as far as it was given."""
+
+    bundle: range
+    layer: int
+    name: str
+    start: int
+    parts: dict[int, _Part] = field(default_factory=dict)
+    """By sequence."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all its sequences are there."""
+        return len(self.parts) == len(self.bundle)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(part.tensor.nbytes for part in self.parts.values())
+
+
+@dataclass
+class _Bundle:
+    """How far the sequences that share shards have come."""
+
+    unwritten: int = 0
+    """Shards that were begun and are not on the disk."""
+    figures: dict[int, tuple[Figures, Figures | None]] = field(default_factory=dict)
+    """Likelihoods and divergences of the sequences that were finished."""
+    marking: bool = False
+    """Whether a thread is marking it done."""
+
+
 class WriteQueue:
     """A `LayerSink` that writes behind the model's back, in a bounded amount of memory.
 
     What it is given is copied to the host (on a stream of its own where it lies on a GPU) and
-    written by a few threads, a shard each. When the disk is slower than the model, the model waits
-    for room. A sequence is marked done when all of it is on the disk. Used as a context: leaving it
-    waits for everything, or after an error for what is being written at that moment, and ends the
-    threads. What goes wrong in a thread is raised by the next call.
+    written by a few threads, a shard each, as soon as all sequences of the shard's bundle are
+    there. When the disk is slower than the model, the model waits for room. The sequences of a
+    bundle are marked done when all of it is on the disk. Used as a context: leaving it waits for
+    everything, or after an error for what is being written at that moment, and ends the threads.
+    What goes wrong in a thread is raised by the next call.
     """
 
     def __init__(self, writer: TraceWriter, capacity: int = QUEUE_BYTES) -> None:
@@ -56,10 +87,12 @@ class WriteQueue:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         # Everything below is guarded by the condition, which tells of every change.
         self._changed = threading.Condition()
+        self._begun: dict[tuple[int, int, str, int], _Shard] = {}
         self._waiting: deque[_Shard] = deque()
         self._held = 0
-        self._unwritten: dict[int, int] = {}
-        self._likelihoods: dict[int, tuple[Figures, Figures | None]] = {}
+        self._held_for_more = 0
+        """Of the memory that is held, what no write frees: that of shards that are not whole."""
+        self._bundles: dict[range, _Bundle] = {}
         self._done: set[int] = set()
         self._error: BaseException | None = None
         self._closing = False
@@ -101,11 +134,8 @@ class WriteQueue:
             length = self._writer.shard_length(layer, name)
             for start in range(0, tensor.shape[1], length):
                 part = tensor[:, start : start + length]
-                self._wait_for_room(sequence, part.nbytes)
-                shard = self._copy(sequence, layer, name, start, part)
-                with self._changed:
-                    self._waiting.append(shard)
-                    self._changed.notify_all()
+                self._wait_for_room(part.nbytes)
+                self._add(sequence, layer, name, start, self._copy(part))
 
     def finish_sequence(
         self,
@@ -113,12 +143,11 @@ class WriteQueue:
         nll: Figures,
         kl: Figures | None = None,
     ) -> None:
-        """Mark the sequence done, with its likelihoods and divergences (positions,), once all of it
-        is written."""
+        """Mark the sequence done, with its likelihoods and divergences (positions,), once all of
+        its bundle is finished and written."""
         with self._changed:
             self._raise()
-            self._likelihoods[sequence] = nll, kl
-            self._unwritten.setdefault(sequence, 0)
+            self._bundle_of(sequence).figures[sequence] = nll, kl
             self._changed.notify_all()
 
     def wait_for(self, sequences: Collection[int]) -> None:
@@ -126,38 +155,65 @@ class WriteQueue:
         self._wait(lambda: self._done.issuperset(sequences))
 
     def drain(self) -> None:
-        """Wait until everything that was given is written."""
-        self._wait(lambda: not any(self._unwritten.values()) and not self._likelihoods)
+        """Wait until all shards that are whole are written, and the bundles so finished marked."""
+        self._wait(
+            lambda: (
+                self._held == self._held_for_more
+                and not any(self._is_finished(bundle) for bundle in self._bundles)
+            )
+        )
 
     def _wait(self, condition: Any) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._error is not None or condition())
             self._raise()
 
-    def _wait_for_room(self, sequence: int, size: int) -> None:
-        """Reserve memory; what is larger than all there is waits until it is alone."""
+    def _wait_for_room(self, size: int) -> None:
+        """Reserve memory; what finds none that a write would free is let in."""
         with self._changed:
             self._changed.wait_for(
                 lambda: (
                     self._error is not None
-                    or self._held == 0
+                    or self._held == self._held_for_more
                     or self._held + size <= self._capacity
                 )
             )
             self._raise()
             self._held += size
-            self._unwritten[sequence] = self._unwritten.get(sequence, 0) + 1
+
+    def _add(self, sequence: int, layer: int, name: str, start: int, part: _Part) -> None:
+        """Put a part in its shard, which is to be written when it is whole."""
+        bundle = self._writer.bundle_of(sequence)
+        place = (bundle.start, layer, name, start)
+        with self._changed:
+            if place not in self._begun:
+                self._begun[place] = _Shard(bundle, layer, name, start)
+                self._bundle_of(sequence).unwritten += 1
+            shard = self._begun[place]
+            shard.parts[sequence] = part
+            self._held_for_more += part.tensor.nbytes
+            if shard.whole:
+                self._waiting.append(self._begun.pop(place))
+                self._held_for_more -= shard.nbytes
+            self._changed.notify_all()
+
+    def _bundle_of(self, sequence: int) -> _Bundle:
+        return self._bundles.setdefault(self._writer.bundle_of(sequence), _Bundle())
 
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _copy(self, sequence: int, layer: int, name: str, start: int, part: Tensor) -> _Shard:
+    def _is_finished(self, bundle: range) -> bool:
+        known = self._bundles[bundle]
+        return known.unwritten == 0 and len(known.figures) == len(bundle)
+
+    def _copy(self, part: Tensor) -> _Part:
         """A contiguous copy on the host; on a GPU it is only begun."""
         if part.device.type != "cuda":
             part = part.clone(memory_format=torch.contiguous_format)
             extremes = torch.stack(part.aminmax()).double()
-            return _Shard(sequence, layer, name, start, to_numpy(part), extremes, None)
+            return _Part(to_numpy(part), extremes, None)
         stream = self._streams.get(part.device)
         if stream is None:
             stream = self._streams[part.device] = torch.cuda.Stream(part.device)  # type: ignore[no-untyped-call]
@@ -171,7 +227,7 @@ class WriteQueue:
             bounds.copy_(torch.stack(part.aminmax()).double(), non_blocking=True)
             copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             copied.record(stream)
-        return _Shard(sequence, layer, name, start, to_numpy(host), bounds, copied)
+        return _Part(to_numpy(host), bounds, copied)
 
     def _work(self) -> None:
         """What each thread does until the queue is closed or something goes wrong."""
@@ -182,23 +238,22 @@ class WriteQueue:
                         self._closing
                         or self._error is not None
                         or bool(self._waiting)
-                        or self._complete() is not None
+                        or self._to_mark() is not None
                     )
                 )
                 if self._closing or self._error is not None:
                     return
-                finished = self._complete()
+                finished = self._to_mark()
                 shard = None
                 if finished is None:
                     shard = self._waiting.popleft()
                 else:
-                    nll, kl = self._likelihoods[finished]
-                    del self._unwritten[finished]
+                    self._bundles[finished].marking = True
             try:
                 if shard is not None:
                     self._write(shard)
                 elif finished is not None:
-                    self._writer.finish_sequence(finished, nll, kl)
+                    self._mark(finished)
             except BaseException as error:
                 with self._changed:
                     self._error = self._error or error
@@ -206,26 +261,34 @@ class WriteQueue:
                 return
             with self._changed:
                 if shard is not None:
-                    self._held -= shard.part.nbytes
-                    self._unwritten[shard.sequence] -= 1
+                    self._held -= shard.nbytes
+                    self._bundles[shard.bundle].unwritten -= 1
                 elif finished is not None:
-                    del self._likelihoods[finished]
-                    self._done.add(finished)
+                    del self._bundles[finished]
+                    self._done.update(finished)
                 self._changed.notify_all()
             del shard  # its memory is no longer counted
 
-    def _complete(self) -> int | None:
-        """A sequence all of which is written, and which no thread is marking yet."""
-        found = (s for s in self._likelihoods if self._unwritten.get(s) == 0)
-        return next(found, None)
+    def _to_mark(self) -> range | None:
+        """A bundle all of which is written, and which no thread is marking yet."""
+        found = (b for b, known in self._bundles.items() if not known.marking)
+        return next(filter(self._is_finished, found), None)
+
+    def _mark(self, bundle: range) -> None:
+        figures = [self._bundles[bundle].figures[sequence] for sequence in bundle]
+        kl = [divergences for _, divergences in figures if divergences is not None]
+        self._writer.finish_bundle(bundle, [nll for nll, _ in figures], kl or None)
 
     def _write(self, shard: _Shard) -> None:
-        if shard.copied is not None:
-            shard.copied.synchronize()
-        if not bool(torch.isfinite(shard.extremes).all()):
-            names = {"query": "queries", "key": "keys", "value": "values"}
-            raise RetraceError(
-                f"Layer {shard.layer} has {names[shard.name]} that are not finite in sequence "
-                f"{shard.sequence}: try another --dtype."
-            )
-        self._writer.write_shard(shard.sequence, shard.layer, shard.name, shard.start, shard.part)
+        parts = [shard.parts[sequence] for sequence in shard.bundle]
+        for sequence, part in zip(shard.bundle, parts, strict=True):
+            if part.copied is not None:
+                part.copied.synchronize()
+            if not bool(torch.isfinite(part.extremes).all()):
+                names = {"query": "queries", "key": "keys", "value": "values"}
+                raise RetraceError(
+                    f"Layer {shard.layer} has {names[shard.name]} that are not finite in sequence "
+                    f"{sequence}: try another --dtype."
+                )
+        tensors = [part.tensor for part in parts]
+        self._writer.write_shard(shard.bundle, shard.layer, shard.name, shard.start, tensors)

@@ -73,7 +73,7 @@ class Ranks:
 class Meeting:
     """A few words between the processes: that a trace is begun, written, complete, or failed.
 
-    The tensors need none: each process writes sequences of its own.
+    The tensors need none: each process writes bundles of its own.
     """
 
     def __init__(self, ranks: Ranks, store: Store | None) -> None:

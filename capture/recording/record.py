@@ -5,9 +5,11 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from retrace.capture.attention.interface import observed_attention
@@ -25,7 +27,15 @@ from retrace.capture.recording.output import Output
 from retrace.capture.recording.plan import Plan
 from retrace.capture.recording.queue import Figures, WriteQueue
 from retrace.capture.recording.ranks import Meeting
-from retrace.traces import Location, RetraceError, Trace, TraceWriter, UnreachableError, open_trace
+from retrace.traces import (
+    Location,
+    RetraceError,
+    Trace,
+    TraceWriter,
+    UnreachableError,
+    bundles_of,
+    open_trace,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def record(
     `decoding` some of them.
 
     Of several processes the first begins and completes the trace; each records whole batches of
-    its own, and computes in each what one process alone would.
+    whole bundles of its own, and computes in each what one process alone would.
     """
     if meeting.ranks.first:
         done = _begin(plan, output)
@@ -73,12 +83,14 @@ def record(
         done = set(meeting.hear("begun")["done"])
         writer = plan.open(output)
     show(_progress(plan, done))
-    # A batch is run again as it was though some of it be done: results must not depend, by a
-    # rounding, on where a capture was interrupted.
-    pending = [batch for batch in batches if not done.issuperset(batch)]
+    pending = [
+        share
+        for share in shares_of(batches, plan.bundle)
+        if not all(done.issuperset(batch) for batch in share)
+    ]
     ours = pending[meeting.ranks.rank :: meeting.ranks.size]
     try:
-        _record_batches(
+        _record_shares(
             model, layers, plan, ours, decoding, approximator, done, writer, meeting, show
         )
     except UnreachableError:
@@ -109,11 +121,11 @@ def _begin(plan: Plan, output: Output) -> set[int]:
     return done
 
 
-def _record_batches(
+def _record_shares(
     model: Any,
     layers: Mapping[int, AttentionLayer],
     plan: Plan,
-    batches: Sequence[range],
+    shares: Sequence[Sequence[range]],
     decoding: Decoding,
     approximator: Approximator | None,
     done: set[int],
@@ -121,7 +133,7 @@ def _record_batches(
     meeting: Meeting,
     show: ShowProgress,
 ) -> None:
-    """Record batches, each written while the next is computed; what is written joins `done`."""
+    """Record shares, each written while the next is computed; what is written joins `done`."""
     recorder_class = StepRecorder if plan.generates else TensorRecorder
     with (
         WriteQueue(writer) as queue,
@@ -130,32 +142,42 @@ def _record_batches(
     ):
         before: list[int] = []
         unchecked = plan.generates and approximator is None
-        for batch in batches:
-            meeting.check()
-            first = not before
-            # What a method answered is not what the trace explains by exact attention.
-            checked = layers if first and approximator is None else None
-            parts = _missing_parts(plan, batch, done, checked)
-            nll, kl = _run_batch(model, recorder, approximator, plan, batch, decoding, parts)
-            if first:
-                queue.drain()
-                if checked is not None:
-                    _check_first(writer.path, parts[0], recorder)
-            else:
+        # What a method answered is not what the trace explains by exact attention.
+        to_check = layers if approximator is None else None
+        for share in shares:
+            finished: list[tuple[int, Figures, Figures | None]] = []
+            check: Callable[[], None] | None = None
+            for batch in share:
+                meeting.check()
+                # A batch is run again as it was though some of it be done: results must not
+                # depend, by a rounding, on where a capture was interrupted.
+                parts = _missing_parts(plan, batch, done, to_check)
+                if not parts:
+                    continue
+                nll, kl = _run_batch(model, recorder, approximator, plan, batch, decoding, parts)
+                if to_check is not None:
+                    check = partial(_check_first, writer.path, parts[0], recorder.samples)
+                    to_check = None
+                prompt, own = plan.prompt(batch[0]), plan.tokens[batch[0]]
+                if unchecked and prompt is not None and prompt < len(own):
+                    check_decoded(model, own, nll[0], prompt, plan.dtype)
+                    unchecked = False
+                for part in parts:
+                    place = part.row, slice(part.length)
+                    finished.append((part.sequence, nll[place], None if kl is None else kl[place]))
+            if before:
                 queue.wait_for(before)
                 done.update(before)
                 show(_progress(plan, done))
-            prompt, own = plan.prompt(batch[0]), plan.tokens[batch[0]]
-            if unchecked and prompt is not None and prompt < len(own):
-                check_decoded(model, own, nll[0], prompt, plan.dtype)
-                unchecked = False
-            for part in parts:
-                place = part.row, slice(part.length)
-                queue.finish_sequence(part.sequence, nll[place], None if kl is None else kl[place])
-            before = [part.sequence for part in parts]
+            elif check is not None:
+                queue.drain()
+                check()
+            for figures in finished:
+                queue.finish_sequence(*figures)
+            before = [sequence for sequence, *_ in finished]
         queue.wait_for(before)
         done.update(before)
-    if batches:
+    if shares:
         show(_progress(plan, done))
 
 
@@ -171,16 +193,34 @@ def _wait_for_others(
         meeting.hear(f"written {rank}")
 
 
-def batches_of(model: Any, lengths: Sequence[int], size: int) -> list[range]:
+def batches_of(model: Any, lengths: Sequence[int], size: int, bundle: int) -> list[range]:
     """Consecutive sequences of these lengths, up to `size` together: those to which the model
-    gives the same rotary frequencies, which it chooses by the longest of a batch."""
+    gives the same rotary frequencies, which it chooses by the longest of a batch. A batch is whole
+    bundles or within one, but for the last: a share is then no more than one of either."""
     frequencies = LengthDependence.of(model.config.get_text_config()).frequencies
-    batches = []
-    for _, alike in itertools.groupby(range(len(lengths)), lambda s: frequencies(lengths[s])):
-        run = list(alike)
-        starts = range(run[0], run[-1] + 1, size)
-        batches += [range(start, min(start + size, run[-1] + 1)) for start in starts]
+    batches: list[range] = []
+    kinds: list[Any] = []
+    for some in bundles_of(len(lengths), bundle):
+        for kind, alike in itertools.groupby(some, lambda s: frequencies(lengths[s])):
+            run = list(alike)
+            for start in range(run[0], run[-1] + 1, size):
+                batch = range(start, min(start + size, run[-1] + 1))
+                if kinds and kinds[-1] == kind and len(batches[-1]) + len(batch) <= size:
+                    batches[-1] = range(batches[-1].start, batch.stop)
+                else:
+                    batches.append(batch)
+                    kinds.append(kind)
     return batches
+
+
+def shares_of(batches: Sequence[range], bundle: int) -> list[list[range]]:
+    """Consecutive batches that are whole bundles together: what one process records."""
+    shares: list[list[range]] = [[]]
+    for batch in batches:
+        if shares[-1] and shares[-1][-1].stop % bundle == 0:
+            shares.append([])
+        shares[-1].append(batch)
+    return shares
 
 
 def _missing_parts(
@@ -242,9 +282,11 @@ def _run_batch(
     return nll.numpy(), None if kl is None else kl.numpy()
 
 
-def _check_first(path: Location, part: RecordedSequence, recorder: TensorRecorder) -> None:
+def _check_first(
+    path: Location, part: RecordedSequence, outputs: Mapping[int, npt.NDArray[np.float64]]
+) -> None:
     assert part.sampled_positions is not None
-    check_stored(open_trace(path), part.sequence, part.sampled_positions, recorder.samples)
+    check_stored(open_trace(path), part.sequence, part.sampled_positions, outputs)
 
 
 def _progress(plan: Plan, done: set[int]) -> Progress:

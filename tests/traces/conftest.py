@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from retrace.traces import LayerRules, TraceWriter, create_trace
-from retrace.traces.schema import DTYPES
+from retrace.traces.schema import DTYPES, TENSOR_AXES
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -46,11 +46,21 @@ class Plan:
     nll: list[Array]
 
     def fill(self, writer: TraceWriter, sequences: Sequence[int]) -> None:
-        """Write all layers of some sequences and mark them complete."""
-        for sequence in sequences:
+        """Write all layers of some sequences and mark them complete; with them those that share
+        their shards."""
+        for bundle in dict.fromkeys(writer.bundle_of(sequence) for sequence in sequences):
             for layer in self.arguments["rules"]:
-                writer.write_layer(sequence, layer, *self.tensors[layer, sequence])
-            writer.finish_sequence(sequence, self.nll[sequence])
+                if len(bundle) == 1:
+                    writer.write_layer(bundle.start, layer, *self.tensors[layer, bundle.start])
+                    continue
+                named = zip(
+                    TENSOR_AXES,
+                    zip(*(self.tensors[layer, s] for s in bundle), strict=True),
+                    strict=True,
+                )
+                for name, parts in named:
+                    writer.write_shard(bundle, layer, name, 0, parts)
+            writer.finish_bundle(bundle, [self.nll[sequence] for sequence in bundle])
 
 
 @pytest.fixture
@@ -102,9 +112,9 @@ def make_plan() -> Callable[..., Plan]:
 def write_trace(tmp_path: Path, make_plan: Callable[..., Plan]) -> Callable[..., Path]:
     """A function that writes a whole trace and returns where it is."""
 
-    def write(name: str = "trace", **plan: Any) -> Path:
+    def write(name: str = "trace", *, bundle: int = 1, **plan: Any) -> Path:
         planned = make_plan(**plan)
-        writer = create_trace(tmp_path / f"{name}.zarr", **planned.arguments)
+        writer = create_trace(tmp_path / f"{name}.zarr", **planned.arguments, bundle=bundle)
         planned.fill(writer, range(len(planned.nll)))
         writer.close()
         return writer.path

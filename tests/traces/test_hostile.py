@@ -40,15 +40,17 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("spoilt") / "t.zarr"
 
 
-@pytest.fixture
-def contents(make_plan: MakePlan, rules: Any, tmp_path: Path) -> Contents:
-    """The files of a whole trace."""
+@pytest.fixture(params=[1, 2], ids=["shards of one", "shards of two"])
+def contents(
+    make_plan: MakePlan, rules: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> Contents:
+    """The files of a whole trace of two sequences, with a shard each or one for both."""
     plan = make_plan(lengths=(5, 3), rules={0: rules()})
     rng = np.random.default_rng(0)
     for tensors in plan.tensors.values():
         for tensor in tensors:
             tensor[:] = rng.standard_normal(tensor.shape)
-    writer = create_trace(tmp_path / "t.zarr", **plan.arguments)
+    writer = create_trace(tmp_path / "t.zarr", **plan.arguments, bundle=request.param)
     plan.fill(writer, range(2))
     writer.close()
     return {
@@ -179,6 +181,7 @@ def test_metadata_that_is_none(contents: Contents, spoilt: Path, data: st.DataOb
     check(contents, {**contents, name: data.draw(garbage)}, spoilt)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
@@ -191,11 +194,11 @@ def test_metadata_that_is_none(contents: Contents, spoilt: Path, data: st.DataOb
     ],
 )
 def test_a_claim_of_petabytes(
-    contents: Contents, spoilt: Path, name: str, shape: list[int]
+    contents: Contents, spoilt: Path, name: str, shape: list[int], shared: bool
 ) -> None:
     metadata = json.loads(contents[f"{name}/zarr.json"])
     metadata["shape"] = shape
-    chunk = [1, *shape[1:]]
+    chunk = shape if shared else [1, *shape[1:]]
     metadata["chunk_grid"]["configuration"]["chunk_shape"] = chunk
     lay_out({**contents, f"{name}/zarr.json": json.dumps(metadata).encode()}, spoilt)
     started = time.monotonic()
@@ -225,12 +228,12 @@ def test_what_leads_out_of_the_trace(
             resume_trace(spoilt, **make_plan(lengths=(5, 3), rules={0: rules()}).arguments)
 
 
-def test_links_that_stay_inside_are_followed(contents: Contents, spoilt: Path) -> None:
-    path = spoilt.parent / "linked.zarr"
+def test_links_that_stay_inside_are_followed(contents: Contents, tmp_path: Path) -> None:
+    path = tmp_path / "linked.zarr"
     lay_out(contents, path)
     (path / "layers/0").rename(path / "moved")
     (path / "layers/0").symlink_to(path / "moved")
-    link = spoilt.parent / "link.zarr"
+    link = tmp_path / "link.zarr"
     link.symlink_to(path)
     assert verify_trace(link).whole
 
@@ -263,7 +266,13 @@ def test_an_index_that_points_anywhere(contents: Contents, spoilt: Path) -> None
     name = "layers/0/key/c/0/0/0/0"
     raw = contents[name]
     for place in ((0, 2**63), (2**63, 124), (len(raw), 124), (0, 1), (2**64 - 1, 2**64 - 1)):
-        index = np.array([place, place], "<u8").tobytes()
+        entries = (
+            2
+            * json.loads(contents["done/zarr.json"])["chunk_grid"]["configuration"]["chunk_shape"][
+                0
+            ]
+        )
+        index = np.array([place] * entries, "<u8").tobytes()
         checked = index + int(google_crc32c.value(index)).to_bytes(4, "little")
         changed = raw[: -len(checked)] + checked
         assert len(changed) == len(raw)

@@ -49,8 +49,8 @@ def test_corrupt_metadata(write_trace: WriteTrace) -> None:
 
 def test_newer_format(write_trace: WriteTrace) -> None:
     path = write_trace()
-    change_attributes(path, retrace_format=2)
-    with pytest.raises(RetraceError, match=r"format 2.*up to 1.*pip install -U"):
+    change_attributes(path, retrace_format=3)
+    with pytest.raises(RetraceError, match=r"format 3.*up to 2.*pip install -U"):
         open_trace(path)
 
 

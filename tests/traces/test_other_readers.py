@@ -16,10 +16,11 @@ from retrace.traces.bfloat16 import BFloat16
 from retrace.traces.schema import DTYPES
 
 
+@pytest.mark.parametrize("bundle", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tensorstore(write_trace: Callable[..., Path], dtype: str) -> None:
+def test_tensorstore(write_trace: Callable[..., Path], dtype: str, bundle: int) -> None:
     tensorstore = pytest.importorskip("tensorstore")
-    path = write_trace(dtype=dtype)
+    path = write_trace(dtype=dtype, bundle=bundle)
     layer = open_trace(path).layer(0)
     for name, tensor in (
         ("query", layer.query(2)),
@@ -52,8 +53,9 @@ print(array.dtype, array[2].tobytes().hex())
     return dtype, numbers
 
 
-def test_zarr_with_the_type_imported(write_trace: Callable[..., Path]) -> None:
-    path = write_trace(dtype="bfloat16")
+@pytest.mark.parametrize("bundle", [1, 2])
+def test_zarr_with_the_type_imported(write_trace: Callable[..., Path], bundle: int) -> None:
+    path = write_trace(dtype="bfloat16", bundle=bundle)
     numbers = open_trace(path).layer(0).key(2).tobytes().hex()
     assert read_by_zarr(path, "import retrace.traces") == ("bfloat16", numbers)
 
@@ -72,10 +74,10 @@ def test_type_is_an_entry_point() -> None:
     assert point.load() is BFloat16
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_xarray(write_trace: Callable[..., Path], dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "bundle"), [("float32", 1), ("float16", 1), ("float32", 2)])
+def test_xarray(write_trace: Callable[..., Path], dtype: str, bundle: int) -> None:
     xarray = pytest.importorskip("xarray")
-    path = write_trace(dtype=dtype)
+    path = write_trace(dtype=dtype, bundle=bundle)
     root = xarray.open_zarr(path, consolidated=False, decode_cf=False, chunks=None)
     assert dict(root.sizes) == {"sequence": 3, "position": 14, "query_position": 14}
     assert root["tokens"].dims == ("sequence", "position")
@@ -90,22 +92,24 @@ def test_xarray(write_trace: Callable[..., Path], dtype: str) -> None:
     np.testing.assert_array_equal(layer["key"][2].to_numpy(), open_trace(path).layer(3).key(2))
 
 
-def test_metadata(write_trace: Callable[..., Path]) -> None:
-    path = write_trace(dtype="bfloat16")
+@pytest.mark.parametrize(("bundle", "version"), [(1, 1), (2, 2), (3, 2)])
+def test_metadata(write_trace: Callable[..., Path], bundle: int, version: int) -> None:
+    path = write_trace(dtype="bfloat16", bundle=bundle)
 
     def metadata(name: str) -> dict[str, Any]:
         loaded: dict[str, Any] = json.loads((path / name / "zarr.json").read_text())
         return loaded
 
-    assert metadata("")["attributes"]["retrace_format"] == 1
+    # What every retrace reads stays of the first version.
+    assert metadata("")["attributes"]["retrace_format"] == version
     key = metadata("layers/0/key")
     assert key["data_type"] == "bfloat16"
     assert key["dimension_names"] == ["sequence", "kv_head", "position", "channel"]
     (sharding,) = key["codecs"]
     assert sharding["name"] == "sharding_indexed"
-    # One shard is one sequence, one inner chunk one head.
-    assert key["chunk_grid"]["configuration"]["chunk_shape"] == [1, 2, 14, 6]
+    # One shard is one bundle, one inner chunk one head of one sequence.
+    assert key["chunk_grid"]["configuration"]["chunk_shape"] == [bundle, 2, 14, 6]
     assert sharding["configuration"]["chunk_shape"] == [1, 1, 14, 6]
     assert "crc32c" in [codec["name"] for codec in sharding["configuration"]["codecs"]]
-    for name in ("tokens", "nll", "length", "done", "query_positions"):
-        assert metadata(name)["chunk_grid"]["configuration"]["chunk_shape"][0] == 1
+    for name in ("tokens", "phase", "nll", "length", "done", "query_positions"):
+        assert metadata(name)["chunk_grid"]["configuration"]["chunk_shape"][0] == bundle

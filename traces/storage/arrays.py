@@ -16,6 +16,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from retrace.traces.bundles import MOST_SEQUENCES
 from retrace.traces.errors import DamageError
 from retrace.traces.storage.objects import Objects, Range
 
@@ -100,6 +101,12 @@ class _Array:
         else:
             self._check_codecs(metadata.get("codecs"))
             self.inner = self.outer
+        self.bundle = self.outer[0] if self.outer else 0
+        """Sequences in each shard or chunk; the last may have fewer."""
+        if not 1 <= self.bundle <= min(self.shape[0], MOST_SEQUENCES):
+            raise self.damage(
+                f"its chunks hold {self.bundle:,} sequences: not 1 to {MOST_SEQUENCES:,} of its own"
+            )
 
     def damage(self, cause: str, sequence: int | None = None) -> DamageError:
         """The error that the array, or one sequence of it, is damaged."""
@@ -114,7 +121,7 @@ class _Array:
             raise self.damage(f"cannot be read: {_words(error)}", sequence) from error
 
     def verified(
-        self, data: bytes | memoryview, wanted: int, sequence: int
+        self, data: bytes | memoryview, wanted: int, sequence: int | None = None
     ) -> npt.NDArray[np.uint8]:
         """`wanted` bytes less the checksum that they end with."""
         if len(data) != wanted:
@@ -173,45 +180,59 @@ class _Array:
 
 
 class Rows(_Array):
-    """An array (sequence, ...) of one chunk per sequence, which is written with one."""
+    """An array (sequence, ...) of one chunk per bundle, which is written with one."""
 
     def __init__(
         self, stored: Stored, name: str, dtype: np.dtype[Any], shape: tuple[int | None, ...]
     ) -> None:
         super().__init__(stored, name, dtype, shape)
-        if self.outer != (1, *self.shape[1:]) or self.inner != self.outer:
-            raise self.damage(f"its chunks are {_short(list(self.outer))}, not a sequence each")
+        if self.outer != (self.bundle, *self.shape[1:]) or self.inner != self.outer:
+            raise self.damage(f"its chunks are {_short(list(self.outer))}, not whole sequences")
 
     def read(self, sequences: Sequence[int]) -> list[npt.NDArray[Any] | DamageError | None]:
         """The rows of some sequences, or what is wrong with each; None where there is no chunk."""
+        numbers = list(dict.fromkeys(sequence // self.bundle for sequence in sequences))
+        chunks = self._chunks(numbers)
+        rows: list[npt.NDArray[Any] | DamageError | None] = []
+        for sequence in sequences:
+            chunk = chunks[sequence // self.bundle]
+            if isinstance(chunk, str):
+                rows.append(self.damage(chunk, sequence))
+            else:
+                rows.append(None if chunk is None else chunk[sequence % self.bundle, ...].copy())
+        return rows
+
+    def _chunks(self, numbers: Sequence[int]) -> dict[int, npt.NDArray[Any] | str | None]:
+        """Chunks (bundle, ...) by number, or what is wrong with each; None where there is none."""
         wanted = math.prod(self.outer) * self.dtype.itemsize + CHECKSUM_BYTES
         zeros = "".join("/0" for _ in self.shape[1:])
-        keys = [f"{self.name}/c/{sequence}{zeros}" for sequence in sequences]
+        keys = [f"{self.name}/c/{number}{zeros}" for number in numbers]
         try:
-            chunks = self.stored.objects.first_bytes(keys, wanted + 1)
+            read = self.stored.objects.first_bytes(keys, wanted + 1)
         except OSError as error:
-            if len(keys) == 1:
-                return [self.damage(f"cannot be read: {_words(error)}", sequences[0])]
+            if len(numbers) == 1:
+                return {numbers[0]: f"cannot be read: {_words(error)}"}
             # One that cannot be read stands for itself alone.
-            return [row for sequence in sequences for row in self.read([sequence])]
-        return [
-            None if chunk is None else self._row(chunk, wanted, sequence)
-            for sequence, chunk in zip(sequences, chunks, strict=True)
-        ]
+            return {number: self._chunks([number])[number] for number in numbers}
+        return {
+            number: None if data is None else self._decode(data, wanted)
+            for number, data in zip(numbers, read, strict=True)
+        }
 
-    def _row(self, chunk: bytes, wanted: int, sequence: int) -> npt.NDArray[Any] | DamageError:
+    def _decode(self, data: bytes, wanted: int) -> npt.NDArray[Any] | str:
         try:
-            held = self.verified(chunk, wanted, sequence)
+            held = self.verified(data, wanted)
         except DamageError as error:
-            return error
+            return error.cause
         if self.dtype == bool:
-            return np.asarray(held.reshape(self.shape[1:]) != 0)
-        return held.view(self.dtype).reshape(self.shape[1:]).copy()
+            return np.asarray(held.reshape(self.outer) != 0)
+        return held.view(self.dtype).reshape(self.outer)
 
 
 class Tensors(_Array):
-    """An array (sequence, head, position, channel) of one shard per sequence, or several along
-    position, and in it one chunk per head, or several along position."""
+    """An array (sequence, head, position, channel) of one shard per bundle, and in it one chunk per
+    sequence and head. Only where a bundle is one sequence may it be several shards along position,
+    and a head in them several chunks."""
 
     def __init__(
         self, stored: Stored, name: str, dtype: np.dtype[Any], shape: tuple[int, int, int, int]
@@ -222,11 +243,12 @@ class Tensors(_Array):
             extents[2] if len(extents) == 4 else 0 for extents in (self.outer, self.inner)
         )
         if (
-            self.outer != (1, heads, length, channels)
+            self.outer != (self.bundle, heads, length, channels)
             or self.inner != (1, 1, chunk, channels)
             or chunk > positions
             or length % chunk
             or length >= positions + chunk
+            or (self.bundle > 1 and not chunk == length == positions)
         ):
             raise self.damage(
                 f"its shards are {_short(list(self.outer))} of {_short(list(self.inner))}: not one "
@@ -248,11 +270,11 @@ class Tensors(_Array):
         return tensor
 
     def _key(self, sequence: int, start: int) -> str:
-        return f"{self.name}/c/{sequence}/0/{start // self._shard_length}/0"
+        return f"{self.name}/c/{sequence // self.bundle}/0/{start // self._shard_length}/0"
 
     @property
-    def _index_shape(self) -> tuple[int, int, int]:
-        return self.shape[1], self._shard_length // self._chunk_length, 2
+    def _index_shape(self) -> tuple[int, int, int, int]:
+        return self.bundle, self.shape[1], self._shard_length // self._chunk_length, 2
 
     @property
     def _index_bytes(self) -> int:
@@ -266,7 +288,9 @@ class Tensors(_Array):
         if size is None:
             raise self.damage(f"missing: there is no {key}", sequence)
         positions = min(self._shard_length, length - start)
-        chunks = self.shape[1] * -(-positions // self._chunk_length)
+        first = sequence - sequence % self.bundle
+        sequences = min(self.bundle, self.shape[0] - first)
+        chunks = sequences * self.shape[1] * -(-positions // self._chunk_length)
         wanted = chunks * self._chunk_bytes + self._index_bytes
         if size != wanted:
             cause = "truncated: " if size < wanted else ""
@@ -278,7 +302,7 @@ class Tensors(_Array):
     ) -> None:
         """Fill `part` (heads, positions, channels) from a shard of `size` bytes."""
         begin = size - self._index_bytes
-        index = self._read_index(key, (begin, size), sequence)
+        index = self._read_index(key, (begin, size), sequence)[sequence % self.bundle]
         chunks = range(-(-part.shape[1] // self._chunk_length))
         ranges: list[Range] = []
         for head in heads:

@@ -6,6 +6,7 @@ on one thread and copies them several times over; here each chunk goes to the fi
 that it is in, on any number of threads.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +33,48 @@ def shard_length(array: "zarr.Array[Any]") -> int:
 
 def write_shards(array: "zarr.Array[Any]", sequence: int, tensor: npt.NDArray[Any]) -> None:
     """Write one sequence's tensor (heads, positions, channels), zero from there on, as whole shards
-    of an array (sequence, head, position, channel)."""
+    of an array (sequence, head, position, channel) with a sequence in a shard."""
     length = shard_length(array)
     for start in range(0, tensor.shape[1], length):
-        write_shard(array, sequence, start, tensor[:, start : start + length])
+        write_shard(array, sequence, start, [tensor[:, start : start + length]])
 
 
 def write_shard(
-    array: "zarr.Array[Any]", sequence: int, start: int, part: npt.NDArray[Any]
+    array: "zarr.Array[Any]", sequence: int, start: int, parts: Sequence[npt.NDArray[Any]]
 ) -> None:
-    """Write the shard of `sequence` that begins at position `start`.
+    """Write the shard that begins with `sequence` at position `start`.
 
     Args:
-        array: (sequence, head, position, channel), one sequence and all heads in a shard, one head
-            and all channels in a chunk, chunks with CRC32C and nothing else.
-        sequence: which.
+        array: (sequence, head, position, channel), all heads in a shard, one sequence and head and
+            all channels in a chunk, chunks with CRC32C and nothing else.
+        sequence: the shard's first.
         start: a multiple of the shard's length.
-        part: (heads, positions, channels) of the array's dtype; zero from its end on.
+        parts: what each sequence has in the shard, (heads, positions, channels) of the array's
+            dtype; zero from its end on. Nothing is stored of sequences that follow these.
     """
-    length = shard_length(array)
-    if start % length or part.shape[1] > length:
-        raise ValueError(f"{part.shape[1]} positions from {start} are no shard of {length}.")
-    pieces = _encode(part, array.chunks[2], length // array.chunks[2])
+    assert array.shards is not None
+    bundle, length = int(array.shards[0]), shard_length(array)
+    if start % length or any(part.shape[1] > length for part in parts):
+        longest = max(part.shape[1] for part in parts)
+        raise ValueError(f"{longest} positions from {start} are no shard of {length}.")
+    if sequence % bundle or len(parts) > bundle:
+        raise ValueError(f"{len(parts)} sequences from {sequence} are no shard of {bundle}.")
+    pieces = _encode(parts, bundle, array.chunks[2], length // array.chunks[2])
     # One shard spans all heads and channels, so that its key differs in two places only.
-    key = array.metadata.encode_chunk_key((sequence, 0, start // length, 0))
+    key = array.metadata.encode_chunk_key((sequence // bundle, 0, start // length, 0))
     _put(array, key, pieces)
 
 
-def write_row(array: "zarr.Array[Any]", sequence: int, row: npt.NDArray[Any]) -> None:
-    """Write one sequence's row of an array (sequence, ...) with a sequence in a chunk, CRC32C and
-    nothing else; also where all of it is the fill value, which zarr-python leaves out."""
-    raw = np.ascontiguousarray(row, array.dtype).reshape(-1).view(np.uint8)
-    key = array.metadata.encode_chunk_key((sequence, *(0 for _ in array.shape[1:])))
+def write_rows(array: "zarr.Array[Any]", sequence: int, rows: npt.NDArray[Any]) -> None:
+    """Write the chunk of an array (sequence, ...) that begins with `sequence`: its rows
+    (sequences, ...), of which the last may be missing at the array's end. Chunks have whole
+    sequences, CRC32C and nothing else, also where they are the fill value all over, which
+    zarr-python leaves out."""
+    chunk = np.full(array.chunks, array.fill_value, array.dtype)
+    chunk[: len(rows)] = rows
+    raw = chunk.reshape(-1).view(np.uint8)
+    number = sequence // array.chunks[0]
+    key = array.metadata.encode_chunk_key((number, *(0 for _ in array.shape[1:])))
     _put(array, key, [raw.data, _checksum(raw)])
 
 
@@ -76,23 +87,26 @@ def _put(array: "zarr.Array[Any]", key: str, pieces: list[Piece]) -> None:
         sync(store.set(key, buffer))
 
 
-def _encode(part: npt.NDArray[Any], chunk_length: int, chunks: int) -> list[Piece]:
-    """A shard of (heads, positions, channels) as pieces to be written one after another."""
-    heads, positions, channels = part.shape
-    index = np.full((heads, chunks, 2), MISSING, "<u8")
+def _encode(
+    parts: Sequence[npt.NDArray[Any]], bundle: int, chunk_length: int, chunks: int
+) -> list[Piece]:
+    """A shard of sequences (heads, positions, channels), as pieces to be written in order."""
+    heads, _, channels = parts[0].shape
+    index = np.full((bundle, heads, chunks, 2), MISSING, "<u8")
     pieces: list[Piece] = []
     offset = 0
-    for head in range(heads):
-        for chunk in range(-(-positions // chunk_length)):
-            held = part[head, chunk * chunk_length : (chunk + 1) * chunk_length]
-            if len(held) < chunk_length:  # a chunk is whole, also at the end of a sequence
-                padded = np.zeros((chunk_length, channels), part.dtype)
-                padded[: len(held)] = held
-                held = padded
-            raw = np.ascontiguousarray(held).view(np.uint8).reshape(-1)
-            pieces += [raw.data, _checksum(raw)]
-            index[head, chunk] = offset, len(raw) + 4
-            offset += len(raw) + 4
+    for row, part in enumerate(parts):
+        for head in range(heads):
+            for chunk in range(-(-part.shape[1] // chunk_length)):
+                held = part[head, chunk * chunk_length : (chunk + 1) * chunk_length]
+                if len(held) < chunk_length:  # a chunk is whole, also at the end of a sequence
+                    padded = np.zeros((chunk_length, channels), part.dtype)
+                    padded[: len(held)] = held
+                    held = padded
+                raw = np.ascontiguousarray(held).view(np.uint8).reshape(-1)
+                pieces += [raw.data, _checksum(raw)]
+                index[row, head, chunk] = offset, len(raw) + 4
+                offset += len(raw) + 4
     entries = index.tobytes()
     return [*pieces, entries, _checksum(entries)]
 

@@ -56,10 +56,10 @@ def along(
         axes[axis] = {"firsts": firsts.tolist(), "queries": _queries(of_axis)}
         row = np.searchsorted(layers, of_axis["layer"])
         place = (bucket * len(layers) + row) * heads + of_axis["head"].to_numpy()
-        figures = pd.DataFrame({"place": place, "mean": of_axis["mean"].to_numpy()})
-        keys = [pd.Categorical(of_axis[name]) for name in GROUP]
+        keys = {name: pd.Categorical(of_axis[name]) for name in GROUP}
+        figures = pd.DataFrame({"place": place, "mean": of_axis["mean"].to_numpy(), **keys})
         key: Any
-        for key, part in figures.groupby(keys, sort=False, observed=True):
+        for key, part in figures.groupby(list(keys), sort=False, observed=True):
             method, metric, k = key
             grid = np.full(len(firsts) * len(layers) * heads, np.nan)
             grid[part["place"]] = part["mean"]

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from retrace.analyze.metrics.registry import AT_ALL, BY_NAME, METRICS, Metric
+from retrace.analyze.metrics.registry import AT_ALL, BUCKETED, BY_NAME, METRICS, Metric
 from retrace.analyze.outputs.markdown import PREDICTS
 from retrace.analyze.outputs.plots.style import DASHES, EXACT_STYLE, Style, styles_of
 from retrace.analyze.outputs.report.along import along, fit
@@ -26,6 +26,10 @@ CURVE_POINTS = 40
 CURVE_FIGURES = 3_600_000
 """Most figures of all curves of a page together, so that a large model's page can be mailed."""
 EXACT = "exact"
+DERIVED = "exact_attention_fraction"
+"""What exact attention's fraction is read off, of the other methods' rows."""
+CURVED = tuple(name for name in AT_ALL if name in BUCKETED or name == DERIVED)
+"""Metrics that the page draws curves of, and exact attention's fraction beside them."""
 
 
 class Entry(NamedTuple):
@@ -121,7 +125,7 @@ def _styles(entries: list[Entry], labels: list[str]) -> dict[str, Style]:
 def _curve_points(entries: list[Entry], runs: list[Figures]) -> int:
     """How many points of each curve fit the page."""
     heads = [len(run.metrics[["layer", "head"]].drop_duplicates()) for run in runs]
-    one = len(AT_ALL) * sum(heads[entry.run] for entry in entries)
+    one = len(CURVED) * sum(heads[entry.run] for entry in entries)
     return int(np.clip(CURVE_FIGURES // max(1, one), 4, CURVE_POINTS))
 
 
@@ -148,7 +152,7 @@ class _Grids:
                 "count": packed.add(grids._grid(part, "count")),
             }
         chosen = _thinned(results.curves, points)
-        for key, part in grids._parts(chosen, list(AT_ALL)):
+        for key, part in grids._parts(chosen, list(CURVED)):
             grids._curves[key] = packed.add(grids._grid(part, "mean"), CURVE_BITS)
         return grids
 
@@ -156,7 +160,7 @@ class _Grids:
         """A method's budgets, and the places of its grids at each of them, None where there is
         none: of those asked for, and of its curves."""
         if entry.derived:
-            names = {"attention_fraction": "exact_attention_fraction"}
+            names = {"attention_fraction": DERIVED}
         else:
             names = {metric: metric for metric in METRICS}
         owner = {
@@ -178,7 +182,7 @@ class _Grids:
             "curves": {
                 name: [curves.get((metric, k)) for k in curve_topk]
                 for name, metric in names.items()
-                if metric in AT_ALL
+                if metric in CURVED
             },
         }
 
@@ -188,10 +192,10 @@ class _Grids:
         rows = rows[rows["metric"].isin(metrics)]
         place = np.searchsorted(self.layers, rows["layer"]) * self.heads + rows["head"].to_numpy()
         columns = {name: rows[name].to_numpy() for name in ("mean", "std", "count")}
-        figures = pd.DataFrame({"place": place, **columns})
-        keys = [pd.Categorical(rows[name]) for name in ("method", "metric", "topk")]
+        keys = {name: pd.Categorical(rows[name]) for name in ("method", "metric", "topk")}
+        figures = pd.DataFrame({"place": place, **columns, **keys})
         key: Any
-        for key, part in figures.groupby(keys, sort=False, observed=True):
+        for key, part in figures.groupby(list(keys), sort=False, observed=True):
             method, metric, k = key
             yield (str(method), str(metric), int(k)), part
 

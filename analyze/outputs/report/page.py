@@ -13,6 +13,7 @@ from typing import Any
 from retrace.analyze.optional import optional
 from retrace.analyze.outputs.report.figures import figures_of
 from retrace.analyze.outputs.report.packed import Packed, compressed
+from retrace.analyze.outputs.report.script import script
 from retrace.analyze.outputs.shown import shown
 from retrace.analyze.tables.figures import Figures
 from retrace.traces import RetraceError
@@ -32,12 +33,11 @@ def page(results: Mapping[str, Figures]) -> str:
             raise RetraceError(f"{name} holds no figures: its run measured nothing.")
     library, packed = _plotting_library(), Packed()
     index = figures_of(results, packed) | {"version": version("retrace-attention")}
-    script = _part("page.js")
     return Template(_part("page.html")).substitute(
         title=html.escape(shown(", ".join(results))),
-        hashes=" ".join(f"'sha256-{_digest(text)}'" for text in (script, library)),
+        hashes=" ".join(f"'sha256-{_digest(text)}'" for text in (script(), library)),
         style=_part("page.css"),
-        script=script,
+        script=script(),
         index=_embedded(index),
         figures=packed.text(),
         library=compressed(library.encode()),

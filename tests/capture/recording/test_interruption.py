@@ -17,8 +17,15 @@ from retrace.capture import Progress, capture
 from retrace.traces import RetraceError, Trace, TraceWriter, open_trace
 
 
+@pytest.fixture(params=[1, 2], ids=["shards of one", "shards of two"])
+def bundle(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many sequences of 40 positions share a shard."""
+    monkeypatch.setattr("retrace.traces.bundles.BUNDLE_POSITIONS", 40 * request.param)
+    return int(request.param)
+
+
 @pytest.fixture
-def run(model_folder: Any, text_file: Path, tmp_path: Path) -> Callable[..., Trace]:
+def run(bundle: int, model_folder: Any, text_file: Path, tmp_path: Path) -> Callable[..., Trace]:
     """Captures a small trace at tmp_path/t, with some options changed."""
 
     def run(**changes: Any) -> Trace:
@@ -97,8 +104,11 @@ def test_a_swap_that_was_killed_half_way_is_mended(
     assert open_trace(tmp_path / "t").sequences == (0, 1, 2, 3)
 
 
-def test_resume_goes_on_where_it_stopped(run: Callable[..., Trace], tmp_path: Path) -> None:
+def test_resume_goes_on_where_it_stopped(
+    run: Callable[..., Trace], bundle: int, tmp_path: Path
+) -> None:
     whole = run(out=tmp_path / "whole")
+    assert whole.bundle == bundle
     with pytest.raises(Stop):
         run(progress=stop_after(2))
     assert open_trace(tmp_path / "t").sequences == (0, 1)
@@ -120,6 +130,7 @@ def test_resume_starts_what_is_not_there(run: Callable[..., Trace]) -> None:
         ({"max_length": 30}, "capture, tokens"),
         ({"dtype": "float64"}, "dtype"),
         ({"layers": [1]}, "capture, layers"),
+        ({"limit": 5}, "capture, tokens"),
     ],
 )
 def test_resume_with_other_settings_is_refused(
@@ -135,29 +146,31 @@ def test_resume_with_other_settings_is_refused(
 SCRIPT = """
 import os, signal, sys, threading
 from retrace.capture import capture
-from retrace.traces import TraceWriter
+from retrace.traces import TraceWriter, bundles
 
-finish_sequence, write_shard, calls = TraceWriter.finish_sequence, TraceWriter.write_shard, []
+model, text, out, bundle = sys.argv[1:]
+bundles.BUNDLE_POSITIONS = 40 * int(bundle)
+finish_bundle, write_shard, finished = TraceWriter.finish_bundle, TraceWriter.write_shard, set()
 both_finished = threading.Event()
-def finishing(self, *what):
-    finish_sequence(self, *what)
-    calls.append(1)
-    if len(calls) == 2:
+def finishing(self, bundle, *what):
+    finish_bundle(self, bundle, *what)
+    finished.update(bundle)
+    if len(finished) == 2:
         both_finished.set()
-def dying(self, sequence, layer, *shard):
-    write_shard(self, sequence, layer, *shard)
-    if (sequence, layer) == (2, 0):
+def dying(self, bundle, layer, *shard):
+    write_shard(self, bundle, layer, *shard)
+    if (bundle.start, layer) == (2, 0):
         both_finished.wait()
         os.kill(os.getpid(), signal.SIGKILL)
-TraceWriter.finish_sequence, TraceWriter.write_shard = finishing, dying
-capture(sys.argv[1], text=[sys.argv[2]], limit=4, max_length=40, batch_size=2, out=sys.argv[3])
+TraceWriter.finish_bundle, TraceWriter.write_shard = finishing, dying
+capture(model, text=[text], limit=4, max_length=40, batch_size=2, out=out)
 """
 
 
 def test_killed_without_warning(
-    run: Callable[..., Trace], model_folder: Any, text_file: Path, tmp_path: Path
+    run: Callable[..., Trace], bundle: int, model_folder: Any, text_file: Path, tmp_path: Path
 ) -> None:
-    arguments = [str(model_folder("mistral")), str(text_file), str(tmp_path / "t")]
+    arguments = [str(model_folder("mistral")), str(text_file), str(tmp_path / "t"), str(bundle)]
     killed = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert open_trace(tmp_path / "t").sequences == (0, 1)
@@ -180,10 +193,10 @@ def test_a_disk_that_fills_up(
 ) -> None:
     write_shard = TraceWriter.write_shard
 
-    def full(self: TraceWriter, sequence: int, *shard: Any) -> None:
-        if sequence == 3:
+    def full(self: TraceWriter, bundle: range, *shard: Any) -> None:
+        if 3 in bundle:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_shard(self, sequence, *shard)
+        write_shard(self, bundle, *shard)
 
     with monkeypatch.context() as patch:
         patch.setattr(TraceWriter, "write_shard", full)
@@ -207,10 +220,10 @@ def test_a_place_that_takes_no_more(
 ) -> None:
     write_shard = TraceWriter.write_shard
 
-    def refused(self: TraceWriter, sequence: int, *shard: Any) -> None:
-        if sequence == 3:
+    def refused(self: TraceWriter, bundle: range, *shard: Any) -> None:
+        if 3 in bundle:
             raise OSError(number, os.strerror(number), str(tmp_path / "t" / "layers"))
-        write_shard(self, sequence, *shard)
+        write_shard(self, bundle, *shard)
 
     with monkeypatch.context() as patch:
         patch.setattr(TraceWriter, "write_shard", refused)

@@ -19,8 +19,9 @@ SCRIPT = """
 import multiprocessing, os, sys, time
 from transformers import MistralForCausalLM  # what takes seconds to import, for all ranks at once
 from retrace.capture import capture
-from retrace.traces import TraceWriter
-model, text, out, resume, delay = sys.argv[1:]
+from retrace.traces import TraceWriter, bundles
+bundle, batch_size, model, text, out, resume, delay = sys.argv[1:]
+bundles.BUNDLE_POSITIONS = 40 * int(bundle)
 write_shard = TraceWriter.write_shard
 def slow(self, *shard):
     time.sleep(float(delay))
@@ -29,7 +30,10 @@ TraceWriter.write_shard = slow
 def run(rank):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.dup2(os.open(f"{out}.errors-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
-    capture(model, text=[text], limit=8, max_length=40, batch_size=2, out=out, resume=resume == "1")
+    capture(
+        model, text=[text], limit=8, max_length=40, batch_size=int(batch_size), out=out,
+        resume=resume == "1",
+    )
 fork = multiprocessing.get_context("fork")
 ranks = [fork.Process(target=run, args=(rank,)) for rank in range(2)]
 for rank in ranks:
@@ -75,23 +79,24 @@ def tensors(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture
-def whole(model_folder: Any, text_file: Path, tmp_path: Path) -> dict[str, bytes]:
-    """What one process writes."""
-    options: dict[str, Any] = {"limit": 8, "max_length": 40, "batch_size": 2}
-    model = str(model_folder("mistral"))
-    return tensors(capture(model, text=[text_file], out=tmp_path / "whole", **options).path)
-
-
-@pytest.mark.parametrize("killed", [None, 0, 1])
+@pytest.mark.parametrize(
+    ("bundle", "batch_size", "killed"),
+    [(1, 2, None), (1, 2, 0), (1, 2, 1), (2, 3, None), (2, 3, 0), (2, 3, 1)],
+)
 def test_two_ranks_write_what_one_writes(
+    bundle: int,
+    batch_size: int,
     killed: int | None,
-    whole: dict[str, bytes],
     model_folder: Any,
     text_file: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = [str(model_folder("mistral")), str(text_file), str(tmp_path / "t")]
+    monkeypatch.setattr("retrace.traces.bundles.BUNDLE_POSITIONS", 40 * bundle)
+    model, options = str(model_folder("mistral")), {"max_length": 40, "batch_size": batch_size}
+    alone = capture(model, text=[text_file], limit=8, out=tmp_path / "whole", **options)
+    assert alone.bundle == bundle
+    arguments = [str(bundle), str(batch_size), model, str(text_file), str(tmp_path / "t")]
     if killed is not None:
         ranks = Started(arguments, resume=False, delay=0.3)
         end = time.monotonic() + 120
@@ -104,14 +109,14 @@ def test_two_ranks_write_what_one_writes(
         assert len(open_trace(tmp_path / "t").sequences) < 8
     for code, errors in Started(arguments, resume=killed is not None).ended():
         assert code == 0, errors
-    assert tensors(tmp_path / "t") == whole
+    assert tensors(tmp_path / "t") == tensors(tmp_path / "whole")
 
 
 def test_refusal_of_the_first_ends_the_others(
     model_folder: Any, text_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "t").mkdir()
-    arguments = [str(model_folder("mistral")), str(text_file), str(tmp_path / "t")]
+    arguments = ["1", "2", str(model_folder("mistral")), str(text_file), str(tmp_path / "t")]
     first, second = (errors for _, errors in Started(arguments, resume=False).ended())
     assert "--overwrite" in first.splitlines()[-1]
     assert "Rank 0 stopped" in second.splitlines()[-1]

@@ -47,6 +47,14 @@ def bucket() -> Iterator[str]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.fixture(autouse=True)
+def bundle(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many sequences of 40 positions share a shard; one where a test does not say."""
+    bundle = int(getattr(request, "param", 1))
+    monkeypatch.setattr("retrace.traces.bundles.BUNDLE_POSITIONS", 40 * bundle)
+    return bundle
+
+
 class Stop(Exception):
     """Ends a capture from within."""
 
@@ -57,12 +65,13 @@ def stop(progress: Progress) -> None:
         raise Stop
 
 
+@pytest.mark.parametrize("bundle", [1, 2], indirect=True)
 def test_captured_interrupted_resumed_and_read(
-    bucket: str, model_folder: Any, text_file: Path, tmp_path: Path
+    bucket: str, bundle: int, model_folder: Any, text_file: Path, tmp_path: Path
 ) -> None:
     model = str(model_folder("mistral"))
     options: dict[str, Any] = {"text": [text_file], "limit": 4, "max_length": 40}
-    url = f"{bucket}/t.zarr"
+    url = f"{bucket}/read-{bundle}/t.zarr"
     with pytest.raises(Stop):
         capture(model, out=url, progress=stop, **options)
     assert len(open_trace(url).sequences) == 2
@@ -71,11 +80,12 @@ def test_captured_interrupted_resumed_and_read(
     remote = capture(model, out=url, resume=True, **options)
     local = capture(model, out=tmp_path / "t.zarr", **options)
     assert remote.sequences == local.sequences == (0, 1, 2, 3)
+    assert remote.bundle == local.bundle == bundle
     for sequence in local.sequences:
         for name in ("query", "key", "value"):
             ours, theirs = (getattr(t.layer(1), name)(sequence) for t in (local, remote))
             np.testing.assert_array_equal(ours, theirs)
-    assert find_traces(bucket) == [RemoteLocation(url)]
+    assert find_traces(f"{bucket}/read-{bundle}") == [RemoteLocation(url)]
     assert capture(model, out=url, overwrite=True, **{**options, "limit": 1}).planned == 1
 
 
@@ -96,17 +106,18 @@ def test_what_was_killed_while_it_was_created(
     assert capture(model, **options).sequences == (0,)
 
 
+@pytest.mark.parametrize("bundle", [1, 2], indirect=True)
 def test_a_store_that_fails_in_the_middle(
-    bucket: str, model_folder: Any, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str, bundle: int, model_folder: Any, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import retrace.traces.storage.shards as shards
 
-    put, url = shards._put, f"{bucket}/failing.zarr"
+    put, url = shards._put, f"{bucket}/failing-{bundle}.zarr"
     options: dict[str, Any] = {"text": [text_file], "limit": 3, "max_length": 40, "out": url}
     model = str(model_folder("mistral"))
 
     def failing(array: Any, key: str, pieces: Any) -> None:
-        if "/2/" in key and array.path.startswith("layers"):
+        if key.startswith(f"c/{2 // bundle}/") and array.path.startswith("layers"):
             raise TimeoutError("Read timeout on endpoint URL")
         put(array, key, pieces)
 

@@ -71,3 +71,12 @@ def test_exact_attention_read_off_others_has_none(made: Make, held: Any) -> None
     results = made([0], 2, ["quest"], [5], [5], positions=FIRSTS)
     read = held(page({"r": results}))
     assert [bool(entry["along"]) for entry in read.index["entries"]] == [False, True]
+
+
+def test_one_bucket_of_one_head(made: Make, held: Any) -> None:
+    # Three rows, as many as columns tell figures apart by.
+    results = made([0], 1, ["exact"], [5], [5], positions=[64])
+    [entry] = held(page({"r": results})).index["entries"]
+    assert {axis: set(places) for axis, places in entry["along"].items()} == {
+        axis: set(BUCKETED) for axis in AXES
+    }

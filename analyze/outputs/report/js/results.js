@@ -1,0 +1,67 @@
+// What the page says of its results: runs, methods and metrics, and the places of their figures.
+import { at } from "./document.js";
+
+/**
+ * @typedef {object} Metric
+ * @property {string} title
+ * @property {string} axis
+ * @property {string} description
+ * @property {number | null} most what it can come to
+ * @property {1 | 0 | -1} better 1 where more is better, -1 where less is
+ * @property {boolean} bucketed whether there are figures by position, and so a plot of curves
+ */
+
+/** @typedef {[number, number]} Ends of an interval */
+/** @typedef {Record<string, Record<string, Record<string, Ends>>>} Intervals by method, metric and k */
+/** @typedef {Record<string, Record<string, Record<string, number>>>} Places by method, metric and k */
+
+/**
+ * @typedef {object} Run
+ * @property {string} name
+ * @property {Record<string, any>} facts its run.json
+ * @property {number[]} layers
+ * @property {string[]} modules
+ * @property {number} heads
+ * @property {string} served
+ * @property {number} sequences
+ * @property {Intervals} intervals
+ * @property {Record<string, Intervals>} differences of a method's means less another's
+ * @property {{layer: Places, head: Places}} ends
+ * @property {{heads: number, axes: Record<string, Buckets>}} along
+ */
+
+/** @typedef {{firsts: number[], queries: Record<string, number[]>}} Buckets */
+/** @typedef {"mean" | "std" | "count"} Column */
+
+/**
+ * @typedef {object} Entry a method of one of the runs
+ * @property {number} run
+ * @property {string} method
+ * @property {string} label
+ * @property {boolean} derived whether it is read off the other methods' rows
+ * @property {{colour: string, dashes: string, marker: string}} style
+ * @property {number[]} topk
+ * @property {Record<string, (Record<Column, number> | null)[]>} figures
+ * @property {number[]} curve_topk
+ * @property {Record<string, (number | null)[]>} curves
+ * @property {Record<string, Record<string, Record<string, number>>>} along by axis, metric and k
+ */
+
+/**
+ * @typedef {object} Index
+ * @property {string} version
+ * @property {Record<string, Metric>} metrics
+ * @property {string} predicts
+ * @property {Run[]} runs
+ * @property {Entry[]} entries
+ */
+
+/** @type {Index} */
+export const index = JSON.parse(at("index").textContent);
+
+export const METRICS = index.metrics;
+/** Metrics that have a plot of curves. */
+export const CURVED = Object.keys(METRICS).filter((name) => METRICS[name].bucketed);
+
+/** @param {Entry} entry */
+export const runOf = (entry) => index.runs[entry.run];

@@ -140,7 +140,7 @@ def test_another_error_is_a_bug(run: Run, trace: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("command", "function", "cure"),
     [
-        (["capture", "--pretrained", "x"], "retrace.capture.commands.capture.capture", "--resume"),
+        (["capture", "--pretrained", "x"], "retrace.capture.capture", "--resume"),
         (["analyze", "traces/tiny.zarr"], "retrace.analyze.analyze", "same command"),
     ],
 )

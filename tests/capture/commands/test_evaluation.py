@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,7 @@ def test_points_of_other_code_are_run_again(
 ) -> None:
     out = tmp_path / "e"
     first = evaluate(exact, ["window", "random"], [4], out=out)
-    (out / "evaluation.parquet").write_bytes(
-        first.points.assign(perplexity=0.0).to_parquet(index=False)
-    )
+    replace(first, points=first.points.assign(perplexity=0.0)).save(out)
     kept = evaluate(exact, ["window"], [4], out=out)
     assert point(kept, "window", 4)["perplexity"] == 0
     monkeypatch.setattr("retrace.capture.commands.evaluate.code_digest", lambda *_: "0" * 64)

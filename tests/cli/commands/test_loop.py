@@ -31,7 +31,7 @@ def test_compare(run: Run, exact: str) -> None:
     assert "Likelihood, in nats per token" in result.stdout
     folder = Path("results/exact-drift")
     there = {file.name for file in folder.iterdir()}
-    assert there == {"drift.parquet", "likelihoods.parquet", "runs.csv", "plots"}
+    assert there == {*Drift.files(), "plots"}
     told = json.loads(run("compare", exact, "w.zarr", "--format", "json", "--no-plots").stdout)
     assert [row["layer"] for row in told["layers"]] == [0, 1]
     assert told["layers"][0]["query"] == 0 != told["layers"][1]["query"]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from retrace.analyze import Drift
+
 Run = Callable[..., Result]
 
 

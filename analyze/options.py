@@ -5,9 +5,10 @@ The command line's options are made from these classes: each field's docstring i
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypedDict
+
+from retrace.traces.errors import did_you_mean
 
 
 class WorkOptions(TypedDict, total=False):
@@ -91,9 +92,7 @@ def with_defaults(given: Mapping[str, Any], kind: Any) -> RunOptions:
     known = kind.__annotations__
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            guess = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"There is no option {name!r}{guess}")
+            raise TypeError(f"There is no option {name!r}.{did_you_mean(name, known)}")
     options: Any = {**DEFAULTS, **given}
     chosen: RunOptions = options
     return chosen

@@ -1,6 +1,5 @@
 """What a capture is asked to do."""
 
-import difflib
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from retrace.capture.queries import parse_queries
 from retrace.traces import Location, RetraceError, locate
+from retrace.traces.errors import did_you_mean
 
 TASKS = ("wikitext",)
 """Tasks that need no lm-eval-harness; `retrace.capture.reading.tasks` says what each is."""
@@ -177,8 +177,7 @@ def _check_harness(name: str) -> None:
     """Refuse a task of lm-eval-harness where that is not installed."""
     if importlib.util.find_spec("lm_eval") is not None:
         return
-    near = difflib.get_close_matches(name, TASKS, n=1)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
+    guess = did_you_mean(name, TASKS)
     raise RetraceError(
         f"There is no task {name!r} without lm-eval-harness.{guess} Install it by `pip install "
         "'retrace-attention[lm-eval]'`, or read any text file with --text FILE."

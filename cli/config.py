@@ -1,7 +1,6 @@
 """`--config FILE.yaml`: options from a file, weaker than the environment and the command line."""
 
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,9 @@ def _read(ctx: click.Context, param: click.Parameter, path: Path | None) -> None
     for key, value in (settings or {}).items():
         option = spelt.get(str(key).replace("-", "_"))
         if option is None or option.name is None:
-            near = get_close_matches(str(key), spelt)
-            guess = f" Did you mean {' or '.join(near)}?" if near else ""
+            from retrace.traces.errors import did_you_mean
+
+            guess = did_you_mean(str(key), spelt)
             raise click.BadParameter(
                 f"{path}: there is no setting {key!r}.{guess} Settings: {', '.join(spelt)}.",
                 ctx,

@@ -1,7 +1,6 @@
 """`retrace`: the group of commands, each loaded when it is named."""
 
 import importlib
-from difflib import get_close_matches
 
 import click
 from click.shell_completion import add_completion_class
@@ -49,8 +48,9 @@ class Commands(click.Group):
         """The command that the arguments name, and the arguments left for it."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
-            near = get_close_matches(name, COMMANDS)
-            guess = f" Did you mean {' or '.join(near)}?" if near else ""
+            from retrace.traces.errors import did_you_mean
+
+            guess = did_you_mean(name, COMMANDS)
             raise click.UsageError(
                 f"There is no command {name!r}.{guess} Commands: {', '.join(COMMANDS)}.", ctx
             )

@@ -1,5 +1,8 @@
 """The errors that mean: the user can mend this."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class RetraceError(ValueError):
     """A mistake in what was asked for: one line that names the cause and the cure.
@@ -48,3 +51,13 @@ class DamageError(RetraceError):
             f"{self.place}: {self.what} is damaged ({self.cause}). "
             f"`retrace verify {self.place}` tells what else is, and what is whole."
         )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known words that are near, as they stand in an error; nothing where none is.
+
+    >>> did_you_mean("qest", ["exact", "quest"])
+    ' Did you mean quest?'
+    """
+    close = get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, replace
-from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -29,6 +28,7 @@ from retrace.analyze.methods.options.budget import Budget
 from retrace.analyze.methods.options.keep import Keep
 from retrace.analyze.provenance import LOOSE, Code, code_of_method
 from retrace.traces import RetraceError
+from retrace.traces.errors import did_you_mean
 
 ENTRY_POINTS = "retrace.methods"
 ALL = "all"
@@ -377,7 +377,7 @@ def method_class(name: str) -> type[Method]:
     point = _installed().get(name)
     if point is None:
         raise RetraceError(
-            f"There is no method {name!r}.{nearest(name, method_names())} "
+            f"There is no method {name!r}.{did_you_mean(name, method_names())} "
             "`retrace methods` lists them all."
         )
     loaded = point.load()
@@ -389,12 +389,6 @@ def method_class(name: str) -> type[Method]:
 def parameter_fields(method: type[Method]) -> list[Field[Any]]:
     """The parameters that a spec can set."""
     return [f for f in fields(method) if f.init and f.name != "function"]
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """` Did you mean ...?`, or nothing where no known word is near."""
-    close = get_close_matches(word, known, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def _read_parameters(text: str, name: str) -> dict[str, str]:
@@ -417,7 +411,7 @@ def _make(method: type[Method], name: str, parameters: Mapping[str, str]) -> Met
     for key, text in parameters.items():
         if key not in known:
             raise RetraceError(
-                f"The method {name} has no parameter {key!r}.{nearest(key, list(known))} "
+                f"The method {name} has no parameter {key!r}.{did_you_mean(key, list(known))} "
                 f"It has {', '.join(known) or 'none'}."
             )
         values[key] = _convert(text, hints[key], f"{name}: {key}")
@@ -546,7 +540,7 @@ def _loose_method(path: Path, name: str, parameters: str) -> MethodSpec:
                 "AttendMethod."
             )
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise RetraceError(f"{path} has no method or function {name!r}.{nearest(name, names)}")
+        raise RetraceError(f"{path} has no method or function {name!r}.{did_you_mean(name, names)}")
     spec = MethodSpec(label, method, path.absolute())
     spec.text = spec.place
     _ = spec.code  # as it is now that it is run

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +11,7 @@ import pandas as pd
 from retrace.analyze.storage.untrusted import read_facts
 from retrace.analyze.units.costs import with_charge
 from retrace.traces import RetraceError
+from retrace.traces.errors import did_you_mean
 from retrace.traces.storage.durable import written_whole
 
 FORMAT = 1
@@ -39,11 +39,9 @@ class Target:
         """
         metric, _, number = (part.strip() for part in text.partition("="))
         if metric not in AT_MOST:
-            near = get_close_matches(metric, AT_MOST)
-            guess = f" Did you mean {near[0]}?" if near else ""
             raise RetraceError(
-                f"There is no target {metric!r}.{guess} Targets: {', '.join(AT_MOST)}, as in "
-                "attention_fraction=0.95."
+                f"There is no target {metric!r}.{did_you_mean(metric, AT_MOST)} Targets: "
+                f"{', '.join(AT_MOST)}, as in attention_fraction=0.95."
             )
         try:
             value = float(number)

@@ -1,7 +1,6 @@
 """Tasks of lm-eval-harness: the text that it would have a model read, as sequences of tokens."""
 
 import contextlib
-import difflib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +12,7 @@ from retrace.capture.model.hub_trouble import GivenUpError, is_of_the_network, n
 from retrace.capture.reading.windows import SequenceSet, Tokens, WindowCutter
 from retrace.capture.settings import TASKS, CaptureSettings
 from retrace.traces import RetraceError
+from retrace.traces.errors import did_you_mean
 
 FEWSHOT_SEED = 1234
 """What lm-eval-harness draws examples with, so that they are the ones it would show."""
@@ -42,11 +42,9 @@ class Harness:
         known = [*TASKS, *self._manager.all_tasks]
         if name in known:
             return
-        near = difflib.get_close_matches(name, known, n=3)
-        guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise RetraceError(
-            f"There is no task {name!r}.{guess} `lm-eval ls tasks` lists them; task files of your "
-            "own are read from --include-path FOLDER."
+            f"There is no task {name!r}.{did_you_mean(name, known)} `lm-eval ls tasks` lists them; "
+            "task files of your own are read from --include-path FOLDER."
         )
 
     def read(self, name: str, cut: WindowCutter) -> list[SequenceSet]:

@@ -8,21 +8,36 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# The same examples whenever and wherever they are drawn, however slow the machine is.
-settings.register_profile(
-    "retrace",
-    derandomize=True,
+# The same examples whenever and wherever they are drawn, however slow the machine is. Drawn
+# anew they are other ones each time, and what fails can be told to be drawn again.
+common = settings(
     deadline=None,
     # Fixtures are places to write to, which each example writes anew.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-settings.load_profile("retrace")
+settings.register_profile("same", common, derandomize=True)
+settings.register_profile("anew", common, derandomize=False, print_blob=True)
+settings.load_profile(os.environ.get("RETRACE_EXAMPLES", "same"))
+FSYNC = os.fsync
 
 
 @pytest.fixture(autouse=True, scope="session")
 def nothing_outlives_a_power_cut() -> None:
     """Files are not flushed to the disk: no test could tell, and traces are of a hundred files."""
     os.fsync = lambda file: None
+
+
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What is flushed to the disk in this test, in turn, which it really is; names as they were."""
+    paths = []
+
+    def flush(file: int) -> None:
+        FSYNC(file)
+        paths.append(Path(f"/proc/self/fd/{file}").readlink())
+
+    monkeypatch.setattr(os, "fsync", flush)
+    return paths
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 import errno
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from retrace.traces import RetraceError
+from retrace.traces import RetraceError, create_trace
 from retrace.traces.storage.durable import remove_all, this_process, written_whole
 from retrace.traces.storage.lock import locked_file, locked_folder
 from retrace.traces.storage.regular import open_regular
@@ -107,3 +108,23 @@ def test_places_of_files_are_refused_ahead(tmp_path: Path) -> None:
         with locked_folder(tmp_path / "r"):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_finished_sequence_outlives_a_power_cut(
+    make_plan: Callable[..., Any], tmp_path: Path, flushed: list[Path]
+) -> None:
+    """Each new file is flushed before the folder that names it, and all before the mark."""
+    plan, path = make_plan(), tmp_path / "t.zarr"
+    writer = create_trace(path, **plan.arguments)
+    before = set(path.rglob("*"))
+    flushed.clear()
+    plan.fill(writer, [1])
+    new = set(path.rglob("*")) - before
+    last = {place: turn for turn, place in enumerate(flushed)}
+    for file in (place for place in new if place.is_file()):
+        assert last[file.with_name(f"{file.name}.partial")] < last[file.parent]
+    for folder in (place for place in new if place.is_dir()):
+        assert folder.parent in last
+    assert flushed[-2:] == [path / "done" / "c" / "1.partial", path / "done" / "c"]
+    files = sum(place.is_file() for place in new)
+    assert len(flushed) == 2 * files + (len(new) - files), "each once"

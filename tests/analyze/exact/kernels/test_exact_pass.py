@@ -11,6 +11,7 @@ from retrace.analyze.exact.kernels import exact
 from retrace.analyze.exact.kernels import select as selection
 from retrace.analyze.exact.kernels.flash import plain_flash
 from retrace.analyze.exact.kernels.inputs import Inputs
+from retrace.analyze.exact.kernels.order import plain_order
 
 RANKS = 6
 
@@ -43,7 +44,13 @@ def assert_right(inputs: Inputs, ranks: int) -> None:
     torch.testing.assert_close(log_normalizer, expected[1], rtol=0, atol=5e-6)
 
 
-def test_every_kind_of_block(inputs: Inputs) -> None:
+def test_every_kind_of_block(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not inputs.keys.is_cuda:
+        # Lists are sorted alike whatever the block is. Sorting is most of what the interpreter
+        # takes, and the tests below do it.
+        monkeypatch.setattr(
+            exact, "order", lambda found, counts, k, *_: plain_order(found, counts, k)
+        )
     assert_right(inputs, RANKS)
 
 

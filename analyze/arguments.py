@@ -1,10 +1,13 @@
 """What a run works on: which device, layers and sequences."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
-from retrace.traces import RetraceError, Trace
+from retrace.traces import RetraceError, Trace, verify_trace
+
+log = logging.getLogger("retrace")
 
 MOST_CALIBRATION = 8
 """Most sequences that are held out for calibration unless they are named."""
@@ -63,3 +66,23 @@ def choose_calibration(trace: Trace, sequences: Sequence[int] | None) -> tuple[i
     if len(chosen) == len(there):
         raise RetraceError("Every sequence is for calibration: leave at least one to evaluate.")
     return chosen
+
+
+def without_damaged(trace: Trace, layers: tuple[int, ...]) -> Trace:
+    """The trace less the sequences of which something is damaged in these layers, each named in a
+    warning.
+
+    Raises:
+        RetraceError: no sequence is whole.
+    """
+    found = verify_trace(trace, layers=layers)
+    causes = found.causes()
+    if found.damages and not found.whole_sequences:
+        raise RetraceError(
+            f"No sequence of {trace.path} is whole in these layers, first for "
+            f"{found.damages[0].what} ({found.damages[0].cause}): `retrace verify {trace.path}` "
+            "tells which layers are; choose among them with --layers."
+        )
+    for sequence, cause in causes.items():
+        log.warning("Sequence %d is left out, since it is damaged: %s.", sequence, cause)
+    return trace.without(causes)

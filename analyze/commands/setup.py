@@ -8,8 +8,12 @@ from pathlib import Path
 
 import torch
 
-from retrace.analyze.arguments import choose_calibration, choose_device, choose_layers
-from retrace.analyze.damage import without_damaged
+from retrace.analyze.arguments import (
+    choose_calibration,
+    choose_device,
+    choose_layers,
+    without_damaged,
+)
 from retrace.analyze.exact.store import ReferenceStore, exact_answers
 from retrace.analyze.methods.registry import Methods, MethodSpec, parse_specs
 from retrace.analyze.options import RunOptions

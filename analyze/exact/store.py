@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from retrace.analyze.exact.reference import Reference
-from retrace.analyze.provenance import code_digest
 from retrace.analyze.storage.npz import Arrays, read_arrays, write_arrays
+from retrace.analyze.storage.provenance import code_digest
 from retrace.analyze.units.unit import Block, Unit
 from retrace.traces import Location, beside
 

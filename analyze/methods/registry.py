@@ -26,7 +26,7 @@ from retrace.analyze.methods.function import AttentionFunction, Function
 from retrace.analyze.methods.hooks import own_fault, own_lines
 from retrace.analyze.methods.options.budget import Budget
 from retrace.analyze.methods.options.keep import Keep
-from retrace.analyze.provenance import LOOSE, Code, code_of_method
+from retrace.analyze.storage.provenance import LOOSE, Code, code_of_method
 from retrace.traces import RetraceError
 from retrace.traces.errors import did_you_mean
 

@@ -13,10 +13,10 @@ from retrace.analyze.exact.reference import exact_pass, refuse_unheld
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.methods.registry import MethodSpec, recorded_spec
 from retrace.analyze.metrics.measure import outputs
-from retrace.analyze.provenance import code_digest
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.selection.select import select
 from retrace.analyze.selection.states import Calibration, States
+from retrace.analyze.storage.provenance import code_digest
 from retrace.analyze.units.attention import log_normalizer
 from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.selection import Selection

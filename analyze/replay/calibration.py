@@ -17,9 +17,9 @@ from torch import Tensor
 from retrace.analyze.methods.base import LearnedLike, Method, ScoreMethod
 from retrace.analyze.methods.hooks import calling, naming
 from retrace.analyze.methods.registry import MethodSpec
-from retrace.analyze.provenance import code_digest
 from retrace.analyze.selection.states import Calibration
 from retrace.analyze.storage.npz import read_arrays, write_arrays
+from retrace.analyze.storage.provenance import code_digest
 from retrace.analyze.units.past import Past, last_of
 from retrace.analyze.units.unit import Neighbours, intact
 from retrace.analyze.workers.retry import finished

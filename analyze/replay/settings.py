@@ -13,10 +13,10 @@ import torch
 
 from retrace.analyze.arguments import scores
 from retrace.analyze.methods.registry import MethodSpec
-from retrace.analyze.provenance import engine
 from retrace.analyze.replay.calibration import calibration, calibration_name
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.plan import Replayed
+from retrace.analyze.storage.provenance import engine
 from retrace.analyze.units.costs import SERVING_DTYPE
 from retrace.traces import RetraceError, Trace
 

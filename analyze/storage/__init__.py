@@ -1,1 +1,1 @@
-"""Files that are kept for later runs, and read without trust."""
+"""What is kept for later runs, which code it comes from, and how it is read: without trust."""

@@ -13,7 +13,6 @@ import torch
 from retrace.analyze import Results, analyze, parse_specs
 from retrace.analyze.arguments import choose_calibration
 from retrace.analyze.methods.registry import Methods, MethodSpec
-from retrace.analyze.provenance import ENGINE, code_digest
 from retrace.analyze.replay.approximation import check_exact, model_weights
 from retrace.analyze.replay.kept import (
     made_now,
@@ -23,6 +22,7 @@ from retrace.analyze.replay.kept import (
     when_made,
 )
 from retrace.analyze.replay.trials import able_to_learn
+from retrace.analyze.storage.provenance import ENGINE, code_digest
 from retrace.analyze.tables.intervals import interval_of_mean
 from retrace.analyze.tables.saved import SAVING, names_in
 from retrace.analyze.units.costs import SERVING_DTYPE, is_charged

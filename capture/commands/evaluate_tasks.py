@@ -12,7 +12,6 @@ import pandas as pd
 from retrace.analyze import parse_specs
 from retrace.analyze.arguments import choose_calibration
 from retrace.analyze.methods.registry import Methods, MethodSpec
-from retrace.analyze.provenance import ENGINE, code_digest
 from retrace.analyze.replay.approximation import check_exact
 from retrace.analyze.replay.kept import (
     made_now,
@@ -21,6 +20,7 @@ from retrace.analyze.replay.kept import (
     outdated_besides,
     when_made,
 )
+from retrace.analyze.storage.provenance import ENGINE, code_digest
 from retrace.analyze.tables.saved import SAVING, names_in
 from retrace.capture.attention.recorder import AttentionLayer
 from retrace.capture.checks.method import check_method

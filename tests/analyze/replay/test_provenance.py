@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from retrace.analyze import analyze, calibrate, parse_spec
-from retrace.analyze.provenance import Code, code_of_method, code_of_modules
+from retrace.analyze.storage.provenance import Code, code_of_method, code_of_modules
 from retrace.traces import RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]

@@ -18,9 +18,32 @@ class Drift(SavedTables):
 
     NONE = "holds no comparison"
     TABLES = (
-        Table("layers", "drift.parquet", ("run", "layer", "module", "head", "tensor", "metric")),
-        Table("likelihoods", "likelihoods.parquet", ("run", "sequence", "position", "difference")),
-        Table("runs", "runs.parquet", ("run", "method", "topk", "difference")),
+        Table(
+            "layers",
+            "drift.parquet",
+            ("run", "layer", "module", "head", "tensor", "metric", "mean", "std", "count"),
+        ),
+        Table(
+            "likelihoods",
+            "likelihoods.parquet",
+            ("run", "sequence", "position", "exact", "approximate", "difference", "kl"),
+        ),
+        Table(
+            "runs",
+            "runs.parquet",
+            (
+                "run",
+                "method",
+                "topk",
+                "code",
+                "perplexity",
+                "exact_perplexity",
+                "difference",
+                "low",
+                "high",
+                "kl",
+            ),
+        ),
     )
     FACTS = "facts", "drift.json"
     TEXT = "runs.csv"

@@ -28,7 +28,7 @@ class Table(NamedTuple):
     """Of the class that holds it."""
     file: str
     columns: Sequence[str]
-    """Those that it has at the least."""
+    """Those that it has at the least, and that are read; all that there are if it names none."""
     needed: bool = True
     """False for tables that earlier versions did not write."""
 

@@ -1,12 +1,13 @@
 """`calibrate`: let methods learn what they need, ahead of replaying them."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 from retrace.analyze.arguments import choose_calibration, choose_device, choose_layers
 from retrace.analyze.methods.registry import Methods, parse_specs
+from retrace.analyze.options import WorkOptions, with_defaults
 from retrace.analyze.replay.calibration import calibration_name, calibrations, keep_learned
 from retrace.analyze.workers.retry import finished
 from retrace.analyze.workers.start import is_here, start_workers
@@ -18,12 +19,9 @@ def calibrate(
     method: Methods,
     sequences: Sequence[int] | None = None,
     *,
-    layers: Sequence[int] | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    executor: Executor | str | None = None,
     again: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    **options: Unpack[WorkOptions],
 ) -> list[Path]:
     """Calibrate a method, and keep what it learns beside the trace for `analyze` to find.
 
@@ -33,13 +31,10 @@ def calibrate(
             `analyze` takes for methods.
         sequences: those to learn from; by default the last quarter of the trace's, as `analyze`
             holds them out.
-        layers: indices of the layers; all recorded ones if None.
-        device: `cpu`, `cuda`, `cuda:N` or `auto`.
-        workers: processes that share the layers, as in `analyze`.
-        executor: as in `analyze`.
         again: learn anew what is kept, though nothing that it depends on is known to have changed:
             for what nobody sees, such as files that a method reads and does not name in `reads`.
         progress: told how many layers of methods are done, and of how many.
+        options: `retrace.analyze.options.WorkOptions` says what each is.
 
     Returns:
         The files, one per method and layer, or one per method where it learns of all layers
@@ -61,7 +56,8 @@ def calibrate(
             "calibrates as it goes."
         )
     chosen = choose_calibration(trace, sequences)
-    indices, target = choose_layers(trace, layers), choose_device(device)
+    given = with_defaults(options, WorkOptions)
+    indices, target = choose_layers(trace, given["layers"]), choose_device(given["device"])
     # Methods that differ only in how they select share their files.
     calls = {
         folder / calibration_name(trace, spec, chosen, layer): partial(
@@ -72,7 +68,7 @@ def calibrate(
     }
     show = progress or (lambda *_: None)
     show(0, len(calls))
-    with start_workers(target, workers, 0.0, executor) as (pool, _):
+    with start_workers(target, given["workers"], 0.0, given["executor"]) as (pool, _):
         if not is_here(pool):
             for spec in specs:
                 spec.check_portable()

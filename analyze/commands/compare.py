@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from torch import Tensor
 from retrace.analyze.arguments import choose_device, choose_layers, scores
 from retrace.analyze.exact.reference import exact_pass
 from retrace.analyze.metrics.moments import Moments
+from retrace.analyze.options import WorkOptions, with_defaults
 from retrace.analyze.replay.approximation import (
     Approximation,
     check_exact,
@@ -45,11 +46,8 @@ def compare(
     runs: Sequence[Trace | str | Location],
     *,
     methods: Sequence[str] = (),
-    layers: Sequence[int] | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    executor: Executor | str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **options: Unpack[WorkOptions],
 ) -> Drift:
     """Compare runs of a model with a method in the loop with the exact run over the same tokens.
 
@@ -61,12 +59,8 @@ def compare(
         runs: traces captured with `approximate`, of the same tokens and layers.
         methods: specs of methods in loose files, such as `./mine.py:Mine`, that were in the loop:
             a file is run only where it is named here.
-        layers: indices of the layers; all recorded ones if None.
-        device: `cpu`, `cuda`, `cuda:N` or `auto`.
-        workers: processes that share the layers of sequences, as in `analyze`; figures are the same
-            for any number.
-        executor: as in `analyze`.
         progress: told how many layers of sequences are done, and of how many.
+        options: `retrace.analyze.options.WorkOptions` says what each is.
 
     Raises:
         RetraceError: a run that is none, or over other tokens.
@@ -74,12 +68,13 @@ def compare(
     exact = exact if isinstance(exact, Trace) else open_trace(exact)
     others = [run if isinstance(run, Trace) else open_trace(run) for run in runs]
     check_exact(exact)
-    indices, target = choose_layers(exact, layers), choose_device(device)
+    chosen = with_defaults(options, WorkOptions)
+    indices, target = choose_layers(exact, chosen["layers"]), choose_device(chosen["device"])
     paired = [_paired(exact, other, methods) for other in others]
     for run in paired:
         run.warn_of_code()
     work = PASSES * sum(scores(exact, indices, run.sequences) for run in paired)
-    with start_workers(target, workers, work, executor) as (pool, _):
+    with start_workers(target, chosen["workers"], work, chosen["executor"]) as (pool, _):
         paired = [run.calibrated(exact, indices, target, pool) for run in paired]
         named = dict(zip(_names(paired), paired, strict=True))
         calls = {

@@ -25,6 +25,7 @@ import pandas as pd
 from retrace.analyze.arguments import choose_calibration
 from retrace.analyze.commands.analyze import analyze
 from retrace.analyze.methods.registry import Methods, listed, parse_specs
+from retrace.analyze.metrics.registry import BY_NAME
 from retrace.analyze.options import AnalysisOptions, with_defaults
 from retrace.analyze.recommendation.bounds import ASSUMES, CONFIDENCE, ENOUGH, upper_bounds
 from retrace.analyze.recommendation.head_classes import (
@@ -53,8 +54,8 @@ log = logging.getLogger("retrace")
 METHODS = ("window", "quest", "sparq")
 TOPK = (16, 32, 64, 128, 256)
 FIGURES = ("error_norm", "attention_fraction", "recall", "density", "bytes_ratio")
-DENSE = {"error_norm": 0.0, "bytes_ratio": 1.0}
-"""Figures of full attention; the others are 1 too."""
+DENSE = {name: metric.full for name, metric in BY_NAME.items()}
+"""Figures of full attention."""
 _MIXED = "recommended"
 
 
@@ -248,7 +249,7 @@ def _heads(
     bound = chosen.dropna().set_index(["layer", "head"])["bound"]
     keys = ["layer", "head"]
     heads = head_classes(results.curves).join(bound, on=keys)
-    heads["bound"] = heads["bound"].fillna(DENSE.get(target.metric, 1.0))
+    heads["bound"] = heads["bound"].fillna(DENSE[target.metric])
     heads.insert(1, "kv_head", heads["head"] // heads["layer"].map(group))
     for half, part in mixed.items():
         figures = part.intervals("head", metrics=FIGURES)
@@ -333,7 +334,7 @@ def _as_one(half: Results, choice: pd.DataFrame) -> pd.DataFrame:
     full = rows[(rows["method"] == PROBE) & (rows["topk"] == rows["topk"].min())]
     kept = choice.index[choice["topk"] == 0]
     full = full[pd.MultiIndex.from_frame(full[GROUP]).isin(kept)]
-    full = full.assign(mean=full["metric"].map(DENSE).fillna(1.0).astype("float32"))
+    full = full.assign(mean=full["metric"].map(DENSE).astype("float32"))
     both: pd.DataFrame = pd.concat([chosen, full], ignore_index=True)
     return both.assign(method=_MIXED, topk=0)
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import pandas as pd
 
+from retrace.analyze.metrics.registry import BY_NAME, TARGETS
 from retrace.analyze.storage.untrusted import read_facts
 from retrace.analyze.units.costs import with_charge
 from retrace.traces import RetraceError
@@ -16,7 +17,7 @@ from retrace.traces.storage.durable import written_whole
 
 FORMAT = 1
 """Of the JSON file; it goes up when a reader of the earlier one would misread it."""
-AT_MOST = {"error_norm": True, "attention_fraction": False, "recall": False, "bytes_ratio": True}
+AT_MOST = {name: BY_NAME[name].better < 0 for name in TARGETS}
 """What can be asked for, and whether the target is the most or the least that will do."""
 GROUP = ["layer", "kv_head"]
 SETTING = ["method", "topk"]

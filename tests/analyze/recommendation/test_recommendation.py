@@ -236,7 +236,7 @@ def test_sequences_without_queries_that_count(
     ("target", "words"),
     [
         ("error=0.1", "Did you mean error_norm?"),
-        ("density=0.1", "Targets: error_norm"),
+        ("density=0.1", "Targets: recall, attention"),
         ("recall", "a number above 0 and at most 1"),
         ("attention_fraction=95", "at most 1, as in attention_fraction=0.1"),
         ("error_norm=-1", "a number above 0"),

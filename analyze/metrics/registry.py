@@ -45,7 +45,7 @@ class Metric:
     interval: bool = False
     """Whether a summary shows it with its 95 % interval."""
     in_summary: bool = False
-    """Whether a summary shows it."""
+    """Whether a summary shows it, which has to fit eighty columns."""
     target: bool = False
     """Whether a recommendation can be asked for it."""
 
@@ -126,7 +126,6 @@ ALL = (
         better=1,
         most=1.0,
         by_layer=True,
-        in_summary=True,
     ),
     Metric(
         "error_norm",

@@ -105,7 +105,10 @@ class Job:
         """The same run, without what its methods learned; `named` are the loose files of methods
         that may be run."""
         trace = open_trace(facts["trace"]).without(dict(facts["left_out"]))
-        trace.sequences = tuple(facts["sequences"])  # not those that were captured since
+        sequences = tuple(facts["sequences"])
+        if not all(type(s) is int and s in trace.sequences for s in sequences):
+            raise ValueError("it names sequences that its trace does not hold")
+        trace.sequences = sequences  # not those that were captured since
         settings = Settings(
             trace,
             Counting.recorded(facts),

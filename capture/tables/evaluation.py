@@ -8,12 +8,12 @@ from typing import Any, Self
 import pandas as pd
 
 from retrace.analyze.outputs.markdown import markdown_table
-from retrace.analyze.tables.saved import SavedTables, Table
-from retrace.capture.tables.points import checked_methods, checked_points
+from retrace.analyze.tables.saved import Table
+from retrace.capture.tables.points import SavedPoints
 
 
 @dataclass(frozen=True)
-class Evaluation(SavedTables):
+class Evaluation(SavedPoints):
     """What methods in the loop come to, point by point."""
 
     NONE = "holds no evaluation"
@@ -43,17 +43,3 @@ class Evaluation(SavedTables):
     def markdown(self) -> str:
         """The table, in Markdown."""
         return markdown_table(self.points) + "\n"
-
-    def text(self) -> str:
-        """The same."""
-        return self.markdown()
-
-    @classmethod
-    def checked_table(cls, table: pd.DataFrame, name: str) -> pd.DataFrame:
-        """The points, if all figures are numbers."""
-        return checked_points(table, name)
-
-    @classmethod
-    def checked_facts(cls, facts: Any) -> dict[str, Any]:
-        """The facts, if they have the methods as they were run."""
-        return checked_methods(super().checked_facts(facts))

@@ -10,8 +10,8 @@ import pandas as pd
 
 from retrace.analyze.outputs.markdown import markdown_table
 from retrace.analyze.tables.intervals import interval_of_mean
-from retrace.analyze.tables.saved import SavedTables, Table
-from retrace.capture.tables.points import checked_methods, checked_points
+from retrace.analyze.tables.saved import Table
+from retrace.capture.tables.points import SavedPoints
 
 EXACT = "exact attention"
 """The model as it is, in the column of methods; its budget is 0."""
@@ -20,7 +20,7 @@ PLACE = ["task", "metric"]
 
 
 @dataclass(frozen=True)
-class TaskEvaluation(SavedTables):
+class TaskEvaluation(SavedPoints):
     """What a model scores in tasks, exactly and with methods in the loop."""
 
     NONE = "holds no scores"
@@ -93,20 +93,6 @@ class TaskEvaluation(SavedTables):
         return dataclasses.replace(
             self, scores=_joined(self.scores, scores), documents=_joined(said, documents)
         )
-
-    def text(self) -> str:
-        """The same."""
-        return self.markdown()
-
-    @classmethod
-    def checked_table(cls, table: pd.DataFrame, name: str) -> pd.DataFrame:
-        """Scores, if all of them are numbers."""
-        return checked_points(table, name)
-
-    @classmethod
-    def checked_facts(cls, facts: Any) -> dict[str, Any]:
-        """The facts, if they have the methods as they were run."""
-        return checked_methods(super().checked_facts(facts))
 
 
 def _joined(frame: pd.DataFrame, rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -20,6 +20,8 @@ def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         scores. Rows must hold no NaN.
     """
     *lead, keys = scores.shape
+    if k == 0:
+        return scores[..., :0], torch.empty(*lead, 0, dtype=torch.int64, device=scores.device)
     rows = scores.reshape(-1, keys)
     if kernels.usable(rows) and rows.dtype == torch.float32:
         from retrace.analyze.exact.kernels.select import fits, select

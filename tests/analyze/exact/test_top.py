@@ -52,6 +52,13 @@ def test_leading_axes_are_kept() -> None:
     assert (ids[..., 5:] == -1).all() and (scores[..., 5:] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_budget_of_nothing(dtype: torch.dtype) -> None:
+    scores, ids = top(torch.rand(2, 3, 5, dtype=dtype), 0)
+    assert scores.shape == ids.shape == (2, 3, 0)
+    assert scores.dtype == dtype and ids.dtype == torch.int64
+
+
 def test_lowest_finite_score_is_found() -> None:
     lowest = torch.finfo(torch.float32).min
     assert top(torch.tensor([[-torch.inf, lowest, lowest]]), 2)[1].tolist() == [[1, 2]]

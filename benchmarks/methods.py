@@ -94,7 +94,9 @@ def _page(trace: Trace, results: Results, arguments: argparse.Namespace) -> str:
         "a group attends. Figures are means over queries, heads and layers, interpolated between "
         f"budgets of {_listed(arguments.topk)} keys. Under the protocol `all` a method that "
         "evicts is judged as if each rebuilding were the end of a prompt: it attends and reads all "
-        "keys since besides its budget.",
+        "keys since besides its budget. Those that keep most attention mass come first, which "
+        "predicts what a model loses better than the error norm does "
+        "([does-replay-predict.md](does-replay-predict.md)).",
         "",
         f"{_source(trace)}; all layers, queries from position {arguments.min_context} on, protocol "
         f"`{run['protocol']}`. Sequences for calibration, which no figure is from: "
@@ -108,7 +110,7 @@ def _page(trace: Trace, results: Results, arguments: argparse.Namespace) -> str:
                 beyond.append(f"{method} ({figures['bytes_ratio'].iloc[0]:.1%})")
             else:
                 rows.append((method, found))
-        rows.sort(key=lambda row: row[1]["error_norm"])
+        rows.sort(key=lambda row: -row[1]["attention_fraction"])
         titles = ("Method", "Top-k", "Bytes", *TITLES)
         lines += ["", f"## {share:.1%} of the bytes", "", "| " + " | ".join(titles) + " |"]
         lines.append("| --- |" + " ---: |" * (len(titles) - 1))
@@ -125,7 +127,8 @@ def _source(trace: Trace) -> str:
     lengths = [trace.length(s) for s in trace.sequences]
     dtype = trace.layer(trace.layers[0]).query(trace.sequences[0]).dtype
     model = trace.attributes["model"]["pretrained"]
-    return f"{model}, {len(lengths)} sequences of up to {max(lengths):,} tokens in {dtype}"
+    tasks = ", ".join(part["task"] for part in trace.attributes["task"])
+    return f"{model}, {tasks}, {len(lengths)} sequences of up to {max(lengths):,} tokens in {dtype}"
 
 
 def _listed(items: object) -> str:

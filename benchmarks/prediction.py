@@ -183,14 +183,14 @@ def _page(arguments: argparse.Namespace, points: pd.DataFrame, held_out: Sequenc
 
 def _meaning(points: pd.DataFrame) -> str:
     """What a user may take from the correlations, and where replay is farthest off."""
-    best = max(PREDICTORS, key=lambda name: right_choices(points, PREDICTORS[name])[0])
-    share, _ = right_choices(points, PREDICTORS[best])
+    best = max(PREDICTORS, key=lambda name: within_a_budget(points, PREDICTORS[name]))
+    share, pairs = right_choices(points, PREDICTORS[best])
     spent = spearman(points, PREDICTORS["bytes not read"])
     sentences = [
-        f"The figure that chooses best, {best}, is right for {share:.0%} of "
-        "the pairs whose order in the loop is certain. Part of every correlation is the budget's, "
-        f"since whoever reads more loses less: bytes alone come to a rank correlation of "
-        f"{spent:.2f}. What replay adds is in the column *within a budget*, where intervals are "
+        f"The figure that orders methods of one budget best is {best}. It is right for {share:.0%} "
+        f"of the {pairs:,} pairs whose order in the loop is certain. Part of every correlation is "
+        "the budget's, since whoever reads more loses less: bytes alone have a rank correlation "
+        f"of {spent:.2f}. What replay adds is in the column *within a budget*, where intervals are "
         "wide: trust large differences, and run the few candidates that are left in the loop "
         "(`retrace evaluate`). Replay counts keys and mass where the inputs are exact, so that it "
         "says nothing of how errors add up over layers. Farthest off, by ranks among all "

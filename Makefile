@@ -30,7 +30,7 @@ prediction: $(VENV)/installed
 	mkdir -p $(PREDICTION)
 	$(BIN)/retrace capture --pretrained builtin:smollm2 --tasks wikitext $(if $(DATA),--data $(DATA)) \
 		--limit 5 --max-length 1024 --dtype float32 --out $(PREDICTION)/wikitext.zarr --resume
-	$(BIN)/python benchmarks/prediction.py --trace $(PREDICTION)/wikitext.zarr \
+	$(BIN)/python -m benchmarks.science.prediction --trace $(PREDICTION)/wikitext.zarr \
 		--results $(PREDICTION)/points --out docs/does-replay-predict.md
 
 ## Everything that continuous integration runs.

@@ -1,40 +1,25 @@
 """docs/costs.md is what its formulas and rates come to, and the formulas are the package's own."""
 
-import importlib.util
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.speed import costs
 from retrace.analyze.exact.store import KEPT_RANKS, KeptReferences
 from retrace.analyze.units.unit import HeadGroup, Unit
 from retrace.traces import LayerRules, tensor_bytes
 
 ROOT = Path(__file__).parents[1]
-NAME = "retrace_benchmarks_costs"
 
 
-@pytest.fixture(scope="module")
-def costs() -> Iterator[ModuleType]:
-    """benchmarks/costs.py as a module."""
-    spec = importlib.util.spec_from_file_location(NAME, ROOT / "benchmarks" / "costs.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[NAME] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[NAME]
-
-
-def test_the_page_is_up_to_date(costs: ModuleType) -> None:
+def test_the_page_is_up_to_date() -> None:
     page = costs.page(costs.parse([]))
     assert (ROOT / "docs" / "costs.md").read_text(encoding="utf-8") == page
 
 
-def test_bytes_are_those_of_traces_and_answers(costs: ModuleType) -> None:
+def test_bytes_are_those_of_traces_and_answers() -> None:
     tokens, model, rules = 1 << 17, costs.SMALL, LayerRules("layer", 32, 8, 128, 128, 1.0)
     for queries in costs.QUERIES:
         kept = costs.Kept(queries).positions
@@ -53,7 +38,7 @@ def test_bytes_are_those_of_traces_and_answers(costs: ModuleType) -> None:
     assert model.answer_bytes(len(kept)) == 32 * sum(a.nbytes for a in vars(answers).values())
 
 
-def test_shapes_are_those_of_the_models(costs: ModuleType) -> None:
+def test_shapes_are_those_of_the_models() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     for model in costs.MODELS:
@@ -73,7 +58,7 @@ def test_shapes_are_those_of_the_models(costs: ModuleType) -> None:
         assert model.parameters == matrices
 
 
-def test_times_that_were_left_out_are_told_apart(costs: ModuleType, tmp_path: Path) -> None:
+def test_times_that_were_left_out_are_told_apart(tmp_path: Path) -> None:
     table = tmp_path / "long-replay-x.md"
     table.write_text(
         "NVIDIA X, torch 2; one layer\n\n"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.science.architectures import TOLERANCE, try_architecture
 from retrace.capture import capture
 from retrace.traces import RetraceError
 
@@ -38,14 +39,14 @@ REFUSED = {
 }
 
 
-def test_trace_explains_attention(architecture: str, architectures: Any, tmp_path: Path) -> None:
-    outcome = architectures.try_architecture(architecture, tmp_path)
+def test_trace_explains_attention(architecture: str, tmp_path: Path) -> None:
+    outcome = try_architecture(architecture, tmp_path)
     if architecture in REFUSED:
         assert REFUSED[architecture] in outcome.refusal
         return
     assert not outcome.refusal
-    assert outcome.error <= architectures.TOLERANCE
-    assert outcome.sensitivity > 100 * architectures.TOLERANCE
+    assert outcome.error <= TOLERANCE
+    assert outcome.sensitivity > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("model_type", EXTENTS)

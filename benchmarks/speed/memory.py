@@ -1,6 +1,6 @@
 """How much memory a replay of one very long sequence takes, method by method.
 
-    python benchmarks/memory.py --out benchmarks/results/memory.md
+    python -m benchmarks.speed.memory --out benchmarks/results/memory.md
 
 A trace of random tensors is written through the trace's own writer: `--layers` layers of one
 sequence of `--positions` tokens of which the queries of the last `--queries` are kept, by default
@@ -20,9 +20,10 @@ import time
 from pathlib import Path
 
 import torch
-from random_trace import write_random
-from replay import resident
 
+from benchmarks import page
+from benchmarks.machine import resident
+from benchmarks.speed.random_trace import write_random
 from retrace.analyze import analyze
 from retrace.traces import open_trace
 from retrace.traces.schema import DTYPES
@@ -56,11 +57,11 @@ def main() -> None:
             rows.append((methods, _in_a_process(trace, methods, arguments)))
             if arguments.out:  # each as it comes, since all of them take a while
                 arguments.out.write_text(_table(rows, arguments) + "\n", encoding="utf-8")
-    print(_table(rows, arguments))
+    page.publish(_table(rows, arguments), arguments.out)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = page.parser(__doc__)
     parser.add_argument("--positions", type=int, default=1 << 17)
     parser.add_argument("--queries", type=int, default=256, help="kept, at the sequence's end")
     parser.add_argument("--layers", type=int, default=2)
@@ -72,7 +73,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--topk", type=int, nargs="+", default=[64])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, default=Path(), help="for the trace, for a while")
-    parser.add_argument("--out", type=Path, help="write the table to this file as well")
     parser.add_argument("--replay", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -84,7 +84,10 @@ def _in_a_process(
     options["--threads"] = [arguments.threads]
     words = [str(w) for name, values in options.items() for w in (name, *values)]
     done = subprocess.run(
-        [sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-m", "benchmarks.speed.memory", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     measured: dict[str, float] = json.loads(done.stdout)
     return measured

@@ -1,14 +1,16 @@
-"""What commands do where nothing can be written; part of `faults.py`."""
+"""What commands do where nothing can be written."""
 
 import shutil
 from pathlib import Path
 
-from analyze_faults import METHODS, TOPK, Runs
-from mounts import read_only
+from benchmarks.faults.analyze import METHODS, TOPK, Runs
+from benchmarks.faults.capture import Captures
+from benchmarks.faults.mounts import read_only
 
 
-def tried(runs: Runs, pretrained: Path, text: Path) -> list[str]:
-    """Each of them once, in Markdown."""
+def section(captures: Captures, count: int) -> list[str]:
+    """Each of them, once however often faults are tried."""
+    runs = Runs(captures.folder / "read-only-runs", captures.first)
     place, closed = runs.begin("read-only"), runs.folder / "closed"
     runs.run(place, workers=1)
     before = (place / "r" / "metrics.parquet").read_bytes()
@@ -27,7 +29,9 @@ def tried(runs: Runs, pretrained: Path, text: Path) -> list[str]:
 
     methods = [part for name in METHODS for part in ("--method", name)]
     analyze = [*methods, "--topk", ",".join(map(str, TOPK)), "--no-plots", "--workers", "1"]
-    captured: list[str | Path] = ["capture", "--pretrained", pretrained, "--text", text]
+    captured: list[str | Path] = [
+        *("capture", "--pretrained", captures.model, "--text", captures.text)
+    ]
     with read_only(bare, closed) as there:
         if not there:
             return [*lines, "| (not to be had on this machine) | |"]

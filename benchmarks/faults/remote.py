@@ -1,5 +1,5 @@
 """What is lost of captures to an object store that fails, and of runs of `analyze` that read from
-it; part of `faults.py`. The store is an S3 server of moto, with faults put before it."""
+it. The store is an S3 server of moto, with faults put before it."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import analyze_faults
+from benchmarks.faults.analyze import METHODS, TOPK
+from benchmarks.faults.capture import Captures
 
 SEQUENCES = 4
 LENGTH = 60
@@ -85,7 +86,7 @@ def _half(whole: bytes, connection: socket.socket) -> Iterator[bytes]:
 class Store:
     """A bucket of a server on this machine, what is captured into it, and what was said of that."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, captures: Captures) -> None:
         import fsspec
         import s3fs
         from moto.server import DomainDispatcherApplication, create_backend_app
@@ -94,7 +95,7 @@ class Store:
         warnings.simplefilter("ignore")  # those of s3fs about connections that were cut
         for name in ("werkzeug", "asyncio"):
             logging.getLogger(name).disabled = True
-        self.folder = folder
+        self._captures = captures
         self.server = Failing(DomainDispatcherApplication(create_backend_app))
         server = make_server("127.0.0.1", 0, self.server, threaded=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -113,10 +114,15 @@ class Store:
         from retrace.capture import capture
         from retrace.traces import RetraceError
 
-        text, options = [self.folder / "text.txt"], {"limit": SEQUENCES, "max_length": LENGTH}
-        out, model = f"s3://traces/{name}", str(self.folder / "model")
         try:
-            capture(model, text=text, out=out, resume=resume, **options)
+            capture(
+                str(self._captures.model),
+                text=[self._captures.text],
+                limit=SEQUENCES,
+                max_length=LENGTH,
+                out=f"s3://traces/{name}",
+                resume=resume,
+            )
         except RetraceError as error:
             return str(error)
         return None
@@ -126,9 +132,8 @@ class Store:
         from retrace.analyze import analyze
         from retrace.traces import RetraceError
 
-        methods, topk = analyze_faults.METHODS, analyze_faults.TOPK[:1]
         try:
-            analyze(f"s3://traces/{name}", methods, topk, out=out, workers=1)
+            analyze(f"s3://traces/{name}", METHODS, TOPK[:1], out=out, workers=1)
         except RetraceError as error:
             return str(error)
         return None
@@ -143,9 +148,9 @@ class Store:
         return known.hexdigest()
 
 
-def all_faults(folder: Path, count: int) -> list[str]:
-    """Faults that pass and faults that stay, so many of each, in Markdown."""
-    store, rng = Store(folder), random.Random(5)
+def section(captures: Captures, count: int) -> list[str]:
+    """Faults that pass and faults that stay, so many of each."""
+    store, rng, folder = Store(captures), random.Random(5), captures.folder
     assert store.capture("whole") is None
     requests = store.server.requests
     assert store.analyze("whole", folder / "whole.results") is None

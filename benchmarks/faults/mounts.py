@@ -1,4 +1,4 @@
-"""File systems that are small or take nothing, for who may mount them; part of `faults.py`."""
+"""File systems that are small or take nothing, for who may mount them."""
 
 import contextlib
 import shutil

@@ -1,6 +1,6 @@
 """Does replay predict what a method costs the model? Correlations of the two, over many points.
 
-    python benchmarks/prediction.py --trace w.zarr --out docs/does-replay-predict.md
+    python -m benchmarks.science.prediction --trace w.zarr --out docs/does-replay-predict.md
 
 Every method runs in the loop at every budget (`retrace evaluate`) on the tokens of an exact trace,
 and its loss of likelihood is held against what replay says of it on that trace. Correlations have

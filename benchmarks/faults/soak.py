@@ -1,6 +1,6 @@
 """Whether a long life leaks: everything retrace does, over and over in one process.
 
-    python benchmarks/soak.py --minutes 12 --out benchmarks/results/soak.md
+    python -m benchmarks.faults.soak --minutes 12 --out benchmarks/results/soak.md
 
 Each cycle captures a tiny random model, goes on with that capture, verifies the trace, replays
 methods against it in two runs of one folder and in parts that are merged, draws, reports,
@@ -14,10 +14,8 @@ memory flat: a line through it must rise by less than 2% of it until the end. Ot
 code is 1.
 """
 
-import argparse
 import gc
 import os
-import platform
 import resource
 import shutil
 import sys
@@ -28,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from architectures import TEXT, save_tiny_model
-from replay import resident
 
+from benchmarks import page
+from benchmarks.machine import resident
+from benchmarks.tiny_models import TEXT, save_tiny_model
 from retrace.analyze import analyze, merge, recommend
 from retrace.analyze.commands.report import report
 from retrace.capture import capture, evaluate
@@ -55,10 +54,9 @@ class Count:
 
 def main() -> int:
     """Run cycles, print a table, and write it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = page.parser(__doc__)
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--headroom", type=int, default=256, help="MiB of data")
-    parser.add_argument("--out", type=Path, help="write the table to this file as well")
     arguments = parser.parse_args()
     counts: list[Count] = []
     most = 0
@@ -75,10 +73,7 @@ def main() -> int:
                 most = resident("VmData") + (arguments.headroom << 20)
                 resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     table, flat = judge(counts)
-    text = "\n".join([_heading(arguments, counts, most), "", *table])
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+    page.publish("\n".join([_heading(counts, most), "", *table]), arguments.out)
     return 0 if flat else 1
 
 
@@ -141,12 +136,10 @@ def judge(counts: Sequence[Count]) -> tuple[list[str], bool]:
     return lines, every and flat
 
 
-def _heading(arguments: argparse.Namespace, counts: Sequence[Count], most: int) -> str:
+def _heading(counts: Sequence[Count], most: int) -> str:
     return (
-        f"`python benchmarks/soak.py --minutes {arguments.minutes:g}` on {platform.machine()}, "
-        f"{platform.system()}, Python {platform.python_version()}: {len(counts)} cycles in one "
-        f"process that may have {most / 2**20:.0f} MiB of data, every "
-        f"{PROCESSES_EVERY}th with two worker processes."
+        f"{page.origin()}: {len(counts)} cycles in one process that may have "
+        f"{most / 2**20:.0f} MiB of data, every {PROCESSES_EVERY}th with two worker processes."
     )
 
 

@@ -1,6 +1,6 @@
 """What models of 8 and 70 billion parameters take at 128k tokens: storage, time and money.
 
-    python benchmarks/costs.py --out docs/costs.md
+    python -m benchmarks.speed.costs --out docs/costs.md
 
 No time is measured here. Each figure follows from the shape of a model, a formula that the page
 states (`costs.template.md` is its text) and from rates that were measured: those of
@@ -24,7 +24,7 @@ import yaml
 from retrace.analyze.exact.store import KEPT_RANKS
 from retrace.capture.queries import parse_queries
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 TOKENS = 1 << 17
 QUERIES = ("all", "last:256")
 BYTES = 2

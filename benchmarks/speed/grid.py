@@ -1,6 +1,6 @@
 """What a grid of methods and budgets costs beside a script that goes through them one by one.
 
-    python benchmarks/grid.py --trace t.zarr --layers 10 --out benchmarks/results/grid.md
+    python -m benchmarks.speed.grid --trace t.zarr --layers 10 --out benchmarks/results/grid.md
 
 One call of `analyze` replays the first methods of a list at the first budgets of another, over
 the layers named and all sequences, with no exact answers kept. The usual script holds two whole
@@ -11,13 +11,13 @@ by methods and the budgets' own measured costs in one of them. A method's own se
 script would add, is left out, so that its time is a lower bound.
 """
 
-import argparse
 import time
-from pathlib import Path
 
 import torch
-from replay import processor, two_matrices
 
+from benchmarks import page
+from benchmarks.machine import processor
+from benchmarks.speed.replay import two_matrices
 from retrace.analyze import analyze
 from retrace.traces import Trace, open_trace, to_torch
 
@@ -39,11 +39,10 @@ GRIDS = ((1, 1), (10, 1), (1, 10), (10, 10))
 
 def main() -> None:
     """Measure, print a table, and write it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = page.parser(__doc__)
     parser.add_argument("--trace", required=True)
     parser.add_argument("--layers", type=int, nargs="+", help="all by default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="write the table to this file as well")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     trace = open_trace(arguments.trace)
@@ -55,7 +54,7 @@ def main() -> None:
     whole = sum(_script(trace, task, BUDGETS[0]) for task in tasks)
     costs = [_script(trace, tasks[0], k) for k in BUDGETS]
     lines = [
-        f"{processor(torch.device('cpu'))}, {arguments.threads} threads, torch "
+        f"{processor()}, {arguments.threads} threads, torch "
         f"{torch.__version__}; {trace.path.stem}, {len(layers)} layers of {len(trace.sequences)} "
         f"sequences, {trace.dtype}. The script's seconds are measured for one method and k = "
         f"{BUDGETS[0]} over all of them, {whole:.1f} s, and extrapolated to the rest of the grid.",
@@ -70,10 +69,7 @@ def main() -> None:
         ours = time.perf_counter() - start
         script = whole * methods * sum(costs[:budgets]) / costs[0]
         lines.append(f"| {methods} | {budgets} | {ours:.1f} | {script:.0f} | {script / ours:.0f} |")
-    text = "\n".join(lines)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+    page.publish("\n".join(lines), arguments.out)
 
 
 def _script(trace: Trace, task: tuple[int, int], k: int) -> float:

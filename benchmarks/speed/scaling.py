@@ -1,12 +1,12 @@
 """What more workers bring to a run of `analyze`, and that they change no figure.
 
-    python benchmarks/scaling.py --trace t.zarr --workers 1 2 4 --out benchmarks/results/scaling.md
+    python -m benchmarks.speed.scaling --trace t.zarr --workers 1 2 4
 
 The same run is done with each number of workers: one is a thread of this process, more are
 processes, whose start is counted. No exact answers are kept. Each writes its results to a folder,
 and their `metrics.parquet` must be the same byte for byte.
 
-    python benchmarks/scaling.py --device cuda --out benchmarks/results/scaling-gpus.md
+    python -m benchmarks.speed.scaling --device cuda
 
 On GPUs there is a process on each, and G of them replay the sequences of one GPU and G times as
 many. A trace of random tensors is made for it: a layer of 32 heads, 8 kv heads and 128 channels in
@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_trace import write_random
-from replay import processor
 
+from benchmarks import page
+from benchmarks.machine import processor
+from benchmarks.speed.random_trace import write_random
 from retrace.analyze import analyze
 from retrace.analyze.workers.processes import Processes
 from retrace.analyze.workers.start import gpu_environments
@@ -40,7 +41,7 @@ MAKING = 60
 
 def main() -> None:
     """Measure, print a table, and write it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = page.parser(__doc__)
     parser.add_argument("--trace", help="on a CPU")
     parser.add_argument("--workers", type=int, nargs="+", help="1 and 2, or as many as GPUs")
     parser.add_argument("--layers", type=int, nargs="+", help="of the trace; all by default")
@@ -48,13 +49,9 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=32768, help="of random sequences")
     parser.add_argument("--seconds", type=float, default=15, help="of work for one GPU")
     parser.add_argument("--folder", type=Path, default=Path(), help="for the trace, for a while")
-    parser.add_argument("--out", type=Path, help="write the table to this file as well")
     arguments = parser.parse_args()
     lines, same = (_on_cores if arguments.device.type == "cpu" else _on_gpus)(arguments)
-    text = "\n".join(lines)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+    page.publish("\n".join(lines), arguments.out)
     if not same:
         raise SystemExit(1)
 

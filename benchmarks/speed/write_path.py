@@ -1,6 +1,6 @@
 """How fast the tensors of a layer reach the disk, by what writes them and in which layout.
 
-    python benchmarks/write_path.py --folder . --out table.md
+    python -m benchmarks.speed.write_path --folder . --out table.md
 
 Compared are zarr-python with its own codecs and with those of `zarrs` (where that package is
 there), tensorstore (likewise), the shards that `TraceWriter` puts together itself, and a plain
@@ -13,7 +13,6 @@ import argparse
 import concurrent.futures
 import importlib.util
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -25,7 +24,8 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-import retrace.traces  # registers bfloat16
+from benchmarks import page
+from benchmarks.machine import processor
 from retrace.traces.storage.shards import write_shards
 
 SHAPES = {
@@ -47,7 +47,6 @@ def main() -> None:
     """Measure, print a table, and write it where asked."""
     arguments = _parse()
     folder = arguments.folder / "write-path"
-    print(retrace.traces.__name__, "on", _processor())
     lines = []
     for title, (shape, count) in SHAPES.items():
         tensor = np.random.default_rng(0).normal(size=shape).astype(ml_dtypes.bfloat16)
@@ -65,17 +64,15 @@ def main() -> None:
             print(f"{title}: {name}: {', '.join(f'{rate:,.0f}' for rate in rates)} MB/s")
         shutil.rmtree(folder, ignore_errors=True)
         lines += _table(title, rows, arguments.threads)
-    text = "\n".join([f"{_processor()}, {os.cpu_count()} cores, MB/s.", "", *lines])
-    if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+    heading = f"{processor()}, {os.cpu_count()} cores, MB/s."
+    page.publish("\n".join([heading, "", *lines]), arguments.out)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = page.parser(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk to measure")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="write the tables to this file as well")
     return parser.parse_args()
 
 
@@ -204,14 +201,6 @@ def _table(title: str, rows: list[tuple[str, list[float]]], threads: list[int]) 
         cells = [f"{r:,.0f} ({r / b:.2f})" for r, b in zip(rates, bound, strict=True)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "?")
 
 
 if __name__ == "__main__":

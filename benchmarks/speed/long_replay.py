@@ -1,6 +1,6 @@
 """What each step of replaying one layer of a long sequence takes.
 
-    python benchmarks/long_replay.py --device cuda --positions 32768 131072 --queries last:256 all
+    python -m benchmarks.speed.long_replay --device cuda --positions 131072 --queries last:256 all
 
 For each length and each choice of queries a trace of random tensors is written, by default one
 layer as that of a Llama with 8 billion parameters, flushed, and dropped from the system's memory
@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 
 import torch
-from random_trace import write_random
-from replay import processor
 
+from benchmarks import page
+from benchmarks.machine import processor
+from benchmarks.speed.random_trace import write_random
 from retrace.analyze import analyze
 from retrace.analyze.replay.clock import BEFORE
 from retrace.capture.queries import parse_queries
@@ -69,13 +70,11 @@ def main() -> None:
     if arguments.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(arguments.device) / 2**30
         lines[0] += f" GPU memory at most: {peak:.1f} GiB."
-    print("\n".join(lines))
-    if arguments.out:
-        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    page.publish("\n".join(lines), arguments.out)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = page.parser(__doc__)
     parser.add_argument("--positions", type=int, nargs="+", default=[32768])
     parser.add_argument("--queries", nargs="+", default=["last:256"], help="as in retrace capture")
     parser.add_argument("--heads", type=int, default=32)
@@ -87,7 +86,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--limit", type=float, default=120, help="seconds of one method at most")
     parser.add_argument("--folder", type=Path, default=Path(), help="for the trace, for a while")
-    parser.add_argument("--out", type=Path, help="write the table to this file as well")
     return parser.parse_args()
 
 

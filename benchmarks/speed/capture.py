@@ -1,7 +1,7 @@
 """What capturing costs beside the forward pass and beside the disk, all in one run.
 
-    python benchmarks/capture.py --model builtin:smollm2 --tokens 1024
-    python benchmarks/capture.py --model llama-8b-random --tokens 8192 32768 --device cuda
+    python -m benchmarks.speed.capture --model builtin:smollm2 --tokens 1024
+    python -m benchmarks.speed.capture --model llama-8b-random --tokens 8192 32768 --device cuda
 
 For each length: the forward pass alone with the model's stock attention, likelihoods included; the
 same with every layer's queries, keys and values recorded; and a plain file of as many bytes,
@@ -13,7 +13,6 @@ computing the next; everything is on the disk when the clock stops.
 
 import argparse
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -24,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import page
+from benchmarks.machine import processor
 from retrace.capture.attention.interface import observed_attention
 from retrace.capture.attention.recorder import AttentionLayer, RecordedSequence, TensorRecorder
 from retrace.capture.checks.trace import examine
@@ -61,14 +62,11 @@ def main() -> None:
         forward, capture, disk = map(statistics.median, (forwards, captures, disks))
         rows.append((length, forward, capture, size, disk))
         print(f"{length} tokens: {forward:.2f} s, {capture:.2f} s, {size / disk / 1e6:.0f} MB/s")
-    text = _table(rows, model, arguments)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+    page.publish(_table(rows, model, arguments), arguments.out)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = page.parser(__doc__)
     parser.add_argument("--model", default="builtin:smollm2", help="or llama-8b-random")
     parser.add_argument("--layers-in-model", type=int, default=32, help="of llama-8b-random")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
@@ -78,7 +76,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="of a model that is loaded")
     parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk to measure")
     parser.add_argument("--repeat", type=int, default=3, help="the median counts")
-    parser.add_argument("--out", type=Path, help="write the table to this file as well")
     return parser.parse_args()
 
 
@@ -161,10 +158,10 @@ def _plain(folder: Path, size: int) -> float:
 
 def _table(rows: list[Any], model: Any, arguments: argparse.Namespace) -> str:
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    device = platform.processor() or platform.machine()
+    device = processor(arguments.device)
     if arguments.device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated() / 2**30
-        device = f"{torch.cuda.get_device_name()}, {peak:.1f} GiB of it used at most"
+        device += f", {peak:.1f} GiB of it used at most"
     parameters = sum(p.numel() for p in model.parameters()) / 1e9
     lines = [
         f"{arguments.model} ({parameters:.2f} billion parameters, {model.dtype}), {device}, "

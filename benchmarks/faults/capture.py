@@ -1,70 +1,62 @@
-"""What is lost of a capture that ends at any moment, and what is noticed of damage.
+"""What is lost of a capture that ends at any moment, and what is noticed of damage."""
 
-    python benchmarks/faults.py --out benchmarks/results/faults.md
-
-A tiny random model is captured over and over, each time in a process of its own that is ended by
-SIGKILL at a moment drawn at random, or whose disk fills up. After each the trace is verified, what
-the capture had reported as finished must be there, and the same capture with `resume` must come to
-the bytes of one that was never interrupted. Then chunks of a whole trace are spoilt, one at a time,
-and `verify_trace` must name the very array and sequence. Runs of `analyze` are killed likewise and
-gone on with, and so are workers of one (`analyze_faults.py`) and parts of a Dask cluster
-(`cluster_faults.py`), commands are given where nothing can be written (`read_only_faults.py`), and
-traces are written to and read from an object store that fails (`remote_faults.py`).
-
-Nothing but time depends on the machine; where in a capture a moment falls, does.
-"""
-
-import argparse
 import contextlib
 import hashlib
 import itertools
-import json
-import multiprocessing
-import os
-import platform
 import random
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import analyze_faults
-import cluster_faults
-import read_only_faults
-import remote_faults
-from architectures import TEXT, save_tiny_model
-from mounts import small_disk
+from benchmarks.faults import processes
+from benchmarks.faults.mounts import small_disk
+from benchmarks.faults.processes import Notes
+from benchmarks.tiny_models import TEXT, save_tiny_model
 
 SEQUENCES = 12
 LENGTH = 200
 
 
-def capture_here(folder: str, trace: str, log: str, resume: bool, fault: dict[str, Any]) -> None:
+def section(captures: "Captures", count: int) -> list[str]:
+    """Captures that end early, and chunks that are spoilt."""
+    trace, begun = captures.folder / "whole", time.time()
+    noted = captures.run(trace)
+    assert noted[-1]["stage"] == "complete", noted
+    seconds, whole = noted[-1]["at"] - begun, digest(trace)
+    size = sum(f.stat().st_size for f in trace.rglob("*") if f.is_file())
+    rows = {
+        "kill -9": kills(captures, whole, seconds, count),
+        "full disk (tmpfs)": full_disks(captures, whole, size),
+        "no larger file (RLIMIT_FSIZE)": small_files(captures, whole),
+        "another capture is writing": rivals(captures, whole, 3),
+    }
+    return report(rows, spoils(trace, 2 * count), seconds, size)
+
+
+def capture_here(folder: Path, trace: Path, log: Path, resume: bool, fault: dict[str, Any]) -> None:
     """One capture, in a process of its own; notes in `log` what it reports as finished."""
     from retrace.capture import capture
     from retrace.traces import RetraceError
 
     if "file_bytes" in fault:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["file_bytes"], fault["file_bytes"]))
-    notes = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def note(**facts: Any) -> None:
-        os.write(notes, (json.dumps({**facts, "at": time.time()}) + "\n").encode())
+    note = partial(processes.note, log)
 
     def show(progress: Any) -> None:
         note(stage=progress.stage, sequences=progress.sequences)
         if progress.sequences >= fault.get("fills_after", SEQUENCES + 1):
-            fill(Path(trace).parent / "filler")
+            fill(trace.parent / "filler")
 
     try:
         capture(
-            f"{folder}/model",
-            text=[f"{folder}/text.txt"],
+            str(folder / "model"),
+            text=[folder / "text.txt"],
             limit=SEQUENCES,
             max_length=LENGTH,
             out=trace,
@@ -86,44 +78,24 @@ def fill(file: Path) -> None:
 
 
 class Captures:
-    """Captures of one model, each in a process that has everything imported already."""
+    """Captures of one model, each in a process of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        save_tiny_model("mistral", folder / "model")
-        (folder / "text.txt").write_text(TEXT * 3)
-        os.environ |= cluster_faults.ENVIRONMENT
-        # The server finds modules by the environment alone.
-        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-        self._processes = multiprocessing.get_context("forkserver")
+        self.model, self.text, self.first = (folder / n for n in ("model", "text.txt", "first"))
+        save_tiny_model("mistral", self.model)
+        self.text.write_text(TEXT * 3)
         self._numbers = itertools.count()
-        self._processes.set_forkserver_preload(
-            [
-                "architectures",
-                "retrace.capture.commands.capture",
-                "retrace.analyze.commands.analyze",
-                "distributed",
-            ]
-        )
+        self.run(self.first)  # what only the first run waits for
 
     def run(
         self, trace: Path, *, resume: bool = False, kill_after: float | None = None, **fault: Any
-    ) -> list[dict[str, Any]]:
+    ) -> Notes:
         """What a capture noted until it ended, or was ended after so many seconds."""
         log = self.folder / f"log-{next(self._numbers)}"
-        arguments = (str(self.folder), str(trace), str(log), resume, fault)
-        process = self._processes.Process(target=capture_here, args=arguments)
-        process.start()
-        process.join(kill_after)
-        process.kill()
-        process.join()
-        noted = log.read_text().splitlines() if log.exists() else []
-        return [json.loads(line) for line in noted]
-
-    def analyses(self) -> analyze_faults.Runs:
-        """Runs of `analyze` over copies of a trace of that model."""
-        folder = self.folder / f"runs-{len(list(self.folder.glob('runs-*')))}"
-        return analyze_faults.Runs(folder, self.folder / "first")
+        process = processes.begin(capture_here, self.folder, trace, log, resume, fault)
+        processes.end(process, kill_after)
+        return processes.noted(log)
 
 
 def digest(trace: Path) -> str:
@@ -135,9 +107,7 @@ def digest(trace: Path) -> str:
     return known.hexdigest()
 
 
-def check_after(
-    captures: Captures, trace: Path, noted: list[dict[str, Any]], whole: str
-) -> dict[str, Any]:
+def check_after(captures: Captures, trace: Path, noted: Notes, whole: str) -> dict[str, Any]:
     """What an interrupted capture left, and whether it goes on to the same bytes."""
     from retrace.traces import verify_trace
 
@@ -248,91 +218,6 @@ def spoils(trace: Path, count: int) -> Counter[str]:
     return named
 
 
-def capture_section(captures: Captures, count: int) -> list[str]:
-    """Captures that end early, and chunks that are spoilt."""
-    trace, begun = captures.folder / "whole", time.time()
-    noted = captures.run(trace)
-    assert noted[-1]["stage"] == "complete", noted
-    seconds, whole = noted[-1]["at"] - begun, digest(trace)
-    size = sum(f.stat().st_size for f in trace.rglob("*") if f.is_file())
-    rows = {
-        "kill -9": kills(captures, whole, seconds, count),
-        "full disk (tmpfs)": full_disks(captures, whole, size),
-        "no larger file (RLIMIT_FSIZE)": small_files(captures, whole),
-        "another capture is writing": rivals(captures, whole, 3),
-    }
-    return report(rows, spoils(trace, 2 * count), seconds, size)
-
-
-def analyze_section(captures: Captures, count: int) -> list[str]:
-    """Runs of `analyze` that end early, or whose workers do."""
-    runs = captures.analyses()
-    found = {
-        f"kill -9, {workers} worker{'s' * (workers > 1)}": analyze_faults.kills(
-            runs, count, workers
-        )
-        for workers in (1, 4)
-    }
-    found["full disk (tmpfs)"] = analyze_faults.full_disks(runs)
-    died = [("4, one killed every 3 seconds", analyze_faults.deaths(runs, workers=4, every=3))]
-    return analyze_faults.report(runs, found, died)
-
-
-def cluster_section(captures: Captures, count: int) -> list[str]:
-    """Parts of a Dask cluster that die."""
-    return cluster_faults.report(cluster_faults.all_faults(captures.analyses(), count))
-
-
-def read_only_section(captures: Captures, count: int) -> list[str]:
-    """Places that cannot be written."""
-    text = captures.folder / "text.txt"
-    return read_only_faults.tried(captures.analyses(), captures.folder / "model", text)
-
-
-def remote_section(captures: Captures, count: int) -> list[str]:
-    """An object store that fails, at random or for good."""
-    return remote_faults.all_faults(captures.folder, count)
-
-
-SECTIONS = {
-    "capture": capture_section,
-    "analyze": analyze_section,
-    "cluster": cluster_section,
-    "read-only": read_only_section,
-    "remote": remote_section,
-}
-
-
-def main() -> None:
-    """Run all of it, or some sections; print tables, and write them where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "sections",
-        nargs="*",
-        metavar="SECTION",
-        choices=[*SECTIONS, []],
-        help=f"{', '.join(SECTIONS)}; all by default",
-    )
-    parser.add_argument("--count", type=int, default=50, help="how often each fault is tried")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    sections = arguments.sections or list(SECTIONS)
-    lines = [
-        "# Faults",
-        "",
-        f"`{' '.join(['python benchmarks/faults.py', *sys.argv[1:]])}` on {platform.machine()}, "
-        f"{platform.system()}, Python {platform.python_version()}.",
-    ]
-    with tempfile.TemporaryDirectory() as temporary:
-        captures = Captures(Path(temporary))
-        captures.run(captures.folder / "first")  # what only the first run waits for
-        for section in sections:
-            lines += ["", *SECTIONS[section](captures, arguments.count)]
-    print("\n".join(lines))
-    if arguments.out:
-        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def report(
     rows: dict[str, list[dict[str, Any]]], named: Counter[str], seconds: float, size: int
 ) -> list[str]:
@@ -381,7 +266,3 @@ def _placeless(line: str) -> str:
         f"TRACE{':' * word.endswith(':')}" if word.startswith(tempfile.gettempdir()) else word
         for word in line.split()
     )
-
-
-if __name__ == "__main__":
-    main()

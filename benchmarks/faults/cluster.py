@@ -1,4 +1,4 @@
-"""What is lost of a run of `analyze` on a Dask cluster, part of which dies; part of `faults.py`."""
+"""What is lost of a run of `analyze` on a Dask cluster, part of which dies."""
 
 import asyncio
 import contextlib
@@ -11,33 +11,39 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from analyze_faults import Runs
-
-ENVIRONMENT = {
-    # What servers say of it is for people who look after a cluster.
-    "DASK_LOGGING__DISTRIBUTED": "critical",
-    # How long a client waits for a scheduler that has ended.
-    "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "3s",
-}
+from benchmarks.faults import processes
+from benchmarks.faults.analyze import Runs
+from benchmarks.faults.capture import Captures
+from benchmarks.faults.processes import Notes
 
 
-async def _serve(kind: str, *place: Any, **settings: Any) -> None:
+def section(captures: Captures, count: int) -> list[str]:
+    """Parts of a Dask cluster that die, so many times each at random moments."""
+    runs, rng = Runs(captures.folder / "cluster-runs", captures.first), random.Random(4)
+    faults = {
+        "a worker killed every 4 units, and replaced": _worker_dies,
+        "scheduler killed; the same command on another": _scheduler_dies,
+        "scheduler killed; another at its address": _scheduler_returns,
+        "client killed; the same command again": _client_dies,
+    }
+    return report({name: _trials(runs, count, rng, fault) for name, fault in faults.items()})
+
+
+def serve(kind: str, place: tuple[str, ...], settings: dict[str, Any]) -> None:
+    """A scheduler or worker, in a process of its own, until that ends."""
     import distributed
 
-    async with getattr(distributed, kind)(*place, dashboard=False, **settings) as server:
-        await server.finished()
+    async def server() -> None:
+        async with getattr(distributed, kind)(*place, dashboard=False, **settings) as begun:
+            await begun.finished()
 
-
-def serve(kind: str, *place: Any, **settings: Any) -> None:
-    """A scheduler or worker, in a process of its own, until that ends."""
-    asyncio.run(_serve(kind, *place, **settings))
+    asyncio.run(server())
 
 
 class Cluster:
     """A scheduler and two workers, a process each."""
 
-    def __init__(self, runs: Runs, port: int | None = None) -> None:
-        self._runs = runs
+    def __init__(self, port: int | None = None) -> None:
         self.port = port or _free_port()
         self.address = f"tcp://127.0.0.1:{self.port}"
         self.scheduler = self._start(
@@ -58,39 +64,23 @@ class Cluster:
     def _worker(self) -> BaseProcess:
         return self._start("Worker", self.address, nthreads=1)
 
-    def _start(self, *place: Any, **settings: Any) -> BaseProcess:
-        process = self._runs.processes.Process(
-            target=serve, args=place, kwargs=settings, daemon=True
-        )
-        process.start()
-        return process
+    def _start(self, kind: str, *place: str, **settings: Any) -> BaseProcess:
+        return processes.begin(serve, kind, place, settings, daemon=True)
 
 
-def all_faults(runs: Runs, count: int) -> list[dict[str, Any]]:
-    """Each of the faults, so many times at random moments."""
-    rng = random.Random(4)
-    return [
-        _trials(runs, count, rng, "a worker killed every 4 units, and replaced", _worker_dies),
-        _trials(runs, count, rng, "scheduler killed; the same command on another", _scheduler_dies),
-        _trials(runs, count, rng, "scheduler killed; another at its address", _scheduler_returns),
-        _trials(runs, count, rng, "client killed; the same command again", _client_dies),
-    ]
-
-
-def _trials(runs: Runs, count: int, rng: random.Random, fault: str, trial: Any) -> dict[str, Any]:
+def _trials(runs: Runs, count: int, rng: random.Random, fault: Any) -> list[dict[str, Any]]:
     outcomes = []
     for index in range(count):
-        place, cluster = runs.begin(f"cluster-{index}"), Cluster(runs)
+        place, cluster = runs.begin(f"cluster-{index}"), Cluster()
         try:
             after = rng.randrange(runs.units)
-            noted = trial(runs, place, cluster, after, rng)
+            found = fault(runs, place, cluster, after, rng)
         finally:
             cluster.end()
-        reported, kept = noted["reported"], noted["kept"]
         same = (place / "r" / "metrics.parquet").read_bytes() == runs.whole
-        outcomes.append({**noted, "lost": max(0, reported - kept), "same": same})
+        outcomes.append({**found, "same": same})
         shutil.rmtree(place)
-    return {"fault": fault, "outcomes": outcomes}
+    return outcomes
 
 
 def _worker_dies(
@@ -109,23 +99,23 @@ def _worker_dies(
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        noted = runs.run(place, executor=cluster.address)
+        runs.run(place, executor=cluster.address)
     finally:
         over.set()
         killer.join()
-    return {"reported": runs.units, "kept": runs.units, "killed": killed, "line": _line(noted)}
+    return {"reported": runs.units, "lost": 0, "killed": killed}
 
 
 def _scheduler_dies(
     runs: Runs, place: Path, cluster: Cluster, after: int, rng: random.Random
 ) -> dict[str, Any]:
     noted = _with(runs, place, cluster, after, rng, cluster.scheduler.kill)
-    other = Cluster(runs)
+    other = Cluster()
     try:
         resumed = runs.run(place, executor=other.address)
     finally:
         other.end()
-    return {**_counts(runs, noted, resumed), "killed": 1, "line": _line(noted)}
+    return {**runs.counts(noted, resumed), "killed": 1}
 
 
 def _scheduler_returns(
@@ -136,14 +126,14 @@ def _scheduler_returns(
     def replace() -> None:
         cluster.scheduler.kill()
         cluster.scheduler.join()
-        others.append(Cluster(runs, cluster.port))
+        others.append(Cluster(cluster.port))
 
     try:
-        noted = _with(runs, place, cluster, after, rng, replace)
+        _with(runs, place, cluster, after, rng, replace)
     finally:
         for other in others:
             other.end()
-    return {"reported": runs.units, "kept": runs.units, "killed": 1, "line": _line(noted)}
+    return {"reported": runs.units, "lost": 0, "killed": 1}
 
 
 def _client_dies(
@@ -151,12 +141,12 @@ def _client_dies(
 ) -> dict[str, Any]:
     noted = runs.run(place, kill_when=(after, rng.random() / 5), executor=cluster.address)
     resumed = runs.run(place, executor=cluster.address)
-    return {**_counts(runs, noted, resumed), "killed": 1, "line": _line(resumed)}
+    return {**runs.counts(noted, resumed), "killed": 1}
 
 
 def _with(
     runs: Runs, place: Path, cluster: Cluster, after: int, rng: random.Random, fault: Any
-) -> list[dict[str, Any]]:
+) -> Notes:
     """What a run noted in which something happened once so many units were finished."""
 
     def strike() -> None:
@@ -173,25 +163,13 @@ def _with(
         striker.join()
 
 
-def _counts(
-    runs: Runs, noted: list[dict[str, Any]], resumed: list[dict[str, Any]]
-) -> dict[str, int]:
-    reported = max((line.get("done", 0) for line in noted), default=0)
-    kept = next((line["done"] for line in resumed if "done" in line), runs.units)
-    return {"reported": reported, "kept": kept}
-
-
-def _line(noted: list[dict[str, Any]]) -> str | None:
-    return next((line["line"] for line in noted if "line" in line), None)
-
-
 def _free_port() -> int:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port: int = server.getsockname()[1]
         return port
 
 
-def report(found: list[dict[str, Any]]) -> list[str]:
+def report(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """The figures in Markdown."""
     lines = [
         "`analyze` on a Dask cluster of two workers:",
@@ -200,11 +178,10 @@ def report(found: list[dict[str, Any]]) -> list[str]:
         "| same metrics.parquet |",
         "|---|---:|---:|---|---:|---:|",
     ]
-    for trial in found:
-        outcomes = trial["outcomes"]
+    for fault, outcomes in found.items():
         reported = [o["reported"] for o in outcomes]
         cells = [
-            trial["fault"],
+            fault,
             str(len(outcomes)),
             str(sum(o["killed"] for o in outcomes)),
             f"{min(reported)} to {max(reported)}",

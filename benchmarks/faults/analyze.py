@@ -1,31 +1,42 @@
-"""What is lost of a run of `analyze` that ends at any moment; part of `faults.py`."""
+"""What is lost of a run of `analyze` that ends at any moment, or whose workers do."""
 
-import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mounts import enlarge, small_disk
+from benchmarks.faults import processes
+from benchmarks.faults.capture import Captures
+from benchmarks.faults.mounts import enlarge, small_disk
+from benchmarks.faults.processes import Notes
 
 METHODS = ("exact", "quest:page=8", "sparq", "loki")
 TOPK = (2, 8)
 
 
-def analyze_here(trace: str, out: str, log: str, settings: dict[str, Any]) -> None:
+def section(captures: Captures, count: int) -> list[str]:
+    """Runs of `analyze` that end early, or whose workers do."""
+    runs = Runs(captures.folder / "analyze-runs", captures.first)
+    found = {
+        f"kill -9, {workers} worker{'s' * (workers > 1)}": kills(runs, count, workers)
+        for workers in (1, 4)
+    }
+    found["full disk (tmpfs)"] = full_disks(runs)
+    died = [("4, one killed every 3 seconds", deaths(runs, workers=4, every=3))]
+    return report(runs, found, died)
+
+
+def analyze_here(trace: Path, out: Path, log: Path, settings: dict[str, Any]) -> None:
     """One run, in a process of its own; notes in `log` how many units it reports as finished."""
     from retrace.analyze import analyze
     from retrace.traces import RetraceError
 
-    notes = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def note(**facts: Any) -> None:
-        os.write(notes, (json.dumps({**facts, "at": time.time()}) + "\n").encode())
+    note = partial(processes.note, log)
 
     def show(done: int, total: int) -> None:
         note(done=done, of=total)
@@ -38,12 +49,11 @@ def analyze_here(trace: str, out: str, log: str, settings: dict[str, Any]) -> No
 
 
 class Runs:
-    """Runs over copies of one trace, each in a process that has everything imported already."""
+    """Runs over copies of one trace, each in a process of its own."""
 
     def __init__(self, folder: Path, trace: Path) -> None:
         self.folder, self.trace = folder, trace
         folder.mkdir()
-        self.processes = multiprocessing.get_context("forkserver")
         self.run(self.begin("warm"))  # what only the first run waits for
         place, begun = self.begin("whole"), time.time()
         noted = self.run(place)
@@ -65,31 +75,29 @@ class Runs:
         kill_after: float | None = None,
         kill_when: tuple[int, float] | None = None,
         **settings: Any,
-    ) -> list[dict[str, Any]]:
+    ) -> Notes:
         """What a run noted until it ended, or was ended: after so many seconds, or so many seconds
         after it has finished so many units."""
         (place / "log").unlink(missing_ok=True)
-        names = [str(place / name) for name in ("t.zarr", "r", "log")]
-        process = self.processes.Process(target=analyze_here, args=(*names, settings))
-        process.start()
+        names = (place / name for name in ("t.zarr", "r", "log"))
+        process = processes.begin(analyze_here, *names, settings)
         if kill_when is not None:
             units, kill_after = kill_when
             while process.is_alive() and self.finished(place) < units:
                 time.sleep(0.01)
-        process.join(kill_after)
-        process.kill()
-        process.join()
-        return self.noted(place)
-
-    def noted(self, place: Path) -> list[dict[str, Any]]:
-        """What the last run has noted until now."""
-        log = place / "log"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        processes.end(process, kill_after)
+        return processes.noted(place / "log")
 
     def finished(self, place: Path) -> int:
         """How many units the last run has reported as finished; -1 before it begins with them."""
-        return max((line.get("done", -1) for line in self.noted(place)), default=-1)
+        notes = processes.noted(place / "log")
+        return max((line.get("done", -1) for line in notes), default=-1)
+
+    def counts(self, noted: Notes, resumed: Notes) -> dict[str, int]:
+        """Units that a run had reported as finished, and of these, those that the next did anew."""
+        reported = max((line.get("done", 0) for line in noted), default=0)
+        kept = next((line["done"] for line in resumed if "done" in line), self.units)
+        return {"reported": reported, "lost": max(0, reported - kept)}
 
 
 def kills(runs: Runs, count: int, workers: int) -> list[dict[str, Any]]:
@@ -121,17 +129,13 @@ def full_disks(runs: Runs) -> list[dict[str, Any]]:
     return outcomes
 
 
-def check_after(runs: Runs, place: Path, noted: list[dict[str, Any]]) -> dict[str, Any]:
+def check_after(runs: Runs, place: Path, noted: Notes) -> dict[str, Any]:
     """What an interrupted run left, and whether one worker goes on to the same figures."""
-    reported = max((line.get("done", 0) for line in noted), default=0)
     resumed = runs.run(place)
-    kept = next((line["done"] for line in resumed if "done" in line), runs.units)
     return {
-        "reported": reported,
-        "lost": max(0, reported - kept),
+        **runs.counts(noted, resumed),
         "same": (place / "r" / "metrics.parquet").read_bytes() == runs.whole,
         "left": sorted(f.name for f in (place / "r").iterdir() if f.name[0] == "."),
-        "line": next((line["line"] for line in noted if "line" in line), None),
     }
 
 

@@ -1,10 +1,10 @@
 """How long the exact pass takes beside attention itself, on the same tensors in one run.
 
-    python benchmarks/replay.py --trace t.zarr --layer 10
+    python -m benchmarks.speed.replay --trace t.zarr --layer 10
 
-    python benchmarks/replay.py --device cuda --topk 64 256 --alike 64
+    python -m benchmarks.speed.replay --device cuda --topk 64 256 --alike 64
 
-    python benchmarks/replay.py --positions 1024 2048 4096 8192 --topk 64 --plot sweep.png
+    python -m benchmarks.speed.replay --positions 1024 2048 4096 8192 --topk 64 --plot sweep.png
 
 Without a trace it takes random tensors: of SmolLM2's shape in float32, or on a GPU of 32 heads over
 8 kv heads of 128 channels in bfloat16. `--alike n` makes n neighbouring keys alike, one of 200
@@ -24,7 +24,6 @@ of the length, or more than half of the memory that is free, is left out, and th
 
 import argparse
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +35,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import page
+from benchmarks.machine import processor, resident
 from retrace.analyze.exact.reference import exact_pass
 from retrace.analyze.units.unit import Block, HeadGroup, Unit, load_units
 from retrace.traces import LayerRules, open_trace
@@ -52,11 +53,7 @@ def main() -> None:
     for positions in arguments.positions or [None]:
         units = _units(arguments, positions)
         points += _point(units, arguments, points)
-    text = _table(points, units, arguments)
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+    page.publish(_table(points, units, arguments), arguments.out)
     if arguments.plot:
         _plot(points, arguments.plot, _machine(arguments))
 
@@ -112,7 +109,7 @@ def _point(
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = page.parser(__doc__)
     parser.add_argument("--trace", type=Path, help="a trace; random tensors if left out")
     parser.add_argument("--layer", type=int, default=0)
     parser.add_argument("--sequence", type=int, default=0)
@@ -126,7 +123,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--limit", type=float, default=60, help="seconds of one run at most")
     parser.add_argument("--plot", type=Path, help="draw the times over the positions")
-    parser.add_argument("--out", type=Path, help="write the table to this file as well")
     return parser.parse_args()
 
 
@@ -200,13 +196,6 @@ def _memory_at_most() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resident("VmHWM")
-
-
-def resident(which: str) -> int:
-    """Bytes of this process's resident set: VmRSS now, VmHWM at most so far. What `getrusage` calls
-    the peak begins with that of the process that started this one."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
 
 
 def _free_bytes() -> int:
@@ -333,18 +322,6 @@ def _plot(points: list[Point], path: Path, machine: str) -> None:
 def _machine(arguments: argparse.Namespace) -> str:
     name = processor(arguments.device)
     return f"{name}, {arguments.threads} threads, torch {torch.__version__}"
-
-
-def processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return next(
-            line.split(":")[1].strip() for line in facts.splitlines() if "model name" in line
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """All methods at equal bytes: what each is worth for what it reads.
 
-    python benchmarks/methods.py --trace t.zarr --out docs/equal-bytes.md
+    python -m benchmarks.science.methods --trace t.zarr --out docs/equal-bytes.md
 
 Replays every installed method with its defaults at the budgets of `--topk`, for queries that see at
 least `--min-context` keys, in all layers, since some methods select in few of them for the others,
@@ -100,7 +100,8 @@ def _page(trace: Trace, results: Results, arguments: argparse.Namespace) -> str:
         "",
         f"{_source(trace)}; all layers, queries from position {arguments.min_context} on, protocol "
         f"`{run['protocol']}`. Sequences for calibration, which no figure is from: "
-        f"{_listed(run['calibration'] or ['none'])}. Made by `python benchmarks/methods.py`.",
+        f"{_listed(run['calibration'] or ['none'])}. "
+        "Made by `python -m benchmarks.science.methods`.",
     ]
     for share in arguments.bytes:
         rows, beyond = [], []

@@ -1,0 +1,1 @@
+"""What is lost when something fails, and what a long life leaks."""

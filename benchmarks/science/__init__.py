@@ -1,0 +1,1 @@
+"""What retrace finds and records: methods at equal bytes, replay beside the loop, models."""

@@ -1,0 +1,1 @@
+"""What time, memory and money a capture and a replay take."""

@@ -122,7 +122,7 @@ def right_choices(points: pd.DataFrame, figure: Figure) -> tuple[float, int]:
         if one["low"] > other["high"] or other["low"] > one["high"]:
             pairs += 1
             right += (x.iloc[i] - x.iloc[j]) * (one["difference"] - other["difference"]) > 0
-    return right / pairs, pairs
+    return right / pairs if pairs else float("nan"), pairs
 
 
 def _page(arguments: argparse.Namespace, points: pd.DataFrame, held_out: Sequence[int]) -> str:
@@ -165,7 +165,7 @@ def _page(arguments: argparse.Namespace, points: pd.DataFrame, held_out: Sequenc
             low, high = interval(points, figure, statistic)
             cells.append(f"{statistic(points, figure):.2f} ({low:.2f} to {high:.2f})")
         share, pairs = right_choices(points, figure)
-        cells.append(f"{share:.0%} of {pairs:,}")
+        cells.append(f"{share:.0%} of {pairs:,}" if pairs else "no pair is certain")
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## What it means", "", _meaning(points)]
     lines += ["", "## Every point", "", "Loss in nats per token, and in brackets the error norm."]
@@ -186,15 +186,20 @@ def _meaning(points: pd.DataFrame) -> str:
     best = max(PREDICTORS, key=lambda name: within_a_budget(points, PREDICTORS[name]))
     share, pairs = right_choices(points, PREDICTORS[best])
     spent = spearman(points, PREDICTORS["bytes not read"])
+    certain = (
+        f"It is right for {share:.0%} of the {pairs:,} pairs whose order in the loop is certain. "
+        if pairs
+        else "The order of no pair in the loop is certain. "
+    )
     sentences = [
-        f"The figure that orders methods of one budget best is {best}. It is right for {share:.0%} "
-        f"of the {pairs:,} pairs whose order in the loop is certain. Part of every correlation is "
-        "the budget's, since whoever reads more loses less: bytes alone have a rank correlation "
-        f"of {spent:.2f}. What replay adds is in the column *within a budget*, where intervals are "
-        "wide: trust large differences, and run the few candidates that are left in the loop "
-        "(`retrace evaluate`). Replay counts keys and mass where the inputs are exact, so that it "
-        "says nothing of how errors add up over layers. Farthest off, by ranks among all "
-        f"{len(points)} points, the first losing least:"
+        f"The figure that orders methods of one budget best is {best}. {certain}Part of every "
+        "correlation is the budget's, since whoever reads more loses less: bytes alone have a "
+        f"rank correlation of {spent:.2f}. What replay adds is in the column *within a "
+        "budget*, where intervals are wide: trust large differences, and run the few "
+        "candidates that are left in the loop (`retrace evaluate`). Replay counts keys and "
+        "mass where the inputs are exact, so that it says nothing of how errors add up over "
+        f"layers. Farthest off, by ranks among all {len(points)} points, the first losing "
+        "least:"
     ]
     for name in ("error norm", "attention mass lost"):
         ranks = stats.rankdata(PREDICTORS[name](points))

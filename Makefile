@@ -57,13 +57,13 @@ pytest: $(VENV)/installed
 oldest:
 	rm -rf build/oldest && mkdir -p build && $(PYTHON) -m venv build/oldest
 	.ci/oldest $(if $(TORCH),torch==$(TORCH)) > build/oldest.txt
-	build/oldest/bin/pip install --quiet -c build/oldest.txt -e '.[all]' pytest hypothesis
+	build/oldest/bin/pip install --quiet -c build/oldest.txt -e '.[all]' beartype pytest hypothesis
 	build/oldest/bin/pytest -W default $(COMMANDS)
 
 ## The same with the newest, of this Python (PYTHON=python3.13).
 newest:
 	rm -rf build/newest && mkdir -p build && $(PYTHON) -m venv build/newest
-	build/newest/bin/pip install --quiet $(if $(TORCH),torch==$(TORCH)) -e '.[all]' pytest hypothesis
+	build/newest/bin/pip install --quiet $(if $(TORCH),torch==$(TORCH)) -e '.[all]' beartype pytest hypothesis
 	build/newest/bin/pytest -W default $(COMMANDS)
 
 format: $(VENV)/installed

@@ -1,12 +1,24 @@
-"""What holds for all tests: how hypothesis draws, a bound on memory, no waiting for the disk."""
+"""What holds for all tests: how hypothesis draws, types that are checked, a bound on memory, no
+waiting for the disk."""
 
+import inspect
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
+
+CHECKED = (
+    "retrace.analyze.methods.base",
+    "retrace.analyze.units.past",
+    "retrace.analyze.units.selection",
+    "retrace.analyze.units.unit",
+)
+"""Modules whose shapes and dtypes are checked at every call, in this process alone."""
 
 # The same examples whenever and wherever they are drawn, however slow the machine is. Drawn
 # anew they are other ones each time, and what fails can be told to be drawn again.
@@ -19,6 +31,23 @@ settings.register_profile("same", common, derandomize=True)
 settings.register_profile("anew", common, derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("RETRACE_EXAMPLES", "same"))
 FSYNC = os.fsync
+
+
+def of_shapes_alone(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
+    """What the hook decorates with, less what names no shape: properties of a number or a flag
+    would take most of the time."""
+
+    def decorator(*, typechecker: Any) -> Callable[[Any], Any]:
+        check = jaxtyped(typechecker=typechecker)
+        return lambda own: check(own) if "jaxtyping" in repr(inspect.get_annotations(own)) else own
+
+    return decorator
+
+
+jaxtyping.jaxtyped = of_shapes_alone(jaxtyping.jaxtyped)
+# An int passes for a float, as it does for mypy.
+TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook(CHECKED, TYPECHECKER)
 
 
 @pytest.fixture(autouse=True, scope="session")

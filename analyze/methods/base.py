@@ -10,6 +10,9 @@ The fields of the dataclass are the method's hyperparameters, with the published
 them can be set in a spec (`quest:page=32`). A method keeps nothing between calls: what `build`
 returns is handed back to every later call as `state`. All queries that a method meets are scaled as
 the layer scales them, so that their products with keys are logits (before a softcap).
+
+Shapes and dtypes are types, in the words of jaxtyping: `Float32[Tensor, "keys channels"]`. `#group`
+is the group or one for all of it, and `Float` and `Real` are any floating and any number.
 """
 
 import importlib.util
@@ -18,6 +21,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+from jaxtyping import Bool, Float, Float32, Int64, Real
 from torch import Tensor
 
 from retrace.analyze.methods.hooks import calling, numbers
@@ -185,17 +189,19 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} is fitted and must define extend().")
 
-    def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
+    def aux_bytes(
+        self, state: Any, keys: Int64[Tensor, "queries"], group: HeadGroup
+    ) -> Real[Tensor, "queries"] | float:
         """Bytes that finding keys reads of the state, once for a query's whole group.
 
         Args:
             state: what answers the queries.
-            keys: how many keys each query sees (queries,) int64.
+            keys: how many keys each query sees.
             group: the kv head, its layer's rules, and the bytes of a key and a value as served.
 
         Returns:
-            Bytes (queries,), or a number for all: finite, and not negative. By default all keys, in
-            a method that `holds_keys`, else nothing.
+            Bytes, or a number for all queries: finite, and not negative. By default all keys, in a
+            method that `holds_keys`, else nothing.
         """
         return keys * group.key_bytes if self.reads_all_keys else 0.0
 
@@ -219,20 +225,25 @@ class ScoreMethod(Method):
     budget: Budget = field(default=Budget(), metadata=BUDGET)
     output: str = field(default="renorm", metadata=OUTPUT)
 
-    def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
+    def scores(
+        self,
+        state: Any,
+        queries: Float32[Tensor, "group queries channels"],
+        positions: Int64[Tensor, "queries"],
+    ) -> Float[Tensor, "group queries units"]:
         """Estimate how much each key, or page of keys, is worth to each query.
 
         Args:
             state: what `build` or `extend` gave; do not change it.
-            queries: (group, queries, channels) float32; with `pool=mean-query` the group is one.
-            positions: of the queries (queries,) int64, ascending.
+            queries: of the group; with `pool=mean-query` that is one.
+            positions: of the queries, ascending.
 
         Returns:
-            Scores (group, queries, units) of a floating dtype. Units are keys, or pages where
-            `unit_size` is more than 1, from the sequence's first to at least the one at the last of
-            `positions`. Higher is better, and -inf is never attended. Units that a query does not
-            see may hold anything but NaN. Where scores estimate logits, a budget by mass or
-            threshold, a softmax in pooling and mean fill mean what they say.
+            Units are keys, or pages where `unit_size` is more than 1, from the sequence's first to
+            at least the one at the last of `positions`. Higher is better, and -inf is never
+            attended. Units that a query does not see may hold anything but NaN. Where scores
+            estimate logits, a budget by mass or threshold, a softmax in pooling and mean fill mean
+            what they say.
         """
         raise NotImplementedError
 
@@ -265,15 +276,17 @@ class ScoreMethod(Method):
         leave layers dense, or find keys there by full attention."""
         return False
 
-    def evicted(self, state: Any, end: int) -> Tensor | None:
-        """Which of the keys before `end` are gone for good (keys,) bool, so that not even `keep`
+    def evicted(self, state: Any, end: int) -> Bool[Tensor, "keys"] | None:
+        """Which of the keys before `end` are gone for good, so that not even `keep`
         brings them back; None where none is."""
         return None
 
-    def allowance(self, state: Any, ks: Tensor) -> Tensor:
-        """How many keys each head may attend at budgets (budgets, 1, 1), ascending, where heads or
-        layers share one: (budgets, group or 1, 1) int64, which never fall from one budget to the
-        next. Recall still counts a head's k best keys only."""
+    def allowance(
+        self, state: Any, ks: Int64[Tensor, "budgets 1 1"]
+    ) -> Int64[Tensor, "budgets #group 1"]:
+        """How many keys each head may attend at budgets `ks`, ascending, where heads or layers
+        share one: of each head of the group, or one number for all, which never fall from one
+        budget to the next. Recall still counts a head's k best keys only."""
         return ks
 
 
@@ -293,19 +306,19 @@ class EvictionMethod(ScoreMethod):
     keeps_new: ClassVar[bool] = True
     holds_keys: ClassVar[bool | None] = False
 
-    def importance(self, past: Past) -> Tensor:
+    def importance(self, past: Past) -> Float[Tensor, "keys"] | Float[Tensor, "group keys"]:
         """Say how much each key is worth to all later queries.
 
         Args:
             past: what ends where the choice is made.
 
         Returns:
-            One number per key (keys,), or (group, keys) where heads of a group differ.
+            One number per key, or per head and key where heads of a group differ.
         """
         raise NotImplementedError
 
-    def build(self, past: Past) -> Any:
-        """The importance of each key (group or 1, keys)."""
+    def build(self, past: Past) -> Float[Tensor, "#group keys"]:
+        """The importance of each key."""
         with calling("importance()", lambda: last_of(past)):
             importance = self.importance(past)
         importance = numbers(importance, "importance()", lambda: last_of(past), past.keys)
@@ -317,9 +330,14 @@ class EvictionMethod(ScoreMethod):
             )
         return importance.reshape(-1, keys)
 
-    def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
+    def scores(
+        self,
+        state: Float[Tensor, "#group keys"],
+        queries: Float32[Tensor, "group queries channels"],
+        positions: Int64[Tensor, "queries"],
+    ) -> Float[Tensor, "group queries units"]:
         """The same for every query."""
-        scores: Tensor = state[:, None, : int(positions[-1]) + 1]
+        scores = state[:, None, : int(positions[-1]) + 1]
         return scores.expand(*queries.shape[:2], -1)
 
 
@@ -342,17 +360,19 @@ class SearchMethod(Method):
         metadata={"help": "keys that join the index together; those since are searched exactly"},
     )
 
-    def search(self, state: Any, queries: Tensor, k: int) -> Tensor:
+    def search(
+        self, state: Any, queries: Float32[Tensor, "group queries channels"], k: int
+    ) -> Int64[Tensor, "group queries {k}"]:
         """Find keys.
 
         Args:
             state: what `build` or `extend` gave; do not change it.
-            queries: (group, queries, channels) float32.
+            queries: of the group.
             k: how many are wanted.
 
         Returns:
-            Ids (group, queries, k) int64, best first, each once, -1 where there are fewer. They
-            count from the first key of the past.
+            Ids, best first, each once, -1 where there are fewer. They count from the first key of
+            the past.
         """
         raise NotImplementedError
 
@@ -366,19 +386,25 @@ class AttendMethod(Method):
     """
 
     def attend(
-        self, state: Any, queries: Tensor, positions: Tensor, k: int
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        state: Any,
+        queries: Float32[Tensor, "group queries channels"],
+        positions: Int64[Tensor, "queries"],
+        k: int,
+    ) -> tuple[
+        Float[Tensor, "group queries value_channels"], Int64[Tensor, "group queries attended"]
+    ]:
         """Compute the attention output.
 
         Args:
             state: what `build` or `extend` gave; do not change it.
-            queries: (group, queries, channels) float32.
-            positions: of the queries (queries,) int64, ascending.
+            queries: of the group.
+            positions: of the queries, ascending.
             k: the budget: keys per query and head.
 
         Returns:
-            The output (group, queries, value channels), and the ids (group, queries, any) int64 of
-            the keys attended, in the method's own order, of which recall takes the first k; -1
-            where there are fewer. `partial_attention.attended_ids` of the toolkit makes such ids.
+            The output, and the ids of the keys attended, in the method's own order, of which recall
+            takes the first k; -1 where there are fewer. `partial_attention.attended_ids` of the
+            toolkit makes such ids.
         """
         raise NotImplementedError

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from retrace.analyze.methods.base import (
     EvictionMethod,
@@ -33,7 +34,7 @@ def select_by_eviction(
     heads = [(_end_of_past(unit, served.built).unit, state) for unit, state in served.heads]
     left = select_by_score(method, replace(served, heads=tuple(heads)), ended, ks)
     aux = aux_bytes(method, served.state, block)
-    return [replace(_since(kept, served.built, block), aux_bytes=aux) for kept in left]
+    return [_since(kept, served.built, block, aux) for kept in left]
 
 
 def _end_of_past(unit: Unit, end: int) -> Block:
@@ -49,9 +50,9 @@ def _end_of_past(unit: Unit, end: int) -> Block:
     return block
 
 
-def _since(left: Selection, built: int, block: Block) -> Selection:
+def _since(left: Selection, built: int, block: Block, aux: Tensor) -> Selection:
     """The keys from `built` on, the newest first, and those of a selection (group, 1, listed) that
-    each of the block's queries still sees."""
+    each of the block's queries still sees; `aux` bytes (queries,) are read to find them."""
     first = torch.full_like(block.positions, built)
     new = kept_ids(0, first, block)
     new_count = (new >= 0).sum(dim=-1)
@@ -72,4 +73,5 @@ def _since(left: Selection, built: int, block: Block) -> Selection:
         first_given=None if given is None else given.expand(-1, len(block.positions)),
         extra_keys=new_count[0],
         estimates=estimates,
+        aux_bytes=aux,
     )

@@ -231,16 +231,7 @@ def _copy(selection: Selection) -> Selection:
 
 def _row(selections: list[Selection], row: int) -> list[Selection]:
     """What was selected for one query of a block."""
-    one = slice(row, row + 1)
-    return [
-        dataclasses.replace(
-            whole,
-            ids=whole.ids[:, one],
-            attended=whole.attended if whole.attended.shape[2] == 1 else whole.attended[:, :, one],
-            output=None if whole.output is None else whole.output[:, :, one],
-        )
-        for whole in selections
-    ]
+    return [whole.rows(slice(row, row + 1)) for whole in selections]
 
 
 def _same(ours: list[Selection], others: list[Selection]) -> bool:

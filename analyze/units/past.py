@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from retrace.analyze.units.attention import log_normalizer, softcap, visible
@@ -47,46 +48,49 @@ class Past:
         return self.unit.group
 
     @property
-    def keys(self) -> Tensor:
-        """(keys, channels) float32, as attention sees them."""
+    def keys(self) -> Float32[Tensor, "keys channels"]:
+        """As attention sees them."""
         return self.unit.keys[self.start : self.end]
 
     @property
-    def values(self) -> Tensor:
-        """(keys, value channels) float32"""
+    def values(self) -> Float32[Tensor, "keys value_channels"]:
+        """Of the same keys."""
         return self.unit.values[self.start : self.end]
 
     @property
-    def query_positions(self) -> Tensor:
-        """Positions (queries,) int64 of the queries, ascending; a trace may hold only some."""
+    def query_positions(self) -> Int64[Tensor, "queries"]:
+        """Positions of the queries, ascending; a trace may hold only some."""
         return self.unit.positions[self._rows]
 
     @cached_property
-    def queries(self) -> Tensor:
-        """The queries of the group (group, queries, channels) float32, scaled as the layer scales
-        them: their products with keys are logits."""
+    def queries(self) -> Float32[Tensor, "group queries channels"]:
+        """The queries of the group, scaled as the layer scales them: their products with keys are
+        logits."""
         return self.unit.queries[:, self._rows] * self.group.rules.scale
 
-    def queries_at(self, positions: Tensor, heads: int) -> Tensor:
-        """The queries at these of their positions (heads, positions, channels), or one mean of the
-        group where fewer heads are asked for."""
+    def queries_at(
+        self, positions: Int64[Tensor, "rows"], heads: int
+    ) -> Float32[Tensor, "{heads} rows channels"]:
+        """The queries at these of their positions, or one mean of the group where fewer heads are
+        asked for."""
         queries = self.queries[:, torch.searchsorted(self.query_positions, positions)]
         return queries if heads == len(queries) else queries.mean(dim=0, keepdim=True)
 
     @cached_property
-    def keys_before_rotation(self) -> Tensor:
-        """The keys before position encoding (keys, channels)."""
+    def keys_before_rotation(self) -> Float32[Tensor, "keys channels"]:
+        """The keys before position encoding."""
         positions = torch.arange(self.start, self.end)
         return self._turned(self._rotation.undo, self.keys, positions)
 
     @cached_property
-    def queries_before_rotation(self) -> Tensor:
-        """The scaled queries before position encoding (group, queries, channels)."""
+    def queries_before_rotation(self) -> Float32[Tensor, "group queries channels"]:
+        """The scaled queries before position encoding."""
         return self._turned(self._rotation.undo, self.queries, self.query_positions)
 
-    def rotated(self, vectors: Tensor, positions: Tensor) -> Tensor:
-        """Vectors (..., positions, channels) with the layer's position encoding for `positions`
-        (positions,)."""
+    def rotated(
+        self, vectors: Float[Tensor, "*heads rows channels"], positions: Int64[Tensor, "rows"]
+    ) -> Float[Tensor, "*heads rows channels"]:
+        """Vectors with the layer's position encoding for `positions`."""
         return self._turned(self._rotation.apply, vectors, positions)
 
     @cached_property
@@ -112,8 +116,10 @@ class Past:
             for unit in neighbours.units(index)
         )
 
-    def asked(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Some of the queries (group, rows, channels), scaled, and their positions (rows,).
+    def asked(
+        self, rows: slice | Int64[Tensor, "rows"]
+    ) -> tuple[Float32[Tensor, "group rows channels"], Int64[Tensor, "rows"]]:
+        """Some of the queries, scaled, and their positions.
 
         Raises:
             RetraceError: the trace holds no query of these positions.
@@ -126,9 +132,9 @@ class Past:
             )
         return self.queries[:, rows], positions
 
-    def attention(self, rows: slice | Tensor) -> Tensor:
-        """Exact attention probabilities (group, rows, keys) of some of the queries over the keys;
-        0 where a query does not see a key. `slice(-32, None)` are the last 32 queries.
+    def attention(self, rows: slice | Int64[Tensor, "rows"]) -> Float32[Tensor, "group rows keys"]:
+        """Exact attention probabilities of some of the queries over the keys; 0 where a query does
+        not see a key. `slice(-32, None)` are the last 32 queries.
 
         Raises:
             RetraceError: the trace holds no query of these positions.
@@ -158,9 +164,9 @@ class Past:
     def _turned(
         self,
         turn: Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.NDArray[Any]],
-        vectors: Tensor,
-        positions: Tensor,
-    ) -> Tensor:
+        vectors: Float[Tensor, "*heads rows channels"],
+        positions: Int64[Tensor, "rows"],
+    ) -> Float[Tensor, "*heads rows channels"]:
         turned = turn(vectors.cpu().numpy(), positions.cpu().numpy() + self.unit.first)
         return torch.from_numpy(np.asarray(turned)).to(vectors)
 

@@ -1,8 +1,10 @@
 """The keys that a method attends, as one ranked list per query, and what is allowed in it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int64, Real
 from torch import Tensor
 
 from retrace.analyze.units.unit import Block
@@ -10,6 +12,18 @@ from retrace.traces import RetraceError
 
 SORT_COST = 8
 """How many times dearer it is to sort an id than to mark a key."""
+
+
+QUERY_AXES = {
+    "ids": 1,
+    "attended": 2,
+    "first_given": 1,
+    "extra_keys": 0,
+    "estimates": 1,
+    "output": 2,
+    "aux_bytes": 0,
+}
+"""The axis of a selection's tensors along which there are queries."""
 
 
 @dataclass(frozen=True)
@@ -21,36 +35,48 @@ class Selection:
 
     ks: tuple[int, ...]
     """Budgets, ascending."""
-    ids: Tensor
-    """Key ids (group, queries, listed) int64, best first, -1 only at the end."""
-    attended: Tensor
-    """Keys attended at each budget (budgets, group or 1, queries or 1) int64, never falling."""
+    ids: Int64[Tensor, "group queries listed"]
+    """Key ids, best first, -1 only at the end."""
+    attended: Int64[Tensor, "budgets #group #queries"]
+    """Keys attended at each budget, never falling; one number where heads or queries are alike."""
     sink: int = 0
     """Keys below this position did not have to be found: they are always kept."""
-    first_given: Tensor | None = None
-    """Nor did keys from this position of each query on: kept, or not yet indexed. (budgets,
-    queries), never rising from one budget to the next, or (1, queries) for all."""
-    extra_keys: Tensor | int = 0
-    """How many of the attended keys come besides the budget (queries,)."""
-    estimates: Tensor | None = None
-    """For mean fill: the method's own probability of each listed key, like ids."""
+    first_given: Int64[Tensor, "#budgets queries"] | None = None
+    """Nor did keys from this position of each query on: kept, or not yet indexed. Never rising from
+    one budget to the next, or one number for all."""
+    extra_keys: Int64[Tensor, "#queries"] | int = 0
+    """How many of the attended keys come besides the budget: of each query, or alike."""
+    estimates: Float[Tensor, "group queries listed"] | None = None
+    """For mean fill: the method's own probability of each listed key."""
     true_denominator: bool = False
     """Whether the output is divided by the sum over all visible keys."""
-    output: Tensor | None = None
-    """The method's own output (budgets, group, queries, value channels)."""
-    aux_bytes: Tensor | float = 0.0
-    """Bytes read to find the list, per query of the whole group (queries,)."""
+    output: Float[Tensor, "budgets group queries value_channels"] | None = None
+    """The method's own output."""
+    aux_bytes: Real[Tensor, "queries"] | float = 0.0
+    """Bytes read to find the list, per query of the whole group."""
     attended_bytes: float | None = None
     """Bytes of one attended key and value, read once for the group; both in full if None."""
 
-    def given_from(self, ids: Tensor) -> Tensor:
-        """The first budget at which each key (group, queries, any) did not have to be found; the
-        number of budgets where all had to."""
+    def given_from(
+        self, ids: Int64[Tensor, "group queries any"]
+    ) -> Int64[Tensor, "group queries any"]:
+        """The first budget at which each key did not have to be found; the number of budgets where
+        all had to."""
         budgets = torch.full_like(ids, len(self.ks))
         if self.first_given is not None:
             at = (self.first_given[..., None, :, None] > ids).sum(dim=0)
             budgets = torch.where(at == len(self.first_given), budgets, at)
         return budgets.masked_fill(ids < self.sink, 0)
+
+    def rows(self, rows: slice) -> "Selection":
+        """The same for some of the queries."""
+
+        def some(field: Any, axis: int) -> Any:
+            if not isinstance(field, Tensor) or field.shape[axis] == 1:  # for all alike
+                return field
+            return field[(slice(None),) * axis + (rows,)]
+
+        return replace(self, **{n: some(getattr(self, n), axis) for n, axis in QUERY_AXES.items()})
 
     @property
     def anything_given(self) -> bool:
@@ -58,13 +84,13 @@ class Selection:
         return self.sink > 0 or self.first_given is not None
 
 
-def missing_last(ids: Tensor) -> Tensor:
-    """Ids (..., listed) with every -1 at the end and the order of the others kept."""
+def missing_last(ids: Int64[Tensor, "*lists listed"]) -> Int64[Tensor, "*lists listed"]:
+    """Ids with every -1 at the end and the order of the others kept."""
     return ids.gather(-1, (ids < 0).to(torch.uint8).argsort(dim=-1, stable=True))
 
 
-def check_ids(ids: Tensor, block: Block) -> None:
-    """Refuse ids (group, queries, any) that a query can't attend, naming the first.
+def check_ids(ids: Int64[Tensor, "group queries any"], block: Block) -> None:
+    """Refuse ids that a query can't attend, naming the first.
 
     Those are a future key, one outside the layer's window, and a key that comes twice.
     """
@@ -83,8 +109,8 @@ def check_ids(ids: Tensor, block: Block) -> None:
         raise RetraceError(f"returned key {key} twice at {where(block, head, row)}.")
 
 
-def _repeated(ids: Tensor, end: int) -> Tensor:
-    """Which ids (..., listed) below `end` stand in their list once more; never -1."""
+def _repeated(ids: Int64[Tensor, "*lists listed"], end: int) -> Bool[Tensor, "*lists listed"]:
+    """Which ids below `end` stand in their list once more; never -1."""
     places = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
     if SORT_COST * ids.shape[-1] < end:
         ordered, order = ids.sort(dim=-1, stable=True)
@@ -97,8 +123,8 @@ def _repeated(ids: Tensor, end: int) -> Tensor:
     return repeated & (ids >= 0)
 
 
-def check_finite(tensor: Tensor, name: str, block: Block) -> None:
-    """Refuse NaN in a method's tensor (group, queries, any), naming where the first is."""
+def check_finite(tensor: Float[Tensor, "group queries any"], name: str, block: Block) -> None:
+    """Refuse NaN in a method's tensor, naming where the first is."""
     # One pass in the usual case: a sum is NaN only where a term is, or where infinities cancel.
     if bool(tensor.sum().isnan()) and bool(tensor.isnan().any()):
         head, row = tensor.isnan().nonzero()[0].tolist()[:2]

@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import chain
 
 import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from retrace.analyze.units.attention import first_visible, score, scores_at, visible
@@ -75,16 +76,13 @@ class Unit:
     """One kv head's keys and values with the queries of its group, in float32."""
 
     group: HeadGroup
-    queries: Tensor
-    """(group, queries, channels)"""
-    positions: Tensor
-    """Position of each query (queries,) int64, ascending."""
-    keys: Tensor
-    """(positions, channels)"""
-    values: Tensor
-    """(positions, value channels)"""
-    sinks: Tensor | None
-    """Learned logit per query head (group,), where the layer has them."""
+    queries: Float32[Tensor, "group queries channels"]
+    positions: Int64[Tensor, "queries"]
+    """Position of each query, ascending."""
+    keys: Float32[Tensor, "keys channels"]
+    values: Float32[Tensor, "keys value_channels"]
+    sinks: Float32[Tensor, "group"] | None
+    """Learned logit per query head, where the layer has them."""
     neighbours: "Neighbours | None" = None
     """The other kv heads and layers of the sequence; None where there is no trace to read."""
     dtype: torch.dtype = torch.float32
@@ -115,14 +113,14 @@ class Unit:
         return Seal({f"the {name} of {place}": tensor for name, tensor in tensors.items()})
 
     @cached_property
-    def longest_keys(self) -> Tensor:
-        """Norm of the longest key up to each position (positions,) float64."""
+    def longest_keys(self) -> Float64[Tensor, "keys"]:
+        """Norm of the longest key up to each position."""
         norms: Tensor = torch.linalg.vector_norm(self.keys, dim=-1).cummax(dim=0).values
         return norms.double()
 
     @cached_property
-    def mean_values(self) -> Tensor:
-        """Mean of the values that a query at each position sees (positions, value channels)."""
+    def mean_values(self) -> Float32[Tensor, "keys value_channels"]:
+        """Mean of the values that a query at each position sees."""
         last = torch.arange(len(self.values), device=self.values.device)
         first = first_visible(last, self.group.rules)
         sums = torch.nn.functional.pad(self.values.double().cumsum(dim=0), (0, 0, 1, 0))
@@ -186,14 +184,17 @@ def make_units(
     layer: int,
     sequence: int,
     rules: LayerRules,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    positions: Tensor,
+    tensors: tuple[
+        Float[Tensor, "heads queries channels"],
+        Float[Tensor, "kv_heads keys channels"],
+        Float[Tensor, "kv_heads keys value_channels"],
+    ],
+    positions: Int64[Tensor, "queries"],
     neighbours: "Neighbours | None",
     first_kv_head: int = 0,
 ) -> Iterator[Unit]:
-    """The units of queries (heads, queries, channels), keys (kv_heads, positions, channels) and
-    values (kv_heads, positions, value channels) of any dtype, kv head by kv head: of a whole layer,
-    or of its kv heads from one on."""
+    """The units of queries, keys and values, kv head by kv head: of a whole layer, or of its kv
+    heads from one on."""
     queries, keys, values = tensors
     for i in range(len(keys)):
         group = HeadGroup(layer, sequence, first_kv_head + i, rules)
@@ -290,19 +291,19 @@ class Block:
         """One past the last key that is visible to any of the queries."""
 
     @cached_property
-    def visible(self) -> Tensor:
-        """Which keys each query sees: bool (queries, keys)."""
+    def visible(self) -> Bool[Tensor, "queries keys"]:
+        """Which keys each query sees."""
         keys = torch.arange(self.end, device=self.positions.device)
         return visible(self.positions, keys, self.unit.group.rules)
 
     @cached_property
-    def visible_count(self) -> Tensor:
-        """How many keys each query sees (queries,)."""
+    def visible_count(self) -> Int64[Tensor, "queries"]:
+        """How many keys each query sees."""
         return self.positions - first_visible(self.positions, self.unit.group.rules) + 1
 
     @cached_property
-    def scores(self) -> Tensor:
-        """Exact scores (group, queries, keys), -inf where a key is not visible."""
+    def scores(self) -> Float32[Tensor, "group queries keys"]:
+        """Exact scores, -inf where a key is not visible."""
         if self._whole is not None:
             first = self.rows.start - self._whole.rows.start
             return self._whole.scores[:, first : first + len(self.positions), : self.end]
@@ -319,14 +320,16 @@ class Block:
         return scores
 
     @cached_property
-    def largest_products(self) -> Tensor:
-        """What no scaled product of a query with a key it sees exceeds (group, queries) float64:
-        those of their norms. The rounding of scores is in proportion to it."""
+    def largest_products(self) -> Float64[Tensor, "group queries"]:
+        """What no scaled product of a query with a key it sees exceeds: those of their norms. The
+        rounding of scores is in proportion to it."""
         norms: Tensor = torch.linalg.vector_norm(self.queries, dim=-1).double()
         return norms * self.unit.longest_keys[self.positions] * abs(self.unit.group.rules.scale)
 
-    def scores_at(self, ids: Tensor) -> Tensor:
-        """Exact scores (group, queries, any) float64 of key ids of that shape; -inf for the id -1.
+    def scores_at(
+        self, ids: Int64[Tensor, "group queries listed"]
+    ) -> Float64[Tensor, "group queries listed"]:
+        """Exact scores of key ids; -inf for the id -1.
 
         The same whether `scores` are known or not, and closer: those are rounded to float32.
         """

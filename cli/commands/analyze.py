@@ -240,18 +240,17 @@ def print_results(
 def print_figures(title: str, table: "pd.DataFrame", form: str, over: str = "") -> None:
     """Print a table of figures and words, as a table or in Markdown; `over` says which
     queries."""
-    lines = [
-        [cell if isinstance(cell, str) else f"{cell:.4f}" for cell in line]
-        for line in table.itertuples(index=False)
-    ]
+    from retrace.analyze.outputs.markdown import markdown_table
+
+    texts = table.map(lambda cell: cell if isinstance(cell, str) else f"{cell:.4f}")
     if form == "table":
-        print_table(list(table.columns), lines, title=f"{title}, {over}" if over else title)
-    else:
-        cells = [list(table.columns), ["---"] * len(table.columns), *lines]
-        say(f"### {title}\n")
-        if over:
-            say(f"{over.capitalize()}.\n")
-        say("\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n")
+        title = f"{title}, {over}" if over else title
+        print_table(list(texts), texts.to_numpy().tolist(), title=title)
+        return
+    say(f"### {title}\n")
+    if over:
+        say(f"{over.capitalize()}.\n")
+    say(markdown_table(texts) + "\n")
 
 
 def print_profile(results: "Results") -> None:

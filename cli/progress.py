@@ -1,11 +1,13 @@
 """Progress bars on stderr; none where that is no terminal."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from retrace.traces.progress import ShowDone, ShowStage
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def bars(facts: str, *, shown: bool = True) -> Iterator["Progress"]:
 
 
 @contextmanager
-def progress_bars(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars(unit: str = "") -> Iterator["ShowStage"]:
     """A function that shows how many of something are done, and of how many: a bar for each."""
     with bars(f"{{task.completed}}/{{task.total}} {unit}".rstrip()) as progress:
         rows: dict[str, TaskID] = {}
@@ -45,7 +47,7 @@ def progress_bars(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
 @contextmanager
 def progress_bar(
     verb: str = "Replaying", unit: str = "layers of sequences"
-) -> Iterator[Callable[[int, int], None]]:
+) -> Iterator["ShowDone"]:
     """A function that shows how many are done, and of how many."""
     with progress_bars(unit) as show:
         yield lambda done, total: show(verb, done, total)

@@ -1,6 +1,6 @@
 """Reading all of a trace, to name everything in it that is not as it was written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,14 +12,12 @@ import numpy.typing as npt
 from retrace.traces.errors import DamageError
 from retrace.traces.location import Location
 from retrace.traces.numbers import norms_of
+from retrace.traces.progress import ShowDone
 from retrace.traces.reader import Trace, open_trace
 from retrace.traces.schema import TENSOR_AXES
 
 READERS = 4
 """Threads that read, a layer of a sequence each."""
-
-ShowProgress = Callable[[int, int], None]
-"""Told how many layers of sequences are read, and of how many."""
 
 
 @dataclass
@@ -92,7 +90,7 @@ def verify_trace(
     trace: Trace | str | Location,
     *,
     layers: tuple[int, ...] | None = None,
-    progress: ShowProgress | None = None,
+    progress: ShowDone | None = None,
 ) -> Verification:
     """Read all of a trace and name what is damaged: what its checksum does not fit, what is cut
     short, missing, of another shape or dtype than the rules say, not finite or so large that it
@@ -198,7 +196,7 @@ def _finished(trace: Trace, found: Verification) -> tuple[int, ...]:
     return tuple(finished)
 
 
-def _check_tensors(trace: Trace, found: Verification, progress: ShowProgress | None) -> None:
+def _check_tensors(trace: Trace, found: Verification, progress: ShowDone | None) -> None:
     tasks = [(layer, sequence) for layer in found.layers for sequence in found.finished]
     with ThreadPoolExecutor(READERS, thread_name_prefix="retrace-reader") as pool:
         try:

@@ -18,7 +18,7 @@ from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.forecast import Estimate, forecast
 from retrace.analyze.replay.parts import PARTS, Job, KeptParts, clear_finished
 from retrace.analyze.replay.plan import Replayed
-from retrace.analyze.replay.tasks import Progress, replay_all
+from retrace.analyze.replay.tasks import replay_all
 from retrace.analyze.replay.trials import Trials
 from retrace.analyze.results import Results
 from retrace.analyze.selection.charges import CostError
@@ -26,6 +26,7 @@ from retrace.analyze.tables.build import tabulate
 from retrace.analyze.tables.saved import SAVED, finish_saving
 from retrace.analyze.workers.start import WORTH_PROCESSES, is_here, start_workers
 from retrace.traces import DamageError, Location, RetraceError, Trace
+from retrace.traces.progress import ShowDone
 from retrace.traces.storage.durable import within
 from retrace.traces.storage.lock import check_files, locked_folder
 
@@ -38,7 +39,7 @@ def analyze(
     topk: Sequence[int] = (10,),
     *,
     profile: bool = False,
-    progress: Progress | None = None,
+    progress: ShowDone | None = None,
     announce: Callable[[Estimate], None] | None = None,
     **options: Unpack[RunOptions],
 ) -> Results:

@@ -1,6 +1,6 @@
 """`calibrate`: let methods learn what they need, ahead of replaying them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Unpack
@@ -12,6 +12,7 @@ from retrace.analyze.replay.calibration import calibration_name, calibrations, k
 from retrace.analyze.workers.retry import finished
 from retrace.analyze.workers.start import is_here, start_workers
 from retrace.traces import Location, RetraceError, Trace, open_trace
+from retrace.traces.progress import ShowDone
 
 
 def calibrate(
@@ -20,7 +21,7 @@ def calibrate(
     sequences: Sequence[int] | None = None,
     *,
     again: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ShowDone | None = None,
     **options: Unpack[WorkOptions],
 ) -> list[Path]:
     """Calibrate a method, and keep what it learns beside the trace for `analyze` to find.

@@ -30,6 +30,7 @@ from retrace.analyze.units.unit import Unit, load_units
 from retrace.analyze.workers.retry import finished, name_missing, none_left
 from retrace.analyze.workers.start import start_workers
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
+from retrace.traces.progress import ShowDone
 
 log = logging.getLogger("retrace")
 
@@ -46,7 +47,7 @@ def compare(
     runs: Sequence[Trace | str | Location],
     *,
     methods: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: ShowDone | None = None,
     **options: Unpack[WorkOptions],
 ) -> Drift:
     """Compare runs of a model with a method in the loop with the exact run over the same tokens.
@@ -253,7 +254,7 @@ def _summary(name: str, run: _Run, likelihoods: pd.DataFrame) -> dict[str, Any]:
 def _all_finished(
     pool: Executor,
     calls: Mapping[Place, Callable[[], Distances]],
-    progress: Callable[[int, int], None] | None,
+    progress: ShowDone | None,
 ) -> tuple[dict[Place, Distances], dict[Place, str]]:
     """What the calls give, and what ended the workers of those that are missing."""
     found: dict[Place, Distances] = {}

@@ -15,10 +15,11 @@ from torch import Tensor
 from retrace.analyze.arguments import choose_device, choose_layers
 from retrace.analyze.exact.top_k import top
 from retrace.analyze.optional import optional
-from retrace.analyze.replay.tasks import Progress
+from retrace.analyze.storage.journal import Task
 from retrace.analyze.units.attention import first_visible
 from retrace.analyze.units.unit import HeadGroup, Unit, load_units, scores_at_once
 from retrace.traces import Location, RetraceError, Trace, open_trace
+from retrace.traces.progress import ShowDone
 from retrace.traces.storage.durable import (
     make_folder,
     remove_all,
@@ -83,7 +84,7 @@ def export(
     causal: bool = False,
     neighbors: int = 100,
     device: str = "auto",
-    progress: Progress | None = None,
+    progress: ShowDone | None = None,
 ) -> list[Path]:
     """Write a set of vectors for every kv head of some layers and sequences.
 
@@ -145,7 +146,7 @@ def export(
     return written
 
 
-def _check_all_seen(trace: Trace, tasks: Sequence[tuple[int, int]]) -> None:
+def _check_all_seen(trace: Trace, tasks: Sequence[Task]) -> None:
     """Refuse layers of which some query does not see all keys before it: an index that is asked
     without more words finds any of them."""
     narrow = {

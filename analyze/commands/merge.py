@@ -7,6 +7,7 @@ from retrace.analyze.commands.setup import earlier
 from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.parts import KeptParts, Part, finished_runs
 from retrace.analyze.results import Results
+from retrace.analyze.storage.journal import Task
 from retrace.analyze.tables.build import tabulate
 from retrace.analyze.tables.saved import SAVED
 from retrace.traces import RetraceError
@@ -68,7 +69,7 @@ def _merged(places: Sequence[Path], methods: Sequence[str]) -> Results:
 def _whole(everywhere: Sequence[KeptParts]) -> Results:
     """The results of one run, whose parts are in some folders."""
     job = everywhere[0].job
-    found: dict[tuple[int, int], Part] = {}
+    found: dict[Task, Part] = {}
     for kept in everywhere:
         found = kept.load_all(job.tasks) | found
     parts = {at: found[at] for at in job.tasks if at in found}
@@ -84,7 +85,7 @@ def _whole(everywhere: Sequence[KeptParts]) -> Results:
     return Results(**vars(tabulate(job, {at: p.tallies for at, p in parts.items()}, {}, spent)))
 
 
-def _what_is_missing(missing: list[tuple[int, int]], tasks: list[tuple[int, int]]) -> str:
+def _what_is_missing(missing: list[Task], tasks: list[Task]) -> str:
     layers: dict[int, list[str]] = {}
     for layer, sequence in missing:
         layers.setdefault(sequence, []).append(str(layer))

@@ -43,11 +43,11 @@ from retrace.analyze.recommendation.recommendation import (
     Recommendation,
     Target,
 )
-from retrace.analyze.replay.tasks import Progress
 from retrace.analyze.replay.trials import able_to_learn
 from retrace.analyze.results import Results
 from retrace.analyze.units.costs import SERVING_ITEMSIZE
 from retrace.traces import Location, RetraceError, Trace, open_trace
+from retrace.traces.progress import ShowDone
 
 log = logging.getLogger("retrace")
 
@@ -65,7 +65,7 @@ def recommend(
     methods: Methods = METHODS,
     topk: Sequence[int] = TOPK,
     *,
-    progress: Progress | None = None,
+    progress: ShowDone | None = None,
     **options: Unpack[AnalysisOptions],
 ) -> Recommendation:
     """The cheapest of these methods and budgets for every kv head that meets a target, chosen on

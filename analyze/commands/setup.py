@@ -24,6 +24,7 @@ from retrace.analyze.replay.plan import Replayed
 from retrace.analyze.replay.settings import Settings
 from retrace.analyze.replay.trials import able_to_learn
 from retrace.analyze.results import Results
+from retrace.analyze.storage.journal import Task
 from retrace.analyze.tables.saved import SAVING, names_in
 from retrace.traces import Location, RetraceError, Trace, open_trace
 from retrace.traces.storage.lock import LOCK
@@ -168,7 +169,7 @@ def _other_things(folder: Path) -> RetraceError:
     )
 
 
-def share(tasks: list[tuple[int, int]], index: int, count: int) -> list[tuple[int, int]]:
+def share(tasks: list[Task], index: int, count: int) -> list[Task]:
     """The tasks of one of so many parts."""
     if not 1 <= index <= count:
         raise RetraceError(f"Part {index}/{count}: expected 1/{count} to {count}/{count}.")

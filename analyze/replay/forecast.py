@@ -14,6 +14,7 @@ from retrace.analyze.replay.engine import replay_unit
 from retrace.analyze.replay.parts import Job
 from retrace.analyze.replay.plan import Plan, Replayed
 from retrace.analyze.replay.settings import Settings
+from retrace.analyze.storage.journal import Task
 from retrace.analyze.units.protocol import FIRST_BUILD
 from retrace.analyze.units.unit import HeadGroup, Unit, load_units
 from retrace.traces import Layer
@@ -27,7 +28,7 @@ class Estimate:
     """What a run takes besides what its folder and the kept exact answers hold already."""
 
     tasks: int
-    """Layers of sequences that are left to replay."""
+    """Those that are left to replay, a layer of a sequence each."""
     units: int
     """kv heads of those."""
     bytes: int
@@ -48,9 +49,7 @@ class Estimate:
         return asdict(self)
 
 
-def forecast(
-    job: Job, tasks: Sequence[tuple[int, int]], store: ReferenceStore, workers: int
-) -> Estimate:
+def forecast(job: Job, tasks: Sequence[Task], store: ReferenceStore, workers: int) -> Estimate:
     """What some tasks of a run take.
 
     A slice of the longest sequence's first unit is replayed: its exact pass is scaled by
@@ -77,7 +76,7 @@ def forecast(
 
 @dataclass(frozen=True)
 class _Work:
-    """What a layer of a sequence takes."""
+    """What a task takes."""
 
     bytes: int
     operations: int

@@ -28,7 +28,7 @@ from retrace.analyze.replay.plan import Plan, Replayed
 from retrace.analyze.replay.settings import Settings
 from retrace.analyze.replay.tally import Tally
 from retrace.analyze.selection.states import Cost
-from retrace.analyze.storage.journal import Journal, read_journals
+from retrace.analyze.storage.journal import Journal, Task, read_journals
 from retrace.analyze.storage.npz import Arrays
 from retrace.analyze.storage.untrusted import read_facts
 from retrace.traces import RetraceError, open_trace
@@ -40,7 +40,7 @@ PARTS = ".parts"
 
 @dataclass(frozen=True)
 class Part:
-    """What one layer and sequence came to: a tally per method of the plan, and the time spent."""
+    """What one task came to: a tally per method of the plan, and the time spent."""
 
     tallies: list[Tally]
     clock: Clock
@@ -60,8 +60,8 @@ class Job:
         return Plan(self.methods, self.settings.counting)
 
     @property
-    def tasks(self) -> list[tuple[int, int]]:
-        """Layer and sequence of every part, in the order in which they merge."""
+    def tasks(self) -> list[Task]:
+        """Every task, in the order in which their parts merge."""
         return [(i, s) for i in self.settings.layers for s in self.settings.sequences]
 
     @cached_property
@@ -158,8 +158,8 @@ class KeptParts:
         with written_whole(self._folder / "job.json", writer=this_process()) as opened:
             opened.write(json.dumps(self._job.to_json(), indent=2).encode())
 
-    def load_all(self, tasks: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Part]:
-        """The parts of these layers and sequences that are there, and not damaged."""
+    def load_all(self, tasks: Sequence[Task]) -> dict[Task, Part]:
+        """The parts of these tasks that are there, and not damaged."""
         found, wanted = {}, set(tasks)
         for at, arrays in read_journals(self._folder):
             if at in wanted:
@@ -200,8 +200,8 @@ class KeptParts:
             clock.seconds[Charge(str(step), method)] = float(seconds)
         return Part(tallies, clock)
 
-    def save(self, task: tuple[int, int], part: Part) -> None:
-        """Keep the part of a layer and sequence."""
+    def save(self, task: Task, part: Part) -> None:
+        """Keep the part of a task."""
         arrays = {
             f"{i}.{kind}.{of}": np.stack([moments.count, moments.mean, moments.squares])
             for i, tally in enumerate(part.tallies)

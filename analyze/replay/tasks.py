@@ -1,6 +1,6 @@
 """The tasks of a run: one per layer and sequence, replayed wherever there is a worker."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,16 +14,15 @@ from retrace.analyze.replay.parts import Job, KeptParts, Part
 from retrace.analyze.replay.plan import Plan
 from retrace.analyze.replay.tally import Tally
 from retrace.analyze.selection.states import of_layer
+from retrace.analyze.storage.journal import Task
 from retrace.analyze.workers.retry import finished, name_missing, none_left
 from retrace.traces import Trace
-
-Progress = Callable[[int, int], None]
-"""Told how many units of work (one layer of one sequence) are done, and of how many."""
+from retrace.traces.progress import ShowDone
 
 
 @dataclass(frozen=True)
 class Replayer:
-    """All that any worker needs, wherever it is, to replay a layer of a sequence."""
+    """All that any worker needs, wherever it is, to replay a task."""
 
     trace: Trace
     device: torch.device
@@ -40,22 +39,22 @@ class Replayer:
 
 def replay_all(
     job: Job,
-    tasks: Sequence[tuple[int, int]],
+    tasks: Sequence[Task],
     store: ReferenceStore,
     clock: Clock,
     pool: Executor,
-    there: Mapping[tuple[int, int], Part],
+    there: Mapping[Task, Part],
     kept: KeptParts | None,
-    progress: Progress | None,
-) -> tuple[dict[tuple[int, int], list[Tally]], dict[tuple[int, int], str]]:
-    """Every method's tally for each of some layers and sequences, in the order of the tasks, and
-    what ended the workers of those that are missing.
+    progress: ShowDone | None,
+) -> tuple[dict[Task, list[Tally]], dict[Task, str]]:
+    """Every method's tally for each of some tasks, in their order, and what ended the workers of
+    those that are missing.
 
     Parts that are `there` are not replayed again, and those that are finished are kept at once.
     """
     replayer = Replayer(job.settings.trace, job.device, store, clock.another())
     parts = {at: part.tallies for at, part in there.items()}
-    missing: dict[tuple[int, int], str] = {}
+    missing: dict[Task, str] = {}
     if kept is not None:
         kept.begin()
     calls = {

@@ -23,7 +23,7 @@ from retrace.traces.storage.durable import sync_path
 from retrace.traces.storage.regular import open_regular
 
 Task = tuple[int, int]
-"""A layer and a sequence."""
+"""A layer and a sequence of a run: what a worker replays at once, with all its heads."""
 
 FLUSH_SECONDS = 1.0
 """Work that a power cut may cost beside the task in hand. What takes longer is flushed each."""

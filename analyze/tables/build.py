@@ -19,6 +19,7 @@ from retrace.analyze.metrics.registry import BUCKETED, MEDIAN
 from retrace.analyze.replay.parts import Job
 from retrace.analyze.replay.tally import Tally
 from retrace.analyze.selection.states import Cost
+from retrace.analyze.storage.journal import Task
 from retrace.analyze.tables.columns import COLUMNS, POSITION_COLUMNS, SEQUENCE_COLUMNS
 from retrace.analyze.tables.figures import Figures
 from retrace.traces import RetraceError
@@ -29,14 +30,14 @@ Columns = dict[str, npt.NDArray[Any]]
 
 def tabulate(
     job: Job,
-    parts: Mapping[tuple[int, int], list[Tally]],
-    missing: Mapping[tuple[int, int], str],
+    parts: Mapping[Task, list[Tally]],
+    missing: Mapping[Task, str],
     spent: dict[str, Any],
 ) -> Figures:
     """Figures with a row for every method, layer, head, budget and metric.
 
-    `parts` are the tallies of each layer and sequence, in the order in which they merge, `missing`
-    says why some are not there, and `spent` is what `Clock.facts` says of the run.
+    `parts` are the tallies of each task, in the order in which they merge, `missing` says why some
+    are not there, and `spent` is what `Clock.facts` says of the run.
     """
     settings, plan = job.settings, job.plan
     tallies = _by_layer(parts)
@@ -115,7 +116,7 @@ def tabulate(
     return Figures(join(points), join(curves), run, each, along)
 
 
-def _by_layer(parts: Mapping[tuple[int, int], list[Tally]]) -> dict[int, list[Tally]]:
+def _by_layer(parts: Mapping[Task, list[Tally]]) -> dict[int, list[Tally]]:
     """The tallies of all sequences of a layer as one."""
     layers: dict[int, list[Tally]] = {}
     for (layer, _), part in parts.items():
@@ -125,7 +126,7 @@ def _by_layer(parts: Mapping[tuple[int, int], list[Tally]]) -> dict[int, list[Ta
     return layers
 
 
-def _by_sequence(job: Job, parts: Mapping[tuple[int, int], list[Tally]]) -> pd.DataFrame:
+def _by_sequence(job: Job, parts: Mapping[Task, list[Tally]]) -> pd.DataFrame:
     """Rows of every sequence at the budgets asked for, less those that no query counts for."""
     found = []
     for i, method in enumerate(job.plan.methods):

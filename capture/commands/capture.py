@@ -33,7 +33,7 @@ from retrace.capture.reading.sequences import (
 from retrace.capture.recording.decode import continue_sequences
 from retrace.capture.recording.identity import check_same_model, weights_digest
 from retrace.capture.recording.output import Output
-from retrace.capture.recording.plan import Plan, describe, recorded_layers
+from retrace.capture.recording.plan import CapturePlan, describe, recorded_layers
 from retrace.capture.recording.ranks import Meeting, Ranks
 from retrace.capture.recording.record import Progress, ShowProgress, batches_of, record
 from retrace.capture.settings import CaptureSettings
@@ -186,7 +186,7 @@ def _capture(
                 written=open_trace(output.writing) if output.resumes else None,
             )
         select = parse_queries(settings.queries)
-        plan = Plan(
+        plan = CapturePlan(
             rules={index: layer.rules for index, layer in recorded.items()},
             tokens=tokens,
             phases=phases,

@@ -1,7 +1,7 @@
 """`evaluate`: what methods in the loop cost a model, beside what replay says of them."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from retrace.capture.recording.identity import check_same_model, weights_digest
 from retrace.capture.settings import CaptureSettings
 from retrace.capture.tables.evaluation import Evaluation
 from retrace.traces import Location, RetraceError, Trace, open_trace, prompts
+from retrace.traces.progress import ShowStage
 from retrace.traces.storage.durable import within
 from retrace.traces.storage.lock import LOCK, check_files, check_leave, one_at_a_time
 
@@ -55,9 +56,6 @@ FIGURES = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio
 """Of replay, each the mean over layers and heads."""
 BEFORE = {"counted_from": 0}
 """What held of evaluations that do not say it: the exact positions before a method were counted."""
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and of how much."""
 
 
 @one_at_a_time
@@ -72,7 +70,7 @@ def evaluate(
     out: str | Path | None = None,
     overwrite: bool = False,
     again: bool = False,
-    progress: Progress | None = None,
+    progress: ShowStage | None = None,
 ) -> Evaluation:
     """Run a trace's model with methods in the loop, one point after another, storing no tensors.
 

@@ -1,7 +1,7 @@
 """`evaluate_tasks`: what methods in the loop cost a model in tasks of lm-eval-harness."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,8 @@ from retrace.capture.recording.identity import check_same_model, weights_digest
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, TASKS, CaptureSettings
 from retrace.capture.tables.task_evaluation import EXACT, PLACE, POINT, TaskEvaluation
 from retrace.traces import PHASES, Location, RetraceError, Trace, noted, open_trace
+from retrace.traces.progress import ShowStage
 from retrace.traces.storage.lock import LOCK, check_files, check_leave, one_at_a_time
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and of how much."""
 
 
 @one_at_a_time
@@ -67,7 +65,7 @@ def evaluate_tasks(
     out: str | Path | None = None,
     overwrite: bool = False,
     again: bool = False,
-    progress: Progress | None = None,
+    progress: ShowStage | None = None,
 ) -> TaskEvaluation:
     """Score a model in tasks of lm-eval-harness, exactly and with methods in the loop.
 
@@ -315,7 +313,7 @@ class _Scorer:
             decoding=Decoding.ways(model)[0] if self._decodes else None,
         )
 
-    def score(self, spec: MethodSpec | None, k: int, show: Progress) -> dict[str, Any]:
+    def score(self, spec: MethodSpec | None, k: int, show: ShowStage) -> dict[str, Any]:
         """What lm-eval-harness finds with a method in the loop, or with none."""
         label = _name(spec) if spec is None else f"{spec}, {k}"
         self._model.progress = lambda done, total: show(label, done, total)

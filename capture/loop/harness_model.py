@@ -2,7 +2,7 @@
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from retrace.capture.loop.approximate import Approximator
 from retrace.capture.model.lengths import forget_lengths
 from retrace.capture.reading.harness import quiet_harness
 from retrace.traces import RetraceError
+from retrace.traces.progress import ShowDone
 
 
 class HarnessModel(HFLM):  # type: ignore[misc]
@@ -45,7 +46,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
                 max_length=max_length,
             )
         self.approximator: Approximator | None = None
-        self.progress: Callable[[int, int], None] = lambda done, total: None
+        self.progress: ShowDone = lambda done, total: None
         """Told how many of how many requests are done."""
         self._done = self._total = 0
 

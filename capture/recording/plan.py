@@ -37,7 +37,7 @@ UNSAID = {"model": ("weights",), "tokenizer": ("prefix",)}
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapturePlan:
     """Everything that a trace holds but the tensors."""
 
     rules: dict[int, LayerRules]

@@ -25,7 +25,7 @@ worth of checksums and copies keep the fastest disks busy."""
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Copy:
     """A copy on the host of what one sequence has in a shard."""
 
     tensor: npt.NDArray[Any]
@@ -44,18 +44,18 @@ class _Shard:
     layer: int
     name: str
     start: int
-    parts: dict[int, _Part] = field(default_factory=dict)
+    copies: dict[int, _Copy] = field(default_factory=dict)
     """By sequence."""
 
     @property
     def whole(self) -> bool:
         """Whether all its sequences are there."""
-        return len(self.parts) == len(self.bundle)
+        return len(self.copies) == len(self.bundle)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return sum(part.tensor.nbytes for part in self.parts.values())
+        return sum(copy.tensor.nbytes for copy in self.copies.values())
 
 
 @dataclass
@@ -181,8 +181,8 @@ class WriteQueue:
             self._raise()
             self._held += size
 
-    def _add(self, sequence: int, layer: int, name: str, start: int, part: _Part) -> None:
-        """Put a part in its shard, which is to be written when it is whole."""
+    def _add(self, sequence: int, layer: int, name: str, start: int, copy: _Copy) -> None:
+        """Put a copy in its shard, which is to be written when it is whole."""
         bundle = self._writer.bundle_of(sequence)
         place = (bundle.start, layer, name, start)
         with self._changed:
@@ -190,8 +190,8 @@ class WriteQueue:
                 self._begun[place] = _Shard(bundle, layer, name, start)
                 self._bundle_of(sequence).unwritten += 1
             shard = self._begun[place]
-            shard.parts[sequence] = part
-            self._held_for_more += part.tensor.nbytes
+            shard.copies[sequence] = copy
+            self._held_for_more += copy.tensor.nbytes
             if shard.whole:
                 self._waiting.append(self._begun.pop(place))
                 self._held_for_more -= shard.nbytes
@@ -208,26 +208,26 @@ class WriteQueue:
         known = self._bundles[bundle]
         return known.unwritten == 0 and len(known.figures) == len(bundle)
 
-    def _copy(self, part: Tensor) -> _Part:
+    def _copy(self, tensor: Tensor) -> _Copy:
         """A contiguous copy on the host; on a GPU it is only begun."""
-        if part.device.type != "cuda":
-            part = part.clone(memory_format=torch.contiguous_format)
-            extremes = torch.stack(part.aminmax()).double()
-            return _Part(to_numpy(part), extremes, None)
-        stream = self._streams.get(part.device)
+        if tensor.device.type != "cuda":
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+            extremes = torch.stack(tensor.aminmax()).double()
+            return _Copy(to_numpy(tensor), extremes, None)
+        stream = self._streams.get(tensor.device)
         if stream is None:
-            stream = self._streams[part.device] = torch.cuda.Stream(part.device)  # type: ignore[no-untyped-call]
-        host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+            stream = self._streams[tensor.device] = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         bounds = torch.empty(2, dtype=torch.float64, pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(part.device))
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
             # The memory is not to be given to others by the stream that computes meanwhile.
-            part.record_stream(stream)
-            host.copy_(part, non_blocking=True)
-            bounds.copy_(torch.stack(part.aminmax()).double(), non_blocking=True)
+            tensor.record_stream(stream)
+            host.copy_(tensor, non_blocking=True)
+            bounds.copy_(torch.stack(tensor.aminmax()).double(), non_blocking=True)
             copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             copied.record(stream)
-        return _Part(to_numpy(host), bounds, copied)
+        return _Copy(to_numpy(host), bounds, copied)
 
     def _work(self) -> None:
         """What each thread does until the queue is closed or something goes wrong."""
@@ -280,15 +280,15 @@ class WriteQueue:
         self._writer.finish_bundle(bundle, [nll for nll, _ in figures], kl or None)
 
     def _write(self, shard: _Shard) -> None:
-        parts = [shard.parts[sequence] for sequence in shard.bundle]
-        for sequence, part in zip(shard.bundle, parts, strict=True):
-            if part.copied is not None:
-                part.copied.synchronize()
-            if not bool(torch.isfinite(part.extremes).all()):
+        copies = [shard.copies[sequence] for sequence in shard.bundle]
+        for sequence, copy in zip(shard.bundle, copies, strict=True):
+            if copy.copied is not None:
+                copy.copied.synchronize()
+            if not bool(torch.isfinite(copy.extremes).all()):
                 names = {"query": "queries", "key": "keys", "value": "values"}
                 raise RetraceError(
                     f"Layer {shard.layer} has {names[shard.name]} that are not finite in sequence "
                     f"{sequence}: try another --dtype."
                 )
-        tensors = [part.tensor for part in parts]
+        tensors = [copy.tensor for copy in copies]
         self._writer.write_shard(shard.bundle, shard.layer, shard.name, shard.start, tensors)

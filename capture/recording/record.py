@@ -24,7 +24,7 @@ from retrace.capture.model.loading import input_device
 from retrace.capture.model.logits import Decoding
 from retrace.capture.recording.decode import StepRecorder
 from retrace.capture.recording.output import Output
-from retrace.capture.recording.plan import Plan
+from retrace.capture.recording.plan import CapturePlan
 from retrace.capture.recording.queue import Figures, WriteQueue
 from retrace.capture.recording.ranks import Meeting
 from retrace.traces import (
@@ -61,7 +61,7 @@ ShowProgress = Callable[[Progress], None]
 def record(
     model: Any,
     layers: Mapping[int, AttentionLayer],
-    plan: Plan,
+    plan: CapturePlan,
     batches: Sequence[range],
     decoding: Decoding,
     approximator: Approximator | None,
@@ -111,7 +111,7 @@ def record(
     return open_trace(output.path)
 
 
-def _begin(plan: Plan, output: Output) -> set[int]:
+def _begin(plan: CapturePlan, output: Output) -> set[int]:
     """Make room for the trace; the sequences that it holds already."""
     if not output.resumes:
         output.clear()
@@ -124,7 +124,7 @@ def _begin(plan: Plan, output: Output) -> set[int]:
 def _record_shares(
     model: Any,
     layers: Mapping[int, AttentionLayer],
-    plan: Plan,
+    plan: CapturePlan,
     shares: Sequence[Sequence[range]],
     decoding: Decoding,
     approximator: Approximator | None,
@@ -182,7 +182,7 @@ def _record_shares(
 
 
 def _wait_for_others(
-    plan: Plan, done: set[int], output: Output, meeting: Meeting, show: ShowProgress
+    plan: CapturePlan, done: set[int], output: Output, meeting: Meeting, show: ShowProgress
 ) -> None:
     """Wait until the other processes have written their share."""
     while len(done) < len(plan.tokens):
@@ -224,7 +224,7 @@ def shares_of(batches: Sequence[range], bundle: int) -> list[list[range]]:
 
 
 def _missing_parts(
-    plan: Plan,
+    plan: CapturePlan,
     batch: range,
     done: set[int],
     to_check: Mapping[int, AttentionLayer] | None,
@@ -246,7 +246,7 @@ def _run_batch(
     model: Any,
     recorder: TensorRecorder,
     approximator: Approximator | None,
-    plan: Plan,
+    plan: CapturePlan,
     batch: range,
     decoding: Decoding,
     parts: Sequence[RecordedSequence],
@@ -289,7 +289,7 @@ def _check_first(
     check_stored(open_trace(path), part.sequence, part.sampled_positions, outputs)
 
 
-def _progress(plan: Plan, done: set[int]) -> Progress:
+def _progress(plan: CapturePlan, done: set[int]) -> Progress:
     lengths = [len(t) for t in plan.tokens]
     return Progress(
         "recording",

@@ -245,7 +245,7 @@ def print_figures(title: str, table: "pd.DataFrame", form: str, over: str = "") 
     texts = table.map(lambda cell: cell if isinstance(cell, str) else f"{cell:.4f}")
     if form == "table":
         title = f"{title}, {over}" if over else title
-        print_table(list(texts), texts.to_numpy().tolist(), title=title)
+        print_table(list(texts.columns), texts.to_numpy().tolist(), title=title)
         return
     say(f"### {title}\n")
     if over:

@@ -13,7 +13,7 @@ from retrace.analyze.replay import forecast
 from retrace.cli.commands.sweep import command
 from retrace.cli.main import main
 
-Plan = Callable[[str | bytes], bool]
+TryFile = Callable[[str | bytes], bool]
 NUMBERS = st.sampled_from([-1, 0, 1, 2, 5, 10**6, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308])
 WORDS = st.sampled_from(
     [
@@ -59,7 +59,7 @@ PIECES = st.one_of(
 
 
 @pytest.fixture
-def plan(trace: Path, monkeypatch: pytest.MonkeyPatch, bounded: None) -> Plan:
+def plan(trace: Path, monkeypatch: pytest.MonkeyPatch, bounded: None) -> TryFile:
     """Whether the plan of a settings file is made; it is refused in one line otherwise."""
     none = forecast._Rates(0, 0, 0, 0)
     monkeypatch.setattr(forecast, "_measure", lambda *_: none)  # which takes seconds
@@ -80,18 +80,18 @@ def plan(trace: Path, monkeypatch: pytest.MonkeyPatch, bounded: None) -> Plan:
 
 
 @given(held=FILES)
-def test_any_settings(plan: Plan, held: dict[object, object]) -> None:
+def test_any_settings(plan: TryFile, held: dict[object, object]) -> None:
     plan(yaml.safe_dump(held, allow_unicode=True))
 
 
 @settings(max_examples=60)
 @given(methods=st.lists(METHODS, min_size=1, max_size=3))
-def test_any_methods(plan: Plan, methods: list[object]) -> None:
+def test_any_methods(plan: TryFile, methods: list[object]) -> None:
     plan(yaml.safe_dump({"method": methods, "topk": [2, 5]}))
 
 
 @given(data=st.data())
-def test_files_that_were_changed(plan: Plan, data: st.DataObject) -> None:
+def test_files_that_were_changed(plan: TryFile, data: st.DataObject) -> None:
     text = WHOLE
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(text)))
@@ -102,9 +102,9 @@ def test_files_that_were_changed(plan: Plan, data: st.DataObject) -> None:
 
 @settings(max_examples=50)
 @given(raw=st.binary(max_size=60))
-def test_files_that_are_none(plan: Plan, raw: bytes) -> None:
+def test_files_that_are_none(plan: TryFile, raw: bytes) -> None:
     plan(raw)
 
 
-def test_a_whole_file_is_planned(plan: Plan) -> None:
+def test_a_whole_file_is_planned(plan: TryFile) -> None:
     assert plan(WHOLE)

@@ -37,7 +37,7 @@ def random_bits(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) ->
 
 
 @dataclass(frozen=True)
-class Plan:
+class TracePlan:
     """What a trace is created with, and the tensors that belong to it."""
 
     arguments: dict[str, Any]
@@ -64,7 +64,7 @@ class Plan:
 
 
 @pytest.fixture
-def make_plan() -> Callable[..., Plan]:
+def make_plan() -> Callable[..., TracePlan]:
     """A function that plans a trace of ragged sequences with tensors of random bits."""
 
     def make(
@@ -73,7 +73,7 @@ def make_plan() -> Callable[..., Plan]:
         rules: Mapping[int, LayerRules] | None = None,
         queries: Sequence[Sequence[int]] | None = None,
         seed: int = 0,
-    ) -> Plan:
+    ) -> TracePlan:
         rng = np.random.default_rng(seed)
         rules = rules or {0: layer_rules(), 3: layer_rules(module="model.layers.3", window=5)}
         positions = [
@@ -93,7 +93,7 @@ def make_plan() -> Callable[..., Plan]:
         nll = [rng.random(n, np.float32) for n in lengths]
         for likelihoods in nll:
             likelihoods[-1] = np.nan
-        return Plan(
+        return TracePlan(
             {
                 "rules": rules,
                 "tokens": tokens,
@@ -109,7 +109,7 @@ def make_plan() -> Callable[..., Plan]:
 
 
 @pytest.fixture
-def write_trace(tmp_path: Path, make_plan: Callable[..., Plan]) -> Callable[..., Path]:
+def write_trace(tmp_path: Path, make_plan: Callable[..., TracePlan]) -> Callable[..., Path]:
     """A function that writes a whole trace and returns where it is."""
 
     def write(name: str = "trace", *, bundle: int = 1, **plan: Any) -> Path:

@@ -13,7 +13,7 @@ from retrace.traces import LayerRules
 
 
 @dataclass(frozen=True)
-class Part:
+class PartialAttention:
     """Attention over some keys (or clusters): its output and the weight of it among others."""
 
     output: Tensor
@@ -84,7 +84,7 @@ def marked(ids: Tensor, count: int) -> Tensor:
     return marks.scatter_(-1, torch.where(ids < 0, count, ids), True)[..., :count]
 
 
-def part(logits: Tensor, values: Tensor) -> Part:
+def part(logits: Tensor, values: Tensor) -> PartialAttention:
     """Attention by these logits (group, queries, any), -inf where there is no key, over values
     (any, value channels), or (group, queries, any, value channels) if they differ by query.
 
@@ -94,11 +94,11 @@ def part(logits: Tensor, values: Tensor) -> Part:
     log_weight = torch.logsumexp(logits, dim=-1)
     weights = torch.exp(logits - log_weight.masked_fill(log_weight.isneginf(), 0.0)[..., None])
     if values.dim() == 2:
-        return Part(weights @ values, log_weight)
-    return Part(torch.matmul(weights[..., None, :], values).squeeze(-2), log_weight)
+        return PartialAttention(weights @ values, log_weight)
+    return PartialAttention(torch.matmul(weights[..., None, :], values).squeeze(-2), log_weight)
 
 
-def merged(parts: list[Part], sinks: Tensor | None = None) -> Tensor:
+def merged(parts: list[PartialAttention], sinks: Tensor | None = None) -> Tensor:
     """Attention over all parts together (group, queries, value channels), with the layer's sink
     logits (group,) in the denominator where it has them: zeros where no part has keys."""
     logs = torch.stack([part.log_weight for part in parts])

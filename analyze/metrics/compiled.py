@@ -34,6 +34,8 @@ TOLD = tuple(
 )
 """Where each of `BUCKETED` is found: its place, and whether that is in `AT_ALL`."""
 COUNT, MEAN, SQUARES = range(3)
+ALL, ATTENDED, TO_FIND = range(3)
+"""Hits of recall, of `attended_recall` and of `candidate_recall`."""
 LEAST_LOG = -1e300
 """Lower than the log of any probability, and finite."""
 VANISHING = -600.0
@@ -192,7 +194,7 @@ def _moments(asked: Any, listed: Any, exact: Any, answered: Any, summed: Any) ->
     group, rows, most_listed = ids.shape
     at_heads, at_queries, budgets = attended.shape
     reached = np.empty((group, budgets), np.int64)
-    hits, wanted = np.empty(budgets, np.int64), np.empty(budgets, np.int64)
+    hits, wanted = np.empty((3, budgets), np.int64), np.empty(budgets, np.int64)
     found = np.empty((len(AT_ALL), budgets))
     seen = np.empty((len(AT_POINTS), len(points)))
     one_in = np.empty(budgets)
@@ -228,48 +230,19 @@ def _moments(asked: Any, listed: Any, exact: Any, answered: Any, summed: Any) ->
             _rank(best, (q * group + h) * len(best), places, ids[h, q, :walked], ranks)
             _probabilities(ids[h, q, :walked], ranks, exact, h, q, logs, probabilities)
             _recalls(
-                ids[h, q],
-                ranks,
-                exact.first_budgets,
-                ks[:most],
-                reached[h],
-                extra,
-                0,
-                nothing,
-                hits,
-            )
+                ids[h, q], ranks, exact.first_budgets, ks[:most], reached[h], extra,
+                listed.sink, given, hits,
+            )  # fmt: skip
             for b in range(most):
-                found[RECALL, b] = hits[b] / min(ks[b], visible[q])
-            # As though all came besides: none that is attended is cut off.
-            _recalls(
-                ids[h, q],
-                ranks,
-                exact.first_budgets,
-                ks[:most],
-                reached[h],
-                most_listed,
-                0,
-                nothing,
-                hits,
-            )
-            for b in range(most):
-                found[ATTENDED_RECALL, b] = hits[b] / min(ks[b], visible[q])
+                found[RECALL, b] = hits[ALL, b] / min(ks[b], visible[q])
+                found[ATTENDED_RECALL, b] = hits[ATTENDED, b] / min(ks[b], visible[q])
             if anything_given:
-                _recalls(
-                    ids[h, q],
-                    ranks,
-                    exact.first_budgets,
-                    ks[:most],
-                    reached[h],
-                    extra,
-                    listed.sink,
-                    given,
-                    hits,
-                )
                 _wanted(best, ks[:most], listed.sink, given, wanted)
                 for b in range(most):
                     # Not counted where nothing had to be found.
-                    found[CANDIDATE_RECALL, b] = hits[b] / wanted[b] if wanted[b] else np.nan
+                    found[CANDIDATE_RECALL, b] = (
+                        hits[TO_FIND, b] / wanted[b] if wanted[b] else np.nan
+                    )
                 _add_numbers(at_all[h, CANDIDATE_RECALL], found[CANDIDATE_RECALL, :most])
             _masses(probabilities, reached[h], found[FRACTION, :most])
             for b in range(most):
@@ -413,25 +386,31 @@ def _recalls(
     first_given: Ids,
     hits: Ids,
 ) -> None:
-    """How many of the listed keys that had to be found are among the k best, attended and among
-    the list's k best-ranked, at every budget k."""
-    budgets, place, total = len(ks), 0, 0
-    hits[:budgets] = 0
+    """How many of the listed keys are among the k best and attended, at every budget k: of the
+    list's k best-ranked, of all, and of those k that had to be found (3, budgets)."""
+    budgets, place, attended = len(ks), 0, 0
+    hits[:, :budgets] = 0
     for b in range(budgets):
         # Those that this budget is the first to reach are hits from it on, or from where their
         # exact rank is within the budget.
+        while attended < reached[b]:
+            at = max(b, first_budgets[ranks[attended]])
+            if at < budgets:
+                hits[ATTENDED, at] += 1
+            attended += 1
         while place < min(reached[b], ks[b] + extra_keys):
-            key = ids[place]
             at = max(b, first_budgets[ranks[place]])
-            until = _given_from(key, sink, first_given, budgets)
+            if at < budgets:
+                hits[ALL, at] += 1
+            until = _given_from(ids[place], sink, first_given, budgets)
             if at < until:
-                hits[at] += 1
+                hits[TO_FIND, at] += 1
                 if until < budgets:
-                    hits[until] -= 1
+                    hits[TO_FIND, until] -= 1
             place += 1
-    for b in range(budgets):
-        total += hits[b]
-        hits[b] = total
+    for b in range(1, budgets):
+        for of in range(len(hits)):
+            hits[of, b] += hits[of, b - 1]
 
 
 @compiled

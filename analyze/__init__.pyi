@@ -15,8 +15,8 @@ from .methods.options.budget import Budget as Budget
 from .methods.options.keep import Keep as Keep
 from .methods.registry import method_class as method_class
 from .methods.registry import method_names as method_names
-from .methods.registry import parse_spec as parse_spec
-from .methods.registry import parse_specs as parse_specs
+from .methods.specs import parse_spec as parse_spec
+from .methods.specs import parse_specs as parse_specs
 from .metrics.registry import METRICS as METRICS
 from .recommendation.recommendation import Recommendation as Recommendation
 from .replay.forecast import Estimate as Estimate

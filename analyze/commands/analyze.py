@@ -12,7 +12,8 @@ import torch
 
 from retrace.analyze.commands.setup import Asked, Settled, reference_store, settle, share
 from retrace.analyze.methods.hooks import naming
-from retrace.analyze.methods.registry import Methods, MethodSpec, missing_libraries
+from retrace.analyze.methods.registry import missing_libraries
+from retrace.analyze.methods.specs import Methods, MethodSpec
 from retrace.analyze.options import RunOptions, with_defaults
 from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.forecast import Estimate, forecast

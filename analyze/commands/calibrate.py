@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Unpack
 
 from retrace.analyze.arguments import choose_calibration, choose_device, choose_layers
-from retrace.analyze.methods.registry import Methods, parse_specs
+from retrace.analyze.methods.specs import Methods, parse_specs
 from retrace.analyze.options import WorkOptions, with_defaults
 from retrace.analyze.replay.calibration import calibration_name, calibrations, keep_learned
 from retrace.analyze.workers.retry import finished

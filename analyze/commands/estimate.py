@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from retrace.analyze.commands.setup import Asked, reference_store, settle, share
-from retrace.analyze.methods.registry import Methods
+from retrace.analyze.methods.specs import Methods
 from retrace.analyze.options import RunOptions, with_defaults
 from retrace.analyze.replay.forecast import Estimate, forecast
 from retrace.analyze.replay.parts import Job, KeptParts

@@ -24,7 +24,7 @@ import pandas as pd
 
 from retrace.analyze.arguments import choose_calibration
 from retrace.analyze.commands.analyze import analyze
-from retrace.analyze.methods.registry import Methods, listed, parse_specs
+from retrace.analyze.methods.specs import Methods, listed, parse_specs
 from retrace.analyze.metrics.registry import BY_NAME
 from retrace.analyze.options import AnalysisOptions, with_defaults
 from retrace.analyze.recommendation.bounds import ASSUMES, CONFIDENCE, ENOUGH, upper_bounds

@@ -15,7 +15,7 @@ from retrace.analyze.arguments import (
     without_damaged,
 )
 from retrace.analyze.exact.store import ReferenceStore, exact_answers
-from retrace.analyze.methods.registry import Methods, MethodSpec, parse_specs
+from retrace.analyze.methods.specs import Methods, MethodSpec, parse_specs
 from retrace.analyze.options import RunOptions
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.kept import note_kept, outdated_among, outdated_besides

@@ -11,7 +11,8 @@ from retrace.analyze.methods.base import (
     ScoreMethod,
     SearchMethod,
 )
-from retrace.analyze.methods.registry import method_names, parameter_fields, parse_spec
+from retrace.analyze.methods.registry import method_names, parameter_fields
+from retrace.analyze.methods.specs import parse_spec
 
 LEVELS = {
     "evict": EvictionMethod,

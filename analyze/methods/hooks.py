@@ -15,7 +15,7 @@ from retrace.traces import DamageError, RetraceError
 
 HERE = Path(__file__).parent
 METHODS = HERE / "methods"
-CALLERS = (METHODS / "base.py", METHODS / "function.py", METHODS / "registry.py")
+CALLERS = tuple(METHODS / f"{name}.py" for name in ("base", "function", "registry", "specs"))
 """Files among the methods that call others' code."""
 READER = Path(retrace.traces.__file__).parent
 LIBRARIES = tuple(Path(module.__file__).parent for module in (torch, np) if module.__file__)

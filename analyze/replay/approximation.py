@@ -11,7 +11,7 @@ from torch import Tensor
 from retrace.analyze.arguments import choose_calibration
 from retrace.analyze.exact.reference import exact_pass, refuse_unheld
 from retrace.analyze.methods.hooks import naming
-from retrace.analyze.methods.registry import MethodSpec, recorded_spec
+from retrace.analyze.methods.specs import MethodSpec, recorded_spec
 from retrace.analyze.metrics.measure import outputs
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.selection.select import select

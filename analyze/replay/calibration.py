@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retrace.analyze.methods.base import LearnedLike, Method, ScoreMethod
 from retrace.analyze.methods.hooks import calling, naming
-from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.selection.states import Calibration
 from retrace.analyze.storage.npz import read_arrays, write_arrays
 from retrace.analyze.storage.provenance import code_digest

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from retrace.analyze.methods.registry import MethodSpec, is_loose, recorded_spec
+from retrace.analyze.methods.specs import MethodSpec, is_loose, recorded_spec
 from retrace.traces import RetraceError
 
 log = logging.getLogger("retrace")

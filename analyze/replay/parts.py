@@ -16,7 +16,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from retrace.analyze.methods.registry import recorded_spec
+from retrace.analyze.methods.specs import recorded_spec
 from retrace.analyze.metrics.buckets import AXES, MOST_BUCKETS
 from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments

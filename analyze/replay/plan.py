@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from retrace.analyze.methods.base import ScoreMethod
-from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.selection.states import Calibration
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from retrace.analyze.arguments import scores
-from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.replay.calibration import calibration, calibration_name
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.plan import Replayed

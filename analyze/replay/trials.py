@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from retrace.analyze.methods.hooks import naming
-from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.replay.plan import Replayed
 from retrace.analyze.replay.settings import Settings
 from retrace.analyze.selection.causality import check_causality

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.replay.approximation import Approximation
 from retrace.capture.attention.interface import exact_attention, observed_attention
 from retrace.capture.attention.recorder import AttentionLayer, dtype_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from retrace.analyze.methods.registry import MethodSpec, parse_spec
+from retrace.analyze.methods.specs import MethodSpec, parse_spec
 from retrace.capture.attention.recorder import dtype_of
 from retrace.capture.checks.method import check_method
 from retrace.capture.checks.runs import check_batch, check_decoding, check_loop

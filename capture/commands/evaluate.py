@@ -12,7 +12,7 @@ import torch
 
 from retrace.analyze import Results, analyze, parse_specs
 from retrace.analyze.arguments import choose_calibration
-from retrace.analyze.methods.registry import Methods, MethodSpec
+from retrace.analyze.methods.specs import Methods, MethodSpec
 from retrace.analyze.replay.approximation import check_exact, model_weights
 from retrace.analyze.replay.kept import (
     made_now,

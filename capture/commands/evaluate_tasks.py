@@ -11,7 +11,7 @@ import pandas as pd
 
 from retrace.analyze import parse_specs
 from retrace.analyze.arguments import choose_calibration
-from retrace.analyze.methods.registry import Methods, MethodSpec
+from retrace.analyze.methods.specs import Methods, MethodSpec
 from retrace.analyze.replay.approximation import check_exact
 from retrace.analyze.replay.kept import (
     made_now,

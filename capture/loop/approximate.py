@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.registry import MethodSpec
+from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.replay.approximation import Approximation
 from retrace.analyze.selection.states import States
 from retrace.analyze.units.unit import Neighbours, Unit, make_units

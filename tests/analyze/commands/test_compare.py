@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import Drift, compare
-from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.outputs.plots.drift import draw_drift
 from retrace.analyze.replay.approximation import Approximation
 from retrace.traces import RetraceError, Trace

@@ -11,7 +11,7 @@ import torch
 
 from retrace.analyze import Past, analyze, calibrate
 from retrace.analyze.methods.dsa_indexer import DSAIndexer
-from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.methods.toolkit.quantisation import fp8
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.units.unit import load_units

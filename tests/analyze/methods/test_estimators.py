@@ -10,7 +10,7 @@ import torch
 
 from retrace.analyze import Past, analyze
 from retrace.analyze.methods.base import ScoreMethod
-from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.methods.toolkit.quantisation import rounded
 from retrace.analyze.units.unit import Unit, load_units
 from retrace.traces import LayerRules, RetraceError, Trace

@@ -10,7 +10,7 @@ import torch
 
 from retrace.analyze import Past
 from retrace.analyze.methods.base import EvictionMethod
-from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.units.unit import load_units
 from retrace.traces import LayerRules, Trace
 

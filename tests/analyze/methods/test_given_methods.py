@@ -285,4 +285,4 @@ def test_a_file_that_cannot_be_loaded(
     asked = ["analyze", str(trace.path), "--method", f"{write_methods(body)}:Mine", "--topk", "2"]
     done = CliRunner().invoke(main, asked)
     assert done.exit_code == 2 and "could not be loaded" in done.stderr and shown in done.stderr
-    assert "registry.py" not in done.stderr and "<frozen" not in done.stderr
+    assert "specs.py" not in done.stderr and "<frozen" not in done.stderr

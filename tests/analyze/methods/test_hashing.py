@@ -15,7 +15,7 @@ from retrace.analyze import Past
 from retrace.analyze.methods.hata import _labels as hata_labels
 from retrace.analyze.methods.magicpig import MagicPIG
 from retrace.analyze.methods.pariskv import BOUNDS, LEVELS, RATIOS, TIERS
-from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.methods.toolkit.hashing import hadamard, hyperplanes, numbers, signs
 from retrace.analyze.methods.toolkit.partial_attention import merged, part, visible_logits
 from retrace.analyze.units.unit import Unit, load_units

@@ -12,7 +12,7 @@ import torch
 
 from retrace.analyze import analyze, calibrate
 from retrace.analyze.methods.kascade import best_anchors
-from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.replay.calibration import calibration
 from retrace.traces import LayerRules, RetraceError, Trace
 

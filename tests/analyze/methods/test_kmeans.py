@@ -8,7 +8,7 @@ import torch
 
 from retrace.analyze import Past
 from retrace.analyze.methods.base import ScoreMethod
-from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.methods.toolkit.kmeans import kmeans, nearest
 from retrace.analyze.units.unit import Unit, load_units
 from retrace.traces import LayerRules, Trace

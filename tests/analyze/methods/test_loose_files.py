@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import Keep, analyze, parse_spec
-from retrace.analyze.methods.registry import recorded_spec
+from retrace.analyze.methods.specs import recorded_spec
 from retrace.traces import RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]

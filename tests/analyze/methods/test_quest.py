@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retrace.analyze import Past, analyze
-from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.units.unit import load_units
 from retrace.traces import LayerRules, Trace
 

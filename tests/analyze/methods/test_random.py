@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retrace.analyze import analyze
-from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.selection.select import select
 from retrace.analyze.selection.states import States
 from retrace.analyze.units.protocol import Protocol

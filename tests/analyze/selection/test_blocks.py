@@ -11,7 +11,8 @@ import torch
 
 from retrace.analyze.exact.reference import Reference, exact_pass
 from retrace.analyze.exact.store import ReferenceStore
-from retrace.analyze.methods.registry import method_names, parse_spec
+from retrace.analyze.methods.registry import method_names
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.counting import Counting

@@ -175,7 +175,7 @@ def test_a_method_goes_on_where_a_model_throws_its_cache_away(model_folder: Any)
 
 
 def _everything() -> Any:
-    from retrace.analyze.methods.registry import parse_spec
+    from retrace.analyze.methods.specs import parse_spec
     from retrace.analyze.replay.approximation import Approximation
 
     return Approximation(parse_spec("exact"), 100)

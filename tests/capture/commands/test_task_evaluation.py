@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.replay.approximation import Approximation
 from retrace.capture import TaskEvaluation, capture, evaluate_tasks
 from retrace.traces import PHASES, RetraceError, Trace

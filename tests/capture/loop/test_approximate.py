@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from retrace.analyze import analyze
 from retrace.analyze.commands.compare import compare
-from retrace.analyze.methods.registry import parse_spec
+from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.selection.select import select
 from retrace.capture import capture
 from retrace.traces import RetraceError, Trace

@@ -18,17 +18,12 @@ from retrace.traces.schema import (
     DTYPES,
     FORMAT_KEY,
     FORMAT_VERSION,
-    PHASES,
     TENSOR_AXES,
     LayerRules,
 )
-from retrace.traces.storage.arrays import Rows, Stored, Tensors
+from retrace.traces.sequences import SequenceArrays
+from retrace.traces.storage.arrays import Stored, Tensors
 from retrace.traces.storage.objects import open_objects
-
-ROWS_AT_ONCE = 512
-"""Rows of the small arrays that are asked for together."""
-Row = npt.NDArray[Any] | DamageError | None
-"""What a small array holds of a sequence, what is wrong with it, or that there is nothing."""
 
 
 class Layer:
@@ -147,7 +142,7 @@ class Layer:
         return self._arrays[name]
 
 
-class Trace:
+class Trace(SequenceArrays):
     """A captured trace: what was planned, what is finished, and the recorded layers.
 
     It is pickled as its place: another process opens it there.
@@ -160,14 +155,12 @@ class Trace:
         attributes: dict[str, Any],
         left_out: Mapping[int, str] | None = None,
     ) -> None:
+        super().__init__(stored)
         self.path = path
-        self.stored = stored
         self.attributes = attributes
         self.left_out = dict(left_out or {})
         """Sequences that are passed over as though they were not finished, and why."""
-        # Opened once: each costs a read.
-        self._layers: dict[int, Layer] = {}
-        self._small: dict[str, Rows] = {}
+        self._layers: dict[int, Layer] = {}  # opened once: each costs a read
 
     def without(self, sequences: Mapping[int, str]) -> "Trace":
         """The same trace less some sequences, by number with the reason."""
@@ -204,86 +197,10 @@ class Trace:
         return self._layers[index]
 
     @cached_property
-    def planned(self) -> int:
-        """How many sequences the capture set out to record."""
-        return len(self._lengths)  # which there is for each, whatever the metadata say
-
-    @cached_property
-    def bundle(self) -> int:
-        """How many consecutive sequences share each shard; the last bundle may have fewer."""
-        return self._rows("done", "bool", (self.planned,)).bundle
-
-    @cached_property
-    def most_positions(self) -> int:
-        """Positions of the longest sequence that was planned."""
-        return self._rows("tokens", "int32", (self.planned, None)).shape[1]
-
-    @cached_property
-    def most_queries(self) -> int:
-        """Queries of the sequence with the most that were planned."""
-        return self._rows("query_positions", "int32", (self.planned, None)).shape[1]
-
-    @cached_property
     def sequences(self) -> tuple[int, ...]:
         """The sequences that are completely written; only these can be read."""
         planned = range(self.planned)
         return tuple(s for s in planned if s not in self.left_out and self.finished(s))
-
-    def finished(self, sequence: int) -> bool:
-        """Whether a sequence is completely written."""
-        done = self._done[sequence]
-        if isinstance(done, DamageError):
-            raise done
-        return done is not None and bool(done)
-
-    def length(self, sequence: int) -> int:
-        """Positions of a sequence, padding excluded."""
-        length = self._there(self._lengths[sequence], "length", sequence)
-        if not 1 <= int(length) <= self.most_positions:
-            raise self.stored.damage(
-                "length", f"{length} is not from 1 to {self.most_positions}", sequence
-            )
-        return int(length)
-
-    def tokens(self, sequence: int) -> npt.NDArray[np.int32]:
-        """Token ids (positions,)."""
-        tokens = self._row("tokens", "int32", sequence)[: self.length(sequence)]
-        if tokens.min() < 0:
-            raise self.stored.damage("tokens", f"{tokens.min()} is no token's id", sequence)
-        return tokens
-
-    def nll(self, sequence: int) -> npt.NDArray[np.float32]:
-        """Negative log-likelihood of the next token (positions,); NaN at the last position."""
-        return self._figures("nll", sequence)
-
-    def kl(self, sequence: int) -> npt.NDArray[np.float32] | None:
-        """Kullback-Leibler divergence (positions,) of the next token's distribution from the exact
-        model's, in nats, of a run with a method in the loop; None for other traces."""
-        return self._figures("kl", sequence) if self.has("kl") else None
-
-    def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
-        """Positions (queries,) of the queries that were kept, ascending."""
-        row = self._there(self._query_positions[sequence], "query_positions", sequence)
-        kept = np.asarray(row[row >= 0])
-        ascend = len(kept) > 0 and bool((np.diff(kept) > 0).all())
-        if not ascend or kept[-1] >= self.length(sequence) or (row[len(kept) :] >= 0).any():
-            raise self.stored.damage(
-                "query_positions", "they are not ascending positions of the sequence", sequence
-            )
-        return kept
-
-    def phase(self, sequence: int) -> npt.NDArray[np.int8]:
-        """What each position is (positions,), as a code in `PHASES`."""
-        if not self.has("phase"):  # made before there was such an array
-            return np.zeros(self.length(sequence), np.int8)
-        phase = self._row("phase", "int8", sequence)[: self.length(sequence)]
-        if not np.isin(phase, list(PHASES.values())).all():
-            raise self.stored.damage("phase", "its codes are not all phases", sequence)
-        return phase
-
-    def has(self, name: str) -> bool:
-        """Whether there is an array that not every trace has: `phase` or `kl`."""
-        return name in self._names
 
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood over all finished sequences."""
@@ -326,80 +243,10 @@ class Trace:
         """Refuse a layer's query, key or value whose metadata is not as rules and plan say."""
         self._check_bundle(self.layer(layer).tensors(name))
 
-    def check_small_arrays(self) -> None:
-        """Refuse a trace of which some array of rows is not as the others say."""
-        each = (self.planned, self.most_positions)
-        for name, dtype in (("nll", "float32"), ("kl", "float32"), ("phase", "int8")):
-            if name == "nll" or self.has(name):
-                self._check_bundle(self._rows(name, dtype, each))
-        for name in ("tokens", "query_positions"):
-            self._check_bundle(self._rows(name, "int32", (self.planned, None)))
-        self._check_bundle(self._rows("length", "int32", (None,)))
-
-    def _check_bundle(self, array: Rows | Tensors) -> None:
-        if array.bundle != self.bundle:
-            raise array.damage(
-                f"its chunks hold {array.bundle} sequences, those of done {self.bundle}"
-            )
-
     @cached_property
     def _rules(self) -> tuple[LayerRules, ...]:
         """Of every layer: read once, since a digest is asked for again with each of them."""
         return tuple(self.layer(index).rules for index in self.layers)
-
-    @cached_property
-    def _names(self) -> frozenset[str]:
-        return frozenset(name for name in ("phase", "kl") if self.stored.metadata(name) is not None)
-
-    @cached_property
-    def _lengths(self) -> list[Row]:
-        return self._all("length", "int32", (None,), throughout=True)
-
-    @cached_property
-    def _done(self) -> list[Row]:
-        return self._all("done", "bool", (self.planned,))
-
-    @cached_property
-    def _query_positions(self) -> list[Row]:
-        return self._all("query_positions", "int32", (self.planned, None))
-
-    def _rows(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> Rows:
-        if name not in self._small:
-            self._small[name] = Rows(self.stored, name, np.dtype(dtype), shape)
-        return self._small[name]
-
-    def _row(self, name: str, dtype: str, sequence: int) -> npt.NDArray[Any]:
-        rows = self._rows(name, dtype, (self.planned, self.most_positions))
-        return self._there(rows.read([sequence])[0], name, sequence)
-
-    def _figures(self, name: str, sequence: int) -> npt.NDArray[np.float32]:
-        rows = self._rows(name, "float32", (self.planned, self.most_positions))
-        (row,) = rows.read([sequence])
-        length = self.length(sequence)
-        if row is None and length == 1:  # zarr-python does not write what is NaN all over
-            return np.full(1, np.nan, np.float32)
-        return self._there(row, name, sequence)[:length]
-
-    def _there(self, row: Row, name: str, sequence: int) -> npt.NDArray[Any]:
-        if isinstance(row, DamageError):
-            raise row
-        if row is None:
-            raise self.stored.damage(name, "missing: there is no chunk of it", sequence)
-        return row
-
-    def _all(
-        self, name: str, dtype: str, shape: tuple[int | None, ...], throughout: bool = False
-    ) -> list[Row]:
-        """Every sequence's row. There is no end to what metadata may claim: where there must be
-        some `throughout`, it is not believed further than there are any."""
-        rows = self._rows(name, dtype, shape)
-        read: list[Row] = []
-        for start in range(0, rows.shape[0], ROWS_AT_ONCE):
-            some = rows.read(range(start, min(start + ROWS_AT_ONCE, rows.shape[0])))
-            if throughout and all(row is None for row in some):
-                raise rows.damage(f"it has no chunk from sequence {start} on, of {rows.shape[0]}")
-            read += some
-        return read
 
     def __reduce__(self) -> tuple[Any, ...]:
         path = self.path.absolute() if isinstance(self.path, Path) else self.path

@@ -145,7 +145,7 @@ def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Ten
     ks, attended = torch.tensor(selection.ks), selection.attended
     errors, share, fill = torch.zeros(0, 1, 1), torch.zeros(0, 1, 1).double(), torch.zeros(0, 1)
     if selection.output is not None:
-        errors = _error_norm(reference.output, selection.output)
+        errors = _error_norm(reference.output, selection.output)[points]
     if selection.estimates is not None:
         share = _at(_prefixes(selection.estimates.double()), attended[points])
         fill = unit.mean_values[block.positions]
@@ -354,10 +354,11 @@ def _error_norms(
     exact: ExactBlock, selection: Selection, logs: Tensor, points: list[int]
 ) -> Tensor:
     """||o - o'|| / ||o|| at the budgets that `points` name (points, group, queries)."""
-    output = selection.output
-    if output is None:
-        output = outputs(exact.block, selection, logs, exact.reference.log_normalizer, points)
-    return _error_norm(exact.reference.output, output)
+    reference = exact.reference
+    if selection.output is not None:
+        return _error_norm(reference.output, selection.output)[points]
+    output = outputs(exact.block, selection, logs, reference.log_normalizer, points)
+    return _error_norm(reference.output, output)
 
 
 def outputs(

@@ -51,7 +51,7 @@ class Selection:
     true_denominator: bool = False
     """Whether the output is divided by the sum over all visible keys."""
     output: Float[Tensor, "budgets group queries value_channels"] | None = None
-    """The method's own output."""
+    """The method's own output at each budget."""
     aux_bytes: Real[Tensor, "queries"] | float = 0.0
     """Bytes read to find the list, per query of the whole group."""
     attended_bytes: float | None = None

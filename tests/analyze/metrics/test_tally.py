@@ -76,7 +76,7 @@ def test_as_by_plain_operations(changes: dict[str, Any], output: str) -> None:
         estimates.masked_fill_(selection.ids < 0, 0.0)
         selection = replace(selection, estimates=estimates)
     if output == "own":
-        selection = replace(selection, output=torch.randn(3, 3, 21, 7, generator=generator))
+        selection = replace(selection, output=torch.randn(len(KS), 3, 21, 7, generator=generator))
     found = both(exact, selection, [0, 2, 4], (0, 20, 25, 33, 40))
     # The same where the pass that gave the answers is long over, and for some of the queries.
     later = ExactBlock(Block(block.unit, block.rows), exact.reference, BUCKETS)

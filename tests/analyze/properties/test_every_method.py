@@ -145,18 +145,6 @@ def attended(selection: Selection) -> list[list[list[int]]]:
     ]
 
 
-def part(selection: Selection, row: int) -> Selection:
-    """A selection for one of its queries."""
-    own, heads = slice(row, row + 1), len(selection.ids)
-    counts = selection.attended.expand(-1, heads, selection.ids.shape[1])
-    return replace(
-        selection,
-        ids=selection.ids[:, own],
-        attended=counts[..., own],
-        output=None if selection.output is None else selection.output[..., own, :],
-    )
-
-
 def learn(trace: Trace, name: str) -> Calibration:
     """What a method learns from the trace's last sequence."""
     last = trace.sequences[-1:]
@@ -362,7 +350,11 @@ def test_blocks_and_single_queries_agree(
             )
         ]
         differing = 0
-        rows = (part(whole, row) for whole in together for row in range(whole.ids.shape[1]))
+        rows = (
+            whole.rows(slice(row, row + 1))
+            for whole in together
+            for row in range(whole.ids.shape[1])
+        )
         for one, row in zip(alone, rows, strict=True):
             ids, others = (
                 [set(head) for head in attended(selection)[0]] for selection in (one, row)

@@ -143,7 +143,9 @@ def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Ten
 
     block, reference, unit = exact.block, exact.reference, exact.block.unit
     ks, attended = torch.tensor(selection.ks), selection.attended
-    errors, share, fill = torch.zeros(0, 1, 1), torch.zeros(0, 1, 1).double(), torch.zeros(0, 1)
+    # Of the types that they have when there are any: the loop is compiled for each set of types.
+    errors, share = torch.zeros(2, 0, 1, 1, dtype=torch.float64)
+    fill = torch.zeros(0, 1)
     if selection.output is not None:
         errors = _error_norm(reference.output, selection.output)[points]
     if selection.estimates is not None:

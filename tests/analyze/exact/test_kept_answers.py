@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import analyze
-from retrace.traces import LayerRules, Trace, open_trace
+from retrace.traces import Trace, open_trace
 
 MakeTrace = Callable[..., Trace]
 METHODS = ["exact", "quest:page=4", "loki:basis=own", "sparq"]
@@ -34,8 +34,13 @@ def assert_equal(ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(ours, theirs, check_exact=False, rtol=1e-5, atol=2e-6)
 
 
-def test_same_figures(make_trace: MakeTrace, any_rules: LayerRules) -> None:
-    trace = make_trace(any_rules, name="own")
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"heads": 4, "kv_heads": 1, "value_dim": 5}, {"window": 9, "softcap": 3.0}],
+    ids=str,
+)
+def test_same_figures(make_trace: MakeTrace, rules: Any, changes: dict[str, Any]) -> None:
+    trace = make_trace(rules(**changes), name="own")
     without = run(trace, keep_exact=False)
     assert not trace.path.with_name("own.exact").exists()
     writing, reading = run(trace), run(trace)

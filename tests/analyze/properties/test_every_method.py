@@ -28,6 +28,7 @@ from retrace.analyze import (
 )
 from retrace.analyze.methods.registry import parameter_fields
 from retrace.analyze.replay.calibration import calibration
+from retrace.analyze.replay.trials import Trials
 from retrace.analyze.selection.select import select
 from retrace.analyze.selection.states import Calibration, States
 from retrace.analyze.units.protocol import Protocol
@@ -405,10 +406,18 @@ IDLE = {
 """What changes nothing of methods that score keys alike for all heads of a group or a layer."""
 
 
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the trial that goes ahead of a run: other tests have it, of every method."""
+    monkeypatch.setattr(Trials, "check", lambda self, method: None)
+
+
 @pytest.mark.parametrize(
     "method", [spec for spec in SPECS if issubclass(level_of(spec), ScoreMethod)], indirect=True
 )
-def test_shared_parts_can_be_overridden(make_trace: MakeTrace, rules: Any, method: str) -> None:
+def test_shared_parts_can_be_overridden(
+    make_trace: MakeTrace, rules: Any, untried: None, method: str
+) -> None:
     trace = make_trace([layer_of(rules), layer_of(rules)], [64, 40, 30])
     plain = parse_spec(method)
     overridden = {
@@ -439,7 +448,7 @@ def test_shared_parts_can_be_overridden(make_trace: MakeTrace, rules: Any, metho
 
 
 def test_results_do_not_depend_on_companions(
-    make_trace: MakeTrace, rules: Any, method: str
+    make_trace: MakeTrace, rules: Any, untried: None, method: str
 ) -> None:
     trace = make_trace([layer_of(rules), layer_of(rules)], [64, 40, 30])
     alone, beside = (

@@ -98,18 +98,17 @@ def test_heads_read_one_by_one_or_together(
     assert len(reads) == -(-3 // heads_at_once)
 
 
-@pytest.mark.parametrize("block_elements", [1, 700])
 @pytest.mark.parametrize(
-    ("changes", "protocol"),
-    [({"heads": 4}, "all:20"), ({"window": 9}, "prefix:20"), ({"chunk": 16}, "all")],
+    ("changes", "protocol", "block_elements"),
+    [({"heads": 4}, "all:20", 1), ({"window": 9}, "prefix:20", 700), ({"chunk": 16}, "all", 700)],
     ids=str,
 )
 def test_block_size(
     make_trace: Callable[..., Trace],
     rules: Any,
-    block_elements: int,
     changes: dict[str, Any],
     protocol: str,
+    block_elements: int,
 ) -> None:
     layer = rules(rotation=Rotation((1.0, 0.3)), **changes)
     trace = make_trace([layer, layer], [50, 40])

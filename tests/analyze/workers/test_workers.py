@@ -138,12 +138,12 @@ def test_any_executor(trace: Trace, probe: Any, tmp_path: Path, one: Any, count:
 
 
 def test_workers_that_are_killed(trace: Trace, probe: Any, tmp_path: Path, one: Any) -> None:
-    """Of four workers, one is killed time after time in the middle of its unit."""
+    """Of three workers, one is killed time after time in the middle of its unit."""
     killed: set[str] = set()
     over = threading.Event()
 
     def kill() -> None:
-        while not over.wait(0.02) and len(killed) < 4:
+        while not over.wait(0.02) and len(killed) < 3:
             path = tmp_path / "log"
             lines = path.read_text().splitlines() if path.exists() else []
             for at, pid in (line.split() for line in lines if line[-1:].isdigit()):
@@ -152,7 +152,7 @@ def test_workers_that_are_killed(trace: Trace, probe: Any, tmp_path: Path, one: 
                     killed.add(at)
                     break
 
-    with Processes(4) as executor:
+    with Processes(3) as executor:
         killer = threading.Thread(target=kill)
         killer.start()
         try:

@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 PREDICTION := build/prediction
-# What is imported is compiled then: that is a tenth of what is installed.
+# A file is compiled when it is first imported, as less than a tenth of them are.
 QUICKLY := --quiet --disable-pip-version-check --no-compile
 SCRIPTS := analyze/outputs/report/js
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from retrace.analyze import analyze, estimate
-from retrace.analyze.methods import specs
+from retrace.analyze.methods import registry, specs
 from retrace.traces import RetraceError, Trace, create_trace, open_trace
 
 
@@ -18,7 +18,8 @@ from retrace.traces import RetraceError, Trace, create_trace, open_trace
 def few_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     """`all` is as many as the tests are about."""
     few = ["quest", "loki", "tidaldecode", "lessismore", "kascade"]
-    monkeypatch.setattr(specs, "method_names", lambda: few)
+    for module in (registry, specs):
+        monkeypatch.setattr(module, "method_names", lambda: few)
 
 
 @pytest.fixture

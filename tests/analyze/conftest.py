@@ -1,5 +1,6 @@
 """Synthetic traces, and the definitions of every figure in plain float64, one query at a time."""
 
+import os
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,6 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which other tests do too
 
 from retrace.traces import LayerRules, Trace, create_trace, open_trace
 from retrace.traces.schema import DTYPES

@@ -1,6 +1,5 @@
 """Kernels on a GPU where there is one, otherwise in Triton's interpreter on small tensors."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +7,6 @@ import pytest
 import torch
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # Read when Triton is imported.
 pytest.importorskip("triton", reason="the kernels need Triton, which is not installed")
 
 SHORT = torch.bfloat16 if GPU else torch.float16

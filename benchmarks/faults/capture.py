@@ -127,6 +127,14 @@ def check_after(captures: Captures, trace: Path, noted: Notes, whole: str) -> di
     }
 
 
+def tried(captures: Captures, trace: Path, whole: str, **fault: Any) -> dict[str, Any]:
+    """What came of a capture that met a fault, and of going on with it; the trace is removed."""
+    noted = captures.run(trace, **fault)
+    outcome = check_after(captures, trace, noted, whole)
+    shutil.rmtree(trace, ignore_errors=True)
+    return outcome
+
+
 def kills(captures: Captures, whole: str, seconds: float, count: int) -> list[dict[str, Any]]:
     """Captures that were killed, each at its own moment of a run's `seconds`."""
     rng, outcomes = random.Random(0), []
@@ -134,9 +142,7 @@ def kills(captures: Captures, whole: str, seconds: float, count: int) -> list[di
         trace = captures.folder / f"killed-{index}"
         # One in each equal part of the time, so that no stage is missed.
         moment = seconds * (index + rng.random()) / count
-        noted = captures.run(trace, kill_after=moment)
-        outcomes.append(check_after(captures, trace, noted, whole))
-        shutil.rmtree(trace, ignore_errors=True)
+        outcomes.append(tried(captures, trace, whole, kill_after=moment))
     return outcomes
 
 
@@ -155,13 +161,10 @@ def full_disks(captures: Captures, whole: str, size: int) -> list[dict[str, Any]
 
 def small_files(captures: Captures, whole: str) -> list[dict[str, Any]]:
     """Captures that may write no file larger than some size (RLIMIT_FSIZE)."""
-    outcomes = []
-    for size in (4_000, 8_000, 15_000, 20_000):
-        trace = captures.folder / f"small-{size}"
-        noted = captures.run(trace, file_bytes=size)
-        outcomes.append(check_after(captures, trace, noted, whole))
-        shutil.rmtree(trace, ignore_errors=True)
-    return outcomes
+    return [
+        tried(captures, captures.folder / f"small-{size}", whole, file_bytes=size)
+        for size in (4_000, 8_000, 15_000, 20_000)
+    ]
 
 
 def rivals(captures: Captures, whole: str, count: int) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from retrace.traces.bundles import bundle_size, bundles_of
 from retrace.traces.errors import DamageError, RetraceError, UnreachableError
 from retrace.traces.location import Location, RemoteLocation, beside, locate
+from retrace.traces.marks import Marks, joined_spans
 from retrace.traces.noted import noted
 from retrace.traces.reader import Layer, Trace, find_traces, half_begun, open_trace
 from retrace.traces.rotation import Rotation
@@ -18,6 +19,7 @@ __all__ = [
     "Layer",
     "LayerRules",
     "Location",
+    "Marks",
     "RemoteLocation",
     "RetraceError",
     "Rotation",
@@ -31,6 +33,7 @@ __all__ = [
     "create_trace",
     "find_traces",
     "half_begun",
+    "joined_spans",
     "locate",
     "noted",
     "open_trace",

@@ -230,6 +230,8 @@ class Trace(SequenceArrays):
         phase = self.phase(sequence)
         if phase.any():  # names what it did before there were phases, where all is context
             known.update(phase.tobytes())
+        for name, spans in self.marks(sequence).items():
+            known.update(f"{name} {spans}".encode())
         return known.hexdigest()[:32]
 
     def check_arrays(self) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrace.traces.errors import DamageError
+from retrace.traces.errors import DamageError, RetraceError
+from retrace.traces.marks import check_names, decoded_marks
 from retrace.traces.schema import PHASES
 from retrace.traces.storage.arrays import Rows, Stored, Tensors
 
@@ -98,8 +99,38 @@ class SequenceArrays:
             raise self.stored.damage("phase", "its codes are not all phases", sequence)
         return phase
 
+    def marks(self, sequence: int) -> dict[str, tuple[range, ...]]:
+        """Named spans of positions, such as the evidence that answers a question, by name: those of
+        one name ascending and apart from each other; none where the capture marked nothing."""
+        if not self.has("marks"):
+            return {}
+        names = self.mark_names
+        (row,) = self._rows("marks", "int32", (self.planned, None, 3)).read([sequence])
+        rows = self._there(row, "marks", sequence)
+        try:
+            return decoded_marks(rows, names, self.length(sequence))
+        except DamageError:
+            raise
+        except RetraceError as error:
+            raise self.stored.damage("marks", str(error).rstrip("."), sequence) from error
+
+    @cached_property
+    def mark_names(self) -> tuple[str, ...]:
+        """The names of all marks of the trace's sequences."""
+        if not self.has("marks"):
+            return ()
+        attributes = (self.stored.metadata("marks") or {}).get("attributes")
+        names = attributes.get("names") if isinstance(attributes, dict) else None
+        if not isinstance(names, list) or not names:
+            raise self.stored.damage("marks", "its attributes name no marks")
+        try:
+            check_names(names)
+        except RetraceError as error:
+            raise self.stored.damage("marks", str(error).rstrip(".")) from error
+        return tuple(names)
+
     def has(self, name: str) -> bool:
-        """Whether there is an array that not every trace has: `phase` or `kl`."""
+        """Whether there is an array that not every trace has: `phase`, `marks` or `kl`."""
         return name in self._names
 
     def check_small_arrays(self) -> None:
@@ -108,6 +139,9 @@ class SequenceArrays:
         for name, dtype in (("nll", "float32"), ("kl", "float32"), ("phase", "int8")):
             if name == "nll" or self.has(name):
                 self._check_bundle(self._rows(name, dtype, each))
+        if self.has("marks"):
+            self._check_bundle(self._rows("marks", "int32", (self.planned, None, 3)))
+            _ = self.mark_names  # which raises where they are none
         for name in ("tokens", "query_positions"):
             self._check_bundle(self._rows(name, "int32", (self.planned, None)))
         self._check_bundle(self._rows("length", "int32", (None,)))
@@ -120,7 +154,8 @@ class SequenceArrays:
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        return frozenset(name for name in ("phase", "kl") if self.stored.metadata(name) is not None)
+        optional = ("phase", "marks", "kl")
+        return frozenset(name for name in optional if self.stored.metadata(name) is not None)
 
     @cached_property
     def _lengths(self) -> list[Row]:

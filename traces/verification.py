@@ -16,6 +16,7 @@ from retrace.traces.progress import ShowDone
 from retrace.traces.reader import Trace, open_trace
 from retrace.traces.schema import TENSOR_AXES
 
+SMALL_ARRAYS = ("tokens", "length", "query_positions", "phase", "marks", "nll", "kl", "done")
 READERS = 4
 """Threads that read, a layer of a sequence each."""
 
@@ -163,7 +164,7 @@ def _is_wanted(name: str, layers: tuple[int, ...], there: tuple[int, ...]) -> bo
     first, _, rest = name.partition("/")
     layer, _, array = rest.partition("/")
     if first != "layers" or not layer:
-        return first in ("tokens", "length", "query_positions", "phase", "nll", "kl", "done")
+        return first in SMALL_ARRAYS
     if not layer.isdecimal() or layer != str(int(layer)) or array not in ("", *TENSOR_AXES):
         return False
     return int(layer) in layers or int(layer) not in there
@@ -182,7 +183,7 @@ def _finished(trace: Trace, found: Verification) -> tuple[int, ...]:
             if not trace.finished(sequence):
                 continue
         finished.append(sequence)
-        for read in (trace.length, trace.query_positions, trace.tokens, trace.phase):
+        for read in (trace.length, trace.query_positions, trace.tokens, trace.phase, trace.marks):
             with _noted(found):
                 read(sequence)
         with _noted(found):

@@ -15,6 +15,7 @@ from retrace.traces.bfloat16 import register
 from retrace.traces.bundles import MOST_SEQUENCES, bundles_of
 from retrace.traces.errors import RetraceError
 from retrace.traces.location import Location, RemoteLocation, explained, open_store
+from retrace.traces.marks import MARK_AXES, Marks, check_marks, encoded_marks
 from retrace.traces.reader import open_trace
 from retrace.traces.schema import (
     DTYPES,
@@ -166,6 +167,7 @@ def create_trace(
     dtype: str,
     attributes: Mapping[str, Any],
     phases: Sequence[npt.NDArray[np.int8]] | None = None,
+    marks: Sequence[Marks] | None = None,
     diverges: bool = False,
     bundle: int = 1,
 ) -> TraceWriter:
@@ -180,6 +182,7 @@ def create_trace(
         attributes: what else is to be known of the trace: model, task, settings, versions.
         phases: what each position (positions,) of each sequence is, a code in `PHASES`; context
             by default.
+        marks: named spans of positions of each sequence; none by default.
         diverges: whether sequences are finished with their divergence from an exact model.
         bundle: how many consecutive sequences share each shard, by `bundle_size` for instance.
     """
@@ -193,6 +196,7 @@ def create_trace(
             store = open_store(path, read_only=False)
             group = zarr.open_group(store, mode="w", attributes={FORMAT_KEY: None})
             _create_arrays(group, rules, tokens, query_positions, phases, dtype, diverges, bundle)
+            _create_marks(group, marks, tokens, bundle)
             group.attrs.update(said)
         return TraceWriter(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +206,7 @@ def create_trace(
     try:
         group = zarr.open_group(aside, mode="w", attributes=said)
         _create_arrays(group, rules, tokens, query_positions, phases, dtype, diverges, bundle)
+        _create_marks(group, marks, tokens, bundle)
         sync_all(aside)
         aside.rename(path)
         sync_path(path.parent)
@@ -220,6 +225,7 @@ def resume_trace(
     dtype: str,
     attributes: Mapping[str, Any],
     phases: Sequence[npt.NDArray[np.int8]] | None = None,
+    marks: Sequence[Marks] | None = None,
 ) -> TraceWriter:
     """Go on with an interrupted trace; refuses one that was planned differently.
 
@@ -241,6 +247,11 @@ def resume_trace(
         not np.array_equal(trace.phase(s), p) for s, p in enumerate(phases or _all_context(tokens))
     ):
         different.append("phases")
+    elif any(
+        trace.marks(s) != {name: tuple(spans) for name, spans in one.items() if spans}
+        for s, one in enumerate(marks or [{}] * len(tokens))
+    ):
+        different.append("marks")
     if trace.layers != tuple(rules) or any(trace.layer(i).rules != rules[i] for i in rules):
         different.append("layers")
     if different:
@@ -353,6 +364,36 @@ def _create_small_arrays(
         length_array[whole] = lengths[whole]
         phase_array[whole] = _padded(phases[whole], phase_array)
         query_array[whole] = _padded(query_positions[whole], query_array)
+
+
+def _create_marks(
+    group: zarr.Group,
+    marks: Sequence[Marks] | None,
+    tokens: Sequence[npt.NDArray[np.int32]],
+    bundle: int,
+) -> None:
+    """The array of marks, filled, where a sequence has some."""
+    if marks is None or not any(any(one.values()) for one in marks):
+        return
+    for one, own in zip(marks, tokens, strict=True):
+        check_marks(one, len(own))
+    names, rows = encoded_marks(marks)
+    most = max(map(len, rows))
+    array = group.create_array(
+        "marks",
+        shape=(len(rows), most, 3),
+        chunks=(bundle, most, 3),
+        dtype="int32",
+        fill_value=-1,
+        compressors=(Crc32cCodec(),),
+        dimension_names=MARK_AXES,
+        attributes={"names": names},
+        # A sequence without marks says so: what is missing is damage.
+        config={"write_empty_chunks": True},
+    )
+    for some in bundles_of(len(rows), bundle):
+        whole = slice(some.start, some.stop)
+        array[whole] = _padded(rows[whole], array)
 
 
 def _create_layer(

@@ -190,6 +190,7 @@ def _capture(
             rules={index: layer.rules for index, layer in recorded.items()},
             tokens=tokens,
             phases=phases,
+            marks=reading.marks,
             query_positions=[select.positions(len(p), prompt_length(p)) for p in phases],
             dtype=dtype,
             attributes=attributes,

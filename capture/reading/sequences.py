@@ -12,7 +12,7 @@ from retrace.capture.reading.harness import Harness
 from retrace.capture.reading.tasks import read_sequences
 from retrace.capture.reading.windows import WindowCutter
 from retrace.capture.settings import DEFAULT_MAX_LENGTH, CaptureSettings
-from retrace.traces import PHASES, RetraceError, Trace, noted
+from retrace.traces import PHASES, Marks, RetraceError, Trace, noted
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Reading:
     """Token ids (positions,) of each sequence."""
     phases: list[npt.NDArray[np.int8]]
     """What each position (positions,) of each sequence is, a code in `PHASES`."""
+    marks: list[Marks]
+    """Named spans of positions of each sequence."""
     task: list[dict[str, Any]]
     """Each task or text with its source, as the trace's attributes have it."""
     max_length: int
@@ -42,6 +44,7 @@ def read_text(
     return Reading(
         [sequence for one in sets for sequence in one.sequences],
         [phase for one in sets for phase in one.phases()],
+        [marks for one in sets for marks in one.marks or [{}] * len(one.sequences)],
         [
             {"task": one.task, "source": one.source, "sequences": len(one.sequences)}
             | ({} if one.num_fewshot is None else {"num_fewshot": one.num_fewshot})
@@ -99,6 +102,7 @@ def read_reference(trace: Trace, limit: int | None) -> Reading:
     return Reading(
         [trace.tokens(sequence) for sequence in sequences],
         [trace.phase(sequence) for sequence in sequences],
+        [trace.marks(sequence) for sequence in sequences],
         noted(trace, "task", list[dict[str, Any]]),
         noted(trace, "capture.max_length", int),
         begins,

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from retrace.traces import PHASES, RetraceError
+from retrace.traces import PHASES, Marks, RetraceError
 
 Tokens = npt.NDArray[np.int32]
 MARGIN_TOKENS = 64
@@ -29,6 +29,9 @@ class SequenceSet:
     """How many positions at the end of each sequence are scored text; none by default."""
     num_fewshot: int | None = None
     """Examples before each document, where it is a task of lm-eval-harness."""
+
+    marks: list[Marks] | None = None
+    """Named spans of positions of each sequence; none by default."""
 
     def phases(self) -> list[npt.NDArray[np.int8]]:
         """What each position (positions,) of each sequence is, a code in `PHASES`."""

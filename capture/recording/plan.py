@@ -19,6 +19,7 @@ from retrace.capture.recording.output import Output
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import (
     LayerRules,
+    Marks,
     RetraceError,
     Trace,
     TraceWriter,
@@ -43,6 +44,7 @@ class CapturePlan:
     rules: dict[int, LayerRules]
     tokens: list[npt.NDArray[np.int32]]
     phases: list[npt.NDArray[np.int8]]
+    marks: list[Marks]
     query_positions: list[npt.NDArray[np.int32]]
     dtype: str
     attributes: dict[str, Any]
@@ -86,6 +88,7 @@ class CapturePlan:
             "rules": self.rules,
             "tokens": self.tokens,
             "phases": self.phases,
+            "marks": self.marks,
             "query_positions": self.query_positions,
             "dtype": self.dtype,
         }

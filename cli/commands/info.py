@@ -48,6 +48,7 @@ def describe(trace: "Trace") -> dict[str, Any]:
         "tokens": sum(lengths),
         "lengths": {"least": min(lengths, default=0), "most": max(lengths, default=0)},
         "queries": sum(len(trace.query_positions(sequence)) for sequence in trace.sequences),
+        "marks": _marks(trace),
         "bytes": trace.nbytes(),
         "perplexity": trace.perplexity(),
         "layers": _layer_groups(trace),
@@ -56,6 +57,16 @@ def describe(trace: "Trace") -> dict[str, Any]:
         "command": trace.attributes.get("command"),
         "versions": trace.attributes.get("versions"),
     }
+
+
+def _marks(trace: "Trace") -> dict[str, dict[str, int]]:
+    """Each mark's sequences and positions."""
+    counted = {name: {"sequences": 0, "positions": 0} for name in trace.mark_names}
+    for sequence in trace.sequences:
+        for name, spans in trace.marks(sequence).items():
+            counted[name]["sequences"] += 1
+            counted[name]["positions"] += sum(map(len, spans))
+    return counted
 
 
 def _layer_groups(trace: "Trace") -> list[dict[str, Any]]:
@@ -99,6 +110,9 @@ def _print(facts: dict[str, Any]) -> None:
     ]
     if facts["queries"] != facts["tokens"]:
         lines.append(("Queries", f"{facts['queries']:,} of {facts['tokens']:,} kept"))
+    for name, count in facts["marks"].items():
+        where = plural(count["sequences"], "sequence")
+        lines.append((f"Mark {name}", f"{plural(count['positions'], 'position')} in {where}"))
     lines.append(("Tensors", size(facts["bytes"])))
     if facts["perplexity"] == facts["perplexity"]:
         lines.append(("Perplexity", f"{facts['perplexity']:.2f}"))

@@ -50,7 +50,8 @@ def contents(
     for tensors in plan.tensors.values():
         for tensor in tensors:
             tensor[:] = rng.standard_normal(tensor.shape)
-    writer = create_trace(tmp_path / "t.zarr", **plan.arguments, bundle=request.param)
+    marks = [{"evidence": [range(1, 3)], "answer": [range(4, 5)]}, {}]
+    writer = create_trace(tmp_path / "t.zarr", **plan.arguments, marks=marks, bundle=request.param)
     plan.fill(writer, range(2))
     writer.close()
     return {
@@ -82,6 +83,7 @@ def everything(path: Path) -> dict[str, bytes]:
         return {}
     for sequence in sequences:
         asked = {n: getattr(trace, n) for n in ("tokens", "nll", "query_positions", "phase")}
+        asked["marks"] = lambda s: np.array(str(trace.marks(s)))
         for layer in layers:
             for name in ("query", "key", "value"):
                 asked[f"{layer} {name}"] = lambda s, i=layer, n=name: getattr(trace.layer(i), n)(s)
@@ -190,6 +192,7 @@ def test_metadata_that_is_none(contents: Contents, spoilt: Path, data: st.DataOb
         ("length", [10**15]),
         ("tokens", [2, 10**15]),
         ("query_positions", [2, 10**15]),
+        ("marks", [2, 10**15, 3]),
         ("done", [10**15]),
     ],
 )
@@ -205,7 +208,7 @@ def test_a_claim_of_petabytes(
     with pytest.raises(RetraceError, match="is damaged"):
         trace = open_trace(spoilt)
         assert trace.sequences
-        trace.tokens(0), trace.query_positions(0), trace.layer(0).key(0)
+        trace.tokens(0), trace.query_positions(0), trace.marks(0), trace.layer(0).key(0)
     assert not verify_trace(spoilt).whole
     assert time.monotonic() - started < 5
 

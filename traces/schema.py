@@ -72,6 +72,10 @@ class LayerRules:
     """How queries and keys were turned by their position; None where that is not known."""
     kv_source: int | None = None
     """The earlier layer whose very keys this one attends to, where it has none of its own."""
+    cached_bytes: int | None = None
+    """What one token takes in the model's own cache of the layer, read once for all heads, where
+    that is not their keys and values: those of latent attention are made from one vector (and a
+    rotated part) that is cached in their place. In the type that caches are served in."""
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.key_dim, self.value_dim) < 1:
@@ -87,7 +91,7 @@ class LayerRules:
                 )
         if self.softcap is not None and self.softcap < 0:
             raise RetraceError(f"{self.module}: softcap must be above 0, not {self.softcap}.")
-        for name in ("window", "chunk"):
+        for name in ("window", "chunk", "cached_bytes"):
             extent = getattr(self, name)
             if extent is not None and extent < 1:
                 raise RetraceError(f"{self.module}: {name} must be at least 1, not {extent}.")
@@ -119,6 +123,9 @@ class LayerRules:
             attributes["sinks"] = list(self.sinks)
         if self.rotation is not None:
             attributes["rotation"] = self.rotation.to_attributes()
+        if self.cached_bytes is None:
+            # Said only where it is so: a trace's digest, by which kept results are found, holds.
+            del attributes["cached_bytes"]
         return attributes
 
     @classmethod
@@ -147,7 +154,7 @@ def _fits(name: str, value: Any) -> bool:
     """Whether what anybody may have written as a layer's attribute is of its type."""
     if name in ("heads", "kv_heads", "key_dim", "value_dim"):
         return type(value) is int
-    if name in ("window", "chunk", "kv_source"):
+    if name in ("window", "chunk", "kv_source", "cached_bytes"):
         return value is None or type(value) is int
     if name == "scale":
         return is_number(value)

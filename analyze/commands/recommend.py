@@ -46,7 +46,7 @@ from retrace.analyze.recommendation.recommendation import (
 from retrace.analyze.replay.trials import able_to_learn
 from retrace.analyze.results import Results
 from retrace.analyze.units.costs import SERVING_ITEMSIZE
-from retrace.traces import Location, RetraceError, Trace, open_trace
+from retrace.traces import LayerRules, Location, RetraceError, Trace, open_trace
 from retrace.traces.progress import ShowDone
 
 log = logging.getLogger("retrace")
@@ -155,7 +155,9 @@ def choose_and_verify(
 ) -> Recommendation:
     """A recommendation from results that hold `PROBE` and these methods, over these sequences."""
     rows = results.sequences
-    group = {int(i): trace.layer(i).rules.group for i in rows["layer"].unique()}
+    rules = {int(i): trace.layer(i).rules for i in rows["layer"].unique()}
+    # What heads that share one cache read can be told of all of them only: they choose as one.
+    group = {i: r.group if r.cached_bytes is None else r.heads for i, r in rules.items()}
     rows = rows.assign(kv_head=rows["head"] // rows["layer"].map(group)).astype({"layer": int})
     halves = {
         half: replace(results, sequences=rows[rows["sequence"].isin(list(chosen))])
@@ -165,9 +167,9 @@ def choose_and_verify(
     bounds = _bounds(tried, target, choose, verify, over=[*GROUP, "head"])
     choice = _chosen(_candidates(halves["choose"], bounds, target), target)
     mixed = {half: replace(part, sequences=_as_one(part, choice)) for half, part in halves.items()}
-    heads = _heads(results, mixed, bounds, choice, target, group)
+    heads = _heads(results, mixed, bounds, choice, target, rules)
     modules = rows.drop_duplicates("layer").set_index("layer")["module"]
-    kv_heads = choice.reset_index().astype({"layer": int, "kv_head": int})
+    kv_heads = _each_kv_head(choice, rules).reset_index().astype({"layer": int, "kv_head": int})
     kv_heads.insert(1, "module", kv_heads["layer"].map(modules))
     facts = {
         "retrace_recommendation": FORMAT,
@@ -191,9 +193,10 @@ def choose_and_verify(
         "topk": results.topk(PROBE),
         "classes": {"share": SHARE, "budget": BUDGET, "sinks": SINKS, "keys": CLASSES},
         "kv_bytes_per_position": {
-            str(i): (rules.key_dim + rules.value_dim) * SERVING_ITEMSIZE
-            for i in group
-            for rules in (trace.layer(i).rules,)
+            str(i): (r.key_dim + r.value_dim) * SERVING_ITEMSIZE
+            if r.cached_bytes is None
+            else r.cached_bytes / r.kv_heads
+            for i, r in rules.items()
         },
         "mean": {half: _model(part) for half, part in mixed.items()},
         **_met(heads, target),
@@ -242,9 +245,10 @@ def _heads(
     bounds: pd.DataFrame,
     choice: pd.DataFrame,
     target: Target,
-    group: Mapping[int, int],
+    rules: Mapping[int, LayerRules],
 ) -> pd.DataFrame:
     """The classes of all heads, and their figures on both halves, as `Recommendation.heads`."""
+    group = {layer: r.group for layer, r in rules.items()}
     chosen = choice.reset_index()[[*GROUP, *SETTING]].merge(bounds, how="left")
     bound = chosen.dropna().set_index(["layer", "head"])["bound"]
     keys = ["layer", "head"]
@@ -274,6 +278,18 @@ def _met(heads: pd.DataFrame, target: Target) -> dict[str, Any]:
             target.metric: float(worst[f"verify_{target.metric}"]),
         },
     }
+
+
+def _each_kv_head(choice: pd.DataFrame, rules: Mapping[int, LayerRules]) -> pd.DataFrame:
+    """A choice (layer, kv_head) with a row for each kv head of layers that chose as one."""
+    parts = []
+    for layer, r in rules.items():
+        own = choice[choice.index.get_level_values("layer") == layer]
+        if r.cached_bytes is not None:
+            own = own.loc[own.index.repeat(r.kv_heads)]
+            own.index = pd.MultiIndex.from_product([[layer], range(r.kv_heads)], names=GROUP)
+        parts.append(own)
+    return pd.concat(parts)
 
 
 def _candidates(choose: Results, bounds: pd.DataFrame, target: Target) -> pd.DataFrame:

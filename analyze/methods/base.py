@@ -205,9 +205,18 @@ class Method:
         """
         return keys * group.key_bytes if self.reads_all_keys else 0.0
 
+    def reads_cache(self, state: Any, group: HeadGroup) -> bool:
+        """Whether `aux_bytes` counts every visible key of the model's own cache, read in full, and
+        not what the method keeps beside it.
+
+        It tells them apart in layers whose heads share one cache (`rules.cached_bytes`), which is
+        then read once for all. By default in a method that `holds_keys`.
+        """
+        return bool(self.reads_all_keys)
+
     def attended_bytes(self, group: HeadGroup) -> float:
         """Bytes of one attended key and its value, read once for all heads of the group that attend
-        it."""
+        it. A method that says so itself keeps keys and values of its own in place of the cache."""
         return group.value_bytes + (0 if self.reads_all_keys else group.key_bytes)
 
 

@@ -98,7 +98,11 @@ class Kascade(ScoreMethod):
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """All keys in an anchor layer, where the selected ones count again; nothing elsewhere."""
-        return keys * group.key_bytes if state.group.layer == group.layer else 0.0
+        return keys * group.key_bytes if self.reads_cache(state, group) else 0.0
+
+    def reads_cache(self, state: Any, group: HeadGroup) -> bool:
+        """In an anchor layer."""
+        return bool(state.group.layer == group.layer)
 
 
 def best_anchors(served: npt.NDArray[np.float64], count: int) -> list[int]:

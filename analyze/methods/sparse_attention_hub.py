@@ -89,6 +89,10 @@ class SparseAttentionHub(AttendMethod):
         """All keys, if any masker looks at them."""
         return keys * group.key_bytes if self._reads_keys else 0.0
 
+    def reads_cache(self, state: Any, group: HeadGroup) -> bool:
+        """If any masker looks at keys."""
+        return self._reads_keys
+
     def attended_bytes(self, group: HeadGroup) -> float:
         """A value, and its key if no masker has read it."""
         return group.value_bytes + (0 if self._reads_keys else group.key_bytes)

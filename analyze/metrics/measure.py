@@ -13,7 +13,7 @@ from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import ROUNDING, most_of
 from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED
-from retrace.analyze.units.selection import Selection, where
+from retrace.analyze.units.selection import ALL_READ, Selection, where
 from retrace.analyze.units.unit import Block, Unit
 from retrace.traces import RetraceError
 
@@ -51,6 +51,7 @@ class ExactBlock:
             torch.tensor(ks, device=block.positions.device)[:, None, None],
             aux_bytes=block.visible_count * block.unit.group.key_bytes,
             attended_bytes=block.unit.group.value_bytes,
+            unread=ALL_READ,
         )
 
     @cached_property
@@ -426,16 +427,17 @@ def _log_sink_mass(unit: Unit, log_normalizer: Tensor) -> Tensor:
 
 def _bytes_ratio(block: Block, selection: Selection, attended: Tensor) -> Tensor:
     """Bytes read for the whole group over those of full attention, the same for every head of the
-    group: keys and values are read once for all heads that attend them."""
+    group: keys and values are read once for all heads that attend them. Where all heads of a layer
+    share one cache, `retrace.analyze.metrics.shared_cache` counts anew."""
     group = block.unit.group
-    union = _union(block, selection, attended)
+    union = union_of_heads(block, selection, attended)
     full = group.key_bytes + group.value_bytes
     each = full if selection.attended_bytes is None else selection.attended_bytes
     read = union * each + selection.aux_bytes
     return (read / (block.visible_count * full))[:, None].expand(attended.shape)
 
 
-def _union(block: Block, selection: Selection, attended: Tensor) -> Tensor:
+def union_of_heads(block: Block, selection: Selection, attended: Tensor) -> Tensor:
     """Distinct keys that any head of the group attends (points, queries)."""
     ids = selection.ids
     heads, rows, listed = ids.shape

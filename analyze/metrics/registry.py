@@ -173,7 +173,8 @@ ALL = (
         "bytes read / bytes of full attention",
         "bytes read over those of full attention",
         "bytes read (index, projections, keys, values) / bytes of all keys and values, "
-        "in bfloat16 whatever the trace holds",
+        "in bfloat16 whatever the trace holds; where heads share one cache of latent vectors, of "
+        "those that any head of the layer attends / of all, beside every head's index",
         "point",
         better=-1,
         swept=True,

@@ -10,11 +10,12 @@ A task's walk from reading to the tally enters each room once:
 6. `selection` turns each method's answer into one list of keys for all its budgets;
 7. `metrics` walks the lists of all queries that count, into moments over queries;
 8. `replay.tally` adds them up block by block, and sets the heads of the layer side by side;
+   bytes of a cache that these share are counted over all of them (`metrics.shared_cache`);
 9. `replay.parts` keeps the tallies, a part for each task, until all are there;
 10. `tables` merges the parts in the order of the plan, and makes rows of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -33,6 +34,7 @@ from retrace.analyze.methods.exact import Exact
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.metrics.buckets import buckets_of
 from retrace.analyze.metrics.measure import ExactBlock, tally
+from retrace.analyze.metrics.shared_cache import SharedCacheReads
 from retrace.analyze.replay.clock import Charge, Clock
 from retrace.analyze.replay.plan import Plan, Replayed
 from retrace.analyze.replay.tally import Tally, fill_missing, whole_layer
@@ -66,6 +68,7 @@ def replay(
     kept: KeptReferences | None = None
     fresh: KeptReferences | None = None
     heads: list[list[Tally]] = []
+    shared: list[SharedCacheReads] | None = None
     while True:
         with clock.charge("read"):
             unit = next(units, None)
@@ -76,12 +79,23 @@ def replay(
                 kept = store.load(digest, layer, unit, plan.ranks)
         if store.active and kept is None and fresh is None:
             fresh = KeptReferences.allocate(unit, max(plan.ranks, KEPT_RANKS))
+        if shared is None and unit.group.rules.cached_bytes is not None:
+            shared = [_shared_reads(unit, plan, method) for method in plan.methods]
         again = partial(_again, trace, unit)
-        heads.append(_replay_intact(unit, plan, kept, fresh, clock, again))
+        heads.append(_replay_intact(unit, plan, kept, fresh, clock, again, shared))
     if fresh is not None:
         with clock.charge("exact answers kept"):
             store.save(digest, layer, fresh)
-    return [whole_layer(tallies) for tallies in zip(*heads, strict=True)]
+    layers = [whole_layer(tallies) for tallies in zip(*heads, strict=True)]
+    for found, reads in zip(layers, shared or (), strict=shared is not None):
+        found.at_points["bytes_ratio"] = reads.ratios(trace.layer(layer).rules.heads)
+    return layers
+
+
+def _shared_reads(unit: Unit, plan: Plan, method: Replayed) -> SharedCacheReads:
+    """Where what a method reads of a layer's cache is noted, unit after unit."""
+    first = [plan.counting.first(k, len(unit.keys)) for k in method.topk]
+    return SharedCacheReads(unit.group.rules, unit.positions, method.topk, first)
 
 
 def _again(trace: Trace, unit: Unit) -> Unit:
@@ -99,12 +113,13 @@ def _replay_intact(
     fresh: KeptReferences | None,
     clock: Clock,
     again: Callable[[], Unit],
+    shared: list[SharedCacheReads] | None,
 ) -> list[Tally]:
     """`replay_unit`, less whatever comes of a unit that a method wrote into: that method is named,
     by replaying each alone on a unit of its own, which `again` reads."""
     try:
         with intact(unit):
-            return replay_unit(unit, plan, kept, fresh, clock)
+            return replay_unit(unit, plan, kept, fresh, clock, shared)
     except WrittenInto as error:
         asked = [method for method in plan.methods if method.spec.method != EXACT]
         for method in asked if len(asked) > 1 else ():
@@ -126,8 +141,10 @@ def replay_unit(
     kept: KeptReferences | None,
     fresh: KeptReferences | None,
     clock: Clock,
+    shared: Sequence[SharedCacheReads] | None = None,
 ) -> list[Tally]:
-    """One tally per method, with the heads of this unit only."""
+    """One tally per method, with the heads of this unit only; what they read of a cache that the
+    layer's heads share is noted in `shared`, method by method."""
     length, protocol = len(unit.keys), plan.counting.protocol
     smallest = min(method.topk[0] for method in plan.methods)
     any_curve = any(method.ks != method.topk for method in plan.methods)
@@ -159,9 +176,10 @@ def replay_unit(
             # Kept or not, the same ranks: probabilities of further keys are taken otherwise.
             exact = exact.rows(rows, plan.ranks)
             refuse_unheld(exact.block, exact.reference)
-        for method, found, state in zip(plan.methods, tallies, states, strict=True):
+        for i, (method, found, state) in enumerate(zip(plan.methods, tallies, states, strict=True)):
+            reads = None if shared is None else shared[i]
             with naming(method.spec):
-                _replay_method(method, exact, state, plan, found, clock)
+                _replay_method(method, exact, state, plan, found, reads, clock)
     for method, found, state in zip(plan.methods, tallies, states, strict=True):
         with naming(method.spec):
             state.check_calibration()
@@ -199,6 +217,7 @@ def _replay_method(
     states: States,
     plan: Plan,
     found: Tally,
+    reads: SharedCacheReads | None,
     clock: Clock,
 ) -> None:
     """Add a block's queries to a method's tally."""
@@ -225,3 +244,5 @@ def _replay_method(
                     points = [i for i, k in enumerate(selection.ks) if k in method.topk]
                     first = torch.tensor([plan.counting.first(k, length) for k in selection.ks])
                     found.add(selection.ks, points, tally(part, selection, points, first))
+                    if reads is not None:
+                        reads.add(part.block, selection, points)

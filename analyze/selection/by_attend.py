@@ -8,7 +8,14 @@ from retrace.analyze.methods.base import (
 )
 from retrace.analyze.methods.hooks import calling, key_ids, numbers
 from retrace.analyze.selection.charges import aux_bytes
-from retrace.analyze.units.selection import Selection, check_finite, check_ids, missing_last, where
+from retrace.analyze.units.selection import (
+    ALL_READ,
+    Selection,
+    check_finite,
+    check_ids,
+    missing_last,
+    where,
+)
 from retrace.analyze.units.unit import Block
 from retrace.traces import RetraceError
 
@@ -45,6 +52,7 @@ def select_by_attend(method: AttendMethod, state: Any, block: Block, k: int) -> 
         output=output[None].clone(),  # the method may use its tensor again
         aux_bytes=aux_bytes(method, state, block),
         attended_bytes=method.attended_bytes(block.unit.group),
+        unread=ALL_READ if method.reads_cache(state, block.unit.group) else None,
     )
 
 
@@ -57,4 +65,5 @@ def _exact_best(block: Block, k: int) -> Selection:
         (ids >= 0).sum(dim=-1)[None],
         aux_bytes=block.visible_count * block.unit.group.key_bytes,
         attended_bytes=block.unit.group.value_bytes,
+        unread=ALL_READ,
     )

@@ -18,7 +18,7 @@ from retrace.analyze.methods.toolkit.partial_attention import marked
 from retrace.analyze.selection.charges import aux_bytes
 from retrace.analyze.selection.joining import in_order_of_joining
 from retrace.analyze.selection.states import Served
-from retrace.analyze.units.selection import Selection, check_finite, missing_last, where
+from retrace.analyze.units.selection import ALL_READ, Selection, check_finite, missing_last, where
 from retrace.analyze.units.unit import Block
 from retrace.traces import RetraceError
 
@@ -41,6 +41,7 @@ class _Ranked:
     """Keys (keys,) bool that are gone, and so not kept either."""
     aux_bytes: Tensor
     attended_bytes: float
+    unread: tuple[int, int] | None
 
 
 def select_by_score(
@@ -99,11 +100,14 @@ def _rank(method: ScoreMethod, served: Served, block: Block, ks: tuple[int, ...]
     group = block.unit.group
     aux, each = aux_bytes(method, served.state, block), method.attended_bytes(group)
     first_new = served.built if method.keeps_new else None
+    unread = None
+    if served.state is not None and method.reads_cache(served.state, group):
+        unread = ALL_READ
     if served.state is None and first_new is None:  # every key is read to rank them
-        aux, each = block.visible_count * group.key_bytes, group.value_bytes
+        aux, each, unread = block.visible_count * group.key_bytes, group.value_bytes, ALL_READ
     ids = ids.expand(len(block.queries), -1, -1)
     evicted = None if served.state is None else method.evicted(served.state, block.end)
-    return _Ranked(served.state, ids, scores, size, first_new, evicted, aux, each)
+    return _Ranked(served.state, ids, scores, size, first_new, evicted, aux, each, unread)
 
 
 def _allowances(method: ScoreMethod, state: Any, ks: Sequence[int], block: Block) -> Tensor:
@@ -270,6 +274,7 @@ def _selection(
         true_denominator=method.output == "true-denominator",
         aux_bytes=ranked.aux_bytes,
         attended_bytes=ranked.attended_bytes,
+        unread=ranked.unread,
     )
 
 

@@ -10,7 +10,7 @@ from retrace.analyze.selection.by_score import only_visible
 from retrace.analyze.selection.charges import aux_bytes
 from retrace.analyze.selection.states import Served
 from retrace.analyze.units.attention import first_visible
-from retrace.analyze.units.selection import Selection, check_ids, where
+from retrace.analyze.units.selection import ALL_READ, Selection, check_ids, where
 from retrace.analyze.units.unit import Block
 from retrace.traces import RetraceError
 
@@ -43,6 +43,7 @@ def select_by_search(method: SearchMethod, served: Served, block: Block, k: int)
     ids = candidates.gather(-1, order[..., :k])
     # All keys of the index are visible to these queries.
     unindexed = block.visible_count - (indexed - first)
+    reads_cache = state is not None and method.reads_cache(state, group)
     return Selection(
         (k,),
         ids,
@@ -51,4 +52,5 @@ def select_by_search(method: SearchMethod, served: Served, block: Block, k: int)
         first_given=positions.new_full((1, len(positions)), indexed),
         aux_bytes=aux_bytes(method, state, block) + unindexed * group.key_bytes,
         attended_bytes=method.attended_bytes(group),
+        unread=ALL_READ if reads_cache else (first, indexed),
     )

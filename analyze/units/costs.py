@@ -5,6 +5,12 @@ method keeps beside it. What is learned, drawn or fitted to turn a query into wh
 compares (projections, networks, hyperplanes, chosen channels) is read by each query too, and
 charged: a server that decodes several sequences at once reads what they share once for all of them,
 and comes to less. Single numbers, such as a threshold, are not.
+
+Latent attention caches one vector of a token in place of the keys and values of all heads
+(`cached_bytes` of a layer's rules). Of such a layer the distinct tokens that any of its heads
+attends are counted, times that, and beside them what every head reads of its index: an index holds
+the keys that it was built from, expanded. A method that reads all keys to rank them reads the whole
+cache once, for all heads.
 """
 
 from collections.abc import Mapping

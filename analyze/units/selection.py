@@ -12,6 +12,8 @@ from retrace.traces import RetraceError
 
 SORT_COST = 8
 """How many times dearer it is to sort an id than to mark a key."""
+ALL_READ = (0, 0)
+"""No keys are `unread`."""
 
 
 QUERY_AXES = {
@@ -56,6 +58,9 @@ class Selection:
     """Bytes read to find the list, per query of the whole group."""
     attended_bytes: float | None = None
     """Bytes of one attended key and value, read once for the group; both in full if None."""
+    unread: tuple[int, int] | None = None
+    """Visible keys outside of these positions, from one to before the other, were read in full from
+    the cache to find the list, and are among the `aux_bytes`; none were if None."""
 
     def given_from(
         self, ids: Int64[Tensor, "group queries any"]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.units.attention import visible
+from retrace.analyze.units.costs import SERVING_ITEMSIZE
 from retrace.traces import LayerRules, RetraceError
 
 HARMLESS = frozenset(
@@ -75,7 +76,22 @@ def read_rules(
         chunk=chunk,
         softcap=None if arguments.get("softcap") is None else float(arguments["softcap"]),
         sinks=None if sinks is None else tuple(sinks.detach().flatten().cpu().double().tolist()),
+        cached_bytes=_cached_bytes(module),
     )
+
+
+def _cached_bytes(module: torch.nn.Module) -> int | None:
+    """What latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) caches of a token: the
+    latent vector and the rotated part of the key, for all heads together. None of other attention.
+
+    All its families name the two alike. They are asked of the module, not of the configuration:
+    hybrids have other attention beside, and layers without a rotated part.
+    """
+    latent = getattr(module, "kv_lora_rank", None)
+    rotated = getattr(module, "qk_rope_head_dim", None)
+    if not isinstance(latent, int) or not isinstance(rotated, int) or latent < 1:
+        return None
+    return (latent + rotated) * SERVING_ITEMSIZE
 
 
 def mask_fits(mask: Tensor | None, length: int, rules: LayerRules) -> bool:

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.science.architectures import TOLERANCE, try_architecture
+from benchmarks.tiny_models import ARCHITECTURES, LATENT, model_class
 from retrace.capture import capture
 from retrace.traces import RetraceError
 
@@ -37,6 +38,11 @@ REFUSED = {
     "t5": "t5 holds no causal language model",
     "xglm": "xglm models have no attention that can be recorded",
 }
+LATENT_FAMILIES = sorted(
+    name
+    for name, config in ARCHITECTURES.items()
+    if config.keys() >= LATENT.keys() and name not in REFUSED
+)
 
 
 def test_trace_explains_attention(architecture: str, tmp_path: Path) -> None:
@@ -145,3 +151,30 @@ def test_batch_size_changes_nothing(model_folder: Any, text_file: Path, tmp_path
         )
         for a, b in zip(one, three, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", LATENT_FAMILIES)
+def test_latent_caches(model_type: str, model_folder: Any, text_file: Path, tmp_path: Path) -> None:
+    """A token takes in the trace's rules what it does in the model's own cache in bfloat16."""
+    folder = model_folder(model_type)
+    trace = capture(str(folder), text=[text_file], limit=1, max_length=20, out=tmp_path / "t")
+    model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+        folder, dtype=torch.bfloat16
+    )
+    with torch.inference_mode():
+        cache = model(torch.from_numpy(trace.tokens(0)).long()[None], use_cache=True)
+    layers = [layer for layer in cache.past_key_values.layers if layer.keys is not None]
+    assert len(layers) == len(trace.layers)
+    for index, layer in zip(trace.layers, layers, strict=True):
+        rules = trace.layer(index).rules
+        assert rules.cached_bytes == (16 + 8) * 2 == (layer.keys.nbytes + layer.values.nbytes) / 20
+        assert "cached_bytes" in rules.to_attributes()
+
+
+def test_other_caches_are_keys_and_values(
+    model_folder: Any, text_file: Path, tmp_path: Path
+) -> None:
+    folder = model_folder("llama")
+    trace = capture(str(folder), text=[text_file], limit=1, max_length=20, out=tmp_path / "t")
+    assert trace.layer(0).rules.cached_bytes is None
+    assert "cached_bytes" not in trace.layer(0).rules.to_attributes()

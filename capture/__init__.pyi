@@ -1,6 +1,8 @@
 from .commands.capture import capture as capture
 from .commands.evaluate import evaluate as evaluate
 from .commands.evaluate_tasks import evaluate_tasks as evaluate_tasks
+from .commands.record import Recording as Recording
+from .commands.record import record as record
 from .recording.ranks import Ranks as Ranks
 from .recording.record import Progress as Progress
 from .settings import CaptureSettings as CaptureSettings

@@ -40,6 +40,29 @@ class QuerySelection:
             kept |= (length - 1 - positions) % self.amount == 0
         return positions[kept]
 
+    def candidates(self, start: int, end: int, prompt: int | None) -> npt.NDArray[np.int32]:
+        """Of the positions from `start` up to `end`, those (queries,) that may be kept when the
+        sequence, which has `end` positions now, has come to its end.
+
+        Args:
+            start: first position that is asked for.
+            end: the last one, plus one.
+            prompt: positions of the prompt, None while it may go on.
+
+        >>> QuerySelection("last", 2).candidates(60, 200, 100)[[0, -3, -1]].tolist()
+        [60, 99, 199]
+        """
+        positions: npt.NDArray[np.int32] = np.arange(start, end, dtype=np.int32)
+        if self.kind != "last":
+            return positions  # strides count back from an end that is not known
+        kept = positions >= end - max(self.amount, OBSERVED if prompt is None else 0)
+        if prompt is not None:
+            kept |= (positions >= prompt - OBSERVED) & (positions < prompt)
+        return positions[kept]
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "all" else f"{self.kind}:{self.amount}"
+
 
 def parse_queries(text: str) -> QuerySelection:
     """`all`, `last:N` or `stride:N` as a selection; both keep the end of the prompt besides.

@@ -169,8 +169,17 @@ def _fits(name: str, value: Any) -> bool:
 
 def prompts(phases: Sequence[npt.NDArray[np.int8]]) -> list[int | None]:
     """How many positions of each sequence are read at once, before any is decoded; None for all
-    where nothing is decoded."""
+    where nothing is decoded.
+
+    Raises:
+        RetraceError: what is generated is followed by more that is read, as in a chat.
+    """
     generated = [phase == PHASES["generated"] for phase in phases]
     if not any(bool(one.any()) for one in generated):
         return [None] * len(phases)
+    if any(bool((one[:-1] & ~one[1:]).any()) for one in generated):
+        raise RetraceError(
+            "Its sequences go on after what was generated, as a chat does: they can be analyzed, "
+            "and not run again."
+        )
     return [int((~one).sum()) for one in generated]

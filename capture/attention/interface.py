@@ -61,6 +61,8 @@ class _Interception:
 
 
 _current: ContextVar[_Interception] = ContextVar("retrace_interception")
+_of_all_threads: list[_Interception] = []
+"""Those in force, for threads that one's own code starts: they inherit no context."""
 
 
 @contextlib.contextmanager
@@ -78,7 +80,9 @@ def observed_attention(
     # Without a mask builder of the same name there would be no masks, and windows would be lost.
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     paths = {module: path for path, module in model.named_modules()}
-    token = _current.set(_Interception(stock, paths, observer, answer))
+    interception = _Interception(stock, paths, observer, answer)
+    token = _current.set(interception)
+    _of_all_threads.append(interception)
     try:
         try:
             model.set_attn_implementation(NAME)
@@ -90,6 +94,7 @@ def observed_attention(
         yield
     finally:
         model.set_attn_implementation(stock)
+        _of_all_threads.remove(interception)
         _current.reset(token)
 
 
@@ -111,6 +116,7 @@ def unrecordable(model: Any) -> RetraceError:
     )
 
 
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def _attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -121,7 +127,9 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What the model calls: its stock attention, observed."""
     mask = attention_mask  # some models pass it by that name
-    interception = _current.get()
+    interception = _current.get(None)
+    if interception is None or module not in interception.paths:
+        interception = next(one for one in reversed(_of_all_threads) if module in one.paths)
     path = interception.paths[module]
     check_arguments(path, arguments)
     if mask is not None and mask.dtype != torch.bool:
@@ -164,8 +172,8 @@ def _eager(
     outputs = []
     for block in torch.split(torch.arange(queries, device=query.device), rows):
         part = slice(int(block[0]), int(block[-1]) + 1)
-        # The last query is at the last key; keys before the first query come from a cache.
-        causal = key_positions <= block[:, None] + (keys - queries)
+        # As the fused kernels have it: several queries begin at the first key, one sees them all.
+        causal = key_positions <= block[:, None] + (keys - 1 if queries == 1 else 0)
         seen = causal if mask is None else mask[:, :, part]
         hidden = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
         hidden = hidden.masked_fill(~seen, torch.finfo(query.dtype).min)

@@ -99,12 +99,15 @@ def mask_fits(mask: Tensor | None, length: int, rules: LayerRules) -> bool:
     if mask is None:
         return all(extent is None or extent >= length for extent in (rules.window, rules.chunk))
     positions = torch.arange(length, device=mask.device)
-    rows = max(1, BLOCK_ELEMENTS // (mask.shape[0] * mask.shape[1] * length))
-    for block in torch.split(positions, rows):
-        expected = visible(block, positions, rules)
-        if not bool((mask[:, :, block[0] : block[-1] + 1] == expected).all()):
-            return False
-    return True
+    return hides_as_ruled(mask, positions, positions, rules)
+
+
+def hides_as_ruled(mask: Tensor, queries: Tensor, keys: Tensor, rules: LayerRules) -> bool:
+    """Whether a mask, bool (any, any, queries, keys), hides exactly what the rules hide from
+    queries at these positions (queries,), of keys at these (keys,)."""
+    rows = max(1, BLOCK_ELEMENTS // (mask.shape[0] * mask.shape[1] * max(1, len(keys))))
+    parts = zip(torch.split(queries, rows), torch.split(mask, rows, dim=2), strict=True)
+    return all(bool((part == visible(block, keys, rules)).all()) for block, part in parts)
 
 
 def _fit_mask(

@@ -33,7 +33,7 @@ from retrace.capture.reading.sequences import (
 from retrace.capture.recording.decode import continue_sequences
 from retrace.capture.recording.identity import check_same_model, weights_digest
 from retrace.capture.recording.output import Output
-from retrace.capture.recording.plan import CapturePlan, describe, recorded_layers
+from retrace.capture.recording.plan import CapturePlan, chosen_layers, describe
 from retrace.capture.recording.ranks import Meeting, Ranks
 from retrace.capture.recording.record import Progress, ShowProgress, batches_of, record
 from retrace.capture.settings import CaptureSettings
@@ -158,7 +158,7 @@ def _capture(
         longest = max(tokens, key=len)
         most = min(len(longest) + settings.generate, reading.max_length)
         layers = examine(model, np.resize(longest, most))
-        recorded = recorded_layers(layers, settings)
+        recorded = chosen_layers(layers, settings.layers, settings.pretrained)
         dtype = dtype_of(layers)
         decoding = check_decoding(
             model, tokens, phases, settings.generate, dtype, reading.max_length

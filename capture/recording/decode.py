@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from retrace.capture.attention.interface import AttentionCall
+from retrace.capture.attention.passes import Pass, Row, added_tensors, attends_as_ruled
 from retrace.capture.attention.recorder import AttentionLayer, RecordedSequence, TensorRecorder
 from retrace.capture.model.loading import input_device
 from retrace.capture.model.logits import CachedRun, Decoding
-from retrace.traces import PHASES, LayerRules, RetraceError, Trace
+from retrace.traces import PHASES, RetraceError, Trace
 
 Tokens = npt.NDArray[np.int32]
 Phases = npt.NDArray[np.int8]
@@ -43,7 +44,7 @@ def continue_sequences(
         written: the interrupted trace to go on with.
     """
     longer, marked = [], []
-    ends = _end_tokens(model)
+    ends = end_tokens(model)
     for sequence, (prompt, phase) in enumerate(zip(tokens, phases, strict=True)):
         more = np.empty(0, np.int32)
         if phase[-1] == PHASES["context"]:
@@ -88,7 +89,7 @@ def _continue(model: Any, prompt: Tokens, count: int, decoding: Decoding, ends: 
             logits = run.go_on(token[None, None].to(device))
 
 
-def _end_tokens(model: Any) -> set[int]:
+def end_tokens(model: Any) -> set[int]:
     """The tokens that end a text."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         end = getattr(config, "eos_token_id", None)
@@ -120,21 +121,23 @@ class StepRecorder(TensorRecorder):
         count = call.query.shape[-2]
         if before and count != 1:
             raise RetraceError(f"{call.path} called attention twice for a sequence.")
+        one = Pass(before, count, [Row(self._batch[0].sequence, np.ones(before + count, bool))])
         if before == 0:
             self._check(call, layer.rules)
-        elif not _sees_all(call, before, layer.rules):
+        elif not attends_as_ruled(call, one, layer.rules):
             raise RetraceError(
                 f"{call.path} has other keys in its cache than its queries see by the rules of the "
                 "trace: capture this model without generate."
             )
         self._lengths[call.module] = before + count
+        query, key, value, output = added_tensors(call, one, 0)
         added = replace(
             call,
             # Copies, since a view of the last keys would keep all of them.
-            query=_copy(call.query),
-            key=_copy(call.key[:, :, -count:]),
-            value=_copy(call.value[:, :, -count:]),
-            output=_copy(call.output),
+            query=_copy(query[None]),
+            key=_copy(key[None]),
+            value=_copy(value[None]),
+            output=_copy(output[None]),
             mask=None,
         )
         self._calls.setdefault(call.module, []).append(added)
@@ -158,16 +161,3 @@ class StepRecorder(TensorRecorder):
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def _sees_all(call: AttentionCall, position: int, rules: LayerRules) -> bool:
-    """Whether the query at `position` sees the keys of its cache that the rules let it see."""
-    keys = call.key.shape[-2]  # the last ones: a cache with a window drops the first
-    first = position + 1 - keys
-    hidden = rules.first_visible(position) - first
-    if first < 0 or hidden < 0:
-        return False
-    if call.mask is None:
-        return hidden == 0
-    expected = torch.arange(keys, device=call.mask.device) >= hidden
-    return bool((call.mask == expected).all())

@@ -72,6 +72,11 @@ def _likelihood_distance(trace: Trace, model: Any) -> float | None:
     with torch.inference_mode(), observed_attention(model, lambda call: None):
         found = next_token_nll(model, tokens.to(input_device(model)))[0, :-1].double().numpy()
     expected = trace.nll(sequence)[: len(found)].astype(np.float64)
+    if trace.attributes.get("likelihoods") == "partial":
+        known = ~np.isnan(expected)
+        if not known.any():
+            return None
+        found, expected = found[known], expected[known]
     distance = float(np.abs(found - expected).mean())
     return float("inf") if np.isnan(distance) else distance
 

@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,18 +106,18 @@ class CapturePlan:
         )
 
 
-def recorded_layers(
-    layers: Mapping[int, AttentionLayer], settings: CaptureSettings
+def chosen_layers(
+    layers: Mapping[int, AttentionLayer], wanted: Sequence[int] | None, model: str
 ) -> dict[int, AttentionLayer]:
-    """The layers to record, ascending."""
-    wanted = sorted(set(layers if settings.layers is None else settings.layers))
-    missing = [index for index in wanted if index not in layers]
+    """The layers to record, ascending: all of them, or those `wanted` of the model of this name."""
+    chosen = sorted(set(layers if wanted is None else wanted))
+    missing = [index for index in chosen if index not in layers]
     if missing:
         raise RetraceError(
-            f"{settings.pretrained} has no attention in layer {', '.join(map(str, missing))}; it "
-            f"has some in {', '.join(map(str, layers))}."
+            f"{model} has no attention in layer {', '.join(map(str, missing))}; it has some in "
+            f"{', '.join(map(str, layers))}."
         )
-    return {index: layers[index] for index in wanted}
+    return {index: layers[index] for index in chosen}
 
 
 def describe(
@@ -130,20 +130,9 @@ def describe(
     weights: str,
 ) -> dict[str, Any]:
     """The trace's attributes, as JSON gives them back; `weights` is the digest of the model's."""
-    config = model.config.get_text_config()
-    count = getattr(config, "num_hidden_layers", None) or max(layers) + 1
     tokenizer = checkpoint.tokenizer
-    attributes = {
-        "model": {
-            "pretrained": settings.pretrained,
-            "revision": getattr(checkpoint.config, "_commit_hash", None) or settings.revision,
-            "architecture": type(model).__name__,
-            "model_type": model.config.model_type,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "layers": count,
-            "weights": weights,
-        }
-        | ({} if checkpoint.adapter is None else {"adapter": checkpoint.adapter.facts}),
+    revision = getattr(checkpoint.config, "_commit_hash", None) or settings.revision
+    attributes = model_attributes(model, layers, weights, settings.pretrained, revision) | {
         "tokenizer": {
             "class": type(tokenizer).__name__,
             "vocabulary": len(tokenizer),
@@ -158,12 +147,43 @@ def describe(
         }
         | ({"generate": settings.generate} if settings.generate else {})
         | ({"approximation": approximation.facts} if approximation else {}),
+        "batch_size": settings.batch_size,
+    }
+    if checkpoint.adapter is not None:
+        attributes["model"]["adapter"] = checkpoint.adapter.facts
+    return as_json(attributes)
+
+
+def model_attributes(
+    model: Any,
+    layers: Mapping[int, AttentionLayer],
+    weights: str,
+    pretrained: str,
+    revision: str | None,
+) -> dict[str, Any]:
+    """What a trace says of its model: all `layers` that have attention, and the digest of its
+    `weights`."""
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None) or max(layers) + 1
+    return {
+        "model": {
+            "pretrained": pretrained,
+            "revision": revision,
+            "architecture": type(model).__name__,
+            "model_type": model.config.model_type,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "layers": count,
+            "weights": weights,
+        },
         "unrecorded_layers": [i for i in range(count) if i not in layers],
         "position_encoding": getattr(config, "rope_parameters", None),
-        "batch_size": settings.batch_size,
         "device": str(model.device),
         "versions": {"python": sys.version.split()[0], **_versions()},
     }
+
+
+def as_json(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes as JSON gives them back."""
     plain: dict[str, Any] = json.loads(json.dumps(attributes, default=str))
     return plain
 

@@ -28,8 +28,8 @@ each other is not known well enough."""
 ASSUMES = (
     "95 % is for texts of one kind, and heads whose losses vary alike from text to text in "
     "proportion to their means. In simulations of 90 heads all bounds hold together in 95 % of "
-    "trials then, in 87 to 94 % where heads vary unlike, in 78 to 82 % where one text in 20 is "
-    "three times as hard, and in 34 % where one in 50 is twice as hard for each head by itself."
+    "trials then, in 88 to 92 % where heads vary unlike, in 77 to 82 % where one text in 20 is "
+    "three times as hard, and in 31 % where one in 50 is twice as hard for each head by itself."
 )
 """What the bounds of all heads together take for granted, and how they fail without it."""
 

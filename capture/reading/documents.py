@@ -68,11 +68,21 @@ def read_texts(path: Path, column: str) -> Iterator[str]:
     Raises:
         RetraceError: it is no such table, or a row has no text in the column.
     """
+    for place, row in read_rows(path):
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            raise RetraceError(_without_text(path, place, row, column))
+        yield row[column]
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of a table, whose kind the file's name tells (`TABLES`); by any other name it is of
+    JSON lines.
+
+    Raises:
+        RetraceError: it is no such table.
+    """
     try:
-        for place, row in TABLES[path.suffix.lower()](path):
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                raise RetraceError(_without_text(path, place, row, column))
-            yield row[column]
+        yield from TABLES.get(path.suffix.lower(), _json_lines)(path)
     except RetraceError:
         raise
     except (OSError, ValueError, csv.Error, RecursionError) as error:

@@ -48,6 +48,7 @@ def read_text(
         [
             {"task": one.task, "source": one.source, "sequences": len(one.sequences)}
             | ({} if one.num_fewshot is None else {"num_fewshot": one.num_fewshot})
+            | dict(one.facts)
             for one in sets
         ],
         max_length,
@@ -112,11 +113,22 @@ def read_reference(trace: Trace, limit: int | None) -> Reading:
 def longest_sequence(settings: CaptureSettings, checkpoint: Checkpoint) -> int:
     """Positions of the longest sequence, generated tokens included."""
     most = checkpoint.max_positions
-    length = settings.max_length or min(DEFAULT_MAX_LENGTH, most or DEFAULT_MAX_LENGTH)
+    told = settings.told_lengths()
+    # Tasks that are told a length leave room in it for an answer, but seldom for a long one.
+    wanted = max(told, default=DEFAULT_MAX_LENGTH - settings.generate) + settings.generate
+    length = settings.max_length or min(wanted, most or wanted)
     if length - settings.generate < 2:
         raise RetraceError(
             f"max_length is {length}, generated tokens included: generate cannot be "
             f"{settings.generate}."
+        )
+    needed = max([*told, *(n + settings.generate for n in settings.lengths)], default=0)
+    if needed > length:
+        limit = f"max_length is {length}"
+        if settings.max_length is None:
+            limit = f"{settings.pretrained} reads {most} positions at most"
+        raise RetraceError(
+            f"Prompts are to have {needed} tokens, what is generated included, and {limit}."
         )
     if settings.max_length is None:
         return length

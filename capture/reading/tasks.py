@@ -11,6 +11,8 @@ from retrace.capture.model.hub import datasets_offline, hub_reachable
 from retrace.capture.model.hub_trouble import noticed_trouble
 from retrace.capture.reading.documents import TABLES, open_text, read_texts
 from retrace.capture.reading.harness import Harness
+from retrace.capture.reading.needle import read_needles
+from retrace.capture.reading.prompts import read_prompts
 from retrace.capture.reading.windows import SequenceSet, WindowCutter
 from retrace.capture.settings import TASKS, CaptureSettings
 from retrace.traces import RetraceError
@@ -52,7 +54,7 @@ def articles(rows: Iterable[str]) -> Iterator[str]:
 HUB_DATA: dict[str, HubData] = {
     "wikitext": HubData("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", articles)
 }
-assert tuple(HUB_DATA) == TASKS
+assert (*HUB_DATA, "needle") == TASKS
 
 
 def read_sequences(
@@ -61,12 +63,16 @@ def read_sequences(
     """The sequences that the settings ask for, task by task and file by file."""
     sets: list[SequenceSet] = []
     for task in settings.tasks:
-        if task in TASKS:
+        if task in HUB_DATA:
             sets.append(_read_task(task, settings.data, cut))
+        elif task == "needle":
+            texts = None if settings.data is None else local_texts(Path(settings.data), "", "text")
+            sets.append(read_needles(settings, cut, texts))
         else:
             assert harness is not None
             sets += harness.read(task, cut)
     sets += [_read_text(Path(path), cut) for path in settings.text]
+    sets += [read_prompts(Path(path), settings, cut) for path in settings.prompts]
     return tuple(sets)
 
 
@@ -84,7 +90,10 @@ def _read_text(path: Path, cut: WindowCutter) -> SequenceSet:
 def _read_task(task: str, data: str | Path | None, cut: WindowCutter) -> SequenceSet:
     hub_data = HUB_DATA[task]
     source = f"{hub_data.name}/{hub_data.configuration}" if data is None else str(data)
-    rows = _hub_rows(task, hub_data) if data is None else _local_rows(Path(data), hub_data)
+    if data is None:
+        rows = _hub_rows(task, hub_data)
+    else:
+        rows = local_texts(Path(data), hub_data.split, hub_data.column)
     windows = cut.windows(io.StringIO(document) for document in hub_data.documents(rows))
     if not windows:
         raise RetraceError(f"{source} holds no text for the task {task}.")
@@ -123,13 +132,14 @@ def first_line(error: BaseException) -> str:
     return line or type(error).__name__
 
 
-def _local_rows(path: Path, data: HubData) -> Iterator[str]:
-    for file in _data_files(path, data.split):
+def local_texts(path: Path, split: str, column: str) -> Iterator[str]:
+    """The lines of text files, or the texts of tables' rows, at a path."""
+    for file in _data_files(path, split):
         if file.suffix == ".txt":
             with open_text(file) as lines:
                 yield from lines
         else:
-            yield from read_texts(file, data.column)
+            yield from read_texts(file, column)
 
 
 def _data_files(path: Path, split: str) -> list[Path]:

@@ -1,8 +1,8 @@
 """Documents cut to windows of tokens, and the sets that these make."""
 
 import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import numpy as np
@@ -32,6 +32,8 @@ class SequenceSet:
 
     marks: list[Marks] | None = None
     """Named spans of positions of each sequence; none by default."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else the trace's attributes tell of the task."""
 
     def phases(self) -> list[npt.NDArray[np.int8]]:
         """What each position (positions,) of each sequence is, a code in `PHASES`."""

@@ -1,4 +1,4 @@
-"""Decoding: continuing sequences greedily, and recording what each step's attention saw."""
+"""Decoding: continuing sequences, and recording what each step's attention saw."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +14,7 @@ from retrace.capture.attention.passes import Pass, Row, added_tensors, attends_a
 from retrace.capture.attention.recorder import AttentionLayer, RecordedSequence, TensorRecorder
 from retrace.capture.model.loading import input_device
 from retrace.capture.model.logits import CachedRun, Decoding
+from retrace.capture.recording.sampling import Sampling, Writer
 from retrace.traces import PHASES, RetraceError, Trace
 
 Tokens = npt.NDArray[np.int32]
@@ -26,6 +27,7 @@ def continue_sequences(
     phases: Sequence[Phases],
     count: int,
     decoding: Decoding,
+    sampling: Sampling,
     *,
     written: Trace | None = None,
 ) -> tuple[list[Tokens], list[Phases]]:
@@ -41,6 +43,7 @@ def continue_sequences(
         phases: what each position (positions,) of each sequence is.
         count: how many tokens to generate.
         decoding: how the model goes on with what it has read.
+        sampling: how tokens are chosen, and what ends a sequence besides the model's own tokens.
         written: the interrupted trace to go on with.
     """
     longer, marked = [], []
@@ -49,7 +52,10 @@ def continue_sequences(
         more = np.empty(0, np.int32)
         if phase[-1] == PHASES["context"]:
             known = _written(written, sequence, prompt)
-            more = _continue(model, prompt, count, decoding, ends) if known is None else known
+            if known is None:
+                writer = sampling.of_sequence(sequence)
+                known = _continue(model, prompt, count, decoding, ends, writer)
+            more = known
         longer.append(np.concatenate([prompt, more]))
         marked.append(np.concatenate([phase, np.full(len(more), PHASES["generated"], np.int8)]))
     if len(longer) == len(tokens) and all(map(np.array_equal, longer, tokens)):
@@ -72,8 +78,11 @@ def _written(trace: Trace | None, sequence: int, prompt: Tokens) -> Tokens | Non
     return known
 
 
-def _continue(model: Any, prompt: Tokens, count: int, decoding: Decoding, ends: set[int]) -> Tokens:
-    """The likeliest next tokens (generated,), up to `count` or one that ends the text."""
+def _continue(
+    model: Any, prompt: Tokens, count: int, decoding: Decoding, ends: set[int], writer: Writer
+) -> Tokens:
+    """The next tokens (generated,) by the writer's choice, up to `count` or to where the text ends
+    by one of the tokens in `ends` or as the writer says."""
     generated: list[int] = []
     run = CachedRun(model, decoding)
     device = input_device(model)
@@ -82,11 +91,10 @@ def _continue(model: Any, prompt: Tokens, count: int, decoding: Decoding, ends: 
         last = torch.tensor([len(prompt) - 1])  # on the CPU, from where it indexes any device
         logits = next(run.read(batch, [last]))
         while True:
-            token = logits[0, -1].argmax()
-            generated.append(int(token))
-            if len(generated) == count or generated[-1] in ends:
+            generated.append(writer.choose(logits[0, -1]))
+            if len(generated) == count or generated[-1] in ends or writer.ended(generated):
                 return np.array(generated, np.int32)
-            logits = run.go_on(token[None, None].to(device))
+            logits = run.go_on(torch.tensor([generated[-1:]], device=device))
 
 
 def end_tokens(model: Any) -> set[int]:

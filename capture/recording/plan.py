@@ -16,6 +16,7 @@ from retrace.capture.attention.recorder import AttentionLayer
 from retrace.capture.model.loading import Checkpoint
 from retrace.capture.reading.sequences import Reading
 from retrace.capture.recording.output import Output
+from retrace.capture.recording.sampling import Sampling
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import (
     LayerRules,
@@ -146,6 +147,8 @@ def describe(
             "queries": settings.queries,
         }
         | ({"generate": settings.generate} if settings.generate else {})
+        | _written(settings, tokenizer)
+        | _prompted(settings)
         | ({"approximation": approximation.facts} if approximation else {}),
         "batch_size": settings.batch_size,
     }
@@ -186,6 +189,19 @@ def as_json(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes as JSON gives them back."""
     plain: dict[str, Any] = json.loads(json.dumps(attributes, default=str))
     return plain
+
+
+def _written(settings: CaptureSettings, tokenizer: Any) -> dict[str, Any]:
+    """How generated tokens were chosen, where not the likeliest are to the end."""
+    facts = Sampling.of(settings, tokenizer).facts()
+    return {"sampling": facts} if facts else {}
+
+
+def _prompted(settings: CaptureSettings) -> dict[str, Any]:
+    """How prompts were put, where not as plain texts, and what tasks were told."""
+    names = ("apply_chat_template", "system_instruction", "fewshot_as_multiturn", "metadata")
+    given = {name: getattr(settings, name) for name in names}
+    return {n: value for n, value in given.items() if value != getattr(CaptureSettings, n)}
 
 
 def _as_said(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> Any:

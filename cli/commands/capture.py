@@ -10,7 +10,7 @@ import click
 from retrace.cli.command import TYPED, Command
 from retrace.cli.config import CONFIG
 from retrace.cli.documented import documented
-from retrace.cli.parameters import SPEC, names, numbers
+from retrace.cli.parameters import SPEC, mapping, names, numbers
 from retrace.cli.progress import bars
 from retrace.cli.screen import note, plural, print_facts, size
 
@@ -30,6 +30,8 @@ setting = documented("retrace.capture", "settings.py", "CaptureSettings")
 Example:
   retrace capture --pretrained EleutherAI/pythia-70m --tasks wikitext --limit 10
   retrace capture --pretrained builtin:smollm2 --text notes.txt --max-length 1024
+  retrace capture --pretrained builtin:smollm2 --tasks needle --lengths 2048,4096
+  retrace capture --pretrained Qwen/Qwen3-8B --prompts chats.jsonl --generate 128 --temperature 0.7
   retrace capture --reference traces/notes.zarr --approximate quest:page=32 --topk 64
   torchrun --nproc-per-node 8 -m retrace.cli capture --pretrained Qwen/Qwen3-8B --tasks wikitext""",
 )
@@ -37,11 +39,24 @@ Example:
 @setting("--reference", type=click.Path(), metavar="TRACE")
 @setting("--tasks", type=names, metavar="NAME,...")
 @setting("--text", type=click.Path(), multiple=True, metavar="FILE")
+@setting("--prompts", type=click.Path(), multiple=True, metavar="FILE")
 @setting("--data", type=click.Path(), metavar="PATH")
+@setting("--lengths", type=numbers, metavar="N,...")
+@setting("--depths", type=numbers, metavar="PERCENT,...")
 @setting("--include-path", type=click.Path(), metavar="FOLDER")
 @setting("--num-fewshot", type=int, metavar="N")
+@setting("--metadata", type=mapping, metavar="JSON")
+@setting("--apply-chat-template", is_flag=True)
+@setting("--system-instruction", metavar="TEXT")
+@setting(
+    "--fewshot-as-multiturn/--no-fewshot-as-multiturn", sets="fewshot_as_multiturn", default=None
+)
 @setting("--limit", type=int, metavar="N")
 @setting("--generate", type=int, metavar="N")
+@setting("--temperature", type=float, metavar="T")
+@setting("--top-p", type=float, metavar="P")
+@setting("--seed", type=int, metavar="N")
+@setting("--stop", multiple=True, metavar="TEXT")
 @setting("--batch-size", "--batch", type=int, metavar="N")
 @setting("--max-length", type=int, metavar="N")
 @setting("--dtype", metavar="NAME")

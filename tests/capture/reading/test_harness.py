@@ -32,6 +32,9 @@ class Characters:
         self.eos_token = "$"
         self.eos_token_id: int | None = ord("$")
 
+    def save_pretrained(self, folder: str) -> None:
+        """Nothing that these tasks would need."""
+
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         begin = "^" if self.bos_token and add_special_tokens else ""
         return {"input_ids": [ord(character) for character in begin + text]}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.tiny_models import byte_tokenizer
 from retrace.capture import Progress, capture
 from retrace.traces import PHASES, RetraceError, Trace, open_trace
 
@@ -109,6 +110,49 @@ def test_resume_keeps_what_was_generated(
         for i in trace.layers:
             np.testing.assert_array_equal(trace.layer(i).query(s), whole.layer(i).query(s))
             np.testing.assert_array_equal(trace.layer(i).key(s), whole.layer(i).key(s))
+
+
+def test_drawn_tokens(model_folder: Any, text_file: Path, tmp_path: Path) -> None:
+    folder = str(model_folder("llama", **ENDLESS))
+
+    def run(name: str, **changes: Any) -> Trace:
+        options = {"limit": 3, "generate": 12, "max_length": 32, "temperature": 1.0, **changes}
+        return capture(folder, text=[text_file], out=tmp_path / name, **options)
+
+    def written(trace: Trace) -> list[list[int]]:
+        return [trace.tokens(s)[20:].tolist() for s in trace.sequences]
+
+    drawn = run("drawn")
+    assert drawn.attributes["capture"]["sampling"] == {"temperature": 1.0, "top_p": 1.0, "seed": 0}
+    assert written(run("again", batch_size=2)) == written(drawn)
+    # What is drawn for a sequence does not depend on how many there are.
+    assert written(run("fewer", limit=1)) == written(drawn)[:1]
+    assert written(run("other", seed=1)) != written(drawn)
+    greedy = run("greedy", temperature=0.0)
+    assert "sampling" not in greedy.attributes["capture"]
+    assert written(greedy) != written(drawn)
+    # The likeliest alone is left.
+    assert written(run("narrow", top_p=1e-9)) == written(greedy)
+    assert written(run("cold", temperature=1e-9)) == written(greedy)
+    with pytest.raises(RetraceError, match="other capture"):
+        run("drawn", resume=True, seed=1)
+    # A run over the same tokens has them.
+    again = capture(reference=drawn.path, approximate="window", topk=4, out=tmp_path / "loop")
+    assert written(again) == written(drawn)
+    with pytest.raises(RetraceError, match="give generate with it"):
+        capture(reference=drawn.path, temperature=0.5, out=tmp_path / "loop")
+
+
+def test_what_ends_a_text(model_folder: Any, text_file: Path, tmp_path: Path) -> None:
+    folder = str(model_folder("llama", **ENDLESS))
+    options: dict[str, Any] = {"text": [text_file], "limit": 1, "generate": 9, "max_length": 29}
+    free = capture(folder, out=tmp_path / "free", **options).tokens(0)[20:].tolist()
+    decode = byte_tokenizer().decode
+    stop = decode(free[3:5])
+    end = next(n for n in range(1, 10) if stop in decode(free[:n]))
+    trace = capture(folder, out=tmp_path / "t", stop=["never there", stop], **options)
+    assert trace.tokens(0)[20:].tolist() == free[:end]  # what ends it is kept
+    assert trace.attributes["capture"]["sampling"] == {"stop": ["never there", stop]}
 
 
 def test_no_room_for_a_prompt(model_folder: Any, text_file: Path, tmp_path: Path) -> None:

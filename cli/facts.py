@@ -23,4 +23,4 @@ def _task_name(part: Any, sources: bool) -> str:
     if not isinstance(part, Mapping):
         return str(part)
     name = str(part.get("task", "unknown"))
-    return f"{name} ({part['source']})" if sources and "source" in part else name
+    return f"{name} ({part['source']})" if sources and part.get("source") else name

@@ -18,11 +18,12 @@ from retrace.traces.schema import (
     DTYPES,
     FORMAT_KEY,
     FORMAT_VERSION,
+    OUTPUT_PROJECTION,
     TENSOR_AXES,
     LayerRules,
 )
 from retrace.traces.sequences import SequenceArrays
-from retrace.traces.storage.arrays import Stored, Tensors
+from retrace.traces.storage.arrays import Stored, Tensors, Whole
 from retrace.traces.storage.objects import open_objects
 
 
@@ -32,9 +33,13 @@ class Layer:
     Whatever reads tensors raises `DamageError` where they are not as they were written.
     """
 
-    def __init__(self, index: int, rules: LayerRules, trace: "Trace") -> None:
+    def __init__(
+        self, index: int, rules: LayerRules, attributes: Mapping[str, Any], trace: "Trace"
+    ) -> None:
         self.index = index
         self.rules = rules
+        self.attributes = attributes
+        """All that its group says, its rules included."""
         self.trace = trace
         """The trace that it is a layer of."""
         self._arrays: dict[str, Tensors] = {}  # each costs a read
@@ -69,6 +74,31 @@ class Layer:
     def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
         """Positions (queries,) of the queries that were kept, ascending."""
         return self.trace.query_positions(sequence)
+
+    @property
+    def has_output_projection(self) -> bool:
+        """Whether the trace holds the weights of its output projection; where not, its attribute
+        `no_output_projection` may say why."""
+        return isinstance(self.attributes.get(OUTPUT_PROJECTION), str)
+
+    @property
+    def output_projection(self) -> npt.NDArray[Any] | None:
+        """The weights W_o (hidden, heads, value channels) that its attention output is multiplied
+        with, in the trace's dtype and read anew each time; None where the trace holds none."""
+        array = self.projection_array()
+        return None if array is None else array.read()
+
+    def projection_array(self) -> Whole | None:
+        """The array of its output projection; None where the trace holds none.
+
+        Raises:
+            DamageError: its metadata are not those of one of this layer's rules.
+        """
+        if not self.has_output_projection:
+            return None
+        shape = (None, self.rules.heads, self.rules.value_dim)
+        path = f"layers/{self.index}/{OUTPUT_PROJECTION}"
+        return Whole(self.trace.stored, path, self.trace.dtype, shape)
 
     def check_vectors(
         self,
@@ -193,7 +223,7 @@ class Trace(SequenceArrays):
                 rules = LayerRules.from_attributes(attributes)
             except RetraceError as error:
                 raise self.stored.damage(name, str(error).rstrip(".")) from error
-            self._layers[index] = Layer(index, rules, self)
+            self._layers[index] = Layer(index, rules, attributes, self)
         return self._layers[index]
 
     @cached_property

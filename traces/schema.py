@@ -1,7 +1,7 @@
 """What a trace holds: names, axes and the rules of a layer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -33,6 +33,13 @@ TENSOR_AXES: dict[str, tuple[str, str, str, str]] = {
 }
 """Axes of a layer's three arrays. Queries have an axis of their own, since not all may be kept."""
 
+OUTPUT_PROJECTION = "output_projection"
+PROJECTION_AXES = ("hidden", "head", "value_channel")
+"""Axes of the array of that name, which a layer may have: the weights W_o that turn its heads'
+attention output into what its module returns, hidden = sum of W_o times output over heads and
+channels, less a bias. Its group has an attribute `output_projection` too: the path of the module
+that they are of, or else `no_output_projection`, why the capture left them out."""
+
 PHASES = {"context": 0, "continuation": 1, "generated": 2}
 """What a position is, by its code in the array `phase` (sequence, position), -1 where padding is.
 
@@ -41,6 +48,19 @@ continuation: text that a task scores given its context, such as an answer;
 generated: tokens that the model wrote, each read with the keys and values before it in its cache.
 
 A trace that was made before there was such an array is all context."""
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """The weights that a layer's attention output is multiplied with, as they are stored."""
+
+    module: str
+    """Path of what they are the weights of, inside the model."""
+    hidden: int
+    """How many numbers it gives."""
+    read: Callable[[], npt.NDArray[Any]]
+    """Gives them (hidden, heads, value channels), in the trace's dtype: layer by layer, since those
+    of all are large."""
 
 
 @dataclass(frozen=True)

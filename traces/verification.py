@@ -14,7 +14,7 @@ from retrace.traces.location import Location
 from retrace.traces.numbers import norms_of
 from retrace.traces.progress import ShowDone
 from retrace.traces.reader import Trace, open_trace
-from retrace.traces.schema import TENSOR_AXES
+from retrace.traces.schema import OUTPUT_PROJECTION, TENSOR_AXES
 
 SMALL_ARRAYS = ("tokens", "length", "query_positions", "phase", "marks", "nll", "kl", "done")
 READERS = 4
@@ -34,7 +34,7 @@ class Verification:
     """Those that it recorded; of others nothing is expected, and nothing read."""
     layers: tuple[int, ...] = ()
     bytes: int = 0
-    """Of the queries, keys and values that were read and are whole."""
+    """Of the queries, keys, values and output projections that were read and are whole."""
 
     @property
     def whole(self) -> bool:
@@ -44,9 +44,11 @@ class Verification:
     @property
     def whole_sequences(self) -> tuple[int, ...]:
         """The finished sequences of which everything in every layer is whole."""
-        if any(damage.sequence is None for damage in self.damages):
+        # Weights are of no sequence, and its tensors are read without them.
+        damages = [damage for damage in self.damages if damage.tensor != OUTPUT_PROJECTION]
+        if any(damage.sequence is None for damage in damages):
             return ()
-        lost = {damage.sequence for damage in self.damages}
+        lost = {damage.sequence for damage in damages}
         return tuple(s for s in self.finished if s not in lost)
 
     @property
@@ -111,6 +113,7 @@ def verify_trace(
         found.planned = trace.planned
         found.layers = trace.layers if layers is None else layers
         _check_metadata(trace, found)
+        _check_projections(trace, found)
         found.finished = _finished(trace, found)
         _check_tensors(trace, found, progress)
     found.damages.sort(key=_order)
@@ -128,7 +131,7 @@ def _noted(found: Verification) -> Iterator[None]:
 
 
 def _order(damage: DamageError) -> tuple[int, int, int]:
-    names = ["metadata", *TENSOR_AXES]
+    names = ["metadata", *TENSOR_AXES, OUTPUT_PROJECTION]
     return (
         -1 if damage.layer is None else damage.layer,
         -1 if damage.sequence is None else damage.sequence,
@@ -165,7 +168,8 @@ def _is_wanted(name: str, layers: tuple[int, ...], there: tuple[int, ...]) -> bo
     layer, _, array = rest.partition("/")
     if first != "layers" or not layer:
         return first in SMALL_ARRAYS
-    if not layer.isdecimal() or layer != str(int(layer)) or array not in ("", *TENSOR_AXES):
+    arrays = ("", *TENSOR_AXES, OUTPUT_PROJECTION)
+    if not layer.isdecimal() or layer != str(int(layer)) or array not in arrays:
         return False
     return int(layer) in layers or int(layer) not in there
 
@@ -197,6 +201,18 @@ def _finished(trace: Trace, found: Verification) -> tuple[int, ...]:
             if kl is not None and np.isinf(kl).any():
                 raise trace.stored.damage("kl", "some of it is infinite", sequence)
     return tuple(finished)
+
+
+def _check_projections(trace: Trace, found: Verification) -> None:
+    for index in found.layers:
+        with _noted(found):
+            array = trace.layer(index).projection_array()
+            if array is None:
+                continue
+            weights = array.read()
+            if not np.isfinite(weights.astype(np.float32)).all():
+                raise array.damage("not all of it is finite")
+            found.bytes += weights.nbytes
 
 
 def _check_tensors(trace: Trace, found: Verification, progress: ShowDone | None) -> None:

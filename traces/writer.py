@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from retrace.traces.schema import (
     DTYPES,
     FORMAT_KEY,
     FORMAT_VERSION,
+    OUTPUT_PROJECTION,
     PHASES,
+    PROJECTION_AXES,
     TENSOR_AXES,
     LayerRules,
+    OutputProjection,
 )
 from retrace.traces.storage.durable import remove_all, sync_all, sync_path
 from retrace.traces.storage.shards import shard_length, write_rows, write_shard
@@ -168,6 +172,7 @@ def create_trace(
     attributes: Mapping[str, Any],
     phases: Sequence[npt.NDArray[np.int8]] | None = None,
     marks: Sequence[Marks] | None = None,
+    projections: Mapping[int, OutputProjection | str] | None = None,
     diverges: bool = False,
     bundle: int = 1,
 ) -> TraceWriter:
@@ -183,19 +188,23 @@ def create_trace(
         phases: what each position (positions,) of each sequence is, a code in `PHASES`; context
             by default.
         marks: named spans of positions of each sequence; none by default.
+        projections: the output projection of each layer, or why it is left out; nothing is said of
+            a layer that is not there.
         diverges: whether sequences are finished with their divergence from an exact model.
         bundle: how many consecutive sequences share each shard, by `bundle_size` for instance.
     """
     if path.exists():
         raise RetraceError(f"{path} exists already.")
     _check_bundle(bundle, tokens)
+    phases = phases or _all_context(tokens)
     said = {FORMAT_KEY: 1 if bundle == 1 else FORMAT_VERSION, "dtype": dtype, **attributes}
     if isinstance(path, RemoteLocation):
         with explained(path):
             # Nothing can be renamed there: without a version it is a trace that is half begun.
             store = open_store(path, read_only=False)
             group = zarr.open_group(store, mode="w", attributes={FORMAT_KEY: None})
-            _create_arrays(group, rules, tokens, query_positions, phases, dtype, diverges, bundle)
+            _create_small_arrays(group, tokens, query_positions, phases, diverges, bundle)
+            _create_layers(group, rules, tokens, query_positions, dtype, bundle, projections or {})
             _create_marks(group, marks, tokens, bundle)
             group.attrs.update(said)
         return TraceWriter(path)
@@ -205,7 +214,8 @@ def create_trace(
     remove_all(aside)  # a link too, by which another folder would be emptied
     try:
         group = zarr.open_group(aside, mode="w", attributes=said)
-        _create_arrays(group, rules, tokens, query_positions, phases, dtype, diverges, bundle)
+        _create_small_arrays(group, tokens, query_positions, phases, diverges, bundle)
+        _create_layers(group, rules, tokens, query_positions, dtype, bundle, projections or {})
         _create_marks(group, marks, tokens, bundle)
         sync_all(aside)
         aside.rename(path)
@@ -252,7 +262,9 @@ def resume_trace(
         for s, one in enumerate(marks or [{}] * len(tokens))
     ):
         different.append("marks")
-    if trace.layers != tuple(rules) or any(trace.layer(i).rules != rules[i] for i in rules):
+    if trace.layers != tuple(rules) or any(
+        trace.layer(i).rules not in (rules[i], replace(rules[i], cached_bytes=None)) for i in rules
+    ):  # which an earlier version did not tell
         different.append("layers")
     if different:
         raise RetraceError(
@@ -278,22 +290,24 @@ def tensor_bytes(
     return per_sequence * len(tokens) * DTYPES[dtype].itemsize
 
 
-def _create_arrays(
+def _create_layers(
     group: zarr.Group,
     rules: Mapping[int, LayerRules],
     tokens: Sequence[npt.NDArray[np.int32]],
     query_positions: Sequence[npt.NDArray[np.int32]],
-    phases: Sequence[npt.NDArray[np.int8]] | None,
     dtype: str,
-    diverges: bool,
     bundle: int,
+    projections: Mapping[int, OutputProjection | str],
 ) -> None:
-    phases = phases or _all_context(tokens)
-    _create_small_arrays(group, tokens, query_positions, phases, diverges, bundle)
     positions = max(len(t) for t in tokens)
     queries = max(len(q) for q in query_positions)
-    for layer, layer_rules in rules.items():
-        _create_layer(group, layer, layer_rules, len(tokens), positions, queries, dtype, bundle)
+    for layer, own in rules.items():
+        projection = projections.get(layer)
+        attributes = own.to_attributes() | _told(projection)
+        layer_group = group.create_group(f"layers/{layer}", attributes=attributes)
+        _create_layer(layer_group, own, len(tokens), positions, queries, dtype, bundle)
+        if isinstance(projection, OutputProjection):
+            _create_projection(layer_group, own, projection, dtype)
 
 
 def _check_bundle(bundle: int, tokens: Sequence[npt.NDArray[np.int32]]) -> None:
@@ -396,9 +410,37 @@ def _create_marks(
         array[whole] = _padded(rows[whole], array)
 
 
+def _told(projection: OutputProjection | str | None) -> dict[str, str]:
+    """What a layer's attributes say of its output projection."""
+    if projection is None:
+        return {}
+    if isinstance(projection, str):
+        return {f"no_{OUTPUT_PROJECTION}": projection}
+    return {OUTPUT_PROJECTION: projection.module}
+
+
+def _create_projection(
+    layer_group: zarr.Group, rules: LayerRules, projection: OutputProjection, dtype: str
+) -> None:
+    """The array of a layer's output projection, filled."""
+    weights = projection.read()
+    shape = (projection.hidden, rules.heads, rules.value_dim)
+    if weights.shape != shape or weights.dtype != DTYPES[dtype]:
+        raise ValueError(f"W_o is {weights.dtype} {weights.shape}, not {dtype} {shape}.")
+    array = layer_group.create_array(
+        OUTPUT_PROJECTION,
+        shape=shape,
+        chunks=shape,
+        dtype=DTYPES[dtype],
+        compressors=(Crc32cCodec(),),
+        dimension_names=PROJECTION_AXES,
+        config={"write_empty_chunks": True},  # what is missing is damage
+    )
+    array[:] = weights
+
+
 def _create_layer(
-    group: zarr.Group,
-    layer: int,
+    layer_group: zarr.Group,
     rules: LayerRules,
     sequences: int,
     positions: int,
@@ -406,7 +448,6 @@ def _create_layer(
     dtype: str,
     bundle: int,
 ) -> None:
-    layer_group = group.create_group(f"layers/{layer}", attributes=rules.to_attributes())
     shapes = {
         "query": (rules.heads, queries, rules.key_dim),
         "key": (rules.kv_heads, positions, rules.key_dim),

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from retrace.analyze.units.attention import attend
 from retrace.capture.attention.interface import observed_attention
+from retrace.capture.attention.projection import Projected, find_projections
 from retrace.capture.attention.recorder import AttentionLayer, RulesObserver, dtype_of
 from retrace.capture.attention.rotation import LayerInputs, learn_rotations
 from retrace.capture.model.loading import input_device
 from retrace.capture.model.logits import logits_in_blocks
-from retrace.traces import LayerRules, RetraceError, Trace, to_torch
+from retrace.traces import LayerRules, OutputProjection, RetraceError, Trace, to_torch
 
 OUTPUT_TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 """Largest difference of a head's attention output, relative to the heads' typical norm."""
@@ -70,6 +71,34 @@ def _explained(model: Any) -> Iterator[None]:
             f"{model.config.model_type} does not read token ids alone, and so cannot be captured "
             f"({told})."
         ) from error
+
+
+def examine_projections(
+    model: Any, layers: Mapping[int, AttentionLayer], tokens: npt.NDArray[np.int32]
+) -> dict[int, OutputProjection | str]:
+    """Each layer's output projection, or why a trace leaves it out: because more is done to the
+    attention output than a multiplication, or because its weights do not give what the attention
+    module returned while it read `tokens` (positions,)."""
+    dtype = dtype_of(layers)
+    projections: dict[int, OutputProjection | str] = {}
+    for index, found in find_projections(model, layers, tokens[:PROBED_ROWS]).items():
+        projection = found if isinstance(found, str) else found.stored(dtype)
+        if isinstance(found, Projected) and isinstance(projection, OutputProjection):
+            worst = _unexplained(found, torch.promote_types(layers[index].dtype, torch.float32))
+            if not worst <= OUTPUT_TOLERANCE[dtype]:
+                projection = f"its weights do not give what it gave (relatively {worst:.2g} off)"
+        projections[index] = projection
+    return projections
+
+
+def _unexplained(found: Projected, dtype: torch.dtype) -> float:
+    """How far what a projection gave is from what its weights and bias make of what it was given,
+    computed in a type."""
+    weights = found.weights().to(dtype)
+    output = torch.einsum("ohc,phc->po", weights, found.attended.cpu().to(dtype))
+    if found.bias is not None:
+        output += found.bias.detach().cpu().to(dtype)
+    return _relative_difference(output.double(), found.output.cpu().double())
 
 
 def sampled_positions(

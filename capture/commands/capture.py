@@ -14,7 +14,7 @@ from retrace.analyze.methods.specs import MethodSpec, parse_spec
 from retrace.capture.attention.recorder import dtype_of
 from retrace.capture.checks.method import check_method
 from retrace.capture.checks.runs import check_batch, check_decoding, check_loop
-from retrace.capture.checks.trace import examine
+from retrace.capture.checks.trace import examine, examine_projections
 from retrace.capture.loop.approximate import Approximator, prepare
 from retrace.capture.model.loading import (
     check_vocabulary,
@@ -183,6 +183,7 @@ def _capture(
         most = min(len(longest) + settings.generate, reading.max_length)
         layers = examine(model, np.resize(longest, most))
         recorded = chosen_layers(layers, settings.layers, settings.pretrained)
+        projections = examine_projections(model, recorded, longest)
         dtype = dtype_of(layers)
         decoding = check_decoding(
             model, tokens, phases, settings.generate, dtype, reading.max_length
@@ -213,6 +214,7 @@ def _capture(
         select = parse_queries(settings.queries)
         plan = CapturePlan(
             rules={index: layer.rules for index, layer in recorded.items()},
+            projections=projections,
             tokens=tokens,
             phases=phases,
             marks=reading.marks,

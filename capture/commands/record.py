@@ -14,7 +14,12 @@ import torch
 
 from retrace.capture.attention.interface import NAME, observed_attention
 from retrace.capture.attention.recorder import AttentionLayer, dtype_of
-from retrace.capture.checks.trace import check_stored, examine, largest_window
+from retrace.capture.checks.trace import (
+    check_stored,
+    examine,
+    examine_projections,
+    largest_window,
+)
 from retrace.capture.model.lengths import longest_context
 from retrace.capture.queries import QuerySelection, parse_queries
 from retrace.capture.recording.identity import weights_digest
@@ -23,7 +28,7 @@ from retrace.capture.recording.output import Output
 from retrace.capture.recording.plan import CapturePlan, chosen_layers, model_attributes
 from retrace.capture.recording.queue import WriteQueue
 from retrace.capture.recording.spool import Spool
-from retrace.traces import Location, RetraceError, Trace, locate, open_trace
+from retrace.traces import Location, OutputProjection, RetraceError, Trace, locate, open_trace
 from retrace.traces.storage.lock import locked
 
 log = logging.getLogger("retrace")
@@ -106,8 +111,10 @@ def record(
     with locked(path):
         output = Output(path, overwrite=overwrite, resume=False)
         there_before = path.exists()
-        found = examine(model, _some_tokens(model))
+        tokens = _some_tokens(model)
+        found = examine(model, tokens)
         chosen = chosen_layers(found, layers, type(model).__name__)
+        projections = examine_projections(model, chosen, tokens)
         spool = Spool(_spool_folder(path))
         passes = LivePasses(model, found, list(chosen), selection, spool)
         recording = Recording(passes)
@@ -119,10 +126,12 @@ def record(
                 raise  # what is recorded wrongly is not kept
             except BaseException:
                 if recording.sequences and not there_before:
-                    _write(model, chosen, passes, selection, tokenizer, output)
+                    _write(model, chosen, projections, passes, selection, tokenizer, output)
                     log.warning("What was recorded until then is in %s.", path)
                 raise
-            recording._trace = _write(model, chosen, passes, selection, tokenizer, output)
+            recording._trace = _write(
+                model, chosen, projections, passes, selection, tokenizer, output
+            )
         finally:
             spool.remove()
 
@@ -180,6 +189,7 @@ def _spool_folder(path: Location) -> Path:
 def _write(
     model: Any,
     layers: dict[int, AttentionLayer],
+    projections: dict[int, OutputProjection | str],
     passes: LivePasses,
     selection: QuerySelection,
     tokenizer: Any,
@@ -199,6 +209,7 @@ def _write(
     nll = [np.array([*one.nll, np.nan], np.float32) for one in known]
     plan = CapturePlan(
         rules=rules,
+        projections=projections,
         tokens=[np.array(one.tokens, np.int32) for one in known],
         phases=[np.array(one.phases, np.int8) for one in known],
         query_positions=kept,

@@ -21,6 +21,7 @@ from retrace.capture.settings import CaptureSettings
 from retrace.traces import (
     LayerRules,
     Marks,
+    OutputProjection,
     RetraceError,
     Trace,
     TraceWriter,
@@ -30,6 +31,7 @@ from retrace.traces import (
     resume_trace,
     tensor_bytes,
 )
+from retrace.traces.schema import DTYPES
 
 PACKAGES = ("retrace-attention", "torch", "transformers", "datasets", "zarr", "numpy")
 COMPARED = ("model", "tokenizer", "task", "capture")
@@ -43,6 +45,8 @@ class CapturePlan:
     """Everything that a trace holds but the tensors."""
 
     rules: dict[int, LayerRules]
+    projections: Mapping[int, OutputProjection | str]
+    """The output projection of each layer, or why it has none that can be stored."""
     tokens: list[npt.NDArray[np.int32]]
     phases: list[npt.NDArray[np.int8]]
     marks: list[Marks]
@@ -77,10 +81,18 @@ class CapturePlan:
         if self.writing is not None:
             return self.writing.bundle
         count, positions = len(self.tokens), max(len(t) for t in self.tokens)
-        return bundle_size(count, positions, self.bytes() // count)
+        return bundle_size(count, positions, self._tensor_bytes() // count)
 
     def bytes(self) -> int:
-        """Bytes of the tensors."""
+        """Bytes of the tensors, and of the output projections."""
+        per_layer = (
+            projection.hidden * self.rules[index].heads * self.rules[index].value_dim
+            for index, projection in self.projections.items()
+            if isinstance(projection, OutputProjection)
+        )
+        return self._tensor_bytes() + sum(per_layer) * DTYPES[self.dtype].itemsize
+
+    def _tensor_bytes(self) -> int:
         return tensor_bytes(self.rules, self.tokens, self.query_positions, self.dtype)
 
     def open(self, output: Output) -> TraceWriter:
@@ -101,6 +113,7 @@ class CapturePlan:
         return create_trace(
             output.writing,
             attributes=self.attributes,
+            projections=self.projections,
             diverges=self.approximates,
             bundle=self.bundle,
             **everything,  # type: ignore[arg-type]

@@ -101,12 +101,15 @@ class _Array:
         else:
             self._check_codecs(metadata.get("codecs"))
             self.inner = self.outer
-        self.bundle = self.outer[0] if self.outer else 0
-        """Sequences in each shard or chunk; the last may have fewer."""
-        if not 1 <= self.bundle <= min(self.shape[0], MOST_SEQUENCES):
+
+    def _in_bundles(self) -> int:
+        """Sequences in each shard or chunk; refuses an array (sequence, ...) of too many."""
+        bundle = self.outer[0] if self.outer else 0
+        if not 1 <= bundle <= min(self.shape[0], MOST_SEQUENCES):
             raise self.damage(
-                f"its chunks hold {self.bundle:,} sequences: not 1 to {MOST_SEQUENCES:,} of its own"
+                f"its chunks hold {bundle:,} sequences: not 1 to {MOST_SEQUENCES:,} of its own"
             )
+        return bundle
 
     def damage(self, cause: str, sequence: int | None = None) -> DamageError:
         """The error that the array, or one sequence of it, is damaged."""
@@ -186,6 +189,8 @@ class Rows(_Array):
         self, stored: Stored, name: str, dtype: np.dtype[Any], shape: tuple[int | None, ...]
     ) -> None:
         super().__init__(stored, name, dtype, shape)
+        self.bundle = self._in_bundles()
+        """Sequences in each chunk; the last may have fewer."""
         if self.outer != (self.bundle, *self.shape[1:]) or self.inner != self.outer:
             raise self.damage(f"its chunks are {_short(list(self.outer))}, not whole sequences")
 
@@ -229,6 +234,29 @@ class Rows(_Array):
         return held.view(self.dtype).reshape(self.outer)
 
 
+class Whole(_Array):
+    """An array of one chunk, which is of no sequence."""
+
+    def __init__(
+        self, stored: Stored, name: str, dtype: np.dtype[Any], shape: tuple[int | None, ...]
+    ) -> None:
+        super().__init__(stored, name, dtype, shape)
+        if not self.outer == self.inner == self.shape:
+            raise self.damage(f"its chunks are {_short(list(self.outer))}, not one of all")
+
+    def read(self) -> npt.NDArray[Any]:
+        """All of it."""
+        key = f"{self.name}/c" + "/0" * len(self.shape)
+        wanted = math.prod(self.shape) * self.dtype.itemsize + CHECKSUM_BYTES
+        try:
+            (data,) = self.stored.objects.first_bytes([key], wanted + 1)
+        except (OSError, MemoryError) as error:
+            raise self.damage(f"cannot be read: {_words(error)}") from error
+        if data is None:
+            raise self.damage(f"missing: there is no {key}")
+        return self.verified(data, wanted).view(self.dtype).reshape(self.shape)
+
+
 class Tensors(_Array):
     """An array (sequence, head, position, channel) of one shard per bundle, and in it one chunk per
     sequence and head. Only where a bundle is one sequence may it be several shards along position,
@@ -238,6 +266,8 @@ class Tensors(_Array):
         self, stored: Stored, name: str, dtype: np.dtype[Any], shape: tuple[int, int, int, int]
     ) -> None:
         super().__init__(stored, name, dtype, shape)
+        self.bundle = self._in_bundles()
+        """Sequences in each shard; the last may have fewer."""
         _, heads, positions, channels = shape
         length, chunk = (
             extents[2] if len(extents) == 4 else 0 for extents in (self.outer, self.inner)

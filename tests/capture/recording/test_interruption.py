@@ -238,5 +238,7 @@ def test_progress_counts_what_the_trace_holds(run: Callable[..., Trace]) -> None
     trace = run(progress=seen.append)
     assert [p.stage for p in seen] == ["loading", "checking"] + ["recording"] * 3
     assert (seen[-1].sequences, seen[-1].tokens) == (4, 160)
-    assert seen[-1].bytes == seen[-1].total_bytes == trace.nbytes()
+    weights = [trace.layer(index).output_projection for index in trace.layers]
+    held = trace.nbytes() + sum(one.nbytes for one in weights if one is not None)
+    assert seen[-1].bytes == seen[-1].total_bytes == held
     assert time.monotonic() > started

@@ -1,6 +1,9 @@
 """Graphs of keys: linked by what queries have in common and by inner product, searched greedily.
 
 A graph is the links of each key (keys, links) int32, -1 where there are fewer.
+
+Rows are filled and compared number by number, and every key is an int64: slices set to slices, and
+a second type, would take ten seconds more to compile.
 """
 
 import numpy as np
@@ -19,7 +22,7 @@ def project(keys: Floats, nearest: Ids, links: Ids) -> None:
     where there are fewer, and those back to it."""
     chosen = np.empty(links.shape[1], np.int32)
     for q in range(len(nearest)):
-        target = nearest[q, 0]
+        target = np.int64(nearest[q, 0])
         if target >= 0:
             _relink(keys, links, target, nearest[q, 1:], chosen)
 
@@ -48,8 +51,8 @@ def search(
         found, compared, hops = beam(
             keys, links, entry, queries[q], ids[q], scores[q], expanded, seen, q
         )
-        ids[q, found:] = -1
-        scores[q, found:] = -np.inf
+        for i in range(found, ids.shape[1]):
+            ids[q, i], scores[q, i] = -1, -np.inf
         cost[q, 0] = compared
         cost[q, 1] = hops
 
@@ -79,7 +82,9 @@ def beam(
         expanded[place] = True
         hops += 1
         following = place + 1
-        for other in links[ids[place]].copy():
+        row = links[ids[place]]
+        for i in range(len(row)):
+            other = row[i]
             if other < 0 or seen[other] == mark:
                 continue
             seen[other] = mark
@@ -109,52 +114,67 @@ def _dot(one: Floats, other: Floats) -> np.float32:
 @compiled
 def _relink(keys: Floats, links: Ids, key: int, others: Ids, chosen: Ids) -> None:
     """Choose a key's links among those that it has and others, and link those back to it."""
-    _choose(keys, links[key], key, others, chosen)
-    links[key] = chosen
+    row = links[key]
+    _choose(keys, row, key, others, chosen)
     back = np.empty(1, np.int32)
     back[0] = key
-    for other in links[key].copy():
-        if other >= 0:
-            _choose(keys, links[other], other, back, chosen)
-            links[other] = chosen
+    for i in range(len(row)):
+        if row[i] >= 0:
+            _choose(keys, links[row[i]], np.int64(row[i]), back, chosen)
 
 
 @compiled
 def _choose(keys: Floats, row: Ids, key: int, others: Ids, chosen: Ids) -> None:
-    """The nearest of both lists, none of them nearer to a chosen one than to the key; where that
-    leaves room, the nearest of the rest."""
+    """Set a key's row of links to the nearest of those that it has and others, none of them nearer
+    to a chosen one than to the key; where that leaves room, to the nearest of the rest. `chosen`
+    (links,) is overwritten."""
     candidates = np.empty(len(row) + len(others), np.int32)
-    count, added = 0, False
-    for other in row:
-        if other >= 0:
-            candidates[count] = other
+    held = 0
+    for i in range(len(row)):
+        if row[i] >= 0:
+            candidates[held] = row[i]
+            held += 1
+    count = held
+    for i in range(len(others)):
+        if others[i] >= 0 and others[i] != key and not _holds(candidates, held, others[i]):
+            candidates[count] = others[i]
             count += 1
-    held = count
-    for other in others:
-        if other >= 0 and other != key and not np.any(candidates[:held] == other):
-            candidates[count] = other
-            count += 1
-            added = True
-    chosen[:] = -1
-    if not added or count <= len(chosen):
-        chosen[:count] = candidates[:count]
+    if count == held or count <= len(row):
+        for i in range(len(row)):
+            row[i] = candidates[i] if i < count else -1
         return
-    nearness = np.empty(count, np.float32)
+    # The nearest first, ties as they stand.
+    products = np.empty(count, np.float32)
     for i in range(count):
-        nearness[i] = -_dot(keys[candidates[i]], keys[key])
-    order = np.argsort(nearness, kind="mergesort")
+        candidate, product = candidates[i], _dot(keys[candidates[i]], keys[key])
+        at = i
+        while at > 0 and products[at - 1] < product:
+            candidates[at], products[at] = candidates[at - 1], products[at - 1]
+            at -= 1
+        candidates[at], products[at] = candidate, product
     taken, size = np.zeros(count, np.bool_), 0
-    for i in order:
+    for i in range(count):
         hidden = False
         for j in range(size):
-            if _dot(keys[candidates[i]], keys[chosen[j]]) > -nearness[i]:
+            if _dot(keys[candidates[i]], keys[chosen[j]]) > products[i]:
                 hidden = True
                 break
-        if not hidden and size < len(chosen):
+        if not hidden and size < len(row):
             chosen[size] = candidates[i]
             taken[i] = True
             size += 1
-    for i in order:
-        if size < len(chosen) and not taken[i]:
+    for i in range(count):
+        if size < len(row) and not taken[i]:
             chosen[size] = candidates[i]
             size += 1
+    for i in range(len(row)):
+        row[i] = chosen[i]
+
+
+@compiled
+def _holds(candidates: Ids, count: int, wanted: int) -> bool:
+    """Whether a key is among the first candidates."""
+    for i in range(count):
+        if candidates[i] == wanted:
+            return True
+    return False

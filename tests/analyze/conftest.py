@@ -362,6 +362,13 @@ def assert_figures() -> Callable[..., None]:
 
 
 @pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the trial that goes ahead of a run and takes longer than a small one: the properties
+    of every method have it."""
+    monkeypatch.setattr("retrace.analyze.replay.trials.Trials.check", lambda self, method: None)
+
+
+@pytest.fixture
 def write_methods(tmp_path: Path) -> Callable[..., str]:
     """A function that writes a loose file of methods and returns its path as specs have it."""
 

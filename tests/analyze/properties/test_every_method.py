@@ -6,6 +6,7 @@ under a protocol of its own. So every method has every property, and every level
 """
 
 import importlib.metadata
+import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +29,6 @@ from retrace.analyze import (
 )
 from retrace.analyze.methods.registry import parameter_fields
 from retrace.analyze.replay.calibration import calibration
-from retrace.analyze.replay.trials import Trials
 from retrace.analyze.selection.select import select
 from retrace.analyze.selection.states import Calibration, States
 from retrace.analyze.units.protocol import Protocol
@@ -100,6 +100,12 @@ def on(every: list[tuple[str, ...]], some: list[tuple[str, ...]]) -> list[Any]:
         for spec in SPECS
         for case in (every if spec.partition(":")[0] in THOROUGH else some)
     ]
+
+
+def is_installed(spec: str) -> bool:
+    """Whether what a method needs is there."""
+    extra = type(parse_spec(spec).method).extra
+    return extra is None or importlib.util.find_spec(extra) is not None
 
 
 @pytest.fixture(params=SPECS)
@@ -201,13 +207,14 @@ def test_another_future_changes_no_figure(
 ) -> None:
     """Figures of the queries up to a position, with two futures after it, in all layers."""
     for last, traces in two_futures.items():
+        first = max(20, last - 8)  # those before are held by the next test
         frames = []
         for trace in traces:
             learned = learn(trace, method)
             # Figures of later queries may differ, so that single queries are compared.
             frames.append(
                 [
-                    selections(method, unit, protocol, [2, 5], learned, 20, last + 1)
+                    selections(method, unit, protocol, [2, 5], learned, first, last + 1)
                     for index in trace.layers
                     for unit in load_units(trace.layer(index), 0, torch.device("cpu"))
                 ]
@@ -282,6 +289,30 @@ def test_keys_are_visible_ones_and_come_once(
                     assert selection.output.isfinite().all()
 
 
+BUDGETS = [1, 3, 8, 64]
+AT_LEAST = ("grouped", "all:16")
+"""A kind of layer and a protocol that every method meets."""
+
+
+def figures_of(trace: Trace, methods: list[str], protocol: str) -> pd.DataFrame:
+    """All figures of the sequences that are not for calibration."""
+    return analyze(
+        trace,
+        methods,
+        BUDGETS,
+        protocol=protocol,
+        min_context=20,
+        calibration_sequences=[2],
+        keep_exact=False,
+    ).metrics
+
+
+@pytest.fixture(scope="session")
+def alone() -> dict[str, pd.DataFrame]:
+    """Figures of each method that was replayed by itself, once for two tests."""
+    return {}
+
+
 @pytest.mark.parametrize(
     ("method", "name", "protocol"),
     on(
@@ -290,36 +321,34 @@ def test_keys_are_visible_ones_and_come_once(
             ("grouped", "prefix:20"),
             ("everything", "prefix:20"),
         ],
-        [("grouped", "all:16"), ("window", "prefix:20")],
+        [AT_LEAST, ("window", "prefix:20")],
     ),
     indirect=["method"],
 )
 def test_figures_on_every_kind_of_layer(
-    make_trace: MakeTrace, rules: Any, method: str, name: str, protocol: str
+    make_trace: MakeTrace,
+    rules: Any,
+    alone: dict[str, pd.DataFrame],
+    method: str,
+    name: str,
+    protocol: str,
 ) -> None:
     """Layers of 4 heads in 2 groups, changed in one thing."""
     kind = layer_of(rules, **KINDS[name])
     trace = make_trace([kind, kind], [64, 40, 30])
-    budgets = [1, 3, 8, 64]
-    rows = analyze(
-        trace,
-        [method],
-        budgets,
-        protocol=protocol,
-        min_context=20,
-        calibration_sequences=[2],
-        keep_exact=False,
-    ).metrics
+    rows = figures_of(trace, [method], protocol)
+    if (name, protocol) == AT_LEAST:
+        alone[method] = rows
     assert set(rows["head"]) == set(range(kind.heads))
     found = rows.pivot_table(index=["layer", "head", "topk"], columns="metric", values="mean")
     assert not found[["recall", "error_norm", "attention_fraction", "density"]].isna().any().any()
     assert (found["recall"] <= 1 + 1e-6).all() and (found["density"] <= 1 + 1e-6).all()
     assert (found["bytes_ratio"] > 0).all() and (found["error_norm"] >= 0).all()
     own: Method = parse_spec(method).method
-    at = {k: found.xs(k, level="topk") for k in budgets}
+    at = {k: found.xs(k, level="topk") for k in BUDGETS}
     # A larger budget may count a smaller share of a larger set, but never holds less mass.
     if isinstance(own, ScoreMethod):
-        for less, more in itertools.pairwise(budgets):
+        for less, more in itertools.pairwise(BUDGETS):
             lost = at[less]["attention_fraction"] - at[more]["attention_fraction"]
             assert lost.max() < 1e-5
     assert (at[64]["attention_fraction"] > at[1]["attention_fraction"] - 1e-5).all()
@@ -406,12 +435,6 @@ IDLE = {
 """What changes nothing of methods that score keys alike for all heads of a group or a layer."""
 
 
-@pytest.fixture
-def untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the trial that goes ahead of a run: other tests have it, of every method."""
-    monkeypatch.setattr(Trials, "check", lambda self, method: None)
-
-
 @pytest.mark.parametrize(
     "method", [spec for spec in SPECS if issubclass(level_of(spec), ScoreMethod)], indirect=True
 )
@@ -447,20 +470,27 @@ def test_shared_parts_can_be_overridden(
     assert idle == IDLE.get(plain.name, set())
 
 
+@pytest.fixture(scope="session")
+def beside() -> dict[str, pd.DataFrame]:
+    """Figures of all methods, replayed together once."""
+    return {}
+
+
 def test_results_do_not_depend_on_companions(
-    make_trace: MakeTrace, rules: Any, untried: None, method: str
+    make_trace: MakeTrace,
+    rules: Any,
+    untried: None,
+    alone: dict[str, pd.DataFrame],
+    beside: dict[str, pd.DataFrame],
+    method: str,
 ) -> None:
-    trace = make_trace([layer_of(rules), layer_of(rules)], [64, 40, 30])
-    alone, beside = (
-        analyze(
-            trace,
-            methods,
-            [3, 6],
-            min_context=20,
-            calibration_sequences=[2],
-            keep_exact=False,
-        ).metrics
-        for methods in ([method], ["exact:keep=sink:1", method])
-    )
-    beside = beside[beside["method"] == str(parse_spec(method))].reset_index(drop=True)
-    pd.testing.assert_frame_equal(alone, beside)
+    kind, protocol = AT_LEAST
+    layer = layer_of(rules, **KINDS[kind])
+    trace = make_trace([layer, layer], [64, 40, 30])
+    if method not in alone:
+        alone[method] = figures_of(trace, [method], protocol)
+    if not beside:
+        rows = figures_of(trace, ["exact:keep=sink:1", *filter(is_installed, SPECS)], protocol)
+        beside.update(dict(list(rows.groupby("method", observed=True))))
+    theirs = beside[str(parse_spec(method))].reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone[method], theirs)

@@ -172,6 +172,8 @@ def results(run: Run, trace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Two megabytes, which take the time of ten examples.
     page = importlib.import_module("retrace.analyze.outputs.report.page")
     monkeypatch.setattr(page, "_plotting_library", lambda: "")
+    # Nor is a method what may be spoilt here.
+    monkeypatch.setattr("retrace.analyze.replay.trials.Trials.check", lambda self, method: None)
     options = ("--method", "exact", "--method", "quest:page={2,4}", "--topk", "2,5", "--no-plots")
     run("analyze", trace, *options, "--out", "whole", "--workers", "1")
     return Path("whole")

@@ -13,6 +13,7 @@ from retrace.analyze.units.attention import attend
 from retrace.analyze.units.unit import Block, HeadGroup, Unit, load_units
 from retrace.traces import LayerRules, RetraceError, Trace
 
+pytestmark = pytest.mark.usefixtures("untried")
 MakeTrace = Callable[..., Trace]
 LENGTH = 70
 KINDS: dict[str, dict[str, Any]] = {

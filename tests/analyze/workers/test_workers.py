@@ -15,11 +15,11 @@ import pytest
 
 from retrace.analyze import Results, analyze, merge
 from retrace.analyze.replay import engine as replay
-from retrace.analyze.replay.trials import Trials
 from retrace.analyze.units.unit import Unit
 from retrace.analyze.workers.processes import Processes, WorkerDied
 from retrace.traces import RetraceError, Trace
 
+pytestmark = pytest.mark.usefixtures("untried")
 MakeTrace = Callable[..., Trace]
 TASKS = 6
 """Three layers of the two sequences that are not for calibration."""
@@ -74,17 +74,9 @@ def probe(write_methods: Any, tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """What was built since this was last asked, layer.sequence, without what is tried ahead."""
+def log(tmp_path: Path) -> Callable[[], list[str]]:
+    """What was built since this was last asked, layer.sequence."""
     path = tmp_path / "log"
-    check = Trials.check
-
-    def check_unlogged(trials: Trials, method: Any) -> None:
-        before = path.read_text() if path.exists() else ""
-        check(trials, method)
-        path.write_text(before)
-
-    monkeypatch.setattr(Trials, "check", check_unlogged)
 
     def read() -> list[str]:
         lines = path.read_text().splitlines() if path.exists() else []
@@ -138,7 +130,7 @@ def test_any_executor(trace: Trace, probe: Any, tmp_path: Path, one: Any, count:
 
 
 def test_workers_that_are_killed(trace: Trace, probe: Any, tmp_path: Path, one: Any) -> None:
-    """Of three workers, one is killed time after time in the middle of its unit."""
+    """Of two workers, one is killed time after time in the middle of its unit."""
     killed: set[str] = set()
     over = threading.Event()
 
@@ -152,7 +144,7 @@ def test_workers_that_are_killed(trace: Trace, probe: Any, tmp_path: Path, one: 
                     killed.add(at)
                     break
 
-    with Processes(3) as executor:
+    with Processes(2) as executor:
         killer = threading.Thread(target=kill)
         killer.start()
         try:
@@ -258,8 +250,11 @@ def test_errors_of_a_method(
 
 
 def test_errors_in_a_process(trace: Trace, probe: Any, tmp_path: Path) -> None:
-    with pytest.raises(RetraceError, match=PLACE + " raised ZeroDivisionError") as caught:
-        run(trace, probe("1 / 0"), tmp_path / "bug", workers=2)
+    with (
+        Processes(1) as executor,
+        pytest.raises(RetraceError, match=PLACE + " raised ZeroDivisionError") as caught,
+    ):
+        run(trace, probe("1 / 0"), tmp_path / "bug", executor=executor)
     assert "mine.py" in "".join(caught.value.__notes__)  # where it happened
 
 

@@ -1,6 +1,7 @@
 """A user's mistake is a line that names cause and cure, and exit code 2; never a traceback."""
 
 import errno
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -45,10 +46,11 @@ def test_of_analyze(run: Run, trace: Path, arguments: list[str], words: list[str
 
 
 def test_a_budget_too_large_beside_one_that_is_not(run: Run, trace: Path) -> None:
-    result = run("analyze", trace, "--topk", "5,500", "--format", "json", code=0)
+    options = ("--topk", "5,500", "--no-plots", "--format")
+    result = run("analyze", trace, *options, "json")
     assert "No query counts for top-k 500" in result.stderr
     assert {row["topk"] for row in json.loads(result.stdout)} == {5}
-    assert "top-k 5\n" in run("analyze", trace, "--topk", "5,500", "--format", "markdown").stdout
+    assert "top-k 5\n" in run("analyze", trace, *options, "markdown").stdout
 
 
 def test_no_trace_there(run: Run, place: Path) -> None:
@@ -86,6 +88,18 @@ def test_a_spoilt_results_folder(run: Run, trace: Path, spoilt: str) -> None:
     assert "--overwrite" in error(run("analyze", trace, "--topk", "5", code=2))
 
 
+@pytest.fixture
+def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without lm-eval-harness's own tasks, which take ten seconds to read: its tests read them."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return
+    tasks = importlib.import_module("lm_eval.tasks")
+    manager = tasks.TaskManager
+    monkeypatch.setattr(
+        tasks, "TaskManager", lambda **options: manager(**options | {"include_defaults": False})
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -97,7 +111,9 @@ def test_a_spoilt_results_folder(run: Run, trace: Path, spoilt: str) -> None:
         (["--pretrained", "x", "--tasks", "wikitext", "--dtype", "int3"], ["dtype", "bfloat16"]),
     ],
 )
-def test_of_capture(run: Run, place: Path, arguments: list[str], words: list[str]) -> None:
+def test_of_capture(
+    run: Run, place: Path, few_tasks: None, arguments: list[str], words: list[str]
+) -> None:
     line = error(run("capture", *arguments, code=2))
     for word in words:
         assert word in line

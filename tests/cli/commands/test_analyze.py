@@ -21,7 +21,8 @@ HEADER = "| Layer | Mean Recall | Std Recall | Mean Error Norm | Std Error Norm 
 
 
 def test_tables_on_stdout_and_words_on_stderr(run: Run, trace: Path) -> None:
-    result = run("analyze", trace, "--method", "exact", "--method", "quest", "--topk", "5,10")
+    methods = ("--method", "exact", "--method", "quest")
+    result = run("analyze", trace, *methods, "--topk", "5,10", "--no-plots")
     titles = [line for line in result.stdout.splitlines() if line.startswith("###")]
     assert titles == [
         "### exact, top-k 5",

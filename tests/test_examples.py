@@ -1,12 +1,15 @@
-"""The notebooks run as they stand, over a real model, and hold no output."""
+"""The notebooks run as they stand, over a real model, and hold no output; so do the scripts."""
 
+import runpy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.tiny_models import save_tiny_model
 from retrace.analyze import Results
+from retrace.capture import capture
 from retrace.traces import open_trace
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -33,6 +36,19 @@ def executed(name: str, folder: Path) -> Any:
     place = {"metadata": {"path": folder}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
     return notebook
+
+
+def test_the_evidence_that_methods_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_model("llama", tmp_path / "model")
+    options: dict[str, Any] = {"tasks": ["needle"], "lengths": [300], "depths": [0, 50]}
+    capture(str(tmp_path / "model"), **options, out=tmp_path / "t.zarr")
+    main = runpy.run_path(str(EXAMPLES / "evidence.py"))["main"]
+    main(str(tmp_path / "t.zarr"), "16", "dense", "window", "snapkv")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-3:]] == ["0", "1", "all"]
+    for line in lines[-3:]:
+        recall, kept = (line.split()[i : i + 3] for i in (2, 5))
+        assert recall[:2] == kept[:2] == ["1.000", "0.000"] != recall[1:]
 
 
 @needs_model

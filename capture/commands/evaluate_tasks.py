@@ -111,7 +111,8 @@ def evaluate_tasks(
     own = [name for name in tasks if name in TASKS]
     if own:
         raise RetraceError(
-            f"{own[0]} is text without answers: capture a trace of it, and evaluate that."
+            f"{own[0]} is no task that lm-eval-harness scores: capture a trace of it, and evaluate "
+            "that."
         )
     if not tasks:
         raise RetraceError("Nothing to score: name a task of lm-eval-harness, such as hellaswag.")

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from retrace.traces import RetraceError, joined_spans
 
 
@@ -12,18 +15,15 @@ class Encoded:
     """A text as tokens, and the characters that each stands for."""
 
     tokens: list[int]
-    characters: list[tuple[int, int]]
-    """Of each token its first character and the one after its last: equal where it stands for none,
-    and shared by the tokens of one character."""
+    characters: npt.NDArray[np.int64]
+    """Of each token (tokens, 2) its first character and the one after its last: equal where it
+    stands for none, and shared by the tokens of one character."""
 
     def positions(self, start: int, stop: int) -> tuple[range, ...]:
         """The positions whose tokens hold any of the characters from `start` to before `stop`."""
-        held = [
-            range(position, position + 1)
-            for position, (first, end) in enumerate(self.characters)
-            if first < stop and end > start and first < end
-        ]
-        return joined_spans(held)
+        first, end = self.characters.T
+        held = np.flatnonzero((first < stop) & (end > start) & (first < end)).tolist()
+        return joined_spans([range(position, position + 1) for position in held])
 
 
 def encode_with_places(tokenizer: Any, text: str, before: Sequence[int] = ()) -> Encoded:
@@ -38,7 +38,6 @@ def encode_with_places(tokenizer: Any, text: str, before: Sequence[int] = ()) ->
             "fast tokenizer does: read these texts without spans and completions."
         )
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return Encoded(
-        [*before, *encoding["input_ids"]],
-        [*((0, 0) for _ in before), *map(tuple, encoding["offset_mapping"])],
-    )
+    places = [*((0, 0) for _ in before), *encoding["offset_mapping"]]
+    tokens = [*before, *encoding["input_ids"]]
+    return Encoded(tokens, np.array(places, np.int64).reshape(-1, 2))

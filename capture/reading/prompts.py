@@ -87,6 +87,12 @@ def _read_row(row: Any, settings: CaptureSettings, cut: WindowCutter) -> tuple[T
     chat = "messages" in row or settings.apply_chat_template
     placed = bool(spans) or "completion" in row
     prompt = (_chat if chat else _plain)(row, settings, cut.tokenizer, placed)
+    try:
+        prompt.text.encode()
+    except UnicodeEncodeError as error:
+        raise RetraceError(
+            "its text holds half a character (a surrogate alone): write it whole."
+        ) from error
     begin = cut.tokenizer.bos_token
     begins = prompt.begins or bool(begin and prompt.text.startswith(begin))
     before = [] if begins else cut.prefix
@@ -94,7 +100,7 @@ def _read_row(row: Any, settings: CaptureSettings, cut: WindowCutter) -> tuple[T
         encoded = encode_with_places(cut.tokenizer, prompt.text, before)
     else:
         tokens = cut.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
-        encoded = Encoded([*before, *tokens], [])
+        encoded = Encoded([*before, *tokens], np.empty((0, 2), np.int64))
     count, most = len(encoded.tokens), cut.max_length
     if prompt.scored_from is not None:
         most += settings.generate  # which nothing of is written after it

@@ -273,7 +273,7 @@ def test_methods_that_learn(
 
 def test_mistakes(task: Callable[..., Path], folder: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"pretrained": folder, "include_path": task(**CHOICES)}
-    with pytest.raises(RetraceError, match="wikitext is text without answers"):
+    with pytest.raises(RetraceError, match="wikitext is no task that lm-eval-harness scores"):
         evaluate_tasks(["window"], [3], tasks=["wikitext"], pretrained=folder)
     with pytest.raises(RetraceError, match="no attention in layer 9"):
         evaluate_tasks(["window"], [3], tasks=["local"], dense_layers=[9], **options)

@@ -181,6 +181,7 @@ def test_spans(file: Callable[[Rows], Path]) -> None:
         ({"text": "ab", "spans": {"x": 5}}, "neither a part of the text nor"),
         ({"text": "ab", "spans": {"x": {"start": 1}}}, "neither a part of the text nor"),
         ({"text": "ab", "spans": {"x": ""}}, "neither a part of the text nor"),
+        ({"text": "a\ud800b"}, "half a character"),
         ({"text": "a" * 500}, "501 tokens, .* --max-length 501"),
     ],
 )

@@ -1,5 +1,6 @@
 """Several processes write one trace, to the bytes that one alone would write."""
 
+import json
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ from retrace.capture import Ranks, capture
 from retrace.traces import RetraceError, open_trace
 
 SCRIPT = """
-import multiprocessing, os, sys, time
+import json, multiprocessing, os, sys, time
 from transformers import MistralForCausalLM  # what takes seconds to import, for all ranks at once
 from retrace.capture import capture
 from retrace.traces import TraceWriter, bundles
@@ -32,7 +33,7 @@ def run(rank):
     os.dup2(os.open(f"{out}.errors-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
     capture(
         model, text=[text], limit=8, max_length=40, batch_size=int(batch_size), out=out,
-        resume=resume == "1",
+        resume=resume == "1", **json.loads(os.environ.get("CAPTURE_OPTIONS", "{}")),
     )
 fork = multiprocessing.get_context("fork")
 ranks = [fork.Process(target=run, args=(rank,)) for rank in range(2)]
@@ -108,6 +109,20 @@ def test_two_ranks_write_what_one_writes(
         assert ranks.ended()[killed][0] == -signal.SIGKILL
         assert len(open_trace(tmp_path / "t").sequences) < 8
     for code, errors in Started(arguments, resume=killed is not None).ended():
+        assert code == 0, errors
+    assert tensors(tmp_path / "t") == tensors(tmp_path / "whole")
+
+
+def test_two_ranks_draw_what_one_draws(
+    model_folder: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrace.traces.bundles.BUNDLE_POSITIONS", 40)
+    model, drawn = str(model_folder("mistral")), {"generate": 6, "temperature": 1.0, "seed": 5}
+    options: dict[str, Any] = {"limit": 8, "max_length": 40, **drawn}
+    capture(model, text=[text_file], out=tmp_path / "whole", **options)
+    monkeypatch.setenv("CAPTURE_OPTIONS", json.dumps(drawn))
+    arguments = ["1", "1", model, str(text_file), str(tmp_path / "t")]
+    for code, errors in Started(arguments, resume=False).ended():
         assert code == 0, errors
     assert tensors(tmp_path / "t") == tensors(tmp_path / "whole")
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retrace.capture.queries import parse_queries
 from retrace.traces import Location, RetraceError, locate
 from retrace.traces.errors import did_you_mean
+from retrace.traces.queries import parse_queries
 
 TASKS = ("wikitext", "needle")
 """Tasks that need no lm-eval-harness; `retrace.capture.reading.tasks` says what each is."""

@@ -20,6 +20,7 @@ COMMANDS = (
     "calibrate",
     "report",
     "export",
+    "copy",
     "info",
     "verify",
     "traces",

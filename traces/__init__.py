@@ -1,6 +1,7 @@
 """Traces: the queries, keys and values of a model, in a Zarr store that any client can read."""
 
 from retrace.traces.bundles import bundle_size, bundles_of
+from retrace.traces.copy import copy_trace
 from retrace.traces.errors import DamageError, RetraceError, UnreachableError
 from retrace.traces.location import Location, RemoteLocation, beside, locate
 from retrace.traces.marks import Marks, joined_spans
@@ -31,6 +32,7 @@ __all__ = [
     "beside",
     "bundle_size",
     "bundles_of",
+    "copy_trace",
     "create_trace",
     "find_traces",
     "half_begun",

@@ -29,9 +29,9 @@ from retrace.capture.attention.interface import observed_attention
 from retrace.capture.attention.recorder import AttentionLayer, RecordedSequence, TensorRecorder
 from retrace.capture.checks.trace import examine
 from retrace.capture.model.likelihood import next_token_nll
-from retrace.capture.queries import parse_queries
 from retrace.capture.recording.queue import WriteQueue
 from retrace.traces import create_trace, tensor_bytes
+from retrace.traces.queries import parse_queries
 
 Tokens = list[np.ndarray[Any, np.dtype[np.int32]]]
 

@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 
 from retrace.analyze.exact.store import KEPT_RANKS
-from retrace.capture.queries import parse_queries
+from retrace.traces.queries import parse_queries
 
 RESULTS = Path(__file__).parents[1] / "results"
 TOKENS = 1 << 17

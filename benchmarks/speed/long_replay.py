@@ -25,8 +25,8 @@ from benchmarks.machine import processor
 from benchmarks.speed.random_trace import write_random
 from retrace.analyze import analyze
 from retrace.analyze.replay.clock import BEFORE
-from retrace.capture.queries import parse_queries
 from retrace.traces import open_trace
+from retrace.traces.queries import parse_queries
 
 SHARED = ("read", "exact pass")
 

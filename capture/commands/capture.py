@@ -22,7 +22,6 @@ from retrace.capture.model.loading import (
     open_checkpoint,
     quiet_libraries,
 )
-from retrace.capture.queries import parse_queries
 from retrace.capture.reading.harness import Harness
 from retrace.capture.reading.sequences import (
     like_reference,
@@ -33,13 +32,14 @@ from retrace.capture.reading.sequences import (
 )
 from retrace.capture.recording.decode import continue_sequences
 from retrace.capture.recording.identity import check_same_model, weights_digest
-from retrace.capture.recording.output import Output
 from retrace.capture.recording.plan import CapturePlan, chosen_layers, describe
 from retrace.capture.recording.ranks import Meeting, Ranks
 from retrace.capture.recording.record import Progress, ShowProgress, batches_of, record
 from retrace.capture.recording.sampling import Sampling
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import RetraceError, Trace, UnreachableError, locate, open_trace, prompts
+from retrace.traces.output import Output
+from retrace.traces.queries import parse_queries
 from retrace.traces.storage.lock import locked
 
 

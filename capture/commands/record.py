@@ -21,14 +21,14 @@ from retrace.capture.checks.trace import (
     largest_window,
 )
 from retrace.capture.model.lengths import longest_context
-from retrace.capture.queries import QuerySelection, parse_queries
 from retrace.capture.recording.identity import weights_digest
 from retrace.capture.recording.live import LivePasses
-from retrace.capture.recording.output import Output
 from retrace.capture.recording.plan import CapturePlan, chosen_layers, model_attributes
 from retrace.capture.recording.queue import WriteQueue
 from retrace.capture.recording.spool import Spool
 from retrace.traces import Location, OutputProjection, RetraceError, Trace, locate, open_trace
+from retrace.traces.output import Output
+from retrace.traces.queries import QuerySelection, parse_queries
 from retrace.traces.storage.lock import locked
 
 log = logging.getLogger("retrace")

@@ -18,10 +18,10 @@ from retrace.capture.attention.recorder import AttentionLayer
 from retrace.capture.checks.trace import sampled_positions
 from retrace.capture.model.likelihood import BLOCK_ELEMENTS
 from retrace.capture.model.logits import CACHES
-from retrace.capture.queries import QuerySelection
 from retrace.capture.recording.decode import end_tokens
 from retrace.capture.recording.spool import Spool
 from retrace.traces import PHASES, RetraceError, to_torch
+from retrace.traces.queries import QuerySelection
 
 CHECKED_PASSES = 4
 """Passes of the first sequence whose attention output is kept at some positions, to be compared

@@ -15,7 +15,6 @@ from retrace.analyze.replay.approximation import Approximation
 from retrace.capture.attention.recorder import AttentionLayer
 from retrace.capture.model.loading import Checkpoint
 from retrace.capture.reading.sequences import Reading
-from retrace.capture.recording.output import Output
 from retrace.capture.recording.sampling import Sampling
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import (
@@ -31,6 +30,7 @@ from retrace.traces import (
     resume_trace,
     tensor_bytes,
 )
+from retrace.traces.output import Output
 from retrace.traces.schema import DTYPES
 
 PACKAGES = ("retrace-attention", "torch", "transformers", "datasets", "zarr", "numpy")

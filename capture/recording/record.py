@@ -23,7 +23,6 @@ from retrace.capture.model.likelihood import likelihoods
 from retrace.capture.model.loading import input_device
 from retrace.capture.model.logits import Decoding
 from retrace.capture.recording.decode import StepRecorder
-from retrace.capture.recording.output import Output
 from retrace.capture.recording.plan import CapturePlan
 from retrace.capture.recording.queue import Figures, WriteQueue
 from retrace.capture.recording.ranks import Meeting
@@ -36,6 +35,7 @@ from retrace.traces import (
     bundles_of,
     open_trace,
 )
+from retrace.traces.output import Output
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def describe(trace: "Trace") -> dict[str, Any]:
         "perplexity": trace.perplexity(),
         "layers": _layer_groups(trace),
         "unrecorded_layers": trace.attributes.get("unrecorded_layers", []),
+        "copied": trace.attributes.get("copied", []),
         "created": trace.attributes.get("created"),
         "command": trace.attributes.get("command"),
         "versions": trace.attributes.get("versions"),
@@ -122,6 +123,9 @@ def _print(facts: dict[str, Any]) -> None:
         lines.append(("Without attention", f"layers {ranges(unrecorded) if known else unrecorded}"))
     if facts["created"]:
         lines.append(("Created", str(facts["created"])))
+    for copied in facts["copied"] if isinstance(facts["copied"], list) else ():
+        if isinstance(copied, dict):
+            lines.append(("Copied from", str(copied.get("trace"))))
     if finished < planned:
         lines.append(("Incomplete", "go on with the command it was made with and --resume"))
     if facts["command"]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retrace.capture import capture
-from retrace.capture.queries import parse_queries
+from retrace.traces.queries import parse_queries
 
 
 @pytest.mark.parametrize(

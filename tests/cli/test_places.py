@@ -10,8 +10,8 @@ from click.testing import Result
 
 import retrace.analyze
 from retrace.analyze.commands import analyze, compare, export
-from retrace.capture.recording.output import Output
 from retrace.traces import RetraceError
+from retrace.traces.output import Output
 
 Run = Callable[..., Result]
 FILES = ["folder", "pipe", "below a file", "below a link to nothing", "no leave"]

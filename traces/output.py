@@ -4,7 +4,9 @@ import contextlib
 import errno
 import shutil
 
-from retrace.traces import Location, RemoteLocation, RetraceError, half_begun, open_trace
+from retrace.traces.errors import RetraceError
+from retrace.traces.location import Location, RemoteLocation
+from retrace.traces.reader import half_begun, open_trace
 from retrace.traces.storage.durable import remove_all, within
 
 
@@ -85,7 +87,7 @@ class Output:
         if needed > free:
             raise RetraceError(
                 f"The trace takes {_gigabytes(needed)} and {folder} has {_gigabytes(free)} free: "
-                "record fewer --layers, --queries or sequences (--limit), or choose another --out."
+                "take fewer layers, queries or sequences, or choose another place."
             )
 
     def complete(self) -> None:
@@ -127,7 +129,7 @@ _CAUSES = {
 def _exists(path: Location) -> RetraceError:
     return RetraceError(
         f"{path} exists: go on with it by --resume, replace it by --overwrite, or name another "
-        "place with --out."
+        "place."
     )
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from retrace.traces import RetraceError
+from retrace.traces.errors import RetraceError
 
 OBSERVED = 64
 """Queries at the end of a prompt that are kept in any case: methods that evict keys, SnapKV first,

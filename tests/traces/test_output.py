@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from retrace.capture.recording.output import Output
 from retrace.traces import RetraceError
+from retrace.traces.output import Output
 
 
 @pytest.mark.parametrize("name", [".t.zarr.replacement", ".t.zarr.replaced"])

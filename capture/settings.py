@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retrace.capture.model.arguments import (
+    DeviceMap,
+    ModelArguments,
+    check_together,
+    parse_device_map,
+    parse_model_args,
+)
 from retrace.traces import Location, RetraceError, locate
 from retrace.traces.errors import did_you_mean
 from retrace.traces.queries import parse_queries
@@ -87,6 +94,14 @@ class CaptureSettings:
     """Type that the model computes in and the trace stores: auto is the checkpoint's own."""
     device: str = "auto"
     """Device that runs the model: auto is cuda where there is one, else cpu."""
+    device_map: str | Path | Mapping[str, Any] | None = None
+    """Spread the model over several devices: auto, balanced or sequential fill the GPUs, then the
+    CPU, then the disk; cpu; or a JSON object, or file of one, that names a device for each module.
+    By default the model is on one device."""
+    model_args: str | Mapping[str, Any] | None = None
+    """Further arguments of the model as lm-evaluation-harness takes them, key=value,... or a JSON
+    object: load_in_4bit, load_in_8bit, bnb_4bit_*, peft (an adapter), subfolder, revision,
+    max_memory_per_gpu, offload_folder, and what else transformers loads or configures it by."""
     layers: Sequence[int] | None = None
     """Layers to record; all of them by default."""
     queries: str = "all"
@@ -114,6 +129,7 @@ class CaptureSettings:
     """Go on with an interrupted trace; starts one where there is none."""
 
     def __post_init__(self) -> None:
+        self._settle_loading()
         for name in ("tasks", "text", "prompts", "stop"):
             if isinstance(getattr(self, name), str):
                 raise RetraceError(f"{name} must be a list, not one string.")
@@ -152,6 +168,25 @@ class CaptureSettings:
         parse_queries(self.queries)
         if self.overwrite and self.resume:
             raise RetraceError("overwrite and resume contradict each other: give one of them.")
+
+    def _settle_loading(self) -> None:
+        """Read what says how the model is loaded, in whatever form it was given."""
+        arguments = None if self.model_args is None else parse_model_args(self.model_args)
+        device_map = None if self.device_map is None else parse_device_map(self.device_map)
+        check_together(arguments, device_map)
+        revision = (arguments or {}).pop("revision", self.revision)
+        if self.revision is not None and revision != self.revision:
+            raise RetraceError(
+                f"The revision is {self.revision} and, in model_args, {revision}: leave one out."
+            )
+        if device_map is not None and self.device != "auto":
+            raise RetraceError(
+                f"device puts the model on {self.device}, and device_map spreads it: leave one out."
+            )
+        # Frozen for all others: it stays what it was made as.
+        object.__setattr__(self, "model_args", arguments or None)
+        object.__setattr__(self, "device_map", device_map)
+        object.__setattr__(self, "revision", revision)
 
     def _check_reference(self) -> None:
         if self.reference is None:
@@ -240,6 +275,18 @@ class CaptureSettings:
             )
         if not all(self.stop):
             raise RetraceError("stop must be texts of at least one character.")
+
+    @property
+    def arguments(self) -> ModelArguments:
+        """Arguments of the model, by name."""
+        assert not isinstance(self.model_args, str)
+        return dict(self.model_args or {})
+
+    @property
+    def spread(self) -> DeviceMap | None:
+        """How the model is spread over devices, if it is."""
+        assert not isinstance(self.device_map, Path)
+        return self.device_map if isinstance(self.device_map, str | None) else dict(self.device_map)
 
     def harness_tasks(self) -> list[str]:
         """The tasks that lm-eval-harness reads."""

@@ -17,8 +17,14 @@ from retrace.cli.streams import open_closed_streams
 
 TYPED = "retrace.cli.typed"
 """Where a context keeps what the user typed."""
-UNHEARD = ("asyncio", "distributed.client")
-"""Loggers of libraries that show tracebacks of errors which are raised as well."""
+UNHEARD = (
+    "asyncio",
+    "distributed.client",
+    "accelerate.big_modeling",
+    "bitsandbytes.autograd._functions",
+)
+"""Loggers of libraries that show tracebacks of errors which are raised as well, or tell of what was
+asked for: weights that are kept elsewhere, and every product that is rounded to 8 bits."""
 
 
 class Command(click.Command):

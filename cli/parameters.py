@@ -107,6 +107,15 @@ def mapping(value: Any) -> dict[str, Any]:
     return held
 
 
+def text_or_mapping(value: Any) -> str | dict[str, Any]:
+    """Text, which may be JSON, or a file's mapping.
+
+    >>> text_or_mapping({"load_in_4bit": True})
+    {'load_in_4bit': True}
+    """
+    return value if isinstance(value, dict) else str(value)
+
+
 def one_of(value: Any) -> tuple[int, int]:
     """One of so many parts.
 

@@ -34,6 +34,8 @@ class AttentionLayer:
     module: torch.nn.Module
     rules: LayerRules
     dtype: torch.dtype
+    device: torch.device
+    """Where it computes."""
 
 
 def dtype_of(layers: Mapping[int, AttentionLayer]) -> str:
@@ -79,7 +81,9 @@ class RulesObserver:
             source = first_of.setdefault(place, number)
             if source != number:
                 rules = dataclasses.replace(rules, kv_source=source)
-            layers.append(AttentionLayer(number, call.module, rules, call.query.dtype))
+            layers.append(
+                AttentionLayer(number, call.module, rules, call.query.dtype, call.query.device)
+            )
         return {layer.index: layer for layer in sorted(layers, key=lambda layer: layer.index)}
 
 
@@ -120,6 +124,8 @@ class TensorRecorder:
         self._batch: Sequence[RecordedSequence] = ()
         self._recorded: set[int] = set()
         self._fitting: dict[Any, tuple[Tensor | None, bool]] = {}
+        """By device and rules, the mask that was looked at last, and whether it fits. Layers on one
+        device share a mask, but each of another device has a copy of its own."""
         self._kept: dict[tuple[int, torch.device], Tensor] = {}
         self.samples: dict[int, npt.NDArray[np.float64]] = {}
         """Attention output (queries, heads, value channels) at the sampled positions, by layer."""
@@ -178,16 +184,22 @@ class TensorRecorder:
         mask, length = call.mask, call.query.shape[-2]
         scale = call.arguments.get("scaling")
         moved = scale is not None and float(scale) != rules.scale
-        place = None
-        if mask is not None:
-            place = (mask.device, mask.data_ptr(), mask.shape, mask.stride())
-        key = (place, rules.window, rules.chunk)
-        if key not in self._fitting:
+        key = (call.query.device, length, rules.window, rules.chunk)
+        known = self._fitting.get(key)
+        if known is None or not _same_tensor(known[0], mask):
             # The mask is kept, so that no other takes its place in memory meanwhile.
-            self._fitting[key] = (mask, mask_fits(mask, length, rules))
-        if moved or not self._fitting[key][1]:
+            known = self._fitting[key] = (mask, mask_fits(mask, length, rules))
+        if moved or not known[1]:
             what = "scale" if moved else "mask"
             raise RetraceError(
                 f"{call.path} has another {what} in sequence {self._batch[0].sequence} than in "
                 "the sequence that the model was examined with: this model cannot be captured."
             )
+
+
+def _same_tensor(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors, both of which are there, are the same memory, or both are none."""
+    if one is None or other is None:
+        return one is other
+    places = [(t.device, t.data_ptr(), t.shape, t.stride()) for t in (one, other)]
+    return places[0] == places[1]

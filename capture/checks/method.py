@@ -86,9 +86,18 @@ def _units(
     with torch.inference_mode(), observed_attention(model, keep):
         list(logits_in_blocks(model, batch, [last]))
 
-    def read(index: int, neighbours: Neighbours | None = None) -> Iterator[Unit]:
-        positions = torch.arange(len(tokens), device=seen[index][0].device)
-        return make_units(index, 0, layers[index].rules, seen[index], positions, neighbours)
+    def read(
+        index: int, device: torch.device, neighbours: Neighbours | None = None
+    ) -> Iterator[Unit]:
+        query, key, value = (tensor.to(device) for tensor in seen[index])
+        positions = torch.arange(len(tokens), device=device)
+        tensors = query, key, value
+        return make_units(index, 0, layers[index].rules, tensors, positions, neighbours)
+
+    def units(index: int) -> Iterator[Unit]:
+        # A neighbour may be on another device than the layer that asks for it.
+        device = seen[index][0].device
+        return read(index, device, Neighbours(everywhere, lambda other: read(other, device)))
 
     everywhere = tuple(sorted(layers))
-    return lambda index: read(index, Neighbours(everywhere, read))
+    return units

@@ -15,7 +15,12 @@ from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.replay.approximation import Approximation
 from retrace.capture.attention.interface import exact_attention, observed_attention
 from retrace.capture.attention.recorder import AttentionLayer, dtype_of
-from retrace.capture.checks.trace import LOGIT_TOLERANCE, PROBE_POSITIONS, largest_window
+from retrace.capture.checks.trace import (
+    LOGIT_TOLERANCE,
+    PROBE_POSITIONS,
+    largest_window,
+    rounding_type,
+)
 from retrace.capture.loop.approximate import Approximator
 from retrace.capture.loop.exact_runs import ExactRuns
 from retrace.capture.model.lengths import LengthDependence
@@ -100,6 +105,7 @@ def find_decoding(model: Any, tokens: Tokens, dtype: str) -> Decoding:
     """
     most = max(PROBE_POSITIONS, 2 * largest_window(model.config.get_text_config()))
     batch, prompt = _probe(model, tokens, most)
+    allowed = LOGIT_TOLERANCE[rounding_type(model, dtype)]
     failures = []
     with torch.inference_mode(), observed_attention(model, lambda call: None):
         expected = _one_pass(model, batch, prompt)
@@ -113,11 +119,11 @@ def find_decoding(model: Any, tokens: Tokens, dtype: str) -> Decoding:
                 failures.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
                 continue
             apart = typical_difference(found, expected)
-            if apart <= LOGIT_TOLERANCE[dtype]:
+            if apart <= allowed:
                 if failures:
                     log.info("%s decodes %s.", model.config.model_type, decoding)
                 return decoding
-            failures.append(f"relative difference {apart:.2g}, allowed {LOGIT_TOLERANCE[dtype]:g}")
+            failures.append(f"relative difference {apart:.2g}, allowed {allowed:g}")
     raise RetraceError(
         f"{model.config.model_type} gives other logits when it decodes than in one pass over the "
         f"same tokens ({failures[0]}): it can only be captured without generate."
@@ -138,10 +144,11 @@ def check_decoded(
     apart = np.abs(nll - expected)[prompt - 1 : -1]
     starts = range(0, max(1, len(apart) - STEPS + 1), STEPS // 2)
     worst = float(np.max([np.median(apart[start : start + STEPS]) for start in starts]))
-    if not worst <= NLL_TOLERANCE[dtype]:  # so written that NaN is refused as well
+    allowed = NLL_TOLERANCE[rounding_type(model, dtype)]
+    if not worst <= allowed:  # so written that NaN is refused as well
         raise RetraceError(
             f"{model.config.model_type} gives other likelihoods when it decodes its first sequence "
-            f"than in one pass over it ({worst:.2g} nats apart, allowed {NLL_TOLERANCE[dtype]:g}): "
+            f"than in one pass over it ({worst:.2g} nats apart, allowed {allowed:g}): "
             "it can only be captured without generate."
         )
 
@@ -162,11 +169,12 @@ def check_batch(model: Any, sequences: Sequence[Tokens], dtype: str) -> None:
         alone = next(logits_in_blocks(model, _batch(model, short), [rows]))[0]
         shared = next(logits_in_blocks(model, together, [rows]))[0]
     apart = typical_difference(shared, alone)
-    if not apart <= LOGIT_TOLERANCE[dtype]:
+    allowed = LOGIT_TOLERANCE[rounding_type(model, dtype)]
+    if not apart <= allowed:
         raise RetraceError(
             f"{model.config.model_type} gives a sequence of {len(short)} tokens other logits when "
             f"it shares a batch with one of {len(long)} (relative difference {apart:.2g}, allowed "
-            f"{LOGIT_TOLERANCE[dtype]:g}): use --batch-size 1."
+            f"{allowed:g}): use --batch-size 1."
         )
 
 
@@ -188,7 +196,7 @@ def check_loop(
     Raises:
         RetraceError: its logits differ from the exact model's, or the exact model's from its own.
     """
-    allowed = LOGIT_TOLERANCE[dtype_of(layers)]
+    allowed = LOGIT_TOLERANCE[rounding_type(model, dtype_of(layers))]
     batch, prompt = _probe(model, tokens, LOOP_POSITIONS)
     length = batch.shape[1]
     everything = Approximation(parse_spec("exact"), length)

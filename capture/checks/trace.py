@@ -27,6 +27,13 @@ PROBE_POSITIONS = 1024
 PROBED_ROWS = 16
 
 
+def rounding_type(model: Any, dtype: str) -> str:
+    """The type whose rounding a model's logits show that computes in `dtype`: products of 8 bits
+    (bitsandbytes) round what they multiply, whatever the type."""
+    coarse = bool(getattr(model, "is_loaded_in_8bit", False))
+    return "float16" if coarse and dtype in ("float32", "float64") else dtype
+
+
 def examine(model: Any, tokens: npt.NDArray[np.int32]) -> dict[int, AttentionLayer]:
     """The model's attention layers, by index, as seen while it read `tokens` (positions,).
 

@@ -18,10 +18,10 @@ from retrace.capture.checks.trace import examine, examine_projections
 from retrace.capture.loop.approximate import Approximator, prepare
 from retrace.capture.model.loading import (
     check_vocabulary,
-    find_device,
     open_checkpoint,
     quiet_libraries,
 )
+from retrace.capture.model.placement import find_device
 from retrace.capture.reading.harness import Harness
 from retrace.capture.reading.sequences import (
     like_reference,
@@ -69,6 +69,8 @@ def capture(
     max_length: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | Path | Mapping[str, Any] | None = None,
+    model_args: str | Mapping[str, Any] | None = None,
     layers: Sequence[int] | None = None,
     queries: str = "all",
     approximate: str | None = None,
@@ -122,6 +124,8 @@ def capture(
         max_length=max_length,
         dtype=dtype,
         device=device,
+        device_map=device_map,
+        model_args=model_args,
         layers=layers,
         queries=queries,
         approximate=approximate,
@@ -138,6 +142,11 @@ def capture(
     settings = settings if known is None else like_reference(known, settings)
     spec = None if settings.approximate is None else parse_spec(settings.approximate)
     ranks = Ranks.from_environment()
+    if ranks.size > 1 and settings.device_map is not None:
+        raise RetraceError(
+            "torchrun gives each process a GPU and a model of its own, and device_map spreads one "
+            "model over all: start one process, or leave device_map out."
+        )
     settings = dataclasses.replace(settings, device=ranks.device(device))
     find_device(settings.device)  # refuses one that is not there
     show = progress or (lambda progress: None)

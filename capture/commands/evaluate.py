@@ -1,7 +1,7 @@
 """`evaluate`: what methods in the loop cost a model, beside what replay says of them."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ def evaluate(
     from_position: int | None = None,
     dense_layers: Sequence[int] = (),
     device: str = "auto",
+    device_map: str | Path | Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     again: bool = False,
@@ -87,6 +88,8 @@ def evaluate(
             the trace's tokens were decoded one by one, that is where decoding began.
         dense_layers: layers that attend exactly, and that replay leaves out.
         device: device of the model and the replay: `auto`, `cpu`, `cuda`, `cuda:N`.
+        device_map: how the model is spread over devices, as `capture` takes it; by default as it
+            was for the trace, unless a device is named.
         out: folder for the table, and for replay's results in `replay`. Points that it holds
             already are not run again, as long as they come from the same code.
         overwrite: throw away what is in `out`.
@@ -153,7 +156,8 @@ def evaluate(
         topk=wanted[0][1],
         from_position=from_position,
         dense_layers=dense_layers,
-        device=device,
+        device=device if device_map is None else "auto",
+        device_map=device_map,
     )
     show("Loading the model", 0, 1)
     with quiet_libraries():

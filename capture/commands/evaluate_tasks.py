@@ -1,7 +1,7 @@
 """`evaluate_tasks`: what methods in the loop cost a model in tasks of lm-eval-harness."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from retrace.capture.checks.method import check_method
 from retrace.capture.checks.runs import check_loop
 from retrace.capture.checks.trace import examine
 from retrace.capture.loop.approximate import Approximator, prepare
+from retrace.capture.model.arguments import which_model
 from retrace.capture.model.loading import (
     Checkpoint,
     check_vocabulary,
@@ -60,6 +61,8 @@ def evaluate_tasks(
     dense_layers: Sequence[int] = (),
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | Path | Mapping[str, Any] | None = None,
+    model_args: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     out: str | Path | None = None,
@@ -88,6 +91,8 @@ def evaluate_tasks(
         dense_layers: layers that attend exactly.
         dtype: type that the model computes in; auto is the checkpoint's own.
         device: device of the model: `auto`, `cpu`, `cuda`, `cuda:N`.
+        device_map: how the model is spread over devices, as `capture` takes it.
+        model_args: further arguments of the model, as `capture` takes them.
         revision: branch, tag or commit of a model on the Hub.
         trust_remote_code: run the Python code that a model brings along.
         out: folder for the scores. Points that it holds already are not run again, as long as they
@@ -134,6 +139,8 @@ def evaluate_tasks(
         dense_layers=dense_layers,
         dtype=dtype,
         device=device,
+        device_map=device_map,
+        model_args=model_args,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -142,6 +149,7 @@ def evaluate_tasks(
         "model": settings.pretrained,
         "revision": settings.revision,
         "dtype": settings.dtype,
+        "model_args": which_model(settings.arguments) or None,
         "tasks": list(tasks),
         "num_fewshot": num_fewshot,
         "limit": limit,
@@ -298,7 +306,6 @@ class _Scorer:
         most = settings.max_length or checkpoint.max_positions or DEFAULT_MAX_LENGTH
         self._settings = dataclasses.replace(settings, max_length=most)
         reading = read_text(self._settings, checkpoint, self._harness)
-        model = checkpoint.load(settings.dtype, settings.device)
         check_vocabulary(model, reading.tokens)
         self._model = HarnessModel(model, checkpoint.tokenizer, most)
         self._longest = longest = max(reading.tokens, key=len)

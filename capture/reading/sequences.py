@@ -1,12 +1,14 @@
 """What the model reads: sequences of tokens from tasks and texts, or those of another trace."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from retrace.capture.model.arguments import which_model
 from retrace.capture.model.loading import Checkpoint
 from retrace.capture.reading.harness import Harness
 from retrace.capture.reading.tasks import read_sequences
@@ -60,8 +62,13 @@ def read_text(
 
 
 def like_reference(reference: Trace, settings: CaptureSettings) -> CaptureSettings:
-    """The settings, what they do not say being as it was in the reference."""
-    unsaid = {}
+    """The settings, what they do not say being as it was in the reference.
+
+    Of another model nothing is taken over that says which one it is. A device map is, unless a
+    device is named: what did not fit onto one will not now.
+    """
+    unsaid: dict[str, Any] = {}
+    other = settings.pretrained not in ("", noted(reference, "model.pretrained", str))
     for path, kind in (
         ("model.pretrained", str),
         ("model.revision", str | None),
@@ -71,8 +78,14 @@ def like_reference(reference: Trace, settings: CaptureSettings) -> CaptureSettin
         ("capture.queries", str),
     ):
         name = path.rpartition(".")[2]
+        if other and path.startswith("model."):
+            continue
         if getattr(settings, name) == getattr(CaptureSettings, name):
             unsaid[name] = noted(reference, path, kind)
+    if not other and not which_model(settings.arguments):
+        unsaid["model_args"] = _arguments(reference) | settings.arguments
+    if settings.device_map is None and settings.device == "auto":
+        unsaid["device_map"] = _noted_or_none(reference, "device_map", str | dict[str, Any] | None)
     return dataclasses.replace(settings, **unsaid)
 
 
@@ -84,9 +97,27 @@ def meant_as_there(reference: Trace, settings: CaptureSettings) -> bool:
         ("model.revision", settings.revision),
         ("dtype", settings.dtype),
     )
-    return settings.approximate is not None or all(
+    if settings.approximate is not None:
+        return True
+    return which_model(settings.arguments) == _arguments(reference) and all(
         noted(reference, path, str | None) == value for path, value in named
     )
+
+
+def _arguments(reference: Trace) -> dict[str, Any]:
+    """The arguments of the reference's model; none in traces that do not say."""
+    found = _noted_or_none(reference, "model.arguments", dict[str, Any])
+    return dict(found or {})
+
+
+def _noted_or_none(reference: Trace, path: str, kind: Any) -> Any:
+    """An attribute that some traces do not have."""
+    held: Any = reference.attributes
+    *within, name = path.split(".")
+    for one in within:
+        held = held.get(one) if isinstance(held, Mapping) else None
+    there = isinstance(held, Mapping) and name in held
+    return noted(reference, path, kind) if there else None
 
 
 def read_reference(trace: Trace, limit: int | None) -> Reading:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +14,7 @@ from retrace.analyze.replay.approximation import is_approximate, model_weights, 
 from retrace.capture.attention.interface import observed_attention
 from retrace.capture.model.likelihood import next_token_nll
 from retrace.capture.model.loading import input_device
+from retrace.capture.model.placement import weights_at_hand
 from retrace.traces import PHASES, RetraceError, Trace
 
 CHUNK_WORDS = 1 << 15
@@ -83,24 +84,43 @@ def _likelihood_distance(trace: Trace, model: Any) -> float | None:
 
 def weights_digest(model: torch.nn.Module) -> str:
     """Names a model's weights: 32 hex digits that change with any name, dtype, shape or bit of its
-    parameters and persistent buffers, quantised or not.
+    parameters and persistent buffers, quantised or not, on a device or kept elsewhere meanwhile.
 
     What is computed from the configuration (rotary frequencies, say) is none of them. The digest is
     the same on every device and for any number of threads: sums of integers modulo 2^64, each chunk
     of a tensor times fixed odd numbers, so that no word may change alone and none may trade places.
     """
-    described, known = [], {}
+    described: dict[str, list[Any]] = {}
     factors: dict[torch.device, Tensor] = {}
-    for name, value in sorted(model.state_dict(keep_vars=True).items()):
-        for part, tensor in _plain_tensors(name, value):
-            # Tied weights are one tensor of two names.
-            place = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-            if place not in known:
-                if tensor.device not in factors:
-                    factors[tensor.device] = _odd_numbers(tensor.device)
-                known[place] = _checksums(tensor, factors[tensor.device])
-            described.append([part, str(tensor.dtype), list(tensor.shape), known[place]])
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+
+    def describe(state: Mapping[str, Any]) -> None:
+        """Describe what of a state is at hand."""
+        known: dict[Any, list[int]] = {}
+        for name, value in state.items():
+            parts = list(_plain_tensors(name, value))
+            if name in described or any(tensor.is_meta for _, tensor in parts):
+                continue
+            described[name] = []
+            for part, tensor in parts:
+                # Tied weights are one tensor of two names.
+                place = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+                if place not in known:
+                    if tensor.device not in factors:
+                        factors[tensor.device] = _odd_numbers(tensor.device)
+                    known[place] = _checksums(tensor, factors[tensor.device])
+                described[name].append([part, str(tensor.dtype), list(tensor.shape), known[place]])
+
+    everything = model.state_dict(keep_vars=True)
+    describe(everything)
+    for path, module in model.named_modules():
+        with weights_at_hand(module) as brought:
+            if brought:
+                describe(module.state_dict(prefix=f"{path}." if path else "", keep_vars=True))
+    nowhere = everything.keys() - described.keys()
+    if nowhere:
+        raise RetraceError(f"The model's weights are not loaded: {min(nowhere)} is on no device.")
+    listed = [part for name in sorted(described) for part in described[name]]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
 
 
 def _plain_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

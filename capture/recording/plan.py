@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from retrace.analyze.replay.approximation import Approximation
 from retrace.capture.attention.recorder import AttentionLayer
-from retrace.capture.model.loading import Checkpoint
+from retrace.capture.model.arguments import which_model
+from retrace.capture.model.loading import Checkpoint, input_device
 from retrace.capture.reading.sequences import Reading
 from retrace.capture.recording.sampling import Sampling
 from retrace.capture.settings import CaptureSettings
@@ -164,7 +165,10 @@ def describe(
         | _prompted(settings)
         | ({"approximation": approximation.facts} if approximation else {}),
         "batch_size": settings.batch_size,
+        "device_map": settings.spread,
     }
+    if named := which_model(settings.arguments):
+        attributes["model"]["arguments"] = named
     if checkpoint.adapter is not None:
         attributes["model"]["adapter"] = checkpoint.adapter.facts
     return as_json(attributes)
@@ -187,13 +191,13 @@ def model_attributes(
             "revision": revision,
             "architecture": type(model).__name__,
             "model_type": model.config.model_type,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": model.num_parameters(),  # of 4 bits, two are in a byte
             "layers": count,
             "weights": weights,
         },
         "unrecorded_layers": [i for i in range(count) if i not in layers],
         "position_encoding": getattr(config, "rope_parameters", None),
-        "device": str(model.device),
+        "device": str(input_device(model)),
         "versions": {"python": sys.version.split()[0], **_versions()},
     }
 

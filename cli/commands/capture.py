@@ -10,7 +10,7 @@ import click
 from retrace.cli.command import TYPED, Command
 from retrace.cli.config import CONFIG
 from retrace.cli.documented import documented
-from retrace.cli.parameters import SPEC, mapping, names, numbers
+from retrace.cli.parameters import SPEC, mapping, names, numbers, text_or_mapping
 from retrace.cli.progress import bars
 from retrace.cli.screen import note, plural, print_facts, size
 
@@ -61,6 +61,8 @@ Example:
 @setting("--max-length", type=int, metavar="N")
 @setting("--dtype", metavar="NAME")
 @setting("--device", metavar="NAME")
+@setting("--device-map", type=text_or_mapping, metavar="auto|balanced|sequential|cpu|JSON")
+@setting("--model-args", type=text_or_mapping, metavar="KEY=VALUE,...")
 @setting("--layers", type=numbers, metavar="0,2,5-8")
 @setting("--queries", metavar="WHICH")
 @setting("--approximate", type=SPEC)

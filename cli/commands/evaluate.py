@@ -9,13 +9,13 @@ import click
 from retrace.cli.command import Command
 from retrace.cli.commands.capture import setting
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import AGAIN, DEVICE, FORMAT, SPEC, names, numbers
+from retrace.cli.parameters import AGAIN, DEVICE, FORMAT, SPEC, names, numbers, text_or_mapping
 from retrace.cli.progress import progress_bars
 from retrace.cli.screen import note, print_json, print_table
 
 TASK_OPTIONS = (
-    "pretrained", "include_path", "num_fewshot", "limit", "max_length", "dtype", "revision",
-    "trust_remote_code",
+    "pretrained", "include_path", "num_fewshot", "limit", "max_length", "dtype", "model_args",
+    "revision", "trust_remote_code",
 )  # fmt: skip
 
 
@@ -71,6 +71,7 @@ Example:
     help="Positions that the model reads of a task's texts at most; by default its own maximum.",
 )
 @setting("--dtype", metavar="NAME")
+@setting("--model-args", type=text_or_mapping, metavar="KEY=VALUE,...")
 @setting("--revision", metavar="NAME")
 @setting("--trust-remote-code", is_flag=True)
 @click.option(
@@ -82,6 +83,7 @@ Example:
     "changed.",
 )
 @DEVICE
+@setting("--device-map", type=text_or_mapping, metavar="auto|balanced|sequential|cpu|JSON")
 @AGAIN
 @click.option("--overwrite", is_flag=True, help="Throw away the results that --out holds.")
 @FORMAT

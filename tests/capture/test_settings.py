@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from retrace.capture import CaptureSettings, capture
-from retrace.capture.model.loading import find_device, open_checkpoint
+from retrace.capture.model.loading import open_checkpoint
+from retrace.capture.model.placement import find_device
 from retrace.traces import RetraceError
 
 

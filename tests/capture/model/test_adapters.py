@@ -87,6 +87,28 @@ def test_without_peft(
 
 
 @with_peft
+@pytest.mark.parametrize("device_map", [None, {"model": "disk", "lm_head": "cpu"}])
+def test_named_beside_its_model(
+    device_map: Any, adapter: Path, base: Path, text_file: Path, tmp_path: Path
+) -> None:
+    write(adapter, base_model_name_or_path="/another/place")
+    options: dict[str, Any] = {"text": [text_file], "limit": 1, "max_length": 40}
+    options["device_map"] = device_map
+    named = {"peft": str(adapter)}
+    found = capture(str(base), **options, model_args=named, out=tmp_path / "t")
+    write(adapter, base_model_name_or_path=str(base))
+    expected = capture(str(adapter), **options, out=tmp_path / "alone")
+    assert found.perplexity() == expected.perplexity()
+    told, other = found.attributes["model"], expected.attributes["model"]
+    assert (told["weights"], told["adapter"]) == (other["weights"], other["adapter"])
+    assert told["arguments"] == named
+    for one, message in ((adapter, "name the adapter's model"), (base, "is no peft adapter")):
+        with pytest.raises(RetraceError, match=message):
+            peft = adapter if one is adapter else base
+            capture(str(one), **options, model_args={"peft": str(peft)}, out=tmp_path / "u")
+
+
+@with_peft
 @pytest.mark.parametrize("whole", [True, False], ids=["beside the weights", "alone"])
 def test_what_the_merged_model_gives(
     whole: bool, adapter: Path, base: Path, text_file: Path, tmp_path: Path

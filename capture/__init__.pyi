@@ -1,4 +1,6 @@
 from .commands.capture import capture as capture
+from .commands.estimate_capture import CaptureEstimate as CaptureEstimate
+from .commands.estimate_capture import estimate_capture as estimate_capture
 from .commands.evaluate import evaluate as evaluate
 from .commands.evaluate_tasks import evaluate_tasks as evaluate_tasks
 from .commands.record import Recording as Recording

@@ -1,7 +1,6 @@
 """Capturing a trace, from the settings to the finished store."""
 
 import contextlib
-import dataclasses
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,36 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from retrace.analyze.methods.specs import MethodSpec, parse_spec
-from retrace.capture.attention.recorder import dtype_of
-from retrace.capture.checks.method import check_method
-from retrace.capture.checks.runs import check_batch, check_decoding, check_loop
-from retrace.capture.checks.trace import examine, examine_projections
-from retrace.capture.loop.approximate import Approximator, prepare
-from retrace.capture.model.loading import (
-    check_vocabulary,
-    open_checkpoint,
-    quiet_libraries,
-)
-from retrace.capture.model.placement import find_device
-from retrace.capture.reading.harness import Harness
-from retrace.capture.reading.sequences import (
-    like_reference,
-    meant_as_there,
-    prompt_length,
-    read_reference,
-    read_text,
-)
+from retrace.capture.checks.runs import check_batch
+from retrace.capture.commands.setup import Asked, load_and_check, read, settle
+from retrace.capture.model.loading import quiet_libraries
 from retrace.capture.recording.decode import continue_sequences
-from retrace.capture.recording.identity import check_same_model, weights_digest
-from retrace.capture.recording.plan import CapturePlan, chosen_layers, describe
-from retrace.capture.recording.ranks import Meeting, Ranks
-from retrace.capture.recording.record import Progress, ShowProgress, batches_of, record
+from retrace.capture.recording.plan import describe
+from retrace.capture.recording.ranks import Meeting
+from retrace.capture.recording.record import ShowProgress, batches_of, record
 from retrace.capture.recording.sampling import Sampling
 from retrace.capture.settings import CaptureSettings
-from retrace.traces import RetraceError, Trace, UnreachableError, locate, open_trace, prompts
+from retrace.traces import RetraceError, Trace, UnreachableError, locate, open_trace
 from retrace.traces.output import Output
-from retrace.traces.queries import parse_queries
 from retrace.traces.storage.lock import locked
 
 
@@ -138,17 +118,8 @@ def capture(
         overwrite=overwrite,
         resume=resume,
     )
-    known = None if settings.reference is None else open_trace(settings.reference)
-    settings = settings if known is None else like_reference(known, settings)
-    spec = None if settings.approximate is None else parse_spec(settings.approximate)
-    ranks = Ranks.from_environment()
-    if ranks.size > 1 and settings.device_map is not None:
-        raise RetraceError(
-            "torchrun gives each process a GPU and a model of its own, and device_map spreads one "
-            "model over all: start one process, or leave device_map out."
-        )
-    settings = dataclasses.replace(settings, device=ranks.device(device))
-    find_device(settings.device)  # refuses one that is not there
+    asked = settle(settings)
+    settings, ranks = asked.settings, asked.ranks
     show = progress or (lambda progress: None)
     # The processes of one capture share its trace, and the first holds it for all.
     held = locked(settings.output()) if ranks.first else contextlib.nullcontext()
@@ -157,52 +128,27 @@ def capture(
             output = Output(settings.output(), overwrite=overwrite, resume=resume)
         else:
             output = Output.joined(settings.output(), settings.output())
-        return _capture(settings, known, spec, output, meeting, command, show)
+        return _capture(asked, output, meeting, command, show)
 
 
 def _capture(
-    settings: CaptureSettings,
-    reference: Trace | None,
-    spec: MethodSpec | None,
-    output: Output,
-    meeting: Meeting,
-    command: str | None,
-    show: ShowProgress,
+    asked: Asked, output: Output, meeting: Meeting, command: str | None, show: ShowProgress
 ) -> Trace:
-    show(Progress("loading"))
-    harness = Harness(settings) if settings.harness_tasks() else None
-    checkpoint = open_checkpoint(settings)
-    if reference is None:
-        reading = read_text(settings, checkpoint, harness)
-    else:
-        reading = read_reference(reference, settings.limit)
+    settings = asked.settings
+    checkpoint, reading = read(asked, show)
     with _explained(output):
-        model = checkpoint.load(settings.dtype, settings.device)
-        show(Progress("checking"))
-        tokens, phases = reading.tokens, reading.phases
-        check_vocabulary(model, tokens)
-        weights = weights_digest(model)
-        if reference is not None and meant_as_there(reference, settings):
-            check_same_model(reference, model, weights, settings.pretrained)
-        if meeting.ranks.first and output.resumes:
-            check_same_model(open_trace(output.writing), model, weights, settings.pretrained)
-        # The longest shows what shorter ones hide: a window, say. What will be generated is not
-        # known yet, but any tokens will do.
-        longest = max(tokens, key=len)
-        most = min(len(longest) + settings.generate, reading.max_length)
-        layers = examine(model, np.resize(longest, most))
-        recorded = chosen_layers(layers, settings.layers, settings.pretrained)
-        projections = examine_projections(model, recorded, longest)
-        dtype = dtype_of(layers)
-        decoding = check_decoding(
-            model, tokens, phases, settings.generate, dtype, reading.max_length
+        goes_on = meeting.ranks.first and output.resumes
+        resumed = open_trace(output.writing) if goes_on else None
+        ready = load_and_check(asked, checkpoint, reading, resumed, show)
+        attributes = describe(
+            settings,
+            checkpoint,
+            ready.model,
+            reading,
+            ready.layers,
+            ready.approximation,
+            ready.weights,
         )
-        approximation = None if spec is None else prepare(spec, settings, layers, reference)
-        if approximation is not None:
-            decodes = settings.generate > 0 or prompts(phases)[0] is not None
-            check_loop(model, layers, longest, decoding=decoding if decodes else None)
-            check_method(model, layers, approximation, longest, decodes=decodes)
-        attributes = describe(settings, checkpoint, model, reading, layers, approximation, weights)
         attributes |= {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": command,
@@ -210,36 +156,35 @@ def _capture(
         if not meeting.ranks.first:
             # Afterwards, so that what is generated is generated once, and read from the trace.
             output = Output.joined(output.path, locate(meeting.hear("begun")["writing"]))
+        tokens, phases = reading.tokens, reading.phases
+        written = open_trace(output.writing) if output.resumes else None
         if settings.generate:
             tokens, phases = continue_sequences(
-                model,
+                ready.model,
                 tokens,
                 phases,
                 settings.generate,
-                decoding,
+                ready.decoding,
                 Sampling.of(settings, checkpoint.tokenizer),
-                written=open_trace(output.writing) if output.resumes else None,
+                written=written,
             )
-        select = parse_queries(settings.queries)
-        plan = CapturePlan(
-            rules={index: layer.rules for index, layer in recorded.items()},
-            projections=projections,
-            tokens=tokens,
-            phases=phases,
-            marks=reading.marks,
-            query_positions=[select.positions(len(p), prompt_length(p)) for p in phases],
-            dtype=dtype,
-            attributes=attributes,
-            writing=open_trace(output.writing) if output.resumes else None,
-        )
-        # Caches of sequences of different lengths would need padding: those are read one by one.
-        batch_size = 1 if plan.generates else settings.batch_size
-        batches = batches_of(model, [len(t) for t in tokens], batch_size, plan.bundle)
+        plan = ready.plan(tokens, phases, attributes, written)
+        size = ready.batch_size(plan)
+        batches = batches_of(ready.model, [len(t) for t in tokens], size, plan.bundle)
         mixed = max(batches, key=lambda batch: np.ptp([len(tokens[s]) for s in batch]))
         if len(mixed) > 1:
-            check_batch(model, [tokens[s] for s in mixed], dtype)
-        approximator = None if approximation is None else Approximator(approximation, layers)
-        return record(model, recorded, plan, batches, decoding, approximator, output, meeting, show)
+            check_batch(ready.model, [tokens[s] for s in mixed], ready.dtype)
+        return record(
+            ready.model,
+            ready.recorded,
+            plan,
+            batches,
+            ready.decoding,
+            ready.approximator(),
+            output,
+            meeting,
+            show,
+        )
 
 
 @contextlib.contextmanager
@@ -254,8 +199,8 @@ def _explained(output: Output) -> Iterator[None]:
         ) from error
     except torch.OutOfMemoryError as error:
         raise RetraceError(
-            "The device has too little memory: lower --batch-size or --max-length, or choose "
-            "another --dtype or --device."
+            "The device has too little memory: lower --batch-size or --max-length, choose "
+            "another --dtype or --device, or spread the model (--device-map auto)."
         ) from error
     except OSError as error:
         explanation = output.explain(error)

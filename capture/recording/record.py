@@ -151,10 +151,10 @@ def _record_shares(
                 meeting.check()
                 # A batch is run again as it was though some of it be done: results must not
                 # depend, by a rounding, on where a capture was interrupted.
-                parts = _missing_parts(plan, batch, done, to_check)
+                parts = missing_parts(plan, batch, done, to_check)
                 if not parts:
                     continue
-                nll, kl = _run_batch(model, recorder, approximator, plan, batch, decoding, parts)
+                nll, kl = run_batch(model, recorder, approximator, plan, batch, decoding, parts)
                 if to_check is not None:
                     check = partial(_check_first, writer.path, parts[0], recorder.samples)
                     to_check = None
@@ -223,7 +223,7 @@ def shares_of(batches: Sequence[range], bundle: int) -> list[list[range]]:
     return shares
 
 
-def _missing_parts(
+def missing_parts(
     plan: CapturePlan,
     batch: range,
     done: set[int],
@@ -242,7 +242,7 @@ def _missing_parts(
     return parts
 
 
-def _run_batch(
+def run_batch(
     model: Any,
     recorder: TensorRecorder,
     approximator: Approximator | None,

@@ -10,11 +10,12 @@ import click
 from retrace.cli.command import TYPED, Command
 from retrace.cli.config import CONFIG
 from retrace.cli.documented import documented
-from retrace.cli.parameters import SPEC, mapping, names, numbers, text_or_mapping
+from retrace.cli.parameters import FORMAT, SPEC, mapping, names, numbers, text_or_mapping
 from retrace.cli.progress import bars
-from retrace.cli.screen import note, plural, print_facts, size
+from retrace.cli.screen import note, plural, print_facts, print_json, size
 
 if TYPE_CHECKING:
+    from retrace.capture import CaptureEstimate
     from retrace.capture.recording.record import Progress, ShowProgress
     from retrace.traces import Trace
 
@@ -74,22 +75,47 @@ Example:
 @setting("--out", type=click.Path(), metavar="PATH")
 @setting("--overwrite", is_flag=True)
 @setting("--resume", is_flag=True)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Load and check the model, let it read the longest batch, and say what the trace, memory "
+    "and time come to; write nothing.",
+)
+@FORMAT
 @CONFIG
 @click.pass_context
-def command(ctx: click.Context, /, **settings: Any) -> None:
+def command(ctx: click.Context, /, dry_run: bool, format: str, **settings: Any) -> None:
     """Run a model over text and store every layer's queries, keys and values in a trace.
 
     Under torchrun the processes share the sequences of one trace, each on a GPU of its own.
     """
-    from retrace.capture import Ranks, capture
+    from retrace.capture import CaptureSettings, Ranks, capture, estimate_capture
 
     # What was not given has its default in CaptureSettings.
     given = {name: value for name, value in settings.items() if value is not None}
+    if dry_run:
+        with progress_bar(records=False) as progress:
+            cost = estimate_capture(CaptureSettings(**given), progress)
+        _print_estimate(cost, format)
+        return
     with progress_bar() as progress:
         trace = capture(**given, command=ctx.meta[TYPED], progress=progress)
     if not Ranks.from_environment().first:
         return  # of several processes one prints
     tokens = sum(trace.length(sequence) for sequence in trace.sequences)
+    if format == "json":
+        print_json(
+            {
+                "trace": str(trace.path),
+                "layers": len(trace.layers),
+                "sequences": len(trace.sequences),
+                "tokens": tokens,
+                "bytes": trace.nbytes(),
+                "dtype": trace.attributes["dtype"],
+                "perplexity": trace.perplexity(),
+            }
+        )
+        return
     print_facts(
         [
             ("Trace", str(trace.path)),
@@ -105,6 +131,26 @@ def command(ctx: click.Context, /, **settings: Any) -> None:
     )
 
 
+def _print_estimate(cost: "CaptureEstimate", form: str) -> None:
+    if form == "json":
+        print_json(cost.to_json())
+        return
+    free = "" if cost.free_bytes is None else f" ({size(cost.free_bytes)} are free there)"
+    memory = ", ".join(f"{size(most)} on {device}" for device, most in cost.memory.items())
+    print_facts(
+        [
+            ("Left", f"{plural(cost.sequences, 'sequence')}, {plural(cost.tokens, 'token')}"),
+            ("Trace", f"{size(cost.bytes)}{free}"),
+            ("Memory", memory),
+            (
+                "Takes",
+                f"about {cost.seconds:,.1f} s, after {cost.preparation:,.1f} s of loading and "
+                "checks",
+            ),
+        ]
+    )
+
+
 def _next_command(trace: "Trace") -> str:
     """A command that analyzes the trace, with a budget that its sequences are long enough for."""
     longest = max(trace.length(sequence) for sequence in trace.sequences)
@@ -115,8 +161,9 @@ def _next_command(trace: "Trace") -> str:
 
 
 @contextmanager
-def progress_bar() -> Iterator["ShowProgress"]:
-    """Shows how far a capture is, on stderr; nothing where that is no terminal."""
+def progress_bar(*, records: bool = True) -> Iterator["ShowProgress"]:
+    """Shows how far a capture is, on stderr; nothing where that is no terminal. One that never
+    `records` has nothing left to do in the end."""
     from retrace.capture import Ranks
 
     with bars("{task.fields[facts]}", shown=Ranks.from_environment().first) as bar:
@@ -147,5 +194,5 @@ def progress_bar() -> Iterator["ShowProgress"]:
             )
 
         yield show
-    if not begun and Ranks.from_environment().first:
+    if records and not begun and Ranks.from_environment().first:
         note("Nothing was left to record.")

@@ -35,7 +35,7 @@ class CaptureEstimate:
     tokens: int
     """Of those, with as many generated as there may be."""
     bytes: int
-    """Of their queries, keys and values, as the trace will hold them."""
+    """Of their queries, keys and values, and of output projections, as the trace will hold them."""
     free_bytes: int | None
     """Room on the disk that the trace goes to; None under a URL."""
     memory: dict[str, int]

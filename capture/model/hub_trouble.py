@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -23,6 +24,10 @@ TRIES = 3
 until there is one, retries included."""
 FILE = re.compile(r"/resolve/|^/api/(models|datasets)/")
 """The paths of what is never a web page."""
+
+
+BESIDE = "datasets-server."
+"""What is asked where the Hub itself did not give something, and is not there beside a mirror."""
 
 
 class GivenUpError(RetraceError):
@@ -41,6 +46,8 @@ class Trouble:
         self._failed: dict[Request, str] = {}
         self._failing_since: float | None = None
         self._ended: str | None = None
+        self.gated = False
+        """Whether something was refused to who has not asked for access."""
 
     @property
     def cause(self) -> str | None:
@@ -75,7 +82,8 @@ class Trouble:
             self._note(asked, now, f"does not give {place}: {in_words(error)}")
             raise
         status, headers = response.status_code, response.headers
-        gated = headers.get("x-error-code") == "GatedRepo"  # which transformers tells itself
+        gated = headers.get("x-error-code") == "GatedRepo"
+        self.gated |= gated
         if status >= 500 or (status in (403, 407, 408, 429) and not gated):
             self._note(asked, now, f"answers {status} ({_phrase(status)}) for {place}")
             asks = headers.get("retry-after", "")
@@ -91,6 +99,8 @@ class Trouble:
         return response
 
     def _note(self, asked: Request, when: float, cause: str) -> None:
+        if urlsplit(asked[1]).netloc.startswith(BESIDE):
+            return
         self._failed.pop(asked, None)  # the last is the one that is told
         self._failed[asked] = cause
         if self._failing_since is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -74,6 +75,21 @@ class Checkpoint:
     _arguments: ModelArguments = field(default_factory=dict)
     """What the user says of how it is quantised and where its weights go."""
     _device_map: DeviceMap | None = None
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a model on the Hub that was loaded, whatever branch or tag was named."""
+        if Path(self._location).is_dir():
+            return None
+        inside = self._options.get("subfolder")
+        file = huggingface_hub.try_to_load_from_cache(
+            self._location,
+            "/".join([*([inside] if inside else []), "config.json"]),
+            cache_dir=self._options.get("cache_dir"),
+            revision=self._options.get("revision"),
+        )
+        found = re.search(r"snapshots.([0-9a-f]{40})\b", str(file))
+        return found and found[1]
 
     @property
     def max_positions(self) -> int | None:
@@ -421,6 +437,11 @@ def _explained(
             raise _hub_fails(pretrained, trouble.cause, cure) from error
         if is_of_the_network(error) and not isinstance(error, OSError):
             raise _hub_fails(pretrained, f"breaks off: {in_words(error)}", cure) from error
+        if isinstance(error, OSError) and (trouble.gated or "gated" in str(error).lower()):
+            raise RetraceError(
+                f"The model {pretrained} is gated: ask for access on its page on the Hub and log "
+                f"in with `hf auth login`, or {cure}."
+            ) from error
         raise _load_failure(error, pretrained, reachable, part, cure) from error
 
 
@@ -444,11 +465,6 @@ def _load_failure(
             return RetraceError(
                 f"The model {pretrained} is not in the local cache and the Hugging Face Hub "
                 f"cannot be reached: check the network, or {cure}."
-            )
-        if "gated" in str(error).lower():
-            return RetraceError(
-                f"The model {pretrained} is gated: ask for access on its page on the Hub and log "
-                f"in with `hf auth login`, or {cure}."
             )
         return RetraceError(
             f"The model {pretrained} cannot be loaded: {_first_line(error)} Check its name, or "

@@ -146,7 +146,7 @@ def describe(
 ) -> dict[str, Any]:
     """The trace's attributes, as JSON gives them back; `weights` is the digest of the model's."""
     tokenizer = checkpoint.tokenizer
-    revision = getattr(checkpoint.config, "_commit_hash", None) or settings.revision
+    revision = checkpoint.commit or settings.revision
     attributes = model_attributes(model, layers, weights, settings.pretrained, revision) | {
         "tokenizer": {
             "class": type(tokenizer).__name__,

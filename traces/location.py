@@ -51,7 +51,23 @@ class RemoteLocation:
         """The fsspec file system, which is told nothing but what its own environment says."""
         import fsspec
 
-        return fsspec.url_to_fs(self.url, use_listings_cache=False)[0]
+        system = fsspec.url_to_fs(self.url, use_listings_cache=False)[0]
+        if on_hub(self):
+            system.invalidate_cache()  # it keeps listings whatever it is told
+        return system
+
+    def missing(self) -> tuple[type[Exception], ...]:
+        """What its file system raises of an object that is not there."""
+        found: tuple[type[Exception], ...] = (
+            FileNotFoundError,
+            IsADirectoryError,
+            NotADirectoryError,
+        )
+        if on_hub(self):
+            from huggingface_hub.errors import EntryNotFoundError
+
+            found += (EntryNotFoundError,)
+        return found
 
     def path(self) -> str:
         import fsspec
@@ -83,6 +99,11 @@ def locate(place: "str | Location") -> Location:
     return place if isinstance(place, RemoteLocation) else Path(place)
 
 
+def on_hub(place: Location) -> bool:
+    """Whether a place is on the Hugging Face Hub."""
+    return isinstance(place, RemoteLocation) and place.url.startswith("hf://")
+
+
 def beside(place: Location, kind: str) -> Path | None:
     """The folder beside a trace on a local disk for what is derived from it; None under a URL.
 
@@ -97,7 +118,9 @@ def open_store(place: Location, *, read_only: bool) -> Store:
     if isinstance(place, Path):
         return LocalStore(place, read_only=read_only)
     with explained(place):
-        return FsspecStore.from_url(place.url, read_only=read_only)
+        return FsspecStore.from_url(
+            place.url, read_only=read_only, allowed_exceptions=place.missing()
+        )
 
 
 @contextmanager
@@ -115,9 +138,12 @@ def explained(place: Location) -> Iterator[None]:
                 f"{place} needs a package that is not installed: for s3:// "
                 "`pip install 'retrace-attention[remote]'`, for others the one of fsspec."
             ) from error
-        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnreachableError(
-            f"{place} cannot be reached ({words}): check the URL, and the credentials and "
-            "endpoint in the environment (for s3:// AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
-            "AWS_ENDPOINT_URL)."
-        ) from error
+        words = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        check = (
+            "that the repository is there, and that `hf auth login` or HF_TOKEN names a token that "
+            "may read it, and write to it where a trace is written"
+            if on_hub(place)
+            else "the URL, and the credentials and endpoint in the environment (for s3:// "
+            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+        )
+        raise UnreachableError(f"{place} cannot be reached ({words}): check {check}.") from error

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrace.traces.errors import DamageError, RetraceError
-from retrace.traces.location import Location, RemoteLocation, locate
+from retrace.traces.location import Location, RemoteLocation, locate, on_hub
 from retrace.traces.numbers import bad_score, bad_vector
 from retrace.traces.rotation import Rotation
 from retrace.traces.schema import (
@@ -301,7 +301,9 @@ def open_trace(path: str | Location) -> Trace:
     """
     path = locate(path)
     if not path.exists():
-        raise RetraceError(f"There is no trace at {path}. `retrace traces` lists those here.")
+        # The Hub does not tell those who may not see a repository that it is there.
+        hub = " A private data set needs `hf auth login` or HF_TOKEN." * on_hub(path)
+        raise RetraceError(f"There is no trace at {path}. `retrace traces` lists those here.{hub}")
     stored = Stored(str(path), open_objects(path))
     attributes = _attributes(stored)
     if _half_begun(attributes):

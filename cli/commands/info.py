@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,7 +10,7 @@ import click
 from retrace.cli.command import Command
 from retrace.cli.facts import model_name, task_names
 from retrace.cli.parameters import FORMAT
-from retrace.cli.screen import plural, print_facts, print_json, print_table, ranges, size
+from retrace.cli.screen import note, plural, print_facts, print_json, print_table, ranges, size
 
 if TYPE_CHECKING:
     from retrace.traces import Trace
@@ -20,19 +21,45 @@ if TYPE_CHECKING:
     cls=Command,
     epilog="""\b
 Example:
-  retrace info traces/pythia-70m-wikitext.zarr""",
+  retrace info traces/pythia-70m-wikitext.zarr
+  retrace info traces/pythia-70m-wikitext.zarr --card README.md --license apache-2.0""",
 )
 @click.argument("trace", type=click.Path())
+@click.option(
+    "--card",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a dataset card for the Hugging Face Hub there, too; a file that is there is kept.",
+)
+@click.option("--license", metavar="NAME", help="License that the card names, such as apache-2.0.")
 @FORMAT
-def command(trace: str, format: str) -> None:
+def command(trace: str, card: Path | None, license: str | None, format: str) -> None:
     """Print what TRACE holds: model, sequences, layers and their rules."""
     from retrace.traces import open_trace
 
-    facts = describe(open_trace(trace))
+    opened = open_trace(trace)
+    facts = describe(opened)
+    if card is not None:
+        _write_card(card, facts, opened.path.name, license)
+    elif license is not None:
+        raise click.UsageError("--license is the card's: name its file with --card.")
     if format == "json":
         print_json(facts)
     else:
         _print(facts)
+
+
+def _write_card(file: Path, facts: dict[str, Any], name: str, license: str | None) -> None:
+    from retrace.cli.card import card as written
+    from retrace.traces import RetraceError
+
+    text = written(facts, name, license)
+    try:
+        with file.open("x", encoding="utf-8") as opened:
+            opened.write(text)
+    except FileExistsError:
+        raise RetraceError(f"{file} is there already: remove it, or name another file.") from None
+    note(f"Card: {file}")
 
 
 def describe(trace: "Trace") -> dict[str, Any]:
@@ -78,6 +105,7 @@ def _layer_groups(trace: "Trace") -> list[dict[str, Any]]:
         rules["module"] = re.sub(rf"(?<=\.){index}(?=\.|$)", "*", rules["module"])
         sinks = rules.pop("sinks")
         rules["sinks"] = sinks is not None
+        rules["output_projection"] = trace.layer(index).has_output_projection
         if groups and all(groups[-1][name] == value for name, value in rules.items()):
             groups[-1]["layers"].append(index)
         else:
@@ -150,6 +178,8 @@ def _print_layers(groups: list[dict[str, Any]]) -> None:
         "chunk": "Chunk",
         "softcap": "Softcap",
         "sinks": "Sinks",
+        "cached_bytes": "Cached bytes",
+        "output_projection": "W_o",
     }
     shown = [name for name in rules if any(group[name] for group in groups)]
     rows = [

@@ -95,7 +95,7 @@ class _Remote:
         with explained(self._place):
             try:
                 size: int | None = self._place.system().size(self._path(key))
-            except FileNotFoundError:
+            except self._place.missing():
                 return None
             return size
 
@@ -105,7 +105,7 @@ class _Remote:
             read = self._place.system().cat_ranges(
                 paths, [0] * len(paths), [most] * len(paths), on_error="return"
             )
-            return [_unless_missing(one) for one in read]
+            return [self._unless_missing(one) for one in read]
 
     def ranges(self, key: str, wanted: Sequence[Range]) -> Iterator[bytes | memoryview]:
         if not wanted:
@@ -124,17 +124,16 @@ class _Remote:
         with explained(self._place):
             try:
                 found = self._place.system().ls(self._path(key), detail=False)
-            except FileNotFoundError:
+            except self._place.missing():
                 return []
             return [path.rstrip("/").rpartition("/")[2] for path in found]
 
     def _path(self, key: str) -> str:
         return f"{self._place.path()}/{key}".rstrip("/")
 
-
-def _unless_missing(read: bytes | Exception) -> bytes | None:
-    if isinstance(read, FileNotFoundError):
-        return None
-    if isinstance(read, Exception):
-        raise read
-    return read
+    def _unless_missing(self, read: bytes | Exception) -> bytes | None:
+        if isinstance(read, self._place.missing()):
+            return None
+        if isinstance(read, Exception):
+            raise read
+        return read

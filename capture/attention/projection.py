@@ -66,8 +66,13 @@ class Projected:
     @property
     def _plain(self) -> bool:
         """Whether the weights are there as they are multiplied with."""
-        known = type(self.module) in (torch.nn.Linear, Conv1D)
-        return known and not self.module.weight.is_meta
+        weight = getattr(self.module, "weight", None)
+        # A type of its own is a quantised weight, which may know nothing but products with it.
+        known = type(self.module) in (torch.nn.Linear, Conv1D) and type(weight) in (
+            Tensor,
+            torch.nn.Parameter,
+        )
+        return known and isinstance(weight, Tensor) and not weight.is_meta
 
     def _weight(self) -> Tensor:
         weight = self.module.weight

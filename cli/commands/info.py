@@ -128,6 +128,7 @@ def _print(facts: dict[str, Any]) -> None:
             + (f", {parameters:,} parameters" if isinstance(parameters, int) else ""),
         ),
         *([("Adapter", _adapter(model["adapter"]))] if model.get("adapter") else []),
+        *([("Arguments", _listed(model["arguments"]))] if model.get("arguments") else []),
         *([("Weights", f"digest {model['weights']}")] if model.get("weights") else []),
         ("Task", task_names(facts, sources=True)),
         ("Dtype", facts["dtype"]),
@@ -160,6 +161,13 @@ def _print(facts: dict[str, Any]) -> None:
         lines.append(("Command", str(facts["command"])))
     print_facts(lines)
     _print_layers(facts["layers"])
+
+
+def _listed(arguments: object) -> str:
+    """How a model was loaded, as --model-args takes it."""
+    if not isinstance(arguments, dict):
+        return str(arguments)
+    return ",".join(f"{name}={value}" for name, value in arguments.items())
 
 
 def _adapter(facts: Any) -> str:

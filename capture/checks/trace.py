@@ -91,21 +91,27 @@ def examine_projections(
     for index, found in find_projections(model, layers, tokens[:PROBED_ROWS]).items():
         projection = found if isinstance(found, str) else found.stored(dtype)
         if isinstance(found, Projected) and isinstance(projection, OutputProjection):
-            worst = _unexplained(found, torch.promote_types(layers[index].dtype, torch.float32))
-            if not worst <= OUTPUT_TOLERANCE[dtype]:
-                projection = f"its weights do not give what it gave (relatively {worst:.2g} off)"
+            projection = _unexplained(found, layers[index].dtype) or projection
         projections[index] = projection
     return projections
 
 
-def _unexplained(found: Projected, dtype: torch.dtype) -> float:
-    """How far what a projection gave is from what its weights and bias make of what it was given,
-    computed in a type."""
-    weights = found.weights().to(dtype)
+def _unexplained(found: Projected, dtype: torch.dtype) -> str | None:
+    """Why a projection is left out of a trace of a type: what its weights and bias make of what it
+    was given is not what it gave. None where it is."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    try:
+        weights = found.weights().to(dtype)
+    except Exception as error:
+        # Whatever a module needs to be called: a trace is complete without its weights.
+        return f"its weights cannot be read ({type(error).__name__})"
     output = torch.einsum("ohc,phc->po", weights, found.attended.cpu().to(dtype))
     if found.bias is not None:
         output += found.bias.detach().cpu().to(dtype)
-    return _relative_difference(output.double(), found.output.cpu().double())
+    worst = _relative_difference(output.double(), found.output.cpu().double())
+    if worst <= OUTPUT_TOLERANCE[str(found.attended.dtype).removeprefix("torch.")]:
+        return None
+    return f"its weights do not give what it gave (relatively {worst:.2g} off)"
 
 
 def sampled_positions(

@@ -95,6 +95,16 @@ class Adapted(torch.nn.Linear):
         return 2 * super().forward(input)
 
 
+class Narrow(torch.nn.Linear):
+    """What takes no more than so many positions."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        if input.shape[1] > 40:
+            raise ValueError
+        return super().forward(input)
+
+
 @pytest.fixture
 def model(model_folder: ModelFolder) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.float32).eval()
@@ -127,6 +137,12 @@ def test_weights_that_do_not_give_the_output_are_left_out(model: Any) -> None:
     module.forward = lambda given: 2 * torch.nn.functional.linear(given, module.weight)
     projection = examined(model)
     assert isinstance(projection, str) and projection.startswith("its weights do not give what it")
+
+
+def test_modules_that_cannot_be_asked_are_left_out(model: Any) -> None:
+    module = model.model.layers[0].self_attn.o_proj
+    module.__class__ = Narrow
+    assert examined(model) == "its weights cannot be read (ValueError)"
 
 
 def test_weights_of_another_type_are_left_out(model: Any) -> None:

@@ -64,7 +64,8 @@ ROUTED = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
-INDEXER = {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 16}
+INDEXER = {"index_topk": 8, "index_n_heads": 16, "index_head_dim": 16}
+"""Of few heads most scores would be 0, and which of equal ones is chosen is not defined."""
 MAMBA = {
     "mamba_d_ssm": 64,
     "mamba_n_heads": 4,

@@ -8,7 +8,14 @@ from retrace.traces.marks import Marks, joined_spans
 from retrace.traces.noted import noted
 from retrace.traces.reader import Layer, Trace, find_traces, half_begun, open_trace
 from retrace.traces.rotation import Rotation
-from retrace.traces.schema import FORMAT_VERSION, PHASES, LayerRules, OutputProjection, prompts
+from retrace.traces.schema import (
+    FORMAT_VERSION,
+    PHASES,
+    Indexer,
+    LayerRules,
+    OutputProjection,
+    prompts,
+)
 from retrace.traces.tensors import to_numpy, to_torch
 from retrace.traces.verification import Verification, verify_trace
 from retrace.traces.writer import TraceWriter, create_trace, resume_trace, tensor_bytes
@@ -17,6 +24,7 @@ __all__ = [
     "FORMAT_VERSION",
     "PHASES",
     "DamageError",
+    "Indexer",
     "Layer",
     "LayerRules",
     "Location",

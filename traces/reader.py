@@ -19,8 +19,10 @@ from retrace.traces.schema import (
     FORMAT_KEY,
     FORMAT_VERSION,
     OUTPUT_PROJECTION,
-    TENSOR_AXES,
     LayerRules,
+    layer_bytes,
+    tensor_dtype,
+    tensor_shapes,
 )
 from retrace.traces.sequences import SequenceArrays
 from retrace.traces.storage.arrays import Stored, Tensors, Whole
@@ -70,6 +72,28 @@ class Layer:
     def value(self, sequence: int, kv_heads: slice = slice(None)) -> npt.NDArray[Any]:
         """Values (kv_heads, positions, value channels)."""
         return self._read("value", sequence, kv_heads, self.trace.length(sequence))
+
+    def selected(self, sequence: int, choices: slice = slice(None)) -> npt.NDArray[np.int32]:
+        """Keys that a natively sparse model chose for each query: ids (choices, queries, kept), -1
+        where there are fewer, at the end; one choice for all heads, or one for each kv head.
+
+        Raises:
+            RetraceError: the layer chooses none: it attends to all that it sees.
+        """
+        if self.rules.indexer is None:
+            raise RetraceError(
+                f"Layer {self.index} ({self.rules.module}) attends to all keys that it sees."
+            )
+        positions = self.query_positions(sequence)
+        ids = self._read("selected", sequence, choices, len(positions))
+        if bool(((ids < -1) | (ids > positions[:, None])).any()):
+            raise self.tensors("selected").damage("it names keys that are not there", sequence)
+        return ids
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Its arrays by name: their extents besides the sequences."""
+        return tensor_shapes(self.rules, self.trace.most_positions, self.trace.most_queries)
 
     def query_positions(self, sequence: int) -> npt.NDArray[np.int32]:
         """Positions (queries,) of the queries that were kept, ascending."""
@@ -155,20 +179,17 @@ class Layer:
         return self.tensors(name).read(sequence, heads, length)
 
     def tensors(self, name: str) -> Tensors:
-        """The array of all sequences' query, key or value.
+        """The array of all sequences' query, key, value or selected.
 
         Raises:
             DamageError: its metadata are not those of a trace's array of this layer's rules.
         """
         if name not in self._arrays:
-            rules, trace = self.rules, self.trace
-            shape = {
-                "query": (trace.planned, rules.heads, trace.most_queries, rules.key_dim),
-                "key": (trace.planned, rules.kv_heads, trace.most_positions, rules.key_dim),
-                "value": (trace.planned, rules.kv_heads, trace.most_positions, rules.value_dim),
-            }[name]
+            trace = self.trace
+            shape = self.shapes[name]
+            dtype = tensor_dtype(name, trace.attributes["dtype"])
             path = f"layers/{self.index}/{name}"
-            self._arrays[name] = Tensors(trace.stored, path, trace.dtype, shape)
+            self._arrays[name] = Tensors(trace.stored, path, dtype, (trace.planned, *shape))
         return self._arrays[name]
 
 
@@ -240,13 +261,13 @@ class Trace(SequenceArrays):
 
     def nbytes(self) -> int:
         """Bytes of the tensors of the finished sequences, padding excluded."""
-        per_position = sum(r.kv_heads * (r.key_dim + r.value_dim) for r in self._rules)
-        per_query = sum(r.heads * r.key_dim for r in self._rules)
-        elements = sum(
-            self.length(s) * per_position + len(self.query_positions(s)) * per_query
+        return sum(
+            layer_bytes(
+                rules, self.length(s), len(self.query_positions(s)), self.attributes["dtype"]
+            )
             for s in self.sequences
+            for rules in self._rules
         )
-        return elements * self.dtype.itemsize
 
     def digest(self, sequence: int) -> str:
         """Names what was recorded of a sequence: 32 hex digits that change with the model's
@@ -267,12 +288,12 @@ class Trace(SequenceArrays):
     def check_arrays(self) -> None:
         """Refuse a trace of which some array's metadata is not as its rules and plan say."""
         for index in self.layers:
-            for name in TENSOR_AXES:
+            for name in self.layer(index).shapes:
                 self.check_tensors(index, name)
         self.check_small_arrays()
 
     def check_tensors(self, layer: int, name: str) -> None:
-        """Refuse a layer's query, key or value whose metadata is not as rules and plan say."""
+        """Refuse a layer's array whose metadata is not as rules and plan say."""
         self._check_bundle(self.layer(layer).tensors(name))
 
     @cached_property

@@ -30,8 +30,10 @@ TENSOR_AXES: dict[str, tuple[str, str, str, str]] = {
     "query": ("sequence", "head", "query_position", "channel"),
     "key": ("sequence", "kv_head", "position", "channel"),
     "value": ("sequence", "kv_head", "position", "value_channel"),
+    "selected": ("sequence", "choice", "query_position", "kept"),
 }
-"""Axes of a layer's three arrays. Queries have an axis of their own, since not all may be kept."""
+"""Axes of a layer's arrays. Queries have an axis of their own, since not all may be kept; only of a
+natively sparse model there is `selected`."""
 
 OUTPUT_PROJECTION = "output_projection"
 PROJECTION_AXES = ("hidden", "head", "value_channel")
@@ -61,6 +63,39 @@ class OutputProjection:
     read: Callable[[], npt.NDArray[Any]]
     """Gives them (hidden, heads, value channels), in the trace's dtype: layer by layer, since those
     of all are large."""
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """How a natively sparse layer chooses the keys that it attends to, out of those it sees."""
+
+    kept: int
+    """Keys that it chooses for a query at most."""
+    groups: int = 1
+    """How many choices there are: one for all heads, or one for each kv head."""
+    bytes_per_key: float = 0.0
+    """What choosing reads of each key that is seen, as served; 0 where the choice is another's."""
+    source: int | None = None
+    """The earlier layer whose choice it is, where it makes none of its own."""
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> "Indexer":
+        """Read back from the layer's attributes.
+
+        Raises:
+            RetraceError: they are none that a trace has.
+        """
+        known = {f.name: attributes[f.name] for f in fields(cls) if f.name in attributes}
+        source = known.get("source")
+        right = (
+            all(type(known.get(name)) is int and known[name] >= 1 for name in ("kept", "groups"))
+            and is_number(known.get("bytes_per_key"))
+            and known["bytes_per_key"] >= 0
+            and (source is None or (type(source) is int and source >= 0))
+        )
+        if not right:
+            raise RetraceError(f"The layer's indexer does not fit: {str(attributes)[:80]}.")
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -96,6 +131,9 @@ class LayerRules:
     """What one token takes in the model's own cache of the layer, read once for all heads, where
     that is not their keys and values: those of latent attention are made from one vector (and a
     rotated part) that is cached in their place. In the type that caches are served in."""
+    indexer: Indexer | None = None
+    """How the layer chooses what it attends to, of a natively sparse model; its choices are in the
+    array `selected`."""
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.key_dim, self.value_dim) < 1:
@@ -121,6 +159,11 @@ class LayerRules:
             )
         if self.sinks is not None and not all(map(math.isfinite, self.sinks)):
             raise RetraceError(f"{self.module}: sinks must be finite, not {self.sinks}.")
+        if self.indexer is not None and self.indexer.groups not in (1, self.kv_heads):
+            raise RetraceError(
+                f"{self.module}: {self.indexer.groups} choices of keys for {self.kv_heads} kv "
+                "heads."
+            )
 
     @property
     def group(self) -> int:
@@ -143,9 +186,10 @@ class LayerRules:
             attributes["sinks"] = list(self.sinks)
         if self.rotation is not None:
             attributes["rotation"] = self.rotation.to_attributes()
-        if self.cached_bytes is None:
+        for name in ("cached_bytes", "indexer"):
             # Said only where it is so: a trace's digest, by which kept results are found, holds.
-            del attributes["cached_bytes"]
+            if attributes[name] is None:
+                del attributes[name]
         return attributes
 
     @classmethod
@@ -161,6 +205,8 @@ class LayerRules:
             known["sinks"] = tuple(known["sinks"])
         if known.get("rotation") is not None:
             known["rotation"] = Rotation.from_attributes(known["rotation"])
+        if known.get("indexer") is not None:
+            known["indexer"] = Indexer.from_attributes(known["indexer"])
         try:
             rules = cls(**known)
         except TypeError as error:
@@ -182,7 +228,7 @@ def _fits(name: str, value: Any) -> bool:
         return value is None or (is_number(value) and value > 0)
     if name == "sinks":
         return value is None or (isinstance(value, list) and all(map(is_number, value)))
-    if name == "rotation":
+    if name in ("rotation", "indexer"):
         return value is None or isinstance(value, dict)
     return isinstance(value, str)
 
@@ -203,3 +249,31 @@ def prompts(phases: Sequence[npt.NDArray[np.int8]]) -> list[int | None]:
             "and not run again."
         )
     return [int((~one).sum()) for one in generated]
+
+
+def tensor_shapes(
+    rules: LayerRules, positions: int, queries: int
+) -> dict[str, tuple[int, int, int]]:
+    """The arrays of a layer by name: their extents besides the sequences, for sequences of at most
+    so many positions and kept queries."""
+    shapes = {
+        "query": (rules.heads, queries, rules.key_dim),
+        "key": (rules.kv_heads, positions, rules.key_dim),
+        "value": (rules.kv_heads, positions, rules.value_dim),
+    }
+    if rules.indexer is not None:
+        shapes["selected"] = (rules.indexer.groups, queries, min(rules.indexer.kept, positions))
+    return shapes
+
+
+def tensor_dtype(name: str, dtype: str) -> np.dtype[Any]:
+    """Element type of a layer's array of this name in a trace of this dtype."""
+    return np.dtype("int32") if name == "selected" else DTYPES[dtype]
+
+
+def layer_bytes(rules: LayerRules, positions: int, queries: int, dtype: str) -> int:
+    """Bytes of a layer's arrays for one sequence, in a trace of this dtype."""
+    return sum(
+        math.prod(shape) * tensor_dtype(name, dtype).itemsize
+        for name, shape in tensor_shapes(rules, positions, queries).items()
+    )

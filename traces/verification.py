@@ -145,7 +145,8 @@ def _check_metadata(trace: Trace, found: Verification) -> None:
     for index in found.layers:
         for name in TENSOR_AXES:
             with _noted(found):
-                trace.check_tensors(index, name)
+                if name in trace.layer(index).shapes:
+                    trace.check_tensors(index, name)
     with _noted(found):
         trace.check_small_arrays()
     consolidated = (trace.stored.metadata("") or {}).get("consolidated_metadata")
@@ -242,10 +243,14 @@ def _check_layer(trace: Trace, index: int, sequence: int) -> tuple[list[DamageEr
     for name in TENSOR_AXES:
         try:
             layer = trace.layer(index)
+            if name not in layer.shapes:
+                continue
             tensor: npt.NDArray[Any] = getattr(layer, name)(sequence)
+            size += tensor.nbytes
+            if name == "selected":
+                continue
             norms[name] = norms_of(tensor)
             layer.check_vectors(name, sequence, tensor, norms[name])
-            size += tensor.nbytes
         except DamageError as error:
             damages.append(error)
     if not damages:

@@ -19,7 +19,6 @@ from retrace.traces.location import Location, RemoteLocation, explained, open_st
 from retrace.traces.marks import MARK_AXES, Marks, check_marks, encoded_marks
 from retrace.traces.reader import open_trace
 from retrace.traces.schema import (
-    DTYPES,
     FORMAT_KEY,
     FORMAT_VERSION,
     OUTPUT_PROJECTION,
@@ -28,6 +27,9 @@ from retrace.traces.schema import (
     TENSOR_AXES,
     LayerRules,
     OutputProjection,
+    layer_bytes,
+    tensor_dtype,
+    tensor_shapes,
 )
 from retrace.traces.storage.durable import remove_all, sync_all, sync_path
 from retrace.traces.storage.shards import shard_length, write_rows, write_shard
@@ -71,21 +73,26 @@ class TraceWriter:
         query: npt.NDArray[Any],
         key: npt.NDArray[Any],
         value: npt.NDArray[Any],
+        selected: npt.NDArray[np.int32] | None = None,
     ) -> None:
         """Store one layer's tensors of one sequence that is a bundle of its own, in the trace's
         dtype.
 
         Shapes: query (heads, queries, channels), key (kv_heads, positions, channels),
-        value (kv_heads, positions, value channels).
+        value (kv_heads, positions, value channels), and selected (choices, queries, kept) of a
+        layer that has an indexer.
         """
         bundle = range(sequence, sequence + 1)
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
+        tensors = {"query": query, "key": key, "value": value, "selected": selected}
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
             length = self.shard_length(layer, name)
             for start in range(0, tensor.shape[1], length):
                 self.write_shard(bundle, layer, name, start, [tensor[:, start : start + length]])
 
     def shard_length(self, layer: int, name: str) -> int:
-        """Positions of one shard of a layer's query, key or value."""
+        """Positions of one shard of a layer's query, key, value or selected."""
         return shard_length(self._tensor(layer, name))
 
     def write_shard(
@@ -100,6 +107,8 @@ class TraceWriter:
         """
         self._check_whole(bundle, parts)
         array = self._tensor(layer, name)
+        if name == "selected":
+            parts = [_as_wide(part, array.shape[-1]) for part in parts]
         for part in parts:
             if part.dtype != array.dtype:
                 raise TypeError(f"{name} is {part.dtype}, the trace stores {array.dtype}.")
@@ -283,11 +292,8 @@ def tensor_bytes(
     """Bytes that the tensors of a trace of this plan take on disk."""
     positions = max(len(t) for t in tokens)
     queries = max(len(q) for q in query_positions)
-    per_sequence = sum(
-        queries * r.heads * r.key_dim + positions * r.kv_heads * (r.key_dim + r.value_dim)
-        for r in rules.values()
-    )
-    return per_sequence * len(tokens) * DTYPES[dtype].itemsize
+    each = (layer_bytes(r, positions, queries, dtype) for r in rules.values())
+    return sum(each) * len(tokens)
 
 
 def _create_layers(
@@ -328,6 +334,15 @@ def _padded(rows: Sequence[npt.NDArray[Any]], array: "zarr.Array[Any]") -> npt.N
     for place, row in zip(padded, rows, strict=True):
         place[: len(row)] = row
     return padded
+
+
+def _as_wide(selected: npt.NDArray[np.int32], width: int) -> npt.NDArray[np.int32]:
+    """Choices of keys (choices, queries, kept) with so many places, of which the last are -1."""
+    if bool((selected[..., width:] >= 0).any()):
+        raise ValueError(f"A query chose more than {width} keys.")
+    wide = np.full((*selected.shape[:2], width), -1, np.int32)
+    wide[..., : selected.shape[-1]] = selected[..., :width]
+    return wide
 
 
 def _create_small_arrays(
@@ -448,21 +463,17 @@ def _create_layer(
     dtype: str,
     bundle: int,
 ) -> None:
-    shapes = {
-        "query": (rules.heads, queries, rules.key_dim),
-        "key": (rules.kv_heads, positions, rules.key_dim),
-        "value": (rules.kv_heads, positions, rules.value_dim),
-    }
-    for name, (heads, length, channels) in shapes.items():
+    for name, (heads, length, channels) in tensor_shapes(rules, positions, queries).items():
+        element = tensor_dtype(name, dtype)
         chunk_length = min(length, CHUNK_POSITIONS)
-        chunk_bytes = heads * chunk_length * channels * DTYPES[dtype].itemsize
+        chunk_bytes = heads * chunk_length * channels * element.itemsize
         chunks_per_shard = max(1, min(-(-length // chunk_length), SHARD_BYTES // chunk_bytes))
         layer_group.create_array(
             name,
             shape=(sequences, heads, length, channels),
             chunks=(1, 1, chunk_length, channels),
             shards=(bundle, heads, chunks_per_shard * chunk_length, channels),
-            dtype=DTYPES[dtype],
+            dtype=element,
             # Post-RoPE tensors compress by a few per cent only; a checksum is worth more.
             compressors=(Crc32cCodec(),),
             dimension_names=TENSOR_AXES[name],

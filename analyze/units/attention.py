@@ -81,6 +81,7 @@ def attend(
     positions: Tensor,
     rules: LayerRules,
     sinks: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """Exact attention output (heads, queries, value channels) of the heads of one kv head.
 
@@ -91,9 +92,16 @@ def attend(
         positions: position of each query (queries,).
         rules: the layer's rules.
         sinks: learned logit of each of these heads (heads,), where the layer has them.
+        chosen: the only keys that each query attends to, int64 (queries, any), -1 where there are
+            fewer; all that it sees by default.
     """
     key_positions = torch.arange(keys.shape[0], device=keys.device)
     scores = score(queries, keys, rules)
-    scores = scores.masked_fill(~visible(positions, key_positions, rules), -torch.inf)
+    seen = visible(positions, key_positions, rules)
+    if chosen is not None:
+        places = chosen.masked_fill(chosen < 0, len(keys))
+        among = torch.zeros((len(positions), len(keys) + 1), dtype=torch.bool, device=keys.device)
+        seen = seen & among.scatter(1, places, True)[:, :-1]
+    scores = scores.masked_fill(~seen, -torch.inf)
     probabilities = torch.exp(scores - log_normalizer(scores, sinks)[..., None])
     return probabilities @ values

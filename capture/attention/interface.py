@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from retrace.capture.attention.rules import check_arguments
+from retrace.capture.attention.selected import CHOICES, folded, only_selected, selected_keys
 from retrace.traces import RetraceError
 
 # Names that contain "sdpa", "flash" or "flex" are treated specially by transformers.
@@ -45,6 +46,9 @@ class AttentionCall:
     arguments: Mapping[str, Any]
     output: Tensor
     """(batch, positions, heads, value channels)."""
+    selected: Tensor | None = None
+    """Ids (batch, 1 or kv_heads, positions, kept) int32 of the keys that a natively sparse model
+    attends to, -1 where there are fewer; the mask says what it might have chosen from."""
 
 
 Observer = Callable[[AttentionCall], None]
@@ -132,19 +136,29 @@ def _attention(
         interception = next(one for one in reversed(_of_all_threads) if module in one.paths)
     path = interception.paths[module]
     check_arguments(path, arguments)
+    shape = query.shape[-2], key.shape[-2]
+    chosen_by_mask = folded(module)
+    if chosen_by_mask and mask is not None and mask.dtype != torch.bool:
+        mask = mask == 0  # what is not chosen is at the type's minimum
     if mask is not None and mask.dtype != torch.bool:
         raise RetraceError(
             f"{path} adds a {str(mask.dtype).removeprefix('torch.')} mask to its scores, which a "
             "trace cannot describe: this model cannot be captured."
         )
+    selected = selected_keys(path, module, mask, arguments, shape)
+    arguments = {k: v for k, v in arguments.items() if k not in CHOICES}
+    seen = mask
+    if selected is not None:
+        seen = only_selected(mask, selected, query.shape[1], shape[1])
+        mask = None if chosen_by_mask else mask
     # The fused kernels know neither softcaps nor sinks; these they ignore without a word.
     plain = any(arguments.get(name) is not None for name in ("softcap", "s_aux"))
     if plain or interception.stock == "eager":
-        output = _eager(path, module, query, key, value, mask, arguments)
+        output = _eager(path, module, query, key, value, seen, arguments)
     else:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        output, _ = sdpa(module, query, key, value, mask, **arguments)
-    call = AttentionCall(path, module, query, key, value, mask, arguments, output)
+        output, _ = sdpa(module, query, key, value, seen, **arguments)
+    call = AttentionCall(path, module, query, key, value, mask, arguments, output, selected)
     if interception.answer is not None:
         call = replace(call, output=interception.answer(call))
     interception.observer(call)

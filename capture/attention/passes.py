@@ -82,6 +82,22 @@ def added_tensors(call: AttentionCall, one: Pass, place: int) -> tuple[Tensor, .
     return (*(part[:, chosen] for part in parts[:3]), parts[3][chosen])
 
 
+def added_choices(call: AttentionCall, one: Pass, place: int) -> Tensor | None:
+    """The keys that a natively sparse layer chose for what the pass adds to the sequence of its row
+    at this place: positions (choices, tokens, kept), -1 where there are fewer, at the end. None of
+    other layers."""
+    if call.selected is None:
+        return None
+    row = one.rows[place]
+    columns = torch.from_numpy(one.added(row)).to(call.selected.device)
+    ids = call.selected[place][:, columns].long()
+    _, first = one.slots(call.key.shape[-2])
+    if first == 0 and row.real.all():
+        return ids.int()
+    positions = torch.from_numpy(np.cumsum(row.real) - 1).to(ids.device)
+    return positions[(ids + first).clamp(min=0)].masked_fill(ids < 0, -1).int()
+
+
 def attends_as_ruled(call: AttentionCall, one: Pass, rules: LayerRules) -> bool:
     """Whether each query of a pass sees the keys that the rules let it see, and no padding."""
     keys = call.key.shape[-2]

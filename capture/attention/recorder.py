@@ -20,10 +20,17 @@ class LayerSink(Protocol):
     """Where the tensors of a layer go: a `WriteQueue`, or what a test puts in its place."""
 
     def write_layer(
-        self, sequence: int, layer: int, query: Tensor, key: Tensor, value: Tensor
+        self,
+        sequence: int,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        selected: Tensor | None = None,
     ) -> None:
         """Take query (heads, queries, channels), key (kv_heads, positions, channels) and
-        value (kv_heads, positions, value channels) of one sequence, on the model's device."""
+        value (kv_heads, positions, value channels) of one sequence, on the model's device, and of
+        a natively sparse layer the keys selected (choices, queries, kept)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,14 @@ class RulesObserver:
     def __call__(self, call: AttentionCall) -> None:
         """Take note of one call."""
         rules = read_rules(
-            call.path, call.module, call.query, call.key, call.value, call.mask, call.arguments
+            call.path,
+            call.module,
+            call.query,
+            call.key,
+            call.value,
+            call.mask,
+            call.arguments,
+            call.selected,
         )
         dtypes = {tensor.dtype for tensor in (call.query, call.key, call.value)}
         if len(dtypes) != 1:
@@ -74,7 +88,13 @@ class RulesObserver:
         numbers = _layer_numbers([call for call, _ in self._seen])
         layers = []
         first_of: dict[Any, int] = {}
+        chooses: int | None = None
         for number, (call, rules) in zip(numbers, self._seen, strict=True):
+            if rules.indexer is not None:
+                own = getattr(call.module, "indexer", None) is not None
+                chooses = number if own else chooses
+                indexer = dataclasses.replace(rules.indexer, source=None if own else chooses)
+                rules = dataclasses.replace(rules, indexer=indexer)
             key = call.key
             # All calls are still held: what has the same place in memory is the same tensor.
             place = (key.device, key.data_ptr(), key.shape, key.stride())
@@ -162,11 +182,16 @@ class TensorRecorder:
     def _store(self, call: AttentionCall, layer: AttentionLayer) -> None:
         for part in self._batch:
             query = call.query[part.row, :, : part.length]
+            selected = None
+            if call.selected is not None:
+                selected = call.selected[part.row, :, : part.length]
             if len(part.query_positions) < part.length:
-                query = query[:, self._positions(part, query.device)]
+                kept = self._positions(part, query.device)
+                query = query[:, kept]
+                selected = None if selected is None else selected[:, kept]
             key = call.key[part.row, :, : part.length]
             value = call.value[part.row, :, : part.length]
-            self._sink.write_layer(part.sequence, layer.index, query, key, value)
+            self._sink.write_layer(part.sequence, layer.index, query, key, value, selected)
             if part.sampled_positions is not None:
                 sampled = torch.from_numpy(part.sampled_positions).long()
                 output = call.output[part.row, sampled.to(call.output.device)]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from retrace.analyze.units.attention import visible
 from retrace.analyze.units.costs import SERVING_ITEMSIZE
-from retrace.traces import LayerRules, RetraceError
+from retrace.capture.attention.selected import CHOICES, index_bytes, most_selected
+from retrace.traces import Indexer, LayerRules, RetraceError
 
 HARMLESS = frozenset(
     {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids"}
@@ -23,7 +24,7 @@ def check_arguments(path: str, arguments: Mapping[str, Any]) -> None:
     """Refuse a call with arguments that change the result in a way that no rule describes."""
     for name, value in arguments.items():
         # Flags ask for further outputs; they do not change this one.
-        if name not in HARMLESS and value is not None and not isinstance(value, bool):
+        if name not in HARMLESS | CHOICES and value is not None and not isinstance(value, bool):
             raise RetraceError(
                 f"{path} calls attention with {name!r}, which a trace cannot describe: "
                 "this model cannot be captured."
@@ -40,6 +41,7 @@ def read_rules(
     value: Tensor,
     mask: Tensor | None,
     arguments: Mapping[str, Any],
+    selected: Tensor | None = None,
 ) -> LayerRules:
     """The rules of a call.
 
@@ -51,10 +53,16 @@ def read_rules(
         value: (batch, kv_heads, positions, value channels).
         mask: who sees whom, bool (batch or 1, heads or 1, positions, positions); None is causal.
         arguments: the other arguments of the call, by name.
+        selected: (batch, 1 or kv_heads, positions, kept) of a natively sparse model.
 
     Raises:
         RetraceError: what the call computes is not described by the rules of a layer.
     """
+    if getattr(module, "compressor", None) is not None:
+        raise RetraceError(
+            f"{path} attends to compressed keys, which are no token's: this model cannot be "
+            "captured."
+        )
     if query.shape[-2] != key.shape[-2]:
         raise RetraceError(
             f"{path} attends from {query.shape[-2]} queries to {key.shape[-2]} keys, not to its "
@@ -77,6 +85,16 @@ def read_rules(
         softcap=None if arguments.get("softcap") is None else float(arguments["softcap"]),
         sinks=None if sinks is None else tuple(sinks.detach().flatten().cpu().double().tolist()),
         cached_bytes=_cached_bytes(module),
+        indexer=None if selected is None else _indexer(module, selected),
+    )
+
+
+def _indexer(module: torch.nn.Module, selected: Tensor) -> Indexer:
+    """How a layer chooses its keys; whose choice it is, if another's, is found by all layers."""
+    return Indexer(
+        kept=most_selected(module),
+        groups=selected.shape[1],
+        bytes_per_key=index_bytes(module, SERVING_ITEMSIZE),
     )
 
 

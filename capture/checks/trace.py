@@ -173,6 +173,10 @@ def _recompute(
         sinks = None
         if rules.sinks is not None:
             sinks = torch.tensor(rules.sinks[heads], dtype=torch.float64)
+        chosen = None
+        if rules.indexer is not None:
+            own = slice(kv_head, kv_head + 1) if rules.indexer.groups > 1 else slice(0, 1)
+            chosen = torch.from_numpy(layer.selected(sequence, own)[0, rows]).long()
         output = attend(
             to_torch(layer.query(sequence, heads)[:, rows]).double(),
             to_torch(layer.key(sequence, one)[0]).double(),
@@ -180,6 +184,7 @@ def _recompute(
             positions,
             rules,
             sinks,
+            chosen,
         )
         outputs.append(output)
     return torch.cat(outputs).transpose(0, 1)

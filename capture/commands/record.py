@@ -223,12 +223,16 @@ def _write(
     writer = plan.open(output)
     with WriteQueue(writer) as queue:
         for sequence, number in enumerate(numbers):
-            rows = np.searchsorted(known[sequence].queries, kept[sequence])
-            for index in layers:
+            rows = torch.from_numpy(np.searchsorted(known[sequence].queries, kept[sequence]))
+            for index, layer in layers.items():
                 query, key, value = (
                     passes.tensor(number, index, name) for name in ("query", "key", "value")
                 )
-                queue.write_layer(sequence, index, query[:, torch.from_numpy(rows)], key, value)
+                selected = None
+                if layer.rules.indexer is not None:
+                    selected = passes.tensor(number, index, "selected")[:, rows]
+                    selected = selected[..., : max(len(one.tokens) for one in known)]
+                queue.write_layer(sequence, index, query[:, rows], key, value, selected)
             queue.finish_sequence(sequence, nll[sequence])
     writer.close()
     _check(open_trace(output.writing), passes, kept[0])

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from retrace.capture.attention.interface import AttentionCall
-from retrace.capture.attention.passes import Pass, Row, added_tensors, attends_as_ruled
+from retrace.capture.attention.passes import (
+    Pass,
+    Row,
+    added_choices,
+    added_tensors,
+    attends_as_ruled,
+)
 from retrace.capture.attention.recorder import AttentionLayer, RecordedSequence, TensorRecorder
 from retrace.capture.model.loading import input_device
 from retrace.capture.model.logits import CachedRun, Decoding
@@ -139,6 +145,7 @@ class StepRecorder(TensorRecorder):
             )
         self._lengths[call.module] = before + count
         query, key, value, output = added_tensors(call, one, 0)
+        chosen = added_choices(call, one, 0)
         added = replace(
             call,
             # Copies, since a view of the last keys would keep all of them.
@@ -146,6 +153,7 @@ class StepRecorder(TensorRecorder):
             key=_copy(key[None]),
             value=_copy(value[None]),
             output=_copy(output[None]),
+            selected=None if chosen is None else _copy(chosen[None]),
             mask=None,
         )
         self._calls.setdefault(call.module, []).append(added)
@@ -160,6 +168,7 @@ class StepRecorder(TensorRecorder):
                 key=torch.cat([call.key for call in calls], dim=2),
                 value=torch.cat([call.value for call in calls], dim=2),
                 output=torch.cat([call.output for call in calls], dim=1),
+                selected=_joined([call.selected for call in calls if call.selected is not None]),
             )
             self._recorded.add(layer.index)
             self._store(joined, layer)
@@ -169,3 +178,13 @@ class StepRecorder(TensorRecorder):
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """Choices of keys (batch, choices, any, kept), one after another; the fewer a query had to
+    choose from, the fewer places it has."""
+    if not parts:
+        return None
+    width = max(part.shape[-1] for part in parts)
+    wide = [torch.nn.functional.pad(part, (0, width - part.shape[-1]), value=-1) for part in parts]
+    return torch.cat(wide, dim=2)

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from retrace.capture.attention.interface import AttentionCall
-from retrace.capture.attention.passes import Pass, Row, added_tensors, attends_as_ruled
+from retrace.capture.attention.passes import (
+    Pass,
+    Row,
+    added_choices,
+    added_tensors,
+    attends_as_ruled,
+)
 from retrace.capture.attention.recorder import AttentionLayer
 from retrace.capture.checks.trace import sampled_positions
 from retrace.capture.model.likelihood import BLOCK_ELEMENTS
@@ -215,10 +221,16 @@ class LivePasses:
                 continue
             query, key, value, output = added_tensors(call, one, place)
             kept = self._kept(row, positions)
+            selected = added_choices(call, one, place)
             if len(kept) < len(positions):
-                chosen = torch.from_numpy(kept - positions[0]).long()
-                query = query[:, chosen.to(query.device)]
-            for name, tensor in (("query", query), ("key", key), ("value", value)):
+                chosen = torch.from_numpy(kept - positions[0]).long().to(query.device)
+                query = query[:, chosen]
+                selected = None if selected is None else selected[:, chosen]
+            tensors = {"query": query, "key": key, "value": value}
+            if selected is not None and layer.rules.indexer is not None:
+                width = layer.rules.indexer.kept - selected.shape[-1]
+                tensors["selected"] = torch.nn.functional.pad(selected, (0, width), value=-1)
+            for name, tensor in tensors.items():
                 self._spool.append(row.sequence, layer.index, name, tensor)
             sampled = self._sampled(row, positions, kept)
             if len(sampled):
@@ -372,7 +384,8 @@ class LivePasses:
                 del self.sequences[row.sequence]
                 continue
             for layer in self._recorded:
-                self._spool.cut(row.sequence, layer, "query", len(known.queries))
+                for name in ("query", "selected"):
+                    self._spool.cut(row.sequence, layer, name, len(known.queries))
                 for name in ("key", "value"):
                     self._spool.cut(row.sequence, layer, name, len(known.tokens))
         if running.cache is not None and not running.new:

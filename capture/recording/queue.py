@@ -123,14 +123,24 @@ class WriteQueue:
                 thread.join()
 
     def write_layer(
-        self, sequence: int, layer: int, query: Tensor, key: Tensor, value: Tensor
+        self,
+        sequence: int,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        selected: Tensor | None = None,
     ) -> None:
         """Take one layer's tensors of one sequence; returns before they are written.
 
         Shapes: query (heads, queries, channels), key (kv_heads, positions, channels),
-        value (kv_heads, positions, value channels), on any device.
+        value (kv_heads, positions, value channels), selected (choices, queries, kept), on any
+        device.
         """
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
+        tensors = {"query": query, "key": key, "value": value, "selected": selected}
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
             length = self._writer.shard_length(layer, name)
             for start in range(0, tensor.shape[1], length):
                 part = tensor[:, start : start + length]

@@ -128,7 +128,13 @@ class Trials:
                 )
             )
             tensors = queries, keys, values
-            return make_units(layer, self._sequence, rules, tensors, positions, neighbours)
+            chosen = None
+            if rules.indexer is not None:  # each query chooses its own key
+                own = positions[None, :, None].int()
+                chosen = own.expand(rules.indexer.groups, -1, -1)
+            return make_units(
+                layer, self._sequence, rules, tensors, positions, neighbours, chosen=chosen
+            )
 
         return next(read(index, Neighbours(trace.layers, read)))
 
@@ -145,4 +151,5 @@ def kind_of(rules: LayerRules) -> tuple[Any, ...]:
         rules.softcap is None,
         rules.sinks is None,
         rules.rotation is None,
+        rules.indexer is None,
     )

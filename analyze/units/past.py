@@ -76,6 +76,21 @@ class Past:
         queries = self.queries[:, torch.searchsorted(self.query_positions, positions)]
         return queries if heads == len(queries) else queries.mean(dim=0, keepdim=True)
 
+    def chosen_at(self, positions: Int64[Tensor, "rows"]) -> Int64[Tensor, "rows kept"]:
+        """Positions of the keys that the natively sparse model itself attended to, -1 where there
+        are fewer, for queries at these of their positions.
+
+        Raises:
+            RetraceError: the trace does not say.
+        """
+        chosen = self.unit.chosen
+        if chosen is None:
+            raise RetraceError(
+                "needs the keys that the model itself chose, which are not known: only a trace of "
+                "a natively sparse model has them."
+            )
+        return chosen[torch.searchsorted(self.unit.positions, positions)].long()
+
     @cached_property
     def keys_before_rotation(self) -> Float32[Tensor, "keys channels"]:
         """The keys before position encoding."""

@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import chain
 
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from retrace.analyze.units.attention import first_visible, score, scores_at, visible
@@ -89,6 +89,9 @@ class Unit:
     """What the trace holds them in, if that is narrower: they are exact in it."""
     first: int = 0
     """Position in the sequence of the first key, from which all others count."""
+    chosen: Int32[Tensor, "queries kept"] | None = None
+    """Positions of the keys that a natively sparse model itself attended to, -1 where there are
+    fewer; None in a layer that attends to all."""
 
     def since(self, first: int) -> "Unit":
         """The unit as if the sequence began at a position, its neighbours too."""
@@ -102,6 +105,7 @@ class Unit:
             values=self.values[first:],
             neighbours=neighbours,
             first=self.first + first,
+            chosen=None if self.chosen is None else (self.chosen - first).clamp(min=-1),
         )
 
     def seal(self) -> Seal:
@@ -110,6 +114,7 @@ class Unit:
         place = f"layer {group.layer}, kv head {group.kv_head}, sequence {group.sequence}"
         tensors = {name: getattr(self, name) for name in ("keys", "values", "queries", "positions")}
         tensors |= {} if self.sinks is None else {"sinks": self.sinks}
+        tensors |= {} if self.chosen is None else {"keys chosen": self.chosen}
         return Seal({f"the {name} of {place}": tensor for name, tensor in tensors.items()})
 
     @cached_property
@@ -165,8 +170,19 @@ def load_units(layer: Layer, sequence: int, device: torch.device) -> Iterator[Un
             first_head = heads.start if name == "query" else first
             layer.check_vectors(name, sequence, array, norms[name], first_head)
         layer.check_scores(sequence, norms["query"], norms["key"], heads.start)
+        chosen = None
+        if rules.indexer is not None:
+            choices = kv_heads if rules.indexer.groups > 1 else slice(None)
+            chosen = torch.from_numpy(layer.selected(sequence, choices)).to(device)
         yield from make_units(
-            layer.index, sequence, rules, tensors, positions, neighbours, first_kv_head=first
+            layer.index,
+            sequence,
+            rules,
+            tensors,
+            positions,
+            neighbours,
+            first_kv_head=first,
+            chosen=chosen,
         )
 
 
@@ -192,9 +208,11 @@ def make_units(
     positions: Int64[Tensor, "queries"],
     neighbours: "Neighbours | None",
     first_kv_head: int = 0,
+    chosen: Int32[Tensor, "choices queries kept"] | None = None,
 ) -> Iterator[Unit]:
     """The units of queries, keys and values, kv head by kv head: of a whole layer, or of its kv
-    heads from one on."""
+    heads from one on. What a natively sparse model has `chosen` is one choice for all kv heads, or
+    one for each."""
     queries, keys, values = tensors
     for i in range(len(keys)):
         group = HeadGroup(layer, sequence, first_kv_head + i, rules)
@@ -210,6 +228,7 @@ def make_units(
             sinks,
             neighbours,
             queries.dtype if queries.dtype.itemsize < torch.float32.itemsize else torch.float32,
+            chosen=None if chosen is None else chosen[i if len(chosen) > 1 else 0],
         )
 
 

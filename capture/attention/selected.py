@@ -5,7 +5,7 @@ what follows it), as blocks of keys for each kv head (`block_indices`: MiniMax-M
 the mask (GLM-5.3, Qwen4-Exp).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,17 @@ def only_selected(mask: Tensor | None, selected: Tensor, heads: int, keys: int) 
     if groups > 1:
         chosen = chosen.repeat_interleave(heads // groups, dim=1)
     return chosen if mask is None else mask & chosen  # what is selected is seen
+
+
+def joined_choices(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Choices of keys (batch, choices, any, kept), one after another; the fewer a query had to
+    choose from, the fewer places it has. None where none was made."""
+    made = [part for part in parts if part is not None]
+    if not made:
+        return None
+    width = max(part.shape[-1] for part in made)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(part, (0, width - part.shape[-1]), value=-1) for part in made], dim=2)
 
 
 def most_selected(module: torch.nn.Module) -> int:

@@ -71,6 +71,7 @@ def _units(
 ) -> Callable[[int], Iterator[Unit]]:
     """The units of any layer as the exact model reads these tokens (positions,)."""
     seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    chosen: dict[int, Tensor] = {}
     index_of = {layer.module: index for index, layer in layers.items()}
 
     def keep(call: AttentionCall) -> None:
@@ -80,6 +81,8 @@ def _units(
             for tensor in (call.query, call.key, call.value)
         )
         seen[index_of[call.module]] = query, key, value
+        if call.selected is not None:
+            chosen[index_of[call.module]] = call.selected[0].clone()
 
     batch = torch.from_numpy(tokens).long()[None].to(input_device(model))
     last = torch.tensor([len(tokens) - 1])
@@ -92,7 +95,9 @@ def _units(
         query, key, value = (tensor.to(device) for tensor in seen[index])
         positions = torch.arange(len(tokens), device=device)
         tensors = query, key, value
-        return make_units(index, 0, layers[index].rules, tensors, positions, neighbours)
+        own = chosen[index].to(device) if index in chosen else None
+        rules = layers[index].rules
+        return make_units(index, 0, rules, tensors, positions, neighbours, chosen=own)
 
     def units(index: int) -> Iterator[Unit]:
         # A neighbour may be on another device than the layer that asks for it.

@@ -12,6 +12,7 @@ from retrace.analyze.selection.states import States
 from retrace.analyze.units.unit import Neighbours, Unit, make_units
 from retrace.capture.attention.interface import AttentionCall
 from retrace.capture.attention.recorder import AttentionLayer
+from retrace.capture.attention.selected import joined_choices
 from retrace.capture.settings import CaptureSettings
 from retrace.traces import RetraceError, Trace
 
@@ -55,6 +56,8 @@ class _Seen:
     """(batch, kv_heads, positions, channels)"""
     value: Tensor
     """(batch, kv_heads, positions, value channels)"""
+    selected: Tensor | None = None
+    """(batch, choices, positions, kept) of a natively sparse layer"""
     states: dict[tuple[int, int], States] = field(default_factory=dict)
     """By row of the batch and kv head."""
 
@@ -64,6 +67,7 @@ class _Seen:
         self.query = torch.cat([self.query, call.query], dim=2)
         self.key = torch.cat([self.key, call.key[:, :, -count:]], dim=2)
         self.value = torch.cat([self.value, call.value[:, :, -count:]], dim=2)
+        self.selected = joined_choices([self.selected, call.selected])
 
 
 class Approximator:
@@ -121,7 +125,9 @@ class Approximator:
             self._seen[index].add(call)
         else:
             # Copies: a state may write into what it was built from as long as the model decodes.
-            self._seen[index] = _Seen(call.query.clone(), call.key.clone(), call.value.clone())
+            self._seen[index] = _Seen(
+                call.query.clone(), call.key.clone(), call.value.clone(), call.selected
+            )
         return self._seen[index]
 
     def _approximate(self, seen: _Seen, row: int, unit: Unit, first: int) -> Tensor:
@@ -149,7 +155,9 @@ class Approximator:
             query, key, value = (t[row].to(device) for t in (seen.query, seen.key, seen.value))
             tensors = query, key, value
             positions = torch.arange(length, device=device)
-            return make_units(layer, sequence, self._rules[layer], tensors, positions, neighbours)
+            chosen = None if seen.selected is None else seen.selected[row].to(device)
+            rules = self._rules[layer]
+            return make_units(layer, sequence, rules, tensors, positions, neighbours, chosen=chosen)
 
         seen = self._seen[index]
         length, device = seen.query.shape[2], seen.query.device

@@ -18,6 +18,7 @@ from retrace.capture.attention.passes import (
     attends_as_ruled,
 )
 from retrace.capture.attention.recorder import AttentionLayer, RecordedSequence, TensorRecorder
+from retrace.capture.attention.selected import joined_choices
 from retrace.capture.model.loading import input_device
 from retrace.capture.model.logits import CachedRun, Decoding
 from retrace.capture.recording.sampling import Sampling, Writer
@@ -168,7 +169,9 @@ class StepRecorder(TensorRecorder):
                 key=torch.cat([call.key for call in calls], dim=2),
                 value=torch.cat([call.value for call in calls], dim=2),
                 output=torch.cat([call.output for call in calls], dim=1),
-                selected=_joined([call.selected for call in calls if call.selected is not None]),
+                selected=joined_choices(
+                    [call.selected for call in calls if call.selected is not None]
+                ),
             )
             self._recorded.add(layer.index)
             self._store(joined, layer)
@@ -178,13 +181,3 @@ class StepRecorder(TensorRecorder):
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor | None:
-    """Choices of keys (batch, choices, any, kept), one after another; the fewer a query had to
-    choose from, the fewer places it has."""
-    if not parts:
-        return None
-    width = max(part.shape[-1] for part in parts)
-    wide = [torch.nn.functional.pad(part, (0, width - part.shape[-1]), value=-1) for part in parts]
-    return torch.cat(wide, dim=2)

@@ -19,6 +19,7 @@ from retrace.traces.location import Location, RemoteLocation, explained, open_st
 from retrace.traces.marks import MARK_AXES, Marks, check_marks, encoded_marks
 from retrace.traces.reader import open_trace
 from retrace.traces.schema import (
+    DTYPES,
     FORMAT_KEY,
     FORMAT_VERSION,
     OUTPUT_PROJECTION,

@@ -103,9 +103,12 @@ def replayed(trace: Trace, sequence: int, index: int, scale: float = 1.0) -> Ten
     for kv_head in range(rules.kv_heads):
         heads = slice(kv_head * rules.group, (kv_head + 1) * rules.group)
         sinks = None if rules.sinks is None else torch.tensor(rules.sinks[heads]).double()
-        outputs.append(
-            attend(queries[heads] * scale, keys[kv_head], values[kv_head], positions, rules, sinks)
-        )
+        chosen = None
+        if rules.indexer is not None:
+            choices = torch.from_numpy(layer.selected(sequence)).long()
+            chosen = choices[kv_head if len(choices) > 1 else 0]
+        group = queries[heads] * scale, keys[kv_head], values[kv_head]
+        outputs.append(attend(*group, positions, rules, sinks, chosen))
     return torch.cat(outputs).transpose(0, 1)
 
 
@@ -269,6 +272,12 @@ def _named(rules: tuple[LayerRules, ...]) -> Iterator[str]:
             yield f"{name} {_distinct(['-' if v is None else f'{v:g}' for v in values])}"
     if any(r.sinks is not None for r in rules):
         yield "sinks"
+    if any(r.indexer is not None for r in rules):
+        kept = [r.indexer.kept for r in rules if r.indexer is not None]
+        yield f"chooses {_distinct(kept)} keys"
+        sources = [r.indexer.source for r in rules if r.indexer and r.indexer.source is not None]
+        if sources:
+            yield f"as layer {_distinct(sources)} did"
     if any(r.kv_source is not None for r in rules):
         yield f"keys of layer {_distinct([r.kv_source for r in rules if r.kv_source is not None])}"
 

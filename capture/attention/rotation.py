@@ -18,6 +18,7 @@ from torch import Tensor
 
 from retrace.capture.attention.interface import AttentionCall, observed_attention
 from retrace.capture.attention.recorder import AttentionLayer
+from retrace.capture.attention.selected import has_indexer
 from retrace.capture.model.lengths import CHANGES_WITH_LENGTH
 from retrace.traces import Rotation
 
@@ -60,8 +61,12 @@ class LayerInputs:
         self.hidden[module], self.length = hidden[0, -1].clone(), hidden.shape[1]
         bound.arguments[name] = None
         for arguments in (bound.arguments, bound.arguments.get("kwargs", {})):
-            if "attention_mask" in arguments:
-                arguments["attention_mask"] = None  # no query or key depends on it
+            mask = arguments.get("attention_mask")
+            if mask is None:
+                continue
+            # No query or key depends on it, but an indexer asks for it, as the recorder has it.
+            seen = mask if mask.dtype == torch.bool else mask == 0
+            arguments["attention_mask"] = seen if has_indexer(module) else None
         self.bound[module] = bound
 
 

@@ -25,11 +25,10 @@ EXTENTS = {
 """(window, chunk) of each layer."""
 REFUSED = {
     "bloom": "bloom models have no attention that can be recorded",
-    "deepseek_v32": "calls attention with 'indices'",
+    "deepseek_v4": "layers.0.self_attn attends to compressed keys, which are no token's",
     "diffllama": "layers.0.self_attn calls attention more than once for a token (DiffLlama",
     "doge": "layers.0.self_attn adds a float32 mask to its scores",
     "falcon": "falcon models have no attention that can be recorded",
-    "glm_moe_dsa": "layers.0.self_attn calls attention with 'indices'",
     "gpt_neo": "gpt_neo models have no attention that can be recorded",
     "inkling_text": "layers.0.self_attn calls attention with 'position_bias'",
     "mamba": "mamba models have no attention that can be recorded",

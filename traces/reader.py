@@ -269,6 +269,11 @@ class Trace(SequenceArrays):
             for rules in self._rules
         )
 
+    @property
+    def natively_sparse(self) -> bool:
+        """Whether the model itself chooses, in some recorded layer, which keys it attends to."""
+        return any(rules.indexer is not None for rules in self._rules)
+
     def digest(self, sequence: int) -> str:
         """Names what was recorded of a sequence: 32 hex digits that change with the model's
         weights, the text or the rules of capture (through tokens, likelihoods and attributes)."""

@@ -11,6 +11,7 @@ from retrace.analyze.methods.dense import Dense
 from retrace.analyze.methods.toolkit.partial_attention import attend_ids
 from retrace.analyze.units.past import Past
 from retrace.analyze.units.unit import HeadGroup
+from retrace.traces import RetraceError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,19 @@ class Native(AttendMethod):
         "the model; DeepSeek-V3.2 (arXiv:2512.02556), section 2.1, for the kind that most have"
     )
     holds_keys: ClassVar[bool | None] = False
+
+    def build(self, past: Past) -> Past:
+        """What holds the model's choice.
+
+        Raises:
+            RetraceError: the model makes none, in any layer.
+        """
+        if not past.natively_sparse:
+            raise RetraceError(
+                "is the choice of a natively sparse model, and this one attends to all that it "
+                "sees: `dense` is that."
+            )
+        return past
 
     def attend(
         self, state: Past, queries: Tensor, positions: Tensor, k: int

@@ -136,7 +136,7 @@ class Trials:
                 layer, self._sequence, rules, tensors, positions, neighbours, chosen=chosen
             )
 
-        return next(read(index, Neighbours(trace.layers, read)))
+        return next(read(index, Neighbours(trace.layers, read, trace.natively_sparse)))
 
 
 def kind_of(rules: LayerRules) -> tuple[Any, ...]:

@@ -76,6 +76,14 @@ class Past:
         queries = self.queries[:, torch.searchsorted(self.query_positions, positions)]
         return queries if heads == len(queries) else queries.mean(dim=0, keepdim=True)
 
+    @property
+    def natively_sparse(self) -> bool:
+        """Whether the model itself chooses, in this or another layer, which keys it attends to."""
+        neighbours = self.unit.neighbours
+        return self.group.rules.indexer is not None or (
+            neighbours is not None and neighbours.natively_sparse
+        )
+
     def chosen_at(self, positions: Int64[Tensor, "rows"]) -> Int64[Tensor, "rows kept"]:
         """Positions of the keys that the natively sparse model itself attended to, -1 where there
         are fewer, for queries at these of their positions.

@@ -235,9 +235,16 @@ def make_units(
 class Neighbours:
     """The layers of one sequence, each read when it is first asked for."""
 
-    def __init__(self, layers: tuple[int, ...], read: Callable[[int], Iterable[Unit]]) -> None:
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        read: Callable[[int], Iterable[Unit]],
+        natively_sparse: bool = False,
+    ) -> None:
         self.layers = layers
         """Indices of the layers, ascending."""
+        self.natively_sparse = natively_sparse
+        """Whether the model itself chooses keys in some of them."""
         self.asked: set[int] = set()
         """Those that were asked for."""
         self._read = read
@@ -247,7 +254,11 @@ class Neighbours:
     @classmethod
     def of_trace(cls, trace: Trace, sequence: int, device: torch.device) -> "Neighbours":
         """The recorded layers of a sequence."""
-        return cls(trace.layers, lambda i: load_units(trace.layer(i), sequence, device))
+        return cls(
+            trace.layers,
+            lambda i: load_units(trace.layer(i), sequence, device),
+            trace.natively_sparse,
+        )
 
     def units(self, layer: int) -> tuple[Unit, ...]:
         """Every kv head of a layer, in order."""
@@ -266,7 +277,9 @@ class Neighbours:
 
     def changed(self, change: Callable[[Unit], Unit]) -> "Neighbours":
         """The same, each unit changed when it is read."""
-        return Neighbours(self.layers, lambda layer: map(change, self.units(layer)))
+        return Neighbours(
+            self.layers, lambda layer: map(change, self.units(layer)), self.natively_sparse
+        )
 
 
 @contextmanager

@@ -102,7 +102,8 @@ def _units(
     def units(index: int) -> Iterator[Unit]:
         # A neighbour may be on another device than the layer that asks for it.
         device = seen[index][0].device
-        return read(index, device, Neighbours(everywhere, lambda other: read(other, device)))
+        return read(index, device, Neighbours(everywhere, lambda i: read(i, device), sparse))
 
     everywhere = tuple(sorted(layers))
+    sparse = any(layer.rules.indexer is not None for layer in layers.values())
     return units

@@ -77,6 +77,7 @@ class Approximator:
         self._approximation = approximation
         self._index = {layer.module: index for index, layer in layers.items()}
         self._rules = {index: layer.rules for index, layer in sorted(layers.items())}
+        self._sparse = any(rules.indexer is not None for rules in self._rules.values())
         self._sequences: Sequence[int] = ()
         self._decodes = False
         self._first: int | None = None
@@ -161,4 +162,4 @@ class Approximator:
 
         seen = self._seen[index]
         length, device = seen.query.shape[2], seen.query.device
-        return make(index, seen, Neighbours(tuple(self._rules), read))
+        return make(index, seen, Neighbours(tuple(self._rules), read, self._sparse))

@@ -178,7 +178,7 @@ class _Copy:
                     if done.issuperset(bundle):
                         continue
                     for index in self.layers:
-                        names = list(TENSOR_AXES)
+                        names = list(self.layers[index].shapes)
                         list(pool.map(self._copying(writer, bundle, index), names))
                         finished += len(bundle)
                         progress(finished, total)
@@ -201,10 +201,10 @@ class _Copy:
         return copy
 
     def _tensor(self, layer: Layer, name: str, sequence: int) -> npt.NDArray[Any]:
-        """What the copy holds of a layer's query, key or value (heads, positions, channels)."""
+        """What the copy holds of a layer's array (heads, positions, channels)."""
         number = self.sequences[sequence]
         tensor: npt.NDArray[Any] = getattr(layer, name)(number)
-        if name != "query":
+        if "query_position" not in TENSOR_AXES[name]:
             return tensor
         there = self.source.query_positions(number)
         return tensor[:, np.searchsorted(there, self._kept[sequence])]

@@ -104,11 +104,18 @@ class _Discarded:
     """A `LayerSink` that copies what it is given to the host, as for writing, and drops it."""
 
     def write_layer(
-        self, sequence: int, layer: int, query: Tensor, key: Tensor, value: Tensor
+        self,
+        sequence: int,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        selected: Tensor | None = None,
     ) -> None:
         """Copy one layer's tensors of one sequence."""
-        for tensor in (query, key, value):
-            tensor.to("cpu", copy=True)
+        for tensor in (query, key, value, selected):
+            if tensor is not None:
+                tensor.to("cpu", copy=True)
 
 
 def _held(settings: CaptureSettings) -> Trace | None:

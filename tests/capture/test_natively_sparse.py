@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from retrace.analyze import analyze
 from retrace.analyze.commands.compare import compare
 from retrace.capture import capture, record
-from retrace.traces import RetraceError, Trace, verify_trace
+from retrace.traces import RetraceError, Trace, copy_trace, verify_trace
 
 LENGTH, FIRST, BUDGET = 60, 20, 4
 FAMILIES = ["deepseek_v32", "hy_v4", "minimax_m3_vl_text", "glm5_next", "qwen4_exp_text"]
@@ -130,6 +130,17 @@ def test_bytes_are_of_the_latent_cache_and_the_index(trace: Trace) -> None:
     positions = np.arange(FIRST, LENGTH) + 1
     expected = (8 * 48 + 32 * positions) / (48 * positions)
     assert ratio == pytest.approx(expected.mean(), rel=1e-6)
+
+
+def test_a_copy_holds_the_choices_of_the_queries_it_keeps(
+    model_folder: Any, text_file: Path, tmp_path: Path
+) -> None:
+    folder = str(model_folder("minimax_m3_vl_text", eos_token_id=None))
+    trace = capture(folder, text=[text_file], limit=2, max_length=90, out=tmp_path / "t.zarr")
+    copy = copy_trace(trace, tmp_path / "c.zarr", sequences=[1], queries="last:8")
+    kept = copy.query_positions(0)
+    assert len(kept) == 64 and verify_trace(copy).whole
+    assert (copy.layer(1).selected(0) == trace.layer(1).selected(1)[:, kept]).all()
 
 
 @pytest.mark.parametrize("family", ["deepseek_v32"], indirect=True)

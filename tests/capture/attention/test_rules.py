@@ -78,7 +78,7 @@ def test_refused_masks(mask: Tensor | None, arguments: dict[str, Any], message: 
         rules_of(mask, **arguments)
 
 
-@pytest.mark.parametrize("name", ["position_bias", "indices", "block_indices", "anything"])
+@pytest.mark.parametrize("name", ["position_bias", "anything"])
 def test_refused_arguments(name: str) -> None:
     check_arguments("layer", {name: None, "output_attentions": False})
     with pytest.raises(RetraceError, match=f"layer calls attention with '{name}'"):

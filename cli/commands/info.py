@@ -187,6 +187,7 @@ def _print_layers(groups: list[dict[str, Any]]) -> None:
         "softcap": "Softcap",
         "sinks": "Sinks",
         "cached_bytes": "Cached bytes",
+        "indexer": "Keys chosen",
         "output_projection": "W_o",
     }
     shown = [name for name in rules if any(group[name] for group in groups)]
@@ -211,4 +212,7 @@ def _print_layers(groups: list[dict[str, Any]]) -> None:
 def _rule(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "-"
+    if isinstance(value, dict):  # an indexer
+        source = "" if value["source"] is None else f" (layer {value['source']}'s)"
+        return f"{value['kept']}{source}"
     return "-" if value is None else f"{value:g}"

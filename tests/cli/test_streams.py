@@ -20,6 +20,7 @@ COMMAND = f"{sys.executable} -m retrace.cli"
         (f"{COMMAND} methods >&-", {0}),
         (f"{COMMAND} methods >&- 2>&-", {0}),
         (f"{COMMAND} methods > /dev/full", {2}),
+        (f"{COMMAND} --help > /dev/full", {2}),
     ],
 )
 def test_streams(line: str, codes: set[int]) -> None:

@@ -59,12 +59,15 @@ SMALL = {
     "hashattention": "hidden=8,steps=3",
     "hata": "bits=16,steps=3",
     "infllm": "block=4,representatives=2,local=9,keep=sink:2+recent:4",
+    "infllm-v2": "block=2,kernel=3,stride=2,keep=none",
     "kascade": "anchors=1,keys=5,queries=8",
     "kivi": "size=4,residual=8",
     "lessismore": "select=0",
     "linear-completion": "features=4,sink=1,recent=3,steps=3",
     "magicpig": "bits=3,tables=12,window=5",
     "mean-page": "page=2",
+    "moba": "page=2",
+    "nsa": "block=2,kernel=3,stride=2,keep=none",
     "pariskv": "keep=sink:1+recent:2",
     "quest": "page=2,least_pages=1",
     "retrieval-attention": "sink=2,near=4,links=4,ef_construction=6,ef=8,step=4",
@@ -429,7 +432,7 @@ OVERRIDES = {
 GROUP, LAYER = {"pool=sum-softmax"}, {"pool=sum-softmax", "pool=layer-sum"}
 IDLE = {
     **dict.fromkeys(("expected-attention", "keydiff", "knorm"), GROUP),
-    **dict.fromkeys(("pyramidkv", "q-filters", "snapkv"), GROUP),
+    **dict.fromkeys(("infllm-v2", "nsa", "pyramidkv", "q-filters", "snapkv"), GROUP),
     **dict.fromkeys(("dsa-indexer", "tova", "window"), LAYER),
 }
 """What changes nothing of methods that score keys alike for all heads of a group or a layer."""

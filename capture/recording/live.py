@@ -50,11 +50,21 @@ class LiveSequence:
     ended: bool = False
     """Whether the model ended it, and what follows in its row of a batch is padding."""
 
-    @property
-    def prompt(self) -> int | None:
-        """Positions before the first that was generated; None where none was."""
-        generated = PHASES["generated"]
-        return self.phases.index(generated) if generated in self.phases else None
+    prompt: int | None = None
+    """Positions before the first that was generated; None where none was."""
+    passes: int = 0
+    """Forward passes that added to it, or were broken off."""
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """What a pass adds to the sequence of one row."""
+
+    positions: npt.NDArray[np.int32]
+    kept: npt.NDArray[np.int32]
+    """Of these, those whose queries the trace may come to hold."""
+    sampled: npt.NDArray[np.int32]
+    """Of those, the ones whose attention output is compared afterwards."""
 
 
 @dataclass
@@ -62,13 +72,14 @@ class _Running:
     """A forward pass that is not finished."""
 
     one: Pass
+    gains: list[_Gain]
+    """Row by row."""
     tokens: npt.NDArray[np.int64]
     """(batch, columns of the pass)."""
     keep_logits: Any
     cache: Any
     new: bool
     recorded: set[int] = field(default_factory=set)
-    sampled: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     outputs: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
     fitting: dict[Any, bool] = field(default_factory=dict)
     masks: list[Tensor | None] = field(default_factory=list)
@@ -154,7 +165,8 @@ class LivePasses:
             self.caches.add(type(cache).__name__)
         rows = [self._grown(row, mask[i], tokens[i], len(rows)) for i, row in enumerate(rows)]
         one = Pass(before, tokens.shape[1], rows)
-        self._running = _Running(one, tokens, given.get("logits_to_keep"), cache, new)
+        gains = [self._gain(row, one.positions(row)) for row in rows]
+        self._running = _Running(one, gains, tokens, given.get("logits_to_keep"), cache, new)
         self._note_positions(one, given.get("position_ids"))
 
     def _rows_of(self, cache: Any, before: int, batch: int) -> list[Row] | None:
@@ -213,14 +225,13 @@ class LivePasses:
         running.recorded.add(layer.index)
         self._check(call, layer, running)
         one = running.one
-        for place, row in enumerate(one.rows):
+        for place, (row, gain) in enumerate(zip(one.rows, running.gains, strict=True)):
             if layer.index == self._followed:
                 self._follow(call, one, place)
-            positions = one.positions(row)
+            positions, kept = gain.positions, gain.kept
             if layer.index not in self._recorded or not len(positions):
                 continue
             query, key, value, output = added_tensors(call, one, place)
-            kept = self._kept(row, positions)
             selected = added_choices(call, one, place)
             if len(kept) < len(positions):
                 chosen = torch.from_numpy(kept - positions[0]).long().to(query.device)
@@ -232,10 +243,8 @@ class LivePasses:
                 tensors["selected"] = torch.nn.functional.pad(selected, (0, width), value=-1)
             for name, tensor in tensors.items():
                 self._spool.append(row.sequence, layer.index, name, tensor)
-            sampled = self._sampled(row, positions, kept)
-            if len(sampled):
-                running.sampled = sampled
-                some = torch.from_numpy(sampled - positions[0]).long().to(output.device)
+            if len(gain.sampled):
+                some = torch.from_numpy(gain.sampled - positions[0]).long().to(output.device)
                 running.outputs[layer.index] = output[some].detach().cpu().double().numpy()
 
     def _check(self, call: AttentionCall, layer: AttentionLayer, running: _Running) -> None:
@@ -283,21 +292,19 @@ class LivePasses:
             slot = used - one.count + int(added[-1])
             self._last_keys[row.sequence] = call.key[place, :, slot].detach().clone()
 
-    def _kept(self, row: Row, positions: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Of the positions of a pass those whose queries the trace may come to hold."""
-        prompt = self.sequences[row.sequence].prompt
-        return self._selection.candidates(int(positions[0]), int(positions[-1]) + 1, prompt)
-
-    def _sampled(
-        self, row: Row, positions: npt.NDArray[np.int32], kept: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.int32]:
-        """Of the positions of a pass those whose attention output is compared afterwards."""
+    def _gain(self, row: Row, positions: npt.NDArray[np.int32]) -> _Gain:
+        """What a pass adds at these positions (tokens,) to the sequence of a row."""
+        none = np.empty(0, np.int32)
+        if not len(positions):
+            return _Gain(positions, none, none)
         known = self.sequences[row.sequence]
-        quantised = positions[0] > 0 and any("Quantized" in name for name in self.caches)
-        passes = 0 if not known.tokens else 1 + sum(p == PHASES["generated"] for p in known.phases)
-        if row.sequence != 0 or not len(kept) or quantised or passes >= CHECKED_PASSES:
-            return np.empty(0, np.int32)
-        return sampled_positions(kept, self.layers)
+        first, end = int(positions[0]), int(positions[-1]) + 1
+        kept = self._selection.candidates(first, end, known.prompt)
+        quantised = first > 0 and any("Quantized" in name for name in self.caches)
+        known.passes += 1
+        if row.sequence or quantised or not len(kept) or known.passes > CHECKED_PASSES:
+            return _Gain(positions, kept, none)
+        return _Gain(positions, kept, sampled_positions(kept, self.layers))
 
     def _end(
         self, module: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Any
@@ -314,19 +321,20 @@ class LivePasses:
         one = running.one
         phase = PHASES["generated" if one.before and one.count == 1 else "context"]
         logits = output.get("logits") if isinstance(output, Mapping) else None
-        for place, row in enumerate(one.rows):
-            columns, positions = one.added(row), one.positions(row)
+        for place, (row, gain) in enumerate(zip(one.rows, running.gains, strict=True)):
+            columns = one.added(row)
             if not len(columns):
                 continue
             known = self.sequences[row.sequence]
-            kept = self._kept(row, positions)
+            self.sampled += gain.sampled.tolist()
             tokens = running.tokens[place, columns]
             given = None if logits is None else logits[place].detach()
             self._note_likelihoods(row.sequence, tokens, columns, given, one.count, running)
             known.tokens += tokens.tolist()
             known.phases += [phase] * len(tokens)
-            known.queries += kept.tolist()
-        self.sampled += running.sampled.tolist()
+            known.queries += gain.kept.tolist()
+            if known.prompt is None and phase == PHASES["generated"]:
+                known.prompt = int(gain.positions[0])
         for index, found in running.outputs.items():
             self.outputs.setdefault(index, []).append(found)
         cache = running.cache

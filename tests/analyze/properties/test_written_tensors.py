@@ -148,7 +148,7 @@ class LateNan(ScoreMethod):
     def scores(self, state, queries, positions):
         if state.group.layer == 1:
             state.keys[0] = torch.nan
-        return torch.zeros(*queries.shape[:2], state.end)
+        return torch.zeros(*queries.shape[:2], state.end, device=queries.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,14 @@ def scores(trace: Trace, layers: Sequence[int], sequences: Sequence[int]) -> int
     return heads * sum(len(trace.query_positions(s)) * trace.length(s) for s in sequences)
 
 
+def choose_to_learn(trace: Trace, sequences: Sequence[int] | None) -> tuple[int, ...]:
+    """The sequences that are learnt from where none of the trace is evaluated: these, or the last,
+    at most `MOST_CALIBRATION`."""
+    if sequences is None:
+        return trace.sequences[-MOST_CALIBRATION:]
+    return _some_of(trace, sequences)
+
+
 def choose_calibration(trace: Trace, sequences: Sequence[int] | None) -> tuple[int, ...]:
     """The sequences that methods are calibrated on, of which none is evaluated on: these, or the
     last quarter of the trace's, at least one and at most `MOST_CALIBRATION`."""
@@ -56,15 +64,20 @@ def choose_calibration(trace: Trace, sequences: Sequence[int] | None) -> tuple[i
         )
     if sequences is None:
         return there[-min(MOST_CALIBRATION, max(1, len(there) // 4)) :]
-    chosen = tuple(sorted(set(sequences)))
+    chosen = _some_of(trace, sequences)
+    if len(chosen) == len(there):
+        raise RetraceError("Every sequence is for calibration: leave at least one to evaluate.")
+    return chosen
+
+
+def _some_of(trace: Trace, sequences: Sequence[int]) -> tuple[int, ...]:
+    chosen, there = tuple(sorted(set(sequences))), trace.sequences
     missing = [s for s in chosen if s not in there]
     if missing or not chosen:
         raise RetraceError(
             f"Calibration sequences {', '.join(map(str, missing)) or 'missing'}: expected some of "
             f"the trace's, {', '.join(map(str, there))}."
         )
-    if len(chosen) == len(there):
-        raise RetraceError("Every sequence is for calibration: leave at least one to evaluate.")
     return chosen
 
 

@@ -41,6 +41,9 @@ class AnalysisOptions(WorkOptions, total=False):
     calibration_sequences: Sequence[int] | None
     """Sequences that methods are calibrated on, and none is evaluated on; by default those of the
     results in the folder, or the last quarter, if a method needs calibration."""
+    calibration_from: str | Path | None
+    """File that `retrace calibrate --out` wrote, of a method that learns: of another trace of the
+    same model, so that no sequence of this one is held out."""
     keep_exact: bool
     """Keep the exact answers, and what methods learn, beside a trace on a local disk, so that they
     are computed once however often it is analyzed."""
@@ -74,6 +77,7 @@ DEFAULTS: RunOptions = {
     "protocol": "all",
     "min_context": None,
     "calibration_sequences": None,
+    "calibration_from": None,
     "keep_exact": True,
     "out": None,
     "part": None,

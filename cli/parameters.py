@@ -161,6 +161,7 @@ WORKERS = analysis("--workers", type=click.IntRange(min=1), metavar="N")
 SCHEDULER = analysis("--scheduler", sets="executor", metavar="ADDRESS")
 PROTOCOL = analysis("--protocol", default="all", show_default=True, metavar="WHICH")
 CALIBRATION = analysis("--calibration", sets="calibration_sequences", type=numbers, metavar="3,7-9")
+CALIBRATION_FROM = analysis("--calibration-from", type=click.Path(), metavar="FILE")
 AGAIN = analysis("--again", is_flag=True)
 NO_CACHE = click.option(
     "--no-cache",

@@ -95,18 +95,19 @@ def recommend(
     wanted = Target.parse(target)
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     specs, optional = parse_specs(methods)
-    specs = able_to_learn(trace, specs, optional)
+    chosen = with_defaults(options, AnalysisOptions)
+    given = chosen["calibration_from"] is not None
+    specs = specs if given else able_to_learn(trace, specs, optional)
     for spec in specs:
         if spec.method.across_layers and str(spec) not in optional:
             raise RetraceError(
                 f"{spec} takes its choice from other layers, so that no head can use it alone."
             )
-    chosen = with_defaults(options, AnalysisOptions)
     min_context = chosen["min_context"]
     if isinstance(min_context, str):
         raise RetraceError("All budgets are judged on the same queries: min_context is a position.")
     learns = any(s.method.calibrated for s in specs)
-    if chosen["calibration_sequences"] is not None or learns:
+    if not given and (chosen["calibration_sequences"] is not None or learns):
         held_out = choose_calibration(trace, chosen["calibration_sequences"])
     else:
         held_out = ()
@@ -122,7 +123,9 @@ def recommend(
             ENOUGH,
             100 * CONFIDENCE,
         )
-    chosen["min_context"], chosen["calibration_sequences"] = min_context, held_out or None
+    chosen["min_context"] = min_context
+    if not given:
+        chosen["calibration_sequences"] = held_out or None
     results = analyze(trace, [*listed(methods), PROBE], topk, progress=progress, **chosen)
     # Of `all`, not every method runs on every trace.
     ran = set(results.methods())

@@ -17,6 +17,7 @@ from retrace.analyze.arguments import (
 from retrace.analyze.exact.store import ReferenceStore, exact_answers
 from retrace.analyze.methods.specs import Methods, MethodSpec, parse_specs
 from retrace.analyze.options import RunOptions
+from retrace.analyze.replay.calibration_file import GivenCalibration
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.kept import note_kept, outdated_among, outdated_besides
 from retrace.analyze.replay.parts import PARTS, counting_of_parts
@@ -49,6 +50,8 @@ class Asked:
     """Methods that are left out, with a warning, where they cannot run."""
     topk: Sequence[int]
     options: RunOptions
+    given: GivenCalibration | None = None
+    """What methods have learnt elsewhere."""
 
     @classmethod
     def of(
@@ -66,7 +69,9 @@ class Asked:
         if options["part"] is not None:
             for spec in specs:
                 spec.check_named()
-        return cls(trace, able_to_learn(trace, specs, optional), optional, topk, options)
+        given = _given(trace, specs, optional, options)
+        able = able_to_learn(trace, specs, optional) if given is None else _fitting(specs, given)
+        return cls(trace, able, optional, topk, options, given)
 
     @property
     def folder(self) -> Path | None:
@@ -104,7 +109,16 @@ def settle(asked: Asked) -> Settled:
         Counting.asked(options["protocol"], min_context),
         choose_layers(trace, options["layers"]),
         _held_out(asked, before),
+        asked.given,
     )
+    if asked.given is not None:
+        asked.given.check_sequences(trace, settings.sequences)
+        log.info(
+            "calibration: %s (%s); no sequence of %s is held out.",
+            asked.given.path,
+            asked.given.digest,
+            trace.path,
+        )
     budgets = _budgets(asked.topk)
     if min_context is not None:
         budgets = settings.countable(budgets)
@@ -131,8 +145,45 @@ def _budgets(topk: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(topk)))
 
 
+def _given(
+    trace: Trace, specs: Sequence[MethodSpec], optional: frozenset[str], options: RunOptions
+) -> GivenCalibration | None:
+    """What is learnt already, where the run names a file of it, and it fits what is asked for."""
+    file = options["calibration_from"]
+    if file is None:
+        return None
+    if options["calibration_sequences"] is not None:
+        raise RetraceError(
+            "calibration_from takes the place of calibration_sequences: leave one out."
+        )
+    given = GivenCalibration.read(file)
+    learn = [spec for spec in specs if spec.method.calibrated]
+    if not learn:
+        raise RetraceError(f"No method here learns anything: leave {given.path} out.")
+    for spec in learn:
+        if str(spec) not in optional:
+            given.of(trace, spec, choose_layers(trace, options["layers"]))
+    return given
+
+
+def _fitting(specs: Sequence[MethodSpec], given: GivenCalibration) -> list[MethodSpec]:
+    """The methods less those that have learnt something else, which a warning names."""
+    able = []
+    for spec in specs:
+        try:
+            if spec.method.calibrated:
+                given.check_method(spec)
+        except RetraceError as error:
+            log.warning("Left out: %s", error)
+        else:
+            able.append(spec)
+    return able
+
+
 def _held_out(asked: Asked, before: Results | None) -> tuple[int, ...]:
     """The sequences that are for calibration."""
+    if asked.given is not None:
+        return ()
     sequences = asked.options["calibration_sequences"]
     if sequences is None and before is not None:
         sequences = before.run.get("calibration")

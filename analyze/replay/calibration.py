@@ -88,7 +88,7 @@ def learned(
     once = kv_heads if spec.method.learns == "kv head" else 1
     found = None if file is None or again else _load(file, once)
     like = spec.method.learned_like(trace.layer(layer).rules, len(trace.layers))
-    if found is not None and all(_is_like(own, like) for own in found):
+    if found is not None and all(is_like(own, like) for own in found):
         return found * (kv_heads // once)
     neighbours = [Neighbours.of_trace(trace, sequence, device) for sequence in sequences]
     arrays = []
@@ -127,17 +127,22 @@ def calibration_name(trace: Trace, spec: MethodSpec, sequences: Sequence[int], l
     """A file's name, which follows from all that its content does: the sequences as recorded, the
     method and its own parameters, the layer. How it selects afterwards does not matter."""
     method = type(spec.method)
-    afterwards = {f.name for f in fields(ScoreMethod)}
     facts = {
         "retrace": version("retrace-attention"),
         "method": [method.__module__, method.__qualname__, spec.code.digest],
         "learning": code_digest("retrace.analyze.replay.calibration"),
-        "parameters": {k: v for k, v in spec.parameters.items() if k not in afterwards},
+        "parameters": learned_parameters(spec),
         "sequences": [trace.digest(sequence) for sequence in sequences],
         "layer": layer,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return f"{digest}.npz"
+
+
+def learned_parameters(spec: MethodSpec) -> dict[str, Any]:
+    """The parameters that what a method learns follows from: not how it selects afterwards."""
+    afterwards = {f.name for f in fields(ScoreMethod)}
+    return {k: v for k, v in spec.parameters.items() if k not in afterwards}
 
 
 def _load(file: Path, kv_heads: int) -> Learned | None:
@@ -153,7 +158,7 @@ def _load(file: Path, kv_heads: int) -> Learned | None:
     return found
 
 
-def _is_like(own: dict[str, Tensor], like: LearnedLike | None) -> bool:
+def is_like(own: dict[str, Tensor], like: LearnedLike | None) -> bool:
     """Whether this is what a method learns, as far as the method says."""
     if like is None:
         return True

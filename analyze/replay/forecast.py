@@ -189,6 +189,9 @@ def _some(unit: Unit, step: int) -> Unit:
 
 def _calibrated(settings: Settings, method: Replayed, layer: int, device: torch.device) -> Replayed:
     """With what it learns of one layer."""
+    if settings.given is not None:
+        learnt = settings.given.of(settings.trace, method.spec, (layer,))
+        return replace(method, calibration=learnt)
     given = calibration(
         settings.trace, method.spec, settings.calibration, (layer,), device, keep=False
     )

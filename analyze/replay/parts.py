@@ -22,6 +22,7 @@ from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import impossible
 from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED
+from retrace.analyze.replay.calibration_file import GivenCalibration
 from retrace.analyze.replay.clock import Charge, Clock
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.plan import Plan, Replayed
@@ -88,7 +89,7 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         """All that it takes to be read back where its trace and loose files are."""
-        place = self.settings.trace.path
+        place, given = self.settings.trace.path, self.settings.given
         return {
             "trace": str(place.absolute() if isinstance(place, Path) else place),
             "left_out": list(self.settings.trace.left_out.items()),
@@ -96,6 +97,7 @@ class Job:
             **self.settings.counting.facts(),
             "layers": self.settings.layers,
             "calibration": self.settings.calibration,
+            "calibration_from": None if given is None else [str(given.path), given.digest],
             "methods": [[m.spec.place, m.topk] for m in self.plan.methods],
             "device": str(self.device),
         }
@@ -109,11 +111,13 @@ class Job:
         if not all(type(s) is int and s in trace.sequences for s in sequences):
             raise ValueError("it names sequences that its trace does not hold")
         trace.sequences = sequences  # not those that were captured since
+        given = facts.get("calibration_from")
         settings = Settings(
             trace,
             Counting.recorded(facts),
             tuple(facts["layers"]),
             tuple(facts["calibration"]),
+            None if given is None else GivenCalibration(Path(given[0]), str(given[1])),
         )
         methods = tuple(
             Replayed(recorded_spec(text, named), tuple(topk)) for text, *_, topk in facts["methods"]

@@ -14,6 +14,7 @@ import torch
 from retrace.analyze.arguments import scores
 from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.replay.calibration import calibration, calibration_name
+from retrace.analyze.replay.calibration_file import GivenCalibration
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.plan import Replayed
 from retrace.analyze.storage.provenance import engine
@@ -32,6 +33,7 @@ class Settings:
         counting: Counting,
         layers: tuple[int, ...],
         calibration: tuple[int, ...],
+        given: GivenCalibration | None = None,
     ) -> None:
         if not trace.sequences:
             raise RetraceError(
@@ -49,6 +51,8 @@ class Settings:
         self.counting = counting
         self.layers = layers
         self.calibration = calibration
+        self.given = given
+        """What methods have learnt elsewhere, in place of any sequences of this trace."""
         self.sequences = tuple(s for s in trace.sequences if s not in calibration)
 
     def countable(self, budgets: Sequence[int]) -> tuple[int, ...]:
@@ -147,10 +151,13 @@ class Settings:
         again: bool = False,
     ) -> Replayed:
         """The method with what it learns of every layer, by the workers of the pool."""
-        given = calibration(
-            self.trace, method.spec, self.calibration, self.layers, device, keep, pool, again
-        )
-        return replace(method, calibration=given)
+        if self.given is not None:
+            learnt = self.given.of(self.trace, method.spec, self.layers)
+        else:
+            learnt = calibration(
+                self.trace, method.spec, self.calibration, self.layers, device, keep, pool, again
+            )
+        return replace(method, calibration=learnt)
 
     @cached_property
     def engine(self) -> str:
@@ -170,5 +177,7 @@ class Settings:
         """Names what a method learnt, and from what."""
         if not spec.method.calibrated:
             return None
+        if self.given is not None:
+            return self.given.digest
         names = [calibration_name(self.trace, spec, self.calibration, i) for i in self.layers]
         return hashlib.sha256("".join(names).encode()).hexdigest()[:32]

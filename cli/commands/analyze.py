@@ -11,6 +11,7 @@ from retrace.cli.config import CONFIG
 from retrace.cli.parameters import (
     AGAIN,
     CALIBRATION,
+    CALIBRATION_FROM,
     DEVICE,
     LAYERS,
     NO_CACHE,
@@ -78,6 +79,7 @@ Example:
 @analysis("--min-context", type=least_position, metavar="POSITION|each")
 @LAYERS
 @CALIBRATION
+@CALIBRATION_FROM
 @DEVICE
 @WORKERS
 @SCHEDULER

@@ -1,5 +1,6 @@
 """`retrace calibrate`: let a method learn what it needs, ahead of replaying it."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,7 +18,9 @@ from retrace.cli.screen import note, plural, say
     epilog="""\b
 Example:
   retrace calibrate traces/pythia-70m-wikitext.zarr loki
-  retrace calibrate traces/pythia-70m-wikitext.zarr 'loki:rank={16,32}'""",
+  retrace calibrate traces/pythia-70m-wikitext.zarr 'loki:rank={16,32}'
+  retrace calibrate traces/pythia-70m-wikitext.zarr loki --out loki.npz
+  retrace analyze traces/other.zarr --method loki --calibration-from loki.npz""",
 )
 @click.argument("trace", type=click.Path())
 @click.argument("method", type=SPEC)
@@ -26,6 +29,13 @@ Example:
     type=numbers,
     metavar="3,7-9",
     help="Sequences to learn from; by default the last quarter, as analyze holds them out.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="One file besides, which --calibration-from takes on other traces of the same model; it "
+    "is learnt from the last sequences, at most 8, if none are named.",
 )
 @LAYERS
 @DEVICE
@@ -46,5 +56,8 @@ def command(trace: str, method: str, **settings: Any) -> None:
 
     with progress_bar("Learning", "layers") as progress:
         files = calibrate(locate(trace), method, progress=progress, **settings)
+    if settings["out"] is not None:
+        say(files[0])
+        return
     say(files[0].parent)
     note(f"Calibrated: {plural(len(files), 'file')}.")

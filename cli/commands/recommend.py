@@ -10,6 +10,7 @@ from retrace.cli.commands.analyze import default_format, newest_trace, print_fig
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import (
     CALIBRATION,
+    CALIBRATION_FROM,
     DEVICE,
     LAYERS,
     NO_CACHE,
@@ -74,6 +75,7 @@ Example:
 )
 @LAYERS
 @CALIBRATION
+@CALIBRATION_FROM
 @DEVICE
 @WORKERS
 @SCHEDULER

@@ -1,13 +1,14 @@
 """Captures of short sequences, several to a shard: what is handed out, written and gone on with."""
 
 import hashlib
+import json
 import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,34 +157,51 @@ def test_what_is_begun_keeps_its_bundles(
 
 
 KILLED = """
-import multiprocessing, os, signal, sys, time
+import json, multiprocessing, os, signal, sys, time
 from transformers import MistralForCausalLM  # what takes seconds to import, once for all
 from retrace.capture import capture
 from retrace.traces import TraceWriter, bundles
-model, text, out, bundle, *delays = sys.argv[1:]
-bundles.BUNDLE_POSITIONS = 40 * int(bundle)
 write_shard = TraceWriter.write_shard
 def slow(self, *shard):
     time.sleep(0.04)
     write_shard(self, *shard)
 TraceWriter.write_shard = slow
-def run():
+def run(model, text, out, bundle):
+    bundles.BUNDLE_POSITIONS = 40 * bundle
     capture(
         model, text=[text], limit=11, max_length=40, batch_size=3, out=out, resume=True
     )
 fork = multiprocessing.get_context("fork")
-for delay in delays:
-    child = fork.Process(target=run)
+for line in sys.stdin:
+    delay, *places = json.loads(line)
+    child = fork.Process(target=run, args=places)
     child.start()
-    while not os.path.exists(out):
+    while not os.path.exists(places[2]):
         time.sleep(0.01)
-    child.join(float(delay))
+    child.join(delay)
     if child.is_alive():
         os.kill(child.pid, signal.SIGKILL)
     child.join()
     print(child.exitcode, flush=True)
-    sys.stdin.readline()
 """
+
+
+@pytest.fixture(scope="module")
+def capture_and_kill() -> Iterator[Callable[..., int]]:
+    """Captures in a process that is killed after so many seconds, and tells its exit code."""
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as killer:
+        assert killer.stdin is not None and killer.stdout is not None
+
+        def ask(*what: Any) -> int:
+            assert killer.stdin is not None and killer.stdout is not None
+            killer.stdin.write(json.dumps(what) + "\n")
+            killer.stdin.flush()
+            return int(killer.stdout.readline())
+
+        yield ask
+        killer.stdin.close()
 
 
 @pytest.mark.parametrize(("bundle", "seed"), [(2, 0), (8, 1)])
@@ -192,6 +210,7 @@ def test_killed_at_any_moment(
     seed: int,
     run: Callable[..., Trace],
     sharing: Callable[[int], None],
+    capture_and_kill: Callable[..., int],
     model_folder: Any,
     text_file: Path,
     tmp_path: Path,
@@ -199,28 +218,19 @@ def test_killed_at_any_moment(
     sharing(bundle)
     whole = run(out=tmp_path / "whole")
     rng = random.Random(seed)
-    delays = [str(rng.uniform(0.1, 1.5)) for _ in range(5)] + ["300"]
+    delays = [rng.uniform(0.1, 1.5) for _ in range(5)] + [300]
     out = tmp_path / "t"
-    places = [str(model_folder("mistral")), str(text_file), str(out), str(bundle)]
+    places = [str(model_folder("mistral")), str(text_file), str(out), bundle]
     before: set[int] = set()
     codes = []
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED, *places, *delays],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as killer:
-        assert killer.stdin is not None and killer.stdout is not None
-        for _ in delays:
-            codes.append(int(killer.stdout.readline()))
-            found = verify_trace(out)
-            # All that is marked is there, in whole bundles, and stays.
-            assert found.whole and before <= set(found.finished)
-            before = set(found.finished)
-            starts = {s - s % bundle for s in before}
-            assert before == {s for start in starts for s in range(start, min(start + bundle, 11))}
-            killer.stdin.write("\n")
-            killer.stdin.flush()
+    for delay in delays:
+        codes.append(capture_and_kill(delay, *places))
+        found = verify_trace(out)
+        # All that is marked is there, in whole bundles, and stays.
+        assert found.whole and before <= set(found.finished)
+        before = set(found.finished)
+        starts = {s - s % bundle for s in before}
+        assert before == {s for start in starts for s in range(start, min(start + bundle, 11))}
     assert codes[-1] == 0 and set(codes[:-1]) <= {0, -signal.SIGKILL}
     assert contents(out) == contents(whole.path)
 

@@ -2,12 +2,13 @@
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,35 +145,64 @@ def test_resume_with_other_settings_is_refused(
 
 
 SCRIPT = """
-import os, signal, sys, threading
+import json, multiprocessing, os, signal, sys, threading
+from transformers import MistralForCausalLM  # what takes seconds to import, once for all
 from retrace.capture import capture
 from retrace.traces import TraceWriter, bundles
 
-model, text, out, bundle = sys.argv[1:]
-bundles.BUNDLE_POSITIONS = 40 * int(bundle)
-finish_bundle, write_shard, finished = TraceWriter.finish_bundle, TraceWriter.write_shard, set()
-both_finished = threading.Event()
-def finishing(self, bundle, *what):
-    finish_bundle(self, bundle, *what)
-    finished.update(bundle)
-    if len(finished) == 2:
-        both_finished.set()
-def dying(self, bundle, layer, *shard):
-    write_shard(self, bundle, layer, *shard)
-    if (bundle.start, layer) == (2, 0):
-        both_finished.wait()
-        os.kill(os.getpid(), signal.SIGKILL)
-TraceWriter.finish_bundle, TraceWriter.write_shard = finishing, dying
-capture(model, text=[text], limit=4, max_length=40, batch_size=2, out=out)
+def run(model, text, out, bundle):
+    bundles.BUNDLE_POSITIONS = 40 * bundle
+    finish_bundle, write_shard, finished = TraceWriter.finish_bundle, TraceWriter.write_shard, set()
+    both_finished = threading.Event()
+    def finishing(self, bundle, *what):
+        finish_bundle(self, bundle, *what)
+        finished.update(bundle)
+        if len(finished) == 2:
+            both_finished.set()
+    def dying(self, bundle, layer, *shard):
+        write_shard(self, bundle, layer, *shard)
+        if (bundle.start, layer) == (2, 0):
+            both_finished.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+    TraceWriter.finish_bundle, TraceWriter.write_shard = finishing, dying
+    capture(model, text=[text], limit=4, max_length=40, batch_size=2, out=out)
+fork = multiprocessing.get_context("fork")
+for line in sys.stdin:
+    child = fork.Process(target=run, args=json.loads(line))
+    child.start()
+    child.join()
+    print(child.exitcode, flush=True)
 """
 
 
+@pytest.fixture(scope="module")
+def capture_and_die() -> Iterator[Callable[..., int]]:
+    """Captures in a process that kills itself in the third sequence, and tells its exit code."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdin is not None and parent.stdout is not None
+
+        def ask(*places: Any) -> int:
+            assert parent.stdin is not None and parent.stdout is not None
+            parent.stdin.write(json.dumps(places) + "\n")
+            parent.stdin.flush()
+            return int(parent.stdout.readline())
+
+        yield ask
+        parent.stdin.close()
+
+
 def test_killed_without_warning(
-    run: Callable[..., Trace], bundle: int, model_folder: Any, text_file: Path, tmp_path: Path
+    run: Callable[..., Trace],
+    bundle: int,
+    capture_and_die: Callable[..., int],
+    model_folder: Any,
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
-    arguments = [str(model_folder("mistral")), str(text_file), str(tmp_path / "t"), str(bundle)]
-    killed = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    places = [str(model_folder("mistral")), str(text_file), str(tmp_path / "t"), bundle]
+    assert capture_and_die(*places) == -signal.SIGKILL
     assert open_trace(tmp_path / "t").sequences == (0, 1)
     resumed = run(resume=True)
     assert contents(resumed.path) == contents(run(out=tmp_path / "whole").path)

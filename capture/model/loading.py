@@ -132,6 +132,7 @@ class Checkpoint:
         if self.adapter is not None:
             with _explained(self.pretrained, reachable=True, part="peft adapter"):
                 self.adapter.put_on(model)
+            log.info("The adapter %s is put on %s.", self.adapter.location, self.adapter.base)
         # What was spread or quantised is in its place, which moving it would undo or spoil.
         return (model if "device_map" in places else model.to(find_device(device))).eval()
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from retrace.traces import LayerRules, TraceWriter, create_trace
-from retrace.traces.schema import DTYPES, TENSOR_AXES
+from retrace.traces.schema import DTYPES
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -53,11 +53,8 @@ class TracePlan:
                 if len(bundle) == 1:
                     writer.write_layer(bundle.start, layer, *self.tensors[layer, bundle.start])
                     continue
-                named = zip(
-                    TENSOR_AXES,
-                    zip(*(self.tensors[layer, s] for s in bundle), strict=True),
-                    strict=True,
-                )
+                parts_of = zip(*(self.tensors[layer, s] for s in bundle), strict=True)
+                named = zip(("query", "key", "value"), parts_of, strict=True)
                 for name, parts in named:
                     writer.write_shard(bundle, layer, name, 0, parts)
             writer.finish_bundle(bundle, [self.nll[sequence] for sequence in bundle])

@@ -29,9 +29,9 @@ comes first is left to how a matrix product of this size is summed."""
 
 
 def tallies(trace: Trace, protocol: str, block_elements: int | None) -> dict[str, Tally]:
-    """Every installed method over the first layer and sequence."""
+    """Every installed method over the first layer and sequence, but what is of other models."""
     methods = []
-    for name in method_names():
+    for name in (name for name in method_names() if name != "native"):
         spec = parse_spec(name)
         extra = type(spec.method).extra
         if extra is None or importlib.util.find_spec(extra):

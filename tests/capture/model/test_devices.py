@@ -30,7 +30,9 @@ class Kept:
     def __init__(self) -> None:
         self.tensors: dict[int, list[Any]] = {}
 
-    def write_layer(self, sequence: int, layer: int, query: Any, key: Any, value: Any) -> None:
+    def write_layer(
+        self, sequence: int, layer: int, query: Any, key: Any, value: Any, selected: Any = None
+    ) -> None:
         self.tensors[layer] = [query, key, value]
 
 

@@ -178,7 +178,7 @@ def choose_and_verify(
         "retrace_recommendation": FORMAT,
         "retrace": version("retrace-attention"),
         "trace": {"path": str(trace.path), "digests": results.run["trace"]},
-        **{name: results.run[name] for name in ("model", "task")},
+        **{name: results.run[name] for name in ("model", "task", "natively_sparse")},
         "target": {"metric": target.metric, "value": target.value},
         "confidence": CONFIDENCE,
         "assumes": ASSUMES,

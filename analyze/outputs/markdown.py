@@ -1,6 +1,6 @@
 """Figures in words: the summary, and every table as Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -16,6 +16,17 @@ PREDICTS = (
     "which can be smallest where the model is worst (docs/does-replay-predict.md)."
 )
 """What to judge methods by, where the figures stand."""
+AGAINST_FULL = (
+    "The model attends to keys of its own choice: figures are against full attention, which it "
+    "does not compute itself (docs/natively-sparse.md)."
+)
+"""What they are measured against, likewise, of a natively sparse model."""
+
+
+def remarks(*runs: Mapping[str, Any]) -> str:
+    """What is said where figures of these runs stand."""
+    against = [AGAINST_FULL] if any(run.get("natively_sparse") for run in runs) else []
+    return " ".join([PREDICTS, *against])
 
 
 def summary(
@@ -67,7 +78,7 @@ def markdown(figures: Figures) -> str:
     if outdated := figures.run.get("outdated"):
         parts.append(f"Figures of other code than the rest: {', '.join(outdated)}.\n")
     means = markdown_table(summary(figures))
-    parts.append(f"### {summary_title(figures)}\n\n{means}\n\n{PREDICTS}\n")
+    parts.append(f"### {summary_title(figures)}\n\n{means}\n\n{remarks(figures.run)}\n")
     shown_by_layer = ("recall", "error_norm")
     known = figures.intervals("layer", metrics=shown_by_layer)
     ends = _brackets(known, ["method", "topk", "metric", "module"])

@@ -69,6 +69,7 @@ def tabulate(
         "model": settings.trace.attributes.get("model"),
         "task": settings.trace.attributes.get("task"),
         "dtype": settings.trace.attributes["dtype"],
+        "natively_sparse": settings.trace.natively_sparse,
         "sequences": list(settings.sequences),
         "methods": {
             str(m.spec): {

@@ -229,14 +229,14 @@ def print_results(
             say(rows.to_csv(index=False), nl=False)
         return
     pairs = [(method, k) for method in methods for k in topk if k in results.topk(method)]
-    from retrace.analyze.outputs.markdown import PREDICTS
+    from retrace.analyze.outputs.markdown import remarks
 
     over = results.queries_words()
     for method, k in pairs if len(pairs) <= MOST_TABLES else ():
         table = results.layers(method, k)
         print_figures(f"{method}, top-k {k}", table, form, over[method, k])
     print_figures(results.summary_title(), results.summary(methods, topk), form)
-    print_words(PREDICTS)
+    print_words(remarks(results.run))
 
 
 def print_figures(title: str, table: "pd.DataFrame", form: str, over: str = "") -> None:

@@ -101,7 +101,7 @@ def command(
     keep full attention. Without TRACE, the newest one here or in ./traces.
     """
     from retrace.analyze import recommend
-    from retrace.analyze.outputs.markdown import PREDICTS
+    from retrace.analyze.outputs.markdown import remarks
     from retrace.traces import locate
     from retrace.traces.storage.lock import locked_file
 
@@ -118,7 +118,7 @@ def command(
         title = f"{found.facts['target']['metric']} of each kv head's worst query head"
         print_figures(title, found.table(), form)
         print_facts(_in_words(found))
-        print_words(PREDICTS)
+        print_words(remarks(found.facts))
     if out is not None:
         note(f"Written: {out}")
 

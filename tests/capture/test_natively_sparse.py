@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from retrace.analyze import analyze
 from retrace.analyze.commands.compare import compare
+from retrace.analyze.outputs.markdown import AGAINST_FULL, markdown
 from retrace.capture import capture, record
 from retrace.traces import RetraceError, Trace, copy_trace, verify_trace
 
@@ -79,6 +80,7 @@ def by_hand(trace: Trace, index: int, head: int) -> dict[str, float]:
 def test_figures_are_those_of_float64(trace: Trace) -> None:
     assert verify_trace(trace.path).whole and trace.natively_sparse
     results = analyze(trace, ["native"], [BUDGET], min_context=FIRST)
+    assert AGAINST_FULL in markdown(results)
     rows = results.metrics.astype({"metric": str}).set_index(["layer", "head", "metric"])["mean"]
     for index in trace.layers:
         for head in range(trace.layer(index).rules.heads):
@@ -161,3 +163,4 @@ def test_other_models_choose_nothing(model_folder: Any, text_file: Path, tmp_pat
         trace.layer(0).selected(0)
     with pytest.raises(RetraceError, match="native is the choice of a natively sparse model"):
         analyze(trace, ["native"], [4], min_context=20)
+    assert AGAINST_FULL not in markdown(analyze(trace, ["exact"], [4], min_context=20))

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from retrace.analyze.metrics.registry import AT_ALL, BUCKETED, BY_NAME, METRICS, Metric
-from retrace.analyze.outputs.markdown import PREDICTS
+from retrace.analyze.outputs.markdown import remarks
 from retrace.analyze.outputs.plots.style import DASHES, EXACT_STYLE, Style, styles_of
 from retrace.analyze.outputs.report.along import along, fit
 from retrace.analyze.outputs.report.intervals import ends_within, intervals_of
@@ -66,7 +66,7 @@ def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]
     )
     return {
         "metrics": {name: _of_page(metric) for name, metric in BY_NAME.items()},
-        "predicts": PREDICTS,
+        "predicts": remarks(*(run.run for run in runs)),
         "runs": [
             {"name": name, "facts": run.run, "layers": part.layers, "modules": part.modules,
              "heads": part.heads, "served": serving_words(run.run),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,18 +19,10 @@ from retrace.traces import LayerRules, RetraceError
 class LayerSink(Protocol):
     """Where the tensors of a layer go: a `WriteQueue`, or what a test puts in its place."""
 
-    def write_layer(
-        self,
-        sequence: int,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        selected: Tensor | None = None,
-    ) -> None:
+    def write_layer(self, sequence: int, layer: int, tensors: Mapping[str, Tensor]) -> None:
         """Take query (heads, queries, channels), key (kv_heads, positions, channels) and
-        value (kv_heads, positions, value channels) of one sequence, on the model's device, and of
-        a natively sparse layer the keys selected (choices, queries, kept)."""
+        value (kv_heads, positions, value channels) of one sequence, by name, on the model's device,
+        and of a natively sparse layer the keys selected (choices, queries, kept)."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +127,26 @@ class RecordedSequence:
     """Positions (queries,) whose attention output is kept for checking."""
 
 
+class ComparedMasks:
+    """Which masks of a forward pass hide what their layers' rules hide.
+
+    Layers on one device share a mask, which is looked at once for each kind of rules; each of
+    another device has a copy of its own. Of each kind the last one is kept, so that no other takes
+    its place in memory meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[Tensor | None, bool]] = {}
+
+    def fit(self, call: AttentionCall, rules: LayerRules, compare: Callable[[], bool]) -> bool:
+        """Whether the mask of a call fits, by what `compare` says of one that is new."""
+        key = (call.query.device, call.key.shape[-2], rules.window, rules.chunk)
+        known = self._known.get(key)
+        if known is None or not _same_tensor(known[0], call.mask):
+            known = self._known[key] = (call.mask, compare())
+        return known[1]
+
+
 class TensorRecorder:
     """Stores queries, keys and values of each call at once, so that one layer is held at a time."""
 
@@ -143,9 +155,7 @@ class TensorRecorder:
         self._layers = {layer.module: layer for layer in layers.values()}
         self._batch: Sequence[RecordedSequence] = ()
         self._recorded: set[int] = set()
-        self._fitting: dict[Any, tuple[Tensor | None, bool]] = {}
-        """By device and rules, the mask that was looked at last, and whether it fits. Layers on one
-        device share a mask, but each of another device has a copy of its own."""
+        self._masks = ComparedMasks()
         self._kept: dict[tuple[int, torch.device], Tensor] = {}
         self.samples: dict[int, npt.NDArray[np.float64]] = {}
         """Attention output (queries, heads, value channels) at the sampled positions, by layer."""
@@ -154,13 +164,13 @@ class TensorRecorder:
         """What the next forward pass holds."""
         self._batch = batch
         self._recorded = set()
-        self._fitting = {}
+        self._masks = ComparedMasks()
         self._kept = {}
         self.samples = {}
 
     def finish(self) -> None:
         """Make sure that every layer was recorded in the forward pass."""
-        self._fitting = {}
+        self._masks = ComparedMasks()
         for layer in self._layers.values():
             if layer.index not in self._recorded:
                 raise RetraceError(
@@ -181,17 +191,15 @@ class TensorRecorder:
 
     def _store(self, call: AttentionCall, layer: AttentionLayer) -> None:
         for part in self._batch:
-            query = call.query[part.row, :, : part.length]
-            selected = None
+            tensors = {"query": call.query, "key": call.key, "value": call.value}
             if call.selected is not None:
-                selected = call.selected[part.row, :, : part.length]
+                tensors["selected"] = call.selected
+            tensors = {name: t[part.row, :, : part.length] for name, t in tensors.items()}
             if len(part.query_positions) < part.length:
-                kept = self._positions(part, query.device)
-                query = query[:, kept]
-                selected = None if selected is None else selected[:, kept]
-            key = call.key[part.row, :, : part.length]
-            value = call.value[part.row, :, : part.length]
-            self._sink.write_layer(part.sequence, layer.index, query, key, value, selected)
+                kept = self._positions(part, call.query.device)
+                for name in {"query", "selected"} & tensors.keys():
+                    tensors[name] = tensors[name][:, kept]
+            self._sink.write_layer(part.sequence, layer.index, tensors)
             if part.sampled_positions is not None:
                 sampled = torch.from_numpy(part.sampled_positions).long()
                 output = call.output[part.row, sampled.to(call.output.device)]
@@ -206,15 +214,10 @@ class TensorRecorder:
 
     def _check(self, call: AttentionCall, rules: LayerRules) -> None:
         """Refuse a call that follows other rules than those that the trace states."""
-        mask, length = call.mask, call.query.shape[-2]
         scale = call.arguments.get("scaling")
         moved = scale is not None and float(scale) != rules.scale
-        key = (call.query.device, length, rules.window, rules.chunk)
-        known = self._fitting.get(key)
-        if known is None or not _same_tensor(known[0], mask):
-            # The mask is kept, so that no other takes its place in memory meanwhile.
-            known = self._fitting[key] = (mask, mask_fits(mask, length, rules))
-        if moved or not known[1]:
+        length = call.query.shape[-2]
+        if moved or not self._masks.fit(call, rules, lambda: mask_fits(call.mask, length, rules)):
             what = "scale" if moved else "mask"
             raise RetraceError(
                 f"{call.path} has another {what} in sequence {self._batch[0].sequence} than in "

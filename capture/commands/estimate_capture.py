@@ -4,7 +4,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -103,19 +103,10 @@ def estimate_capture(
 class _Discarded:
     """A `LayerSink` that copies what it is given to the host, as for writing, and drops it."""
 
-    def write_layer(
-        self,
-        sequence: int,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        selected: Tensor | None = None,
-    ) -> None:
+    def write_layer(self, sequence: int, layer: int, tensors: Mapping[str, Tensor]) -> None:
         """Copy one layer's tensors of one sequence."""
-        for tensor in (query, key, value, selected):
-            if tensor is not None:
-                tensor.to("cpu", copy=True)
+        for tensor in tensors.values():
+            tensor.to("cpu", copy=True)
 
 
 def _held(settings: CaptureSettings) -> Trace | None:

@@ -225,14 +225,12 @@ def _write(
         for sequence, number in enumerate(numbers):
             rows = torch.from_numpy(np.searchsorted(known[sequence].queries, kept[sequence]))
             for index, layer in layers.items():
-                query, key, value = (
-                    passes.tensor(number, index, name) for name in ("query", "key", "value")
-                )
-                selected = None
-                if layer.rules.indexer is not None:
-                    selected = passes.tensor(number, index, "selected")[:, rows]
-                    selected = selected[..., : max(len(one.tokens) for one in known)]
-                queue.write_layer(sequence, index, query[:, rows], key, value, selected)
+                names = ["query", "key", "value"]
+                names += [] if layer.rules.indexer is None else ["selected"]
+                tensors = {name: passes.tensor(number, index, name) for name in names}
+                for name in {"query", "selected"} & tensors.keys():
+                    tensors[name] = tensors[name][:, rows]
+                queue.write_layer(sequence, index, tensors)
             queue.finish_sequence(sequence, nll[sequence])
     writer.close()
     _check(open_trace(output.writing), passes, kept[0])

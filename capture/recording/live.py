@@ -20,7 +20,7 @@ from retrace.capture.attention.passes import (
     added_tensors,
     attends_as_ruled,
 )
-from retrace.capture.attention.recorder import AttentionLayer
+from retrace.capture.attention.recorder import AttentionLayer, ComparedMasks
 from retrace.capture.checks.trace import sampled_positions
 from retrace.capture.model.likelihood import BLOCK_ELEMENTS
 from retrace.capture.model.logits import CACHES
@@ -81,9 +81,12 @@ class _Running:
     new: bool
     recorded: set[int] = field(default_factory=set)
     outputs: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
-    fitting: dict[Any, bool] = field(default_factory=dict)
-    masks: list[Tensor | None] = field(default_factory=list)
-    """Kept, so that no other takes the place of one in memory meanwhile."""
+    masks: ComparedMasks = field(default_factory=ComparedMasks)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether its cache gives back other keys than it was given."""
+        return _is_quantised(self.cache)
 
 
 class LivePasses:
@@ -165,7 +168,8 @@ class LivePasses:
             self.caches.add(type(cache).__name__)
         rows = [self._grown(row, mask[i], tokens[i], len(rows)) for i, row in enumerate(rows)]
         one = Pass(before, tokens.shape[1], rows)
-        gains = [self._gain(row, one.positions(row)) for row in rows]
+        exact = before == 0 or not _is_quantised(cache)
+        gains = [self._gain(row, one.positions(row), exact) for row in rows]
         self._running = _Running(one, gains, tokens, given.get("logits_to_keep"), cache, new)
         self._note_positions(one, given.get("position_ids"))
 
@@ -227,7 +231,7 @@ class LivePasses:
         one = running.one
         for place, (row, gain) in enumerate(zip(one.rows, running.gains, strict=True)):
             if layer.index == self._followed:
-                self._follow(call, one, place)
+                self._follow(call, running, place)
             positions, kept = gain.positions, gain.kept
             if layer.index not in self._recorded or not len(positions):
                 continue
@@ -249,19 +253,14 @@ class LivePasses:
 
     def _check(self, call: AttentionCall, layer: AttentionLayer, running: _Running) -> None:
         """Refuse a call that follows other rules than those that the trace states."""
-        rules, mask = layer.rules, call.mask
+        rules = layer.rules
         scale = call.arguments.get("scaling")
-        place = None if mask is None else (mask.device, mask.data_ptr(), mask.shape, mask.stride())
-        key = (place, call.key.shape[-2], rules.window, rules.chunk)
-        if key not in running.fitting:
-            running.masks.append(mask)
-            running.fitting[key] = attends_as_ruled(call, running.one, rules)
         what = None
         if scale is not None and float(scale) != rules.scale:
             what = "another scale"
         elif call.query.dtype != layer.dtype:
             what = f"another type ({str(call.query.dtype).removeprefix('torch.')})"
-        elif not running.fitting[key]:
+        elif not running.masks.fit(call, rules, lambda: attends_as_ruled(call, running.one, rules)):
             what = "other keys in sight"
         if what is not None:
             raise RetraceError(
@@ -270,9 +269,10 @@ class LivePasses:
                 "one's own, packed sequences and autocast cannot be recorded."
             )
 
-    def _follow(self, call: AttentionCall, one: Pass, place: int) -> None:
+    def _follow(self, call: AttentionCall, running: _Running, place: int) -> None:
         """Refuse a cache whose row is no longer that of the sequence, by the key before this pass,
         which depends on all tokens so far."""
+        one = running.one
         row = one.rows[place]
         used, first = one.slots(call.key.shape[-2])
         before = np.flatnonzero(row.real[: one.before])
@@ -281,8 +281,7 @@ class LivePasses:
             expected = self._last_keys[row.sequence]
             if not torch.equal(found, expected):
                 apart = float((found - expected).norm() / expected.norm())
-                quantised = any("Quantized" in name for name in self.caches)
-                if not (quantised and apart < DEQUANTISED):
+                if not (running.quantised and apart < DEQUANTISED):
                     raise RetraceError(
                         f"The cache's row {place} no longer holds sequence {row.sequence}: what "
                         "changes rows in between (beams, editing of the cache) cannot be recorded."
@@ -292,17 +291,17 @@ class LivePasses:
             slot = used - one.count + int(added[-1])
             self._last_keys[row.sequence] = call.key[place, :, slot].detach().clone()
 
-    def _gain(self, row: Row, positions: npt.NDArray[np.int32]) -> _Gain:
-        """What a pass adds at these positions (tokens,) to the sequence of a row."""
+    def _gain(self, row: Row, positions: npt.NDArray[np.int32], exact: bool) -> _Gain:
+        """What a pass adds at these positions (tokens,) to the sequence of a row; unless its keys
+        are the `exact` ones there is nothing to compare."""
         none = np.empty(0, np.int32)
         if not len(positions):
             return _Gain(positions, none, none)
         known = self.sequences[row.sequence]
         first, end = int(positions[0]), int(positions[-1]) + 1
         kept = self._selection.candidates(first, end, known.prompt)
-        quantised = first > 0 and any("Quantized" in name for name in self.caches)
         known.passes += 1
-        if row.sequence or quantised or not len(kept) or known.passes > CHECKED_PASSES:
+        if row.sequence or not exact or not len(kept) or known.passes > CHECKED_PASSES:
             return _Gain(positions, kept, none)
         return _Gain(positions, kept, sampled_positions(kept, self.layers))
 
@@ -398,6 +397,10 @@ class LivePasses:
                     self._spool.cut(row.sequence, layer, name, len(known.tokens))
         if running.cache is not None and not running.new:
             self._caches.pop(running.cache, None)  # some layers of it have grown
+
+
+def _is_quantised(cache: Any) -> bool:
+    return "Quantized" in type(cache).__name__
 
 
 def _columns(cache: Any) -> int:

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -122,25 +122,14 @@ class WriteQueue:
             for thread in self._threads:
                 thread.join()
 
-    def write_layer(
-        self,
-        sequence: int,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        selected: Tensor | None = None,
-    ) -> None:
-        """Take one layer's tensors of one sequence; returns before they are written.
+    def write_layer(self, sequence: int, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take one layer's tensors of one sequence, by name; returns before they are written.
 
         Shapes: query (heads, queries, channels), key (kv_heads, positions, channels),
         value (kv_heads, positions, value channels), selected (choices, queries, kept), on any
         device.
         """
-        tensors = {"query": query, "key": key, "value": value, "selected": selected}
         for name, tensor in tensors.items():
-            if tensor is None:
-                continue
             length = self._writer.shard_length(layer, name)
             for start in range(0, tensor.shape[1], length):
                 part = tensor[:, start : start + length]

@@ -338,6 +338,12 @@ def exchanged(model: Any) -> None:
     model(input_ids=ids[:, :1], cache=cache, use_cache=True)
 
 
+def exchanged_beside_a_quantised_one(model: Any) -> None:
+    """A cache that rounds its keys makes no other one suspicious of less."""
+    model(input_ids=some_ids(9), cache=QuantizedCache("fp8", model.config), use_cache=True)
+    exchanged(model)
+
+
 def packed(model: Any) -> None:
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
     mask[5:, :5] = False
@@ -359,6 +365,7 @@ def inner(model: Any) -> None:
         (foreign_cache, "not filled under this recording"),
         (cropped, "cropped"),
         (exchanged, "no longer holds"),
+        (exchanged_beside_a_quantised_one, "no longer holds"),
         (packed, "other keys in sight"),
         (embedded, "embeddings"),
         (inner, "outside a forward pass"),

@@ -4,6 +4,7 @@ Without GPUs the places are the CPU and a folder on disk, from which accelerate 
 weights when it runs: parameters are then on the device `meta`, and hooks stand before each layer.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,8 @@ class Kept:
     def __init__(self) -> None:
         self.tensors: dict[int, list[Any]] = {}
 
-    def write_layer(
-        self, sequence: int, layer: int, query: Any, key: Any, value: Any, selected: Any = None
-    ) -> None:
-        self.tensors[layer] = [query, key, value]
+    def write_layer(self, sequence: int, layer: int, tensors: Mapping[str, Any]) -> None:
+        self.tensors[layer] = [tensors[name] for name in ("query", "key", "value")]
 
 
 def recorded(model: Any, tokens: Any) -> tuple[dict[int, Any], dict[int, list[Any]], torch.Tensor]:

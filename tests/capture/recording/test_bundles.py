@@ -1,14 +1,11 @@
 """Captures of short sequences, several to a shard: what is handed out, written and gone on with."""
 
 import hashlib
-import json
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,21 +184,9 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def capture_and_kill() -> Iterator[Callable[..., int]]:
+def capture_and_kill(asked: Callable[[str], Callable[..., int]]) -> Callable[..., int]:
     """Captures in a process that is killed after so many seconds, and tells its exit code."""
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as killer:
-        assert killer.stdin is not None and killer.stdout is not None
-
-        def ask(*what: Any) -> int:
-            assert killer.stdin is not None and killer.stdout is not None
-            killer.stdin.write(json.dumps(what) + "\n")
-            killer.stdin.flush()
-            return int(killer.stdout.readline())
-
-        yield ask
-        killer.stdin.close()
+    return asked(KILLED)
 
 
 @pytest.mark.parametrize(("bundle", "seed"), [(2, 0), (8, 1)])
@@ -249,6 +234,11 @@ def make_writer(path: Path, count: int, bundle: int) -> TraceWriter:
     )
 
 
+def alike(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A layer whose queries, keys and values are the same."""
+    return dict.fromkeys(("query", "key", "value"), tensor)
+
+
 def test_memory_that_is_less_than_a_bundle(tmp_path: Path) -> None:
     """Half of a bundle fills the queue: what no write would free is let in nevertheless."""
     queue = WriteQueue(make_writer(tmp_path / "t", 8, 4), capacity=3 * 2 * 512)
@@ -257,7 +247,7 @@ def test_memory_that_is_less_than_a_bundle(tmp_path: Path) -> None:
     def give() -> None:
         with queue:
             for sequence in range(8):
-                queue.write_layer(sequence, 0, tensor, tensor, tensor)
+                queue.write_layer(sequence, 0, alike(tensor))
                 queue.finish_sequence(sequence, np.zeros(8, np.float32))
             queue.wait_for(range(8))
 
@@ -283,7 +273,7 @@ def test_nothing_is_marked_before_its_whole_bundle_is_written(
     with WriteQueue(make_writer(tmp_path / "t", 3, 2)) as queue:
         for sequence in range(3):
             assert open_trace(tmp_path / "t").sequences == ()
-            queue.write_layer(sequence, 0, tensor, tensor, tensor)
+            queue.write_layer(sequence, 0, alike(tensor))
             queue.finish_sequence(sequence, likelihoods)
         time.sleep(0.2)
         assert open_trace(tmp_path / "t").sequences == ()
@@ -298,6 +288,6 @@ def test_what_is_not_finite_is_named_by_its_sequence(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="values that are not finite in sequence 1"),
         WriteQueue(make_writer(tmp_path / "t", 2, 2)) as queue,
     ):
-        queue.write_layer(0, 0, tensor, tensor, tensor)
-        queue.write_layer(1, 0, tensor, tensor, tensor * torch.inf)
+        queue.write_layer(0, 0, alike(tensor))
+        queue.write_layer(1, 0, alike(tensor) | {"value": tensor * torch.inf})
         queue.drain()

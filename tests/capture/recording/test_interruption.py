@@ -2,13 +2,10 @@
 
 import errno
 import hashlib
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,21 +173,9 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def capture_and_die() -> Iterator[Callable[..., int]]:
+def capture_and_die(asked: Callable[[str], Callable[..., int]]) -> Callable[..., int]:
     """Captures in a process that kills itself in the third sequence, and tells its exit code."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as parent:
-        assert parent.stdin is not None and parent.stdout is not None
-
-        def ask(*places: Any) -> int:
-            assert parent.stdin is not None and parent.stdout is not None
-            parent.stdin.write(json.dumps(places) + "\n")
-            parent.stdin.flush()
-            return int(parent.stdout.readline())
-
-        yield ask
-        parent.stdin.close()
+    return asked(SCRIPT)
 
 
 def test_killed_without_warning(

@@ -113,16 +113,6 @@ def read(most: int = 5000, template: str | None = None, **settings: Any) -> Sequ
     return found
 
 
-def marked(found: SequenceSet, sequence: int = 0) -> dict[str, list[str]]:
-    """What is marked of a sequence, as text."""
-    assert found.marks is not None
-    tokens = found.sequences[sequence]
-    return {
-        name: [byte_tokenizer().decode(tokens[span.start : span.stop]) for span in spans]
-        for name, spans in found.marks[sequence].items()
-    }
-
-
 BABI = {
     "input": "Some text. Mary went to the office. More text.",
     "question": "Where is Mary?",
@@ -132,7 +122,7 @@ BABI = {
 
 @needs_harness
 @pytest.mark.filterwarnings("default")
-def test_babilong_of_local_data(tmp_path: Path) -> None:
+def test_babilong_of_local_data(tmp_path: Path, marked: Any) -> None:
     file = "babilong/babilong_qa1.yaml"
     folder = own_task(tmp_path, file, [BABI], custom_dataset=None, split="qa1")
     found = read(tasks=["local"], include_path=folder)
@@ -154,7 +144,7 @@ TEMPLATE = (
 
 @needs_harness
 @pytest.mark.filterwarnings("default")
-def test_tasks_in_a_chat(tmp_path: Path) -> None:
+def test_tasks_in_a_chat(tmp_path: Path, marked: Any) -> None:
     file = "babilong/babilong_qa1.yaml"
     folder = own_task(tmp_path, file, [BABI], custom_dataset=None, split="qa1")
     options: dict[str, Any] = {"tasks": ["local"], "include_path": folder}
@@ -176,7 +166,7 @@ def test_tasks_in_a_chat(tmp_path: Path) -> None:
     not all(importlib.util.find_spec(name) for name in ("jieba", "fuzzywuzzy", "rouge")),
     reason="needs `pip install 'lm-eval[longbench]'`",
 )
-def test_longbench_of_local_data(tmp_path: Path) -> None:
+def test_longbench_of_local_data(tmp_path: Path, marked: Any) -> None:
     row = {"context": "Ann lives in Rome. Bob in Oslo.", "question": "Where?", "answers": ["Rome"]}
     found = read(tasks=["local"], include_path=own_task(tmp_path, "longbench/hotpotqa.yaml", [row]))
     assert marked(found) == {"evidence": ["Rome"], "question": ["Where?"]}
@@ -217,7 +207,9 @@ def ruler_files(monkeypatch: pytest.MonkeyPatch) -> Path:
 @needs_ruler
 @pytest.mark.filterwarnings("default")
 def test_ruler_is_told_the_tokenizer(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    marked: Any,
 ) -> None:
     options: dict[str, Any] = {"tasks": ["niah_single_1"], "limit": 2}
     options["include_path"] = ruler_files(monkeypatch)

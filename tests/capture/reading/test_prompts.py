@@ -60,16 +60,6 @@ def texts(found: SequenceSet) -> list[str]:
     ]
 
 
-def marked(found: SequenceSet, sequence: int = 0) -> dict[str, list[str]]:
-    """What is marked of a sequence, as text."""
-    assert found.marks is not None
-    tokens = found.sequences[sequence]
-    return {
-        name: [byte_tokenizer().decode(tokens[span.start : span.stop]) for span in spans]
-        for name, spans in found.marks[sequence].items()
-    }
-
-
 def test_texts_and_completions(file: Callable[[Rows], Path]) -> None:
     path = file([{"text": "A lark."}, {"prompt": "A bird: ", "completion": "wren", "id": 7}])
     found = read(path)
@@ -112,7 +102,7 @@ def test_texts_in_a_chat(file: Callable[[Rows], Path]) -> None:
 
 
 @pytest.mark.parametrize("template", [PLAIN, STRIPPING], ids=["as it is", "stripped"])
-def test_spans_of_chats(file: Callable[[Rows], Path], template: str) -> None:
+def test_spans_of_chats(file: Callable[[Rows], Path], template: str, marked: Any) -> None:
     spans = {"evidence": [[0, 1, 5], [1, 0, 4]], "question": [2, 0, 4], "answer": "user!"}
     found = read(file([{"messages": CHAT, "spans": spans}]), template)
     assert marked(found) == {
@@ -130,7 +120,7 @@ def test_spans_of_chats(file: Callable[[Rows], Path], template: str) -> None:
     assert found.marks[0]["question"][0].start == text.index("<user>user</user>") + len("<user>")
 
 
-def test_spans(file: Callable[[Rows], Path]) -> None:
+def test_spans(file: Callable[[Rows], Path], marked: Any) -> None:
     row = {
         "prompt": "The wörd is 🐦 here. ",
         "completion": "Wörd",
@@ -210,7 +200,7 @@ def test_files_that_are_no_prompts(file: Callable[[Rows], Path], tmp_path: Path)
         read(tmp_path / "absent.jsonl")
 
 
-def test_rows_of_other_files(tmp_path: Path) -> None:
+def test_rows_of_other_files(tmp_path: Path, marked: Any) -> None:
     rows = [
         {"messages": CHAT, "text": None, "spans": {"answer": "user!", "evidence": None}},
         {"messages": None, "text": "A lark.", "spans": {"answer": None, "evidence": "lark"}},

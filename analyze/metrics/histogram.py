@@ -17,9 +17,10 @@ RESOLUTION = 2.0 ** -(BITS + 1)
 LEAST, MOST = 2.0**-24, 2.0**16
 """What is smaller counts as 0, and what is larger as this."""
 
-_SHIFT = 23 - BITS
-_FIRST, _LAST = (int(np.float32(end).view(np.int32)) >> _SHIFT for end in (LEAST, MOST))
-BINS = _LAST - _FIRST + 2
+SHIFT = 23 - BITS
+"""Bits of a float32 that do not tell its bin."""
+FIRST_BIN, _LAST = (int(np.float32(end).view(np.int32)) >> SHIFT for end in (LEAST, MOST))
+BINS = _LAST - FIRST_BIN + 2
 """The first is for what counts as 0."""
 
 
@@ -37,11 +38,20 @@ class Histogram:
         """Of the samples (..., samples), 0 or larger; NaN is never counted."""
         shape = values.shape[:-1]
         values = np.ascontiguousarray(values, np.float32)
-        bins = (values.view(np.int32) >> _SHIFT) - _FIRST + 1
+        bins = (values.view(np.int32) >> SHIFT) - FIRST_BIN + 1
         streams = np.arange(int(np.prod(shape))).reshape(*shape, 1)
         every = np.bincount((streams * BINS + bins.clip(0, BINS - 1))[~np.isnan(values)])
-        places = np.nonzero(every)[0]
-        return cls(shape, places, every[places])
+        return cls._of_counts(shape, every)
+
+    @classmethod
+    def of_bins(cls, counts: npt.NDArray[np.int32]) -> Self:
+        """Of the counts in all bins (..., `BINS`)."""
+        return cls._of_counts(counts.shape[:-1], counts.ravel().astype(np.int64))
+
+    @classmethod
+    def _of_counts(cls, shape: tuple[int, ...], counts: npt.NDArray[np.int64]) -> Self:
+        places = np.nonzero(counts)[0]
+        return cls(shape, places, counts[places])
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> Self:
@@ -115,6 +125,6 @@ class Histogram:
 
 def _middle(bins: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """The figure in the middle of each bin."""
-    bits = ((bins - 1 + _FIRST) << _SHIFT) + (1 << (_SHIFT - 1))
+    bits = ((bins - 1 + FIRST_BIN) << SHIFT) + (1 << (SHIFT - 1))
     middle = bits.astype(np.int32).view(np.float32).astype(np.float64)
     return np.where(bins == 0, 0.0, np.where(bins == BINS - 1, MOST, middle))

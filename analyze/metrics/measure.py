@@ -12,7 +12,7 @@ from retrace.analyze.metrics.buckets import AXES
 from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import ROUNDING, most_of
-from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED
+from retrace.analyze.metrics.registry import BUCKETED
 from retrace.analyze.units.selection import ALL_READ, Selection, where
 from retrace.analyze.units.unit import Block, Unit
 from retrace.traces import RetraceError
@@ -67,7 +67,12 @@ class ExactBlock:
     @cached_property
     def fractions(self) -> Tensor:
         """Attention mass on the exact top 0, 1, ... keys (group, queries, ranks + 1) float64."""
-        return _prefixes(self.best_probabilities)
+        return prefixes(self.best_probabilities)
+
+    @cached_property
+    def own_buckets(self) -> Tensor:
+        """`buckets`, where the block is."""
+        return self.buckets.to(self.block.positions.device)
 
     @property
     def is_possible(self) -> bool:
@@ -75,7 +80,7 @@ class ExactBlock:
         much each as the last of the best, and none a larger share than one before it."""
         shares, mass = self.best_probabilities, self.fractions[..., -1]
         others = (self.block.visible_count - self.no_rank).clamp(min=0) * shares[..., -1]
-        sink_mass = _log_sink_mass(self.block.unit, self.reference.log_normalizer).exp()
+        sink_mass = log_sink_mass(self.block.unit, self.reference.log_normalizer).exp()
         right = (mass <= 1 + ROUNDING) & (mass + others + sink_mass >= 1 - 10 * ROUNDING)
         return bool(right.all()) and bool((shares.diff(dim=-1) <= ROUNDING).all())
 
@@ -126,11 +131,10 @@ class Tallied(NamedTuple):
     """Of the error norms (points, group)."""
 
 
-def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Tensor) -> Tallied:
-    """Moments over the queries that count.
-
-    On a CPU a compiled loop walks each list once for all metrics and budgets; it gives what
-    `plain_tally` does.
+def plain_tally(
+    exact: ExactBlock, selection: Selection, points: list[int], first: Tensor
+) -> Tallied:
+    """Moments over the queries that count, from the metrics of every query: what `tally` gives.
 
     Args:
         exact: the exact answers for the block.
@@ -138,84 +142,6 @@ def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Ten
         points: indices into `selection.ks` of the budgets that want an output and a cost.
         first: the first position that counts for each budget (budgets,), never falling.
     """
-    if selection.ids.device.type != "cpu":
-        return plain_tally(exact, selection, points, first)
-    from retrace.analyze.metrics import compiled
-
-    block, reference, unit = exact.block, exact.reference, exact.block.unit
-    ks, attended = torch.tensor(selection.ks), selection.attended
-    # Of the types that they have when there are any: the loop is compiled for each set of types.
-    errors, share = torch.zeros(2, 0, 1, 1, dtype=torch.float64)
-    fill = torch.zeros(0, 1)
-    if selection.output is not None:
-        errors = _error_norm(reference.output, selection.output)[points]
-    if selection.estimates is not None:
-        share = _at(_prefixes(selection.estimates.double()), attended[points])
-        fill = unit.mean_values[block.positions]
-    counted = block.positions[:, None] >= first
-    full = unit.group.key_bytes + unit.group.value_bytes
-    summed = compiled.moments(
-        compiled.Asked(
-            ks,
-            torch.tensor(points),
-            counted.sum(dim=-1),
-            counted[:, points].sum(dim=-1),
-            exact.buckets,
-            block.visible_count,
-        ),
-        compiled.Listed(
-            selection.ids,
-            attended.movedim(0, -1),
-            torch.as_tensor(selection.extra_keys).reshape(-1),
-            selection.sink,
-            _first_given(selection).T,
-        ),
-        compiled.Exactly(
-            reference.ids,
-            compiled.first_budgets(ks, reference.ids.shape[-1]),
-            exact.best_log_probabilities,
-            exact.best_probabilities,
-            exact.fractions,
-            reference.output,
-            block.queries,
-            unit.keys,
-            unit.values,
-            reference.log_normalizer,
-            unit.group.rules.scale,
-            unit.group.rules.softcap or 0.0,
-        ),
-        compiled.Answered(
-            not selection.true_denominator,
-            _log_sink_mass(unit, reference.log_normalizer),
-            share,
-            fill,
-            errors,
-            float(full if selection.attended_bytes is None else selection.attended_bytes),
-            float(full),
-            torch.as_tensor(selection.aux_bytes).double().expand(len(block.positions)),
-        ),
-        tuple(map(most_of, (*AT_ALL, *AT_POINTS))),
-    )
-    if (refused := summed.refused) is not None:
-        metric, number, head, row = refused
-        raise _refused(metric, number, block, head, row)
-    at_all, at_points = (
-        {metric: Moments(*part[:, i].transpose(1, 2, 0)) for i, metric in enumerate(names)}
-        for names, part in ((AT_ALL, summed.at_all), (AT_POINTS, summed.at_points))
-    )
-    if not selection.anything_given:
-        del at_all["candidate_recall"]
-    # (buckets, group, metrics, 3, points) of each axis
-    parts = summed.by_bucket.transpose(0, 4, 1, 5, 3, 2)
-    by_bucket = {axis: Moments(*part) for axis, part in zip(AXES, parts, strict=True)}
-    errors_of = Histogram.of(summed.every_error.transpose(1, 0, 2))
-    return Tallied(at_all, at_points, by_bucket, errors_of)
-
-
-def plain_tally(
-    exact: ExactBlock, selection: Selection, points: list[int], first: Tensor
-) -> Tallied:
-    """What `tally` gives, by the metrics of every query."""
     measured = measure(exact, selection, points)
     block = exact.block
     counted = (exact.block.positions >= first.to(selection.ids.device)[:, None])[:, None]
@@ -226,7 +152,7 @@ def plain_tally(
                 wrong &= ~values.isnan()
             if bool(wrong.any()):
                 at, head, row = wrong.nonzero()[0].tolist()
-                raise _refused(metric, float(values[at, head, row]), block, head, row)
+                raise refused(metric, float(values[at, head, row]), block, head, row)
     asked = {metric: values[points] for metric, values in measured.at_all.items()}
     asked |= measured.at_points
     told = torch.stack([asked[metric] for metric in BUCKETED], dim=1)
@@ -235,7 +161,7 @@ def plain_tally(
         for values, mask in ((measured.at_all, counted), (measured.at_points, counted[points]))
     )
     errors = measured.at_points["error_norm"].float().masked_fill(~counted[points], torch.nan)
-    buckets = exact.buckets.to(told.device)
+    buckets = exact.own_buckets
     size = int(buckets.max()) + 1
     return Tallied(
         {metric: at_all.take(i) for i, metric in enumerate(measured.at_all)},
@@ -248,19 +174,11 @@ def plain_tally(
     )
 
 
-def _refused(metric: str, number: float, block: Block, head: int, row: int) -> RetraceError:
+def refused(metric: str, number: float, block: Block, head: int, row: int) -> RetraceError:
     words = metric.replace("_", " ")
     return RetraceError(
         f"came to a figure that cannot be, {words} of {number:.6g} at {where(block, head, row)}."
     )
-
-
-def _first_given(selection: Selection) -> Tensor:
-    """The first position (budgets or 1, queries) from which keys did not have to be found; nothing
-    if none."""
-    if selection.first_given is None:
-        return torch.empty(0, 0, dtype=torch.int64)
-    return selection.first_given
 
 
 def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measured:
@@ -280,9 +198,9 @@ def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measu
     at_all = {
         "recall": _hits(exact, selection, listed) / most,
         "attended_recall": _hits(exact, every, listed) / most,
-        "attention_fraction": _at(_prefixes(logs.exp()), selection.attended),
+        "attention_fraction": at_each_budget(prefixes(logs.exp()), selection.attended),
         "exact_attention_fraction": exact.fractions[..., ks].movedim(-1, 0),
-        "top1_hit": _at(_prefixes((exact.ranks(ids) == 0).double()), selection.attended),
+        "top1_hit": at_each_budget(prefixes((exact.ranks(ids) == 0).double()), selection.attended),
     }
     if selection.anything_given:
         best = exact.reference.ids[..., : selection.ks[-1]]
@@ -293,29 +211,30 @@ def measure(exact: ExactBlock, selection: Selection, points: list[int]) -> Measu
         # NaN, and so not counted, where nothing had to be found.
         at_all["candidate_recall"] = hits / wanted.masked_fill(wanted == 0, torch.nan)
     attended = torch.minimum(selection.attended[points], listed.sum(dim=-1))
+    union = union_of_heads(block, selection, attended)
     return Measured(
         selection.ks,
         at_all,
         {
             "error_norm": _error_norms(exact, selection, logs, points),
             "density": attended / block.visible_count,
-            "bytes_ratio": _bytes_ratio(block, selection, attended),
+            "bytes_ratio": bytes_ratio(block, selection, union),
         },
     )
 
 
-def _prefixes(values: Tensor) -> Tensor:
+def prefixes(values: Tensor) -> Tensor:
     """Sums of the first 0, 1, ... values of the last axis."""
     return torch.nn.functional.pad(values.cumsum(dim=-1), (1, 0))
 
 
-def _at(prefixes: Tensor, attended: Tensor) -> Tensor:
+def at_each_budget(sums: Tensor, attended: Tensor) -> Tensor:
     """Prefix sums (group, queries, listed + 1) at the places that each budget reaches
     (budgets, group or 1, queries or 1): (budgets, group, queries)."""
-    attended = attended.clamp(max=prefixes.shape[-1] - 1).movedim(0, -1)
+    attended = attended.clamp(max=sums.shape[-1] - 1).movedim(0, -1)
     if attended.shape[:2] == (1, 1):
-        return prefixes[..., attended.flatten()].movedim(-1, 0)
-    return prefixes.gather(-1, attended.expand(*prefixes.shape[:2], -1)).movedim(-1, 0)
+        return sums[..., attended.flatten()].movedim(-1, 0)
+    return sums.gather(-1, attended.expand(*sums.shape[:2], -1)).movedim(-1, 0)
 
 
 def _hits(
@@ -359,9 +278,9 @@ def _error_norms(
     """||o - o'|| / ||o|| at the budgets that `points` name (points, group, queries)."""
     reference = exact.reference
     if selection.output is not None:
-        return _error_norm(reference.output, selection.output)[points]
+        return error_norm(reference.output, selection.output)[points]
     output = outputs(exact.block, selection, logs, reference.log_normalizer, points)
-    return _error_norm(reference.output, output)
+    return error_norm(reference.output, output)
 
 
 def outputs(
@@ -382,21 +301,21 @@ def outputs(
     width = min(int(attended.max()), ids.shape[-1])
     ids, logs = ids[..., :width].clamp(min=0), logs[..., None, :width]
     attended = attended.expand(-1, ids.shape[1], -1, -1)
-    log_sink_mass = _log_sink_mass(block.unit, log_normalizer)[..., None, None]
+    sink_mass = log_sink_mass(block.unit, log_normalizer)[..., None, None]
     places = torch.arange(width, device=ids.device)
     values, parts = block.unit.values, []
     for rows in _row_slices(ids, values.shape[1] + 2 * len(points)):
         weights = logs[:, rows].masked_fill(places >= attended[:, rows], -torch.inf)
         if not selection.true_denominator:
             # As logs, since the probabilities of what was selected may all be tiny.
-            total = torch.logaddexp(weights.logsumexp(dim=-1, keepdim=True), log_sink_mass[:, rows])
+            total = torch.logaddexp(weights.logsumexp(dim=-1, keepdim=True), sink_mass[:, rows])
             weights = weights - total.masked_fill(total.isneginf(), 0.0)
         # (group, queries, points, listed) @ (group, queries, listed, value channels)
         parts.append(weights.exp().to(values.dtype) @ values[ids[:, rows]])
     output = torch.cat(parts, dim=1)
     if selection.estimates is not None:
         # SparQ Attention (arXiv:2312.04985), eq. 7: the mean value stands for the mass left out.
-        share = _at(_prefixes(selection.estimates), selection.attended[points])
+        share = at_each_budget(prefixes(selection.estimates), selection.attended[points])
         share = share.movedim(0, -1)[..., None].to(output.dtype)
         fill = block.unit.mean_values[block.positions][:, None]
         output = share * output + (1 - share) * fill
@@ -410,7 +329,7 @@ def _row_slices(ids: Tensor, numbers: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-def _error_norm(exact: Tensor, output: Tensor) -> Tensor:
+def error_norm(exact: Tensor, output: Tensor) -> Tensor:
     """||o - o'|| / ||o|| over the value channels."""
     # float64, in which no square overflows or vanishes.
     norm = torch.linalg.vector_norm(exact, dim=-1, dtype=torch.float64)
@@ -418,23 +337,23 @@ def _error_norm(exact: Tensor, output: Tensor) -> Tensor:
     return torch.where(error == 0, 0.0, error / norm)
 
 
-def _log_sink_mass(unit: Unit, log_normalizer: Tensor) -> Tensor:
+def log_sink_mass(unit: Unit, log_normalizer: Tensor) -> Tensor:
     """log of the share (group, queries) float64 of the softmax's denominator that no key has."""
     if unit.sinks is None:
         return torch.full_like(log_normalizer, -torch.inf)
     return unit.sinks.double()[:, None] - log_normalizer
 
 
-def _bytes_ratio(block: Block, selection: Selection, attended: Tensor) -> Tensor:
-    """Bytes read for the whole group over those of full attention, the same for every head of the
-    group: keys and values are read once for all heads that attend them. Where all heads of a layer
-    share one cache, `retrace.analyze.metrics.shared_cache` counts anew."""
+def bytes_ratio(block: Block, selection: Selection, union: Tensor) -> Tensor:
+    """Bytes read for the whole group over those of full attention (points, group, queries), the
+    same for every head: keys and values are read once for all heads that attend them. `union`
+    (points, queries) has how many keys any of them attends. Where all heads of a layer share one
+    cache, `retrace.analyze.metrics.shared_cache` counts anew."""
     group = block.unit.group
-    union = union_of_heads(block, selection, attended)
     full = group.key_bytes + group.value_bytes
     each = full if selection.attended_bytes is None else selection.attended_bytes
     read = union * each + selection.aux_bytes
-    return (read / (block.visible_count * full))[:, None].expand(attended.shape)
+    return (read / (block.visible_count * full))[:, None].expand(-1, group.rules.group, -1)
 
 
 def union_of_heads(block: Block, selection: Selection, attended: Tensor) -> Tensor:

@@ -33,8 +33,9 @@ from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.methods.exact import Exact
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.metrics.buckets import buckets_of
-from retrace.analyze.metrics.measure import ExactBlock, tally
+from retrace.analyze.metrics.measure import ExactBlock
 from retrace.analyze.metrics.shared_cache import SharedCacheReads
+from retrace.analyze.metrics.tally import tally
 from retrace.analyze.replay.clock import Charge, Clock
 from retrace.analyze.replay.plan import Plan, Replayed
 from retrace.analyze.replay.tally import Tally, fill_missing, whole_layer

@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import chain
 
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int32, Int64, Shaped
 from torch import Tensor
 
 from retrace.analyze.units.attention import first_visible, score, scores_at, visible
@@ -116,6 +116,16 @@ class Unit:
         tensors |= {} if self.sinks is None else {"sinks": self.sinks}
         tensors |= {} if self.chosen is None else {"keys chosen": self.chosen}
         return Seal({f"the {name} of {place}": tensor for name, tensor in tensors.items()})
+
+    @cached_property
+    def narrow_keys(self) -> Shaped[Tensor, "keys channels"]:
+        """The keys in the dtype of the trace, in which they are exact: half to read for a GPU."""
+        return self.keys.to(self.dtype).contiguous()
+
+    @cached_property
+    def narrow_values(self) -> Shaped[Tensor, "keys value_channels"]:
+        """The values likewise."""
+        return self.values.to(self.dtype).contiguous()
 
     @cached_property
     def longest_keys(self) -> Float64[Tensor, "keys"]:

@@ -35,8 +35,8 @@ class Inputs:
         unit, rules = block.unit, block.unit.group.rules
         return cls(
             block.queries.to(unit.dtype).contiguous(),
-            unit.keys[: block.end].to(unit.dtype).contiguous(),
-            unit.values[: block.end].to(unit.dtype).contiguous(),
+            unit.narrow_keys[: block.end],
+            unit.narrow_values[: block.end],
             block.positions.to(torch.int32),
             first_visible(block.positions, rules).to(torch.int32),
             rules.scale,

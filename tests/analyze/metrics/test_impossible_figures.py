@@ -12,9 +12,10 @@ import torch
 
 from retrace.analyze import Results, analyze
 from retrace.analyze.exact.reference import exact_pass
-from retrace.analyze.metrics.measure import ExactBlock, plain_tally, tally
+from retrace.analyze.metrics.measure import ExactBlock, plain_tally
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import impossible
+from retrace.analyze.metrics.tally import tally
 from retrace.analyze.storage.npz import read_arrays, write_arrays
 from retrace.analyze.tables.validation import checked_table
 from retrace.analyze.units.unit import Block, load_units

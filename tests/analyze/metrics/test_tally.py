@@ -9,7 +9,8 @@ from numpy.testing import assert_allclose
 
 from retrace.analyze.exact.reference import exact_pass
 from retrace.analyze.metrics.histogram import RESOLUTION
-from retrace.analyze.metrics.measure import ExactBlock, plain_tally, tally
+from retrace.analyze.metrics.measure import ExactBlock, Tallied, plain_tally
+from retrace.analyze.metrics.tally import tally
 from retrace.analyze.units.selection import Selection
 from retrace.analyze.units.unit import Block, HeadGroup, Unit
 from retrace.traces import LayerRules
@@ -47,11 +48,15 @@ def both(
 ) -> dict[str, list[Any]]:
     """Moments by metric, compiled and plain, which must be alike."""
     start = torch.tensor(first or [0] * len(selection.ks))
-    pairs = [f(exact, selection, points, start) for f in (tally, plain_tally)]
-    medians = [pair.errors.medians() for pair in pairs]
+    return alike(*(f(exact, selection, points, start) for f in (tally, plain_tally)))
+
+
+def alike(*pair: Tallied) -> dict[str, list[Any]]:
+    """Two tallies, metric by metric, which must be alike."""
+    medians = [one.errors.medians() for one in pair]
     assert_allclose(*medians, rtol=2.1 * RESOLUTION, atol=4e-6)
     found: dict[str, list[Any]] = {}
-    for ours, theirs in zip(*(pair[:3] for pair in pairs), strict=True):
+    for ours, theirs in zip(*(one[:3] for one in pair), strict=True):
         assert ours.keys() == theirs.keys()
         for metric, moments in ours.items():
             found[metric] = [moments, theirs[metric]]

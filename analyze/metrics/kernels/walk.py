@@ -1,0 +1,296 @@
+"""Every list once: what it hits, what mass it holds, and how far its output is off."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retrace.analyze.metrics.kernels.lists import Lists
+from retrace.analyze.metrics.measure import ExactBlock
+from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS
+from retrace.analyze.units.kernels.tiles import width
+
+PLACES = 32
+"""Places of a list that a program looks at together."""
+RANKS = 64
+"""Best keys that they are compared with together."""
+WARPS = 4
+
+
+def walk(
+    exact: ExactBlock, lists: Lists, at_all: Tensor, at_points: Tensor, attended: Tensor
+) -> None:
+    """Write the metrics of every query and head.
+
+    Args:
+        exact: the exact answers.
+        lists: what is attended.
+        at_all: (`AT_ALL`, budgets, group, queries) float32, for all but exact attention's fraction
+            and, where nothing is given, recall of candidates.
+        at_points: (`AT_POINTS`, points, group, queries) float32, for the error norm where the
+            method gave no output of its own, and the density.
+        attended: (points, group, queries) int32, for how many keys each query attends.
+    """
+    block, unit = exact.block, exact.block.unit
+    group, rows, listed = lists.ids.shape
+    keys, values = unit.narrow_keys, unit.narrow_values
+    nothing = lists.ids  # in place of what there is none of, and never read
+    given = nothing if lists.first_given is None else lists.first_given
+    estimates = nothing if lists.estimates is None else lists.estimates
+    _walk[rows, group](
+        block.queries.contiguous(),
+        keys,
+        values,
+        lists.ids,
+        lists.attended,
+        lists.ks,
+        lists.points,
+        lists.extra_keys,
+        given,
+        exact.reference.ids.contiguous(),
+        exact.reference.log_normalizer.contiguous(),
+        exact.reference.output.contiguous(),
+        lists.log_sink_mass,
+        estimates,
+        lists.fill if lists.estimates is not None else nothing,
+        block.visible_count,
+        at_all,
+        at_points,
+        attended,
+        rows,
+        listed,
+        len(lists.ks),
+        len(lists.points),
+        exact.reference.ids.shape[-1],
+        *lists.ids.stride()[:2],
+        *lists.attended.stride(),
+        lists.extra_keys.stride(0) if len(lists.extra_keys) > 1 else 0,
+        *(given.stride() if lists.first_given is not None else (0, 0)),
+        lists.sink,
+        unit.group.rules.scale,
+        unit.group.rules.softcap or 0.0,
+        RECALL=AT_ALL.index("recall"),
+        FRACTION=AT_ALL.index("attention_fraction"),
+        ATTENDED_RECALL=AT_ALL.index("attended_recall"),
+        CANDIDATE_RECALL=AT_ALL.index("candidate_recall"),
+        TOP1_HIT=AT_ALL.index("top1_hit"),
+        ERROR_NORM=AT_POINTS.index("error_norm"),
+        DENSITY=AT_POINTS.index("density"),
+        KEY_DIM=keys.shape[1],
+        KEY_WIDTH=width(keys.shape[1]),
+        VALUE_DIM=values.shape[1],
+        VALUE_WIDTH=width(values.shape[1]),
+        BUDGETS=triton.next_power_of_2(len(lists.ks)),
+        PLACES=PLACES,
+        RANKS=RANKS,
+        CAPPED=unit.group.rules.softcap is not None,
+        FROM=lists.first_given is not None,
+        GIVEN=lists.anything_given,
+        OUTPUT=lists.own_output is None,
+        RENORMALISED=lists.renormalised,
+        FILLED=lists.estimates is not None,
+        num_warps=WARPS,
+    )
+
+
+@triton.jit
+def _walk(
+    queries,
+    keys,
+    values,
+    ids,
+    attended,
+    ks,
+    points,
+    extra_keys,
+    first_given,
+    best,
+    log_normalizer,
+    output,
+    log_sink_mass,
+    estimates,
+    fill,
+    visible,
+    at_all,
+    at_points,
+    reached,
+    rows,
+    listed,
+    budgets,
+    point_count,
+    ranks,
+    ids_head,
+    ids_row,
+    attended_budget,
+    attended_head,
+    attended_row,
+    extra_row,
+    given_budget,
+    given_row,
+    sink,
+    scale,
+    cap,
+    RECALL: tl.constexpr,
+    FRACTION: tl.constexpr,
+    ATTENDED_RECALL: tl.constexpr,
+    CANDIDATE_RECALL: tl.constexpr,
+    TOP1_HIT: tl.constexpr,
+    ERROR_NORM: tl.constexpr,
+    DENSITY: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BUDGETS: tl.constexpr,
+    PLACES: tl.constexpr,
+    RANKS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FROM: tl.constexpr,
+    GIVEN: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    RENORMALISED: tl.constexpr,
+    FILLED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    heads = tl.num_programs(1).to(tl.int64)
+    place = head * rows + row
+    budget = tl.arange(0, BUDGETS)
+    asked = budget < budgets
+    k = tl.load(ks + budget, mask=asked, other=0)
+    attended += head * attended_head + row * attended_row
+    reach = tl.load(attended + budget * attended_budget, mask=asked, other=0)
+    limit = tl.minimum(reach, k + tl.load(extra_keys + row * extra_row))
+    seen = tl.load(visible + row)
+    if FROM:
+        given = tl.load(first_given + budget * given_budget + row * given_row, mask=asked, other=0)
+    ids += head * ids_head + row * ids_row
+    best += place * ranks
+    normalizer = tl.load(log_normalizer + place)
+    channel = tl.arange(0, KEY_WIDTH)
+    has_channel = channel < KEY_DIM
+    query = tl.load(queries + place * KEY_DIM + channel, mask=has_channel, other=0.0)
+    query = query.to(tl.float64)
+    value_channel = tl.arange(0, VALUE_WIDTH)
+    has_value = value_channel < VALUE_DIM
+    exact = tl.load(output + place * VALUE_DIM + value_channel, mask=has_value, other=0.0)
+
+    hits = tl.zeros([BUDGETS], tl.int32)
+    attended_hits = tl.zeros([BUDGETS], tl.int32)
+    candidate_hits = tl.zeros([BUDGETS], tl.int32)
+    mass = tl.zeros([BUDGETS], tl.float64)
+    best_place = tl.zeros([], tl.int64) + listed  # none
+    count = tl.zeros([], tl.int32)
+    # Sums are relative to the largest so far, since probabilities of what was selected may be tiny.
+    largest = tl.full([], -1e300, tl.float64)
+    total = tl.zeros([], tl.float64)
+    share = tl.zeros([], tl.float64)
+    sums = tl.zeros([VALUE_WIDTH], tl.float32)
+    for point in range(point_count + 1):
+        # After the points, what further budgets reach.
+        at = tl.load(points + point, mask=point < point_count, other=budgets - 1)
+        stop = tl.minimum(tl.load(attended + at * attended_budget), listed)
+        before = tl.load(points + point - 1, mask=point > 0, other=0)
+        start = tl.minimum(tl.load(attended + before * attended_budget), listed)
+        start = tl.where(point > 0, start, 0)
+        for first in range(start, stop, PLACES):
+            here = first + tl.arange(0, PLACES)
+            key = tl.load(ids + here, mask=here < stop, other=-1)
+            there = key >= 0
+            key_at = tl.maximum(key, 0)[:, None]
+            key_row = tl.load(
+                keys + key_at * KEY_DIM + channel[None, :],
+                mask=there[:, None] & has_channel[None, :],
+                other=0.0,
+            )
+            score = tl.sum(key_row.to(tl.float64) * query[None, :], 1) * scale
+            if CAPPED:
+                # tanh(x) = 1 - 2 / (1 + exp(2x)), right at both ends.
+                score = (1.0 - 2.0 / (1.0 + tl.exp(2.0 * score / cap))) * cap
+            log = tl.where(there, score - normalizer, float("-inf"))
+            rank = tl.full([PLACES], 2147483647, tl.int32)
+            for first_rank in range(0, ranks, RANKS):
+                which = first_rank + tl.arange(0, RANKS)
+                one = tl.load(best + which, mask=which < ranks, other=-2)
+                same = key[:, None] == one[None, :]
+                rank = tl.minimum(rank, tl.min(tl.where(same, which[None, :], 2147483647), 1))
+            rank = tl.where(there, rank, 2147483647)
+            within = (rank[None, :] < k[:, None]) & there[None, :]
+            counts = within & (here[None, :] < limit[:, None])
+            hits += tl.sum(counts.to(tl.int32), 1)
+            is_reached = here[None, :] < reach[:, None]
+            attended_hits += tl.sum((within & is_reached).to(tl.int32), 1)
+            mass += tl.sum(tl.where(is_reached, tl.exp(log)[None, :], 0.0), 1)
+            if GIVEN:
+                free = tl.broadcast_to((key >= sink)[None, :], counts.shape)
+                if FROM:
+                    free = free & (key[None, :] < given[:, None])
+                candidate_hits += tl.sum((counts & free).to(tl.int32), 1)
+            best_place = tl.minimum(best_place, tl.min(tl.where(rank == 0, here, listed)))
+            count += tl.sum(there.to(tl.int32))
+            if FILLED:
+                share += tl.sum(
+                    tl.load(estimates + place * listed + here, mask=here < stop, other=0.0).to(
+                        tl.float64
+                    )
+                )
+            if OUTPUT:
+                if point < point_count:
+                    value = tl.load(
+                        values + key_at * VALUE_DIM + value_channel[None, :],
+                        mask=there[:, None] & has_value[None, :],
+                        other=0.0,
+                    ).to(tl.float32)
+                    above = tl.maximum(largest, tl.max(log))
+                    fade = tl.exp(largest - above)
+                    weight = tl.exp(log - above)
+                    total = total * fade + tl.sum(weight)
+                    sums = sums * fade.to(tl.float32) + tl.sum(
+                        weight.to(tl.float32)[:, None] * value, 0
+                    )
+                    largest = above
+        if point < point_count:
+            to = heads * rows * point + place
+            tl.store(reached + to, count)
+            of_points = heads * rows * point_count
+            tl.store(
+                at_points + DENSITY * of_points + to, count.to(tl.float32) / seen.to(tl.float32)
+            )
+            if OUTPUT:
+                if RENORMALISED:
+                    whole = total + tl.exp(tl.load(log_sink_mass + place) - largest)
+                    factor = 1.0 / tl.where(whole > 0.0, whole, 1.0)
+                else:
+                    factor = tl.exp(largest)
+                if FILLED:
+                    other = tl.load(
+                        fill + row * VALUE_DIM + value_channel, mask=has_value, other=0.0
+                    )
+                    rest = exact - (share * factor).to(tl.float32) * sums
+                    rest = (rest - (1.0 - share).to(tl.float32) * other).to(tl.float64)
+                else:
+                    rest = (exact - factor.to(tl.float32) * sums).to(tl.float64)
+                error = tl.sum(rest * rest)
+                norm = tl.sum(exact.to(tl.float64) * exact.to(tl.float64))
+                error = tl.where(error == 0.0, 0.0, tl.sqrt(error / norm))
+                tl.store(at_points + ERROR_NORM * of_points + to, error.to(tl.float32))
+
+    to = at_all + (budget.to(tl.int64) * heads * rows + place)
+    of_budgets = heads * rows * budgets
+    most = tl.maximum(tl.minimum(k, seen), 1).to(tl.float32)
+    tl.store(to + RECALL * of_budgets, hits / most, mask=asked)
+    tl.store(to + ATTENDED_RECALL * of_budgets, attended_hits / most, mask=asked)
+    tl.store(to + FRACTION * of_budgets, mass.to(tl.float32), mask=asked)
+    tl.store(to + TOP1_HIT * of_budgets, (best_place < reach).to(tl.float32), mask=asked)
+    if GIVEN:
+        wanted = tl.zeros([BUDGETS], tl.int32)
+        for first_rank in range(0, ranks, RANKS):
+            which = first_rank + tl.arange(0, RANKS)
+            one = tl.load(best + which, mask=which < ranks, other=-1)
+            free = (which[None, :] < k[:, None]) & ((one >= 0) & (one >= sink))[None, :]
+            if FROM:
+                free = free & (one[None, :] < given[:, None])
+            wanted += tl.sum(free.to(tl.int32), 1)
+        # Not counted where nothing had to be found.
+        share_found = candidate_hits / tl.maximum(wanted, 1).to(tl.float32)
+        found = tl.where(wanted > 0, share_found, float("nan"))
+        tl.store(to + CANDIDATE_RECALL * of_budgets, found, mask=asked)

@@ -9,6 +9,8 @@ import torch
 
 from retrace.traces import LayerRules, create_trace, to_numpy
 
+CLUSTERS = 200
+
 
 def write_random(
     path: Path,
@@ -22,15 +24,21 @@ def write_random(
     channels: int = 128,
     dtype: str = "bfloat16",
     device: str | torch.device = "cpu",
+    alike: int = 0,
 ) -> None:
     """Write a trace of sequences through the trace's own writer, with the queries of these
     positions; by default one sequence, and one layer as that of a Llama with 8 billion parameters.
-    The device draws the numbers."""
+    The device draws the numbers. With `alike`, so many neighbouring keys are alike: one of
+    `CLUSTERS` centres, which queries lean towards."""
     generator = torch.Generator(device).manual_seed(0)
+    kind: torch.dtype = getattr(torch, dtype)
 
-    def random(*shape: int) -> np.ndarray[Any, Any]:
-        kind: torch.dtype = getattr(torch, dtype)
-        return to_numpy(torch.randn(shape, generator=generator, device=device).to(kind))
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def any_centre(centres: torch.Tensor, count: int) -> torch.Tensor:
+        which = torch.randint(CLUSTERS, (count,), generator=generator, device=device)
+        return centres[which]
 
     writer = create_trace(
         path,
@@ -47,6 +55,12 @@ def write_random(
         for layer in range(layers):
             query = random(heads, len(queries), channels)
             key, value = (random(kv_heads, positions, channels) for _ in range(2))
-            writer.write_layer(sequence, layer, query, key, value)
+            if alike:
+                centres = random(CLUSTERS, channels)
+                near = any_centre(centres, -(-positions // alike)).repeat_interleave(alike, dim=0)
+                key = near[:positions] + 0.15 * key
+                query = any_centre(centres, len(queries)) + 0.35 * query
+            tensors = (to_numpy(tensor.to(kind)) for tensor in (query, key, value))
+            writer.write_layer(sequence, layer, *tensors)
         writer.finish_sequence(sequence, np.zeros(positions, np.float32))
     writer.close()

@@ -13,6 +13,7 @@ from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import ROUNDING, most_of
 from retrace.analyze.metrics.registry import BUCKETED
+from retrace.analyze.units.constants import constant
 from retrace.analyze.units.selection import ALL_READ, Selection, where
 from retrace.analyze.units.unit import Block, Unit
 from retrace.traces import RetraceError
@@ -48,7 +49,7 @@ class ExactBlock:
         return Selection(
             ks,
             self.reference.ids[..., : ks[-1]],
-            torch.tensor(ks, device=block.positions.device)[:, None, None],
+            constant(ks, block.positions.device)[:, None, None],
             aux_bytes=block.visible_count * block.unit.group.key_bytes,
             attended_bytes=block.unit.group.value_bytes,
             unread=ALL_READ,
@@ -93,7 +94,12 @@ class ExactBlock:
             self.block.part(rows), self.reference.part(rows, ranks), self.buckets[:, rows]
         )
         if ranks is None:
-            for name in ("best_log_probabilities", "best_probabilities", "fractions"):
+            for name in (
+                "best_log_probabilities",
+                "best_probabilities",
+                "fractions",
+                "own_buckets",
+            ):
                 part.__dict__[name] = getattr(self, name)[:, rows]
         return part
 

@@ -15,9 +15,12 @@ A task's walk from reading to the tally enters each room once:
 10. `tables` merges the parts in the order of the plan, and makes rows of them.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
+from typing import Self
 
 import torch
 
@@ -42,6 +45,7 @@ from retrace.analyze.replay.tally import Tally, fill_missing, whole_layer
 from retrace.analyze.selection.select import select
 from retrace.analyze.selection.states import States
 from retrace.analyze.units.seals import WrittenInto
+from retrace.analyze.units.selection import Selection, joined
 from retrace.analyze.units.unit import Block, Unit, intact, load_units
 from retrace.traces import RetraceError, Trace
 
@@ -184,8 +188,8 @@ def replay_unit(
     for method, found, state in zip(plan.methods, tallies, states, strict=True):
         with naming(method.spec):
             state.check_calibration()
-        clock.seconds[Charge("build", str(method.spec))] += state.cost.seconds
         found.cost = state.cost
+        clock.seconds[Charge("build", str(method.spec))] += found.cost.seconds
         fill_missing(found, unit.group.rules.group)
     return tallies
 
@@ -221,29 +225,55 @@ def _replay_method(
     reads: SharedCacheReads | None,
     clock: Clock,
 ) -> None:
-    """Add a block's queries to a method's tally."""
+    """Add a block's queries to a method's tally.
+
+    However many states answer them, their lists are compared with exact attention together: there
+    is too little to do for each.
+    """
     name = str(method.spec)
     length = len(exact.block.unit.keys)
+    # What shares one list is selected together; otherwise only what counts for the budget.
+    together = isinstance(method.spec.method, ScoreMethod)
+    answers: dict[tuple[int, ...], list[_Answer]] = defaultdict(list)
     for served in states.serve(exact.block):
         rows = served.rows
-        # What shares one list is selected together; otherwise only what counts for the budget.
-        shared = isinstance(method.spec.method, ScoreMethod)
-        for ks in [method.ks] if shared else [(k,) for k in method.topk]:
+        for ks in [method.ks] if together else [(k,) for k in method.topk]:
             begin = plan.counting.first(min(ks), length)
-            start = int(torch.searchsorted(exact.block.positions[rows], begin))
+            start = int(torch.searchsorted(served.block.positions, begin))
             if rows.start + start >= rows.stop:
                 continue
-            with clock.charge("metrics", name):
-                part = exact.rows(slice(rows.start + start, rows.stop))
+            counted = slice(rows.start + start, rows.stop)
             with clock.charge("search", name):
                 if method.spec.method == EXACT:
-                    selections = [part.selection(ks)]
+                    selections = [exact.rows(counted).selection(ks)]
                 else:
-                    selections = select(method.spec.method, served, part.block, ks)
-            with clock.charge("metrics", name):
-                for selection in selections:
-                    points = [i for i, k in enumerate(selection.ks) if k in method.topk]
-                    first = torch.tensor([plan.counting.first(k, length) for k in selection.ks])
-                    found.add(selection.ks, points, tally(part, selection, points, first))
-                    if reads is not None:
-                        reads.add(part.block, selection, points)
+                    block = served.block.part(slice(start, None)) if start else served.block
+                    selections = select(method.spec.method, served, block, ks)
+            for selection in selections:
+                if reads is None:  # nobody asks
+                    selection = replace(selection, unread=None)
+                answers[selection.ks].append(_Answer(counted, selection))
+    with clock.charge("metrics", name):
+        for ks, parts in answers.items():
+            points = [i for i, k in enumerate(ks) if k in method.topk]
+            first = torch.tensor([plan.counting.first(k, length) for k in ks])
+            for _, alike in groupby(parts, lambda answer: answer.selection.kind):
+                answer = _Answer.of(list(alike))
+                part = exact.rows(answer.rows)
+                found.add(ks, points, tally(part, answer.selection, points, first))
+                if reads is not None:
+                    reads.add(part.block, answer.selection, points)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a method attends for some of a block's queries."""
+
+    rows: slice
+    selection: Selection
+
+    @classmethod
+    def of(cls, parts: Sequence[Self]) -> Self:
+        """Of several, one after the other."""
+        rows = slice(parts[0].rows.start, parts[-1].rows.stop)
+        return cls(rows, joined([part.selection for part in parts]))

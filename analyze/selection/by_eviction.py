@@ -17,7 +17,7 @@ from retrace.analyze.selection.by_score import (
 )
 from retrace.analyze.selection.charges import aux_bytes
 from retrace.analyze.selection.states import Served
-from retrace.analyze.units.attention import visible
+from retrace.analyze.units.attention import first_visible
 from retrace.analyze.units.selection import Selection
 from retrace.analyze.units.unit import Block, Unit
 
@@ -44,9 +44,7 @@ def _end_of_past(unit: Unit, end: int) -> Block:
     block = Block(
         replace(unit, queries=torch.zeros_like(unit.queries[:, :1]), positions=last), slice(0, 1)
     )
-    keys = torch.arange(end, device=last.device)
-    block.__dict__["visible"] = visible(last + 1, keys, unit.group.rules)
-    block.__dict__["visible_count"] = block.visible.sum(dim=-1)
+    block.__dict__["first_visible"] = first_visible(last + 1, unit.group.rules)
     return block
 
 

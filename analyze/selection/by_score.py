@@ -18,6 +18,7 @@ from retrace.analyze.methods.toolkit.partial_attention import marked
 from retrace.analyze.selection.charges import aux_bytes
 from retrace.analyze.selection.joining import in_order_of_joining
 from retrace.analyze.selection.states import Served
+from retrace.analyze.units.constants import constant
 from retrace.analyze.units.selection import ALL_READ, Selection, check_finite, missing_last, where
 from retrace.analyze.units.unit import Block
 from retrace.traces import RetraceError
@@ -92,7 +93,7 @@ def _rank(method: ScoreMethod, served: Served, block: Block, ks: tuple[int, ...]
     if size > 1 or method.pool.endswith("softmax"):
         # What is kept anyway takes no page of the budget, and has no part in a softmax.
         together = together.masked_fill(_kept_pages(method, ks[0], size, block), -torch.inf)
-    k = int(_allowances(method, served.state, ks[-1:], block).max())
+    k = _most_of(method, _allowances(method, served.state, ks[-1:], block), ks)
     most = k if size == 1 else max(method.units(budget) for budget in range(1, k + 1))
     ids = top(pool(method.pool, together), most)[1]
     if size > 1:
@@ -112,11 +113,11 @@ def _rank(method: ScoreMethod, served: Served, block: Block, ks: tuple[int, ...]
 
 def _allowances(method: ScoreMethod, state: Any, ks: Sequence[int], block: Block) -> Tensor:
     """Keys of each budget (budgets, group or 1, 1); the budgets themselves without a state."""
-    budgets = torch.tensor(ks, device=block.positions.device)[:, None, None]
-    if state is None:
+    budgets = constant(tuple(ks), block.positions.device)[:, None, None]
+    if state is None or not _has_allowance(method):
         return budgets
     with calling("allowance()", lambda: where(block)):
-        allowed = method.allowance(state, budgets)
+        allowed = method.allowance(state, budgets.clone())
     allowed = key_ids(allowed, "allowance()", lambda: where(block), block.positions)
     heads = len(block.queries)
     if allowed.dim() != 3 or not all(
@@ -128,6 +129,16 @@ def _allowances(method: ScoreMethod, state: Any, ks: Sequence[int], block: Block
             f"group or 1, 1) = {(len(ks), heads, 1)}."
         )
     return allowed
+
+
+def _has_allowance(method: ScoreMethod) -> bool:
+    """Whether heads may attend other numbers of keys than the budgets say."""
+    return type(method).allowance is not ScoreMethod.allowance
+
+
+def _most_of(method: ScoreMethod, allowed: Tensor, ks: Sequence[int]) -> int:
+    """The largest of some allowances. A GPU that has to tell is waited for."""
+    return int(allowed.max()) if _has_allowance(method) else ks[-1]
 
 
 def visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
@@ -152,6 +163,8 @@ def visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
     if scores.shape[-1] < units:
         missing = (0, units - scores.shape[-1])
         scores = torch.nn.functional.pad(scores, missing, value=-torch.inf)
+    if scores.stride(0) == 0 and method.pool == "none":
+        scores = scores[:1]  # all heads alike
     hidden = ~_visible_pages(block, method.unit_size)
     scores = scores[..., :units].masked_fill(hidden, -torch.inf)
     check_finite(scores, "scores()", block)
@@ -160,26 +173,14 @@ def visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
 
 def _visible_pages(block: Block, size: int) -> Tensor:
     """Which units hold a key that the query sees: bool (queries, units)."""
-    return block.visible if size == 1 else _keys_in_pages_of(block, size) > 0
+    return block.visible if size == 1 else block.visible_in(size) > 0
 
 
 def _kept_pages(method: ScoreMethod, k: int, size: int, block: Block) -> Tensor:
     """Which units hold only keys that are kept under a budget of k: bool (queries, units)."""
     sink, recent = method.keep.at(k)
-    keys = torch.arange(block.end, device=block.positions.device)
-    free = block.visible & (keys >= sink) & (keys <= block.positions[:, None] - recent)
-    return ~free if size == 1 else _in_pages(free, size) == 0
-
-
-def _keys_in_pages_of(block: Block, size: int) -> Tensor:
-    """How many visible keys each unit holds (queries, units)."""
-    return _in_pages(block.visible, size)
-
-
-def _in_pages(keys: Tensor, size: int) -> Tensor:
-    """How many of some keys, bool (queries, keys), each unit holds (queries, units)."""
-    padded = torch.nn.functional.pad(keys, (0, -keys.shape[-1] % size))
-    return padded.view(len(padded), -1, size).sum(dim=-1)
+    first = torch.full_like(block.positions, sink)
+    return block.visible_in(size, first, block.positions - recent) == 0
 
 
 def _keys_of_pages(pages: Tensor, size: int, block: Block) -> Tensor:
@@ -191,9 +192,7 @@ def _keys_of_pages(pages: Tensor, size: int, block: Block) -> Tensor:
 
 def only_visible(ids: Tensor, block: Block) -> Tensor:
     """Ids (any, queries, any) with -1 in place of those that the query does not see."""
-    inside = ids.clamp(0, block.end - 1)
-    seen = block.visible.expand(len(ids), -1, -1).gather(-1, inside)
-    return ids.masked_fill(~seen | (ids != inside), -1)
+    return ids.masked_fill(~block.sees(ids), -1)
 
 
 def _compose(
@@ -210,7 +209,8 @@ def _compose(
     first_given = _first_given(method, ranked, ks, block)
     most, extra_keys = method.budget.most(budgets, block.visible_count), ids.new_zeros(1)
     if ranked.first_new is not None:
-        extra_keys = block.visible[:, ranked.first_new :].sum(dim=-1)
+        since = block.first_visible.clamp(min=ranked.first_new)
+        extra_keys = (block.positions - since + 1).clamp(min=0)
         most = most + extra_keys
     kept_count = ids.new_zeros((1, 1, 1))
     if sink or first_given is not None:
@@ -220,7 +220,9 @@ def _compose(
         kept_count = _kept_counts(kept, sink, first_given)
     left = (most - kept_count).clamp(min=0)
     if first_given is not None and len(first_given) > 1:
-        listed, attended = in_order_of_joining(ids, kept[0], sink, first_given, left, block.end)
+        listed, attended = in_order_of_joining(
+            ids, kept[0], sink, first_given, left, block.positions
+        )
         return _selection(method, ranked, log_total, ks, listed, attended, first_given, extra_keys)
     if sink or first_given is not None:
         again = ids < sink
@@ -235,8 +237,9 @@ def _compose(
         # Keys in the first u pages, u = 0, 1, ...
         in_page = (ids >= 0).view(*ids.shape[:-1], -1, size).sum(dim=-1)
         in_pages = torch.nn.functional.pad(in_page.cumsum(dim=-1), (1, 0))
-        affordable = [0] + [method.units(k) for k in range(1, int(budgets.max()) + 1)]
-        units = torch.tensor(affordable, device=ids.device)[left]
+        most_keys = _most_of(method, budgets, ks)
+        affordable = (0, *(method.units(k) for k in range(1, most_keys + 1)))
+        units = constant(affordable, ids.device)[left]
         left = keys_in_pages(in_pages, units)
     attended = kept_count + left
     if method.budget.by_estimate:
@@ -286,7 +289,7 @@ def _first_given(
     recents = [method.keep.at(k)[1] for k in ks]
     if not recents[-1] and ranked.first_new is None:
         return None
-    counts = block.positions.new_tensor(recents)
+    counts = constant(tuple(recents), block.positions.device)
     first = block.positions - counts[:, None] + 1
     if ranked.first_new is not None:
         first = first.clamp(max=ranked.first_new)
@@ -319,7 +322,7 @@ def _log_total(ranked: _Ranked, block: Block) -> Tensor:
     alike."""
     scores = ranked.scores
     if ranked.size > 1:
-        scores = scores + _keys_in_pages_of(block, ranked.size).log()
+        scores = scores + block.visible_in(ranked.size).log()
     return torch.logsumexp(scores, dim=-1, keepdim=True)
 
 

@@ -11,7 +11,7 @@ Ids = NDArray[np.int64]
 
 
 def in_order_of_joining(
-    ranked: Tensor, kept: Tensor, sink: int, first_given: Tensor, left: Tensor, end: int
+    ranked: Tensor, kept: Tensor, sink: int, first_given: Tensor, left: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Keys in the order in which growing budgets attend them.
 
@@ -20,31 +20,71 @@ def in_order_of_joining(
 
     Args:
         ranked: key ids (group, queries, any), best first, -1 where none is.
-        kept: what the largest budget keeps (queries, any): sinks, then the newest first.
+        kept: what the largest budget keeps (queries, any): sinks, then the newest first, the
+            query's own at place `sink`; -1 where one is gone.
         sink: keys below this position are kept by every budget.
-        first_given: the first of the newest keys that each budget keeps (budgets, queries).
+        first_given: the first of the newest keys that each budget keeps (budgets, queries), never
+            rising.
         left: keys that each budget has for others (budgets, group or 1, queries or 1).
-        end: keys there are.
+        positions: of the queries (queries,).
 
     Returns:
         The list (group, queries, listed), -1 at its end, and how many of its keys each budget
         attends (budgets, group, queries).
     """
+    if ranked.device.type != "cpu":
+        return joined_together(ranked, kept, sink, first_given, left, positions)
     group, queries, _ = ranked.shape
-    device, budgets = ranked.device, len(first_given)
-    attended = np.zeros((group, queries, budgets), np.int64)
+    attended = np.zeros((group, queries, len(first_given)), np.int64)
     ids = np.full((group, queries, ranked.shape[-1] + kept.shape[-1]), -1, np.int64)
     _join(
-        *(t.cpu().contiguous().numpy() for t in (ranked, kept)),
+        *(t.contiguous().numpy() for t in (ranked, kept)),
         sink,
-        first_given.T.cpu().contiguous().numpy(),
-        left.movedim(0, -1).cpu().contiguous().numpy(),
-        np.full(end, -1, np.int64),
+        first_given.T.contiguous().numpy(),
+        left.movedim(0, -1).contiguous().numpy(),
+        np.full(int(positions[-1]) + 1, -1, np.int64),
         ids,
         attended,
     )
-    reached = torch.from_numpy(attended).movedim(-1, 0)
-    return torch.from_numpy(ids).to(device), reached.to(device)
+    return torch.from_numpy(ids), torch.from_numpy(attended).movedim(-1, 0)
+
+
+def joined_together(
+    ranked: Tensor, kept: Tensor, sink: int, first_given: Tensor, left: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, of all queries together: every key is sorted by the budget that it joins at."""
+    group, queries, _ = ranked.shape
+    budgets, places = len(first_given), kept.shape[-1]
+    of_kept = _kept_from(kept[None], sink, first_given).expand(group, -1, -1)
+    # The place of a ranked key among those that are kept, if it is one of them.
+    place = torch.where(ranked < sink, ranked, sink + positions[:, None] - ranked)
+    place = place.masked_fill((ranked < 0) | (place >= places), places)
+    is_kept = torch.nn.functional.pad(kept, (0, 1), value=-1).expand(group, -1, -1)
+    is_kept = (ranked >= 0) & (is_kept.gather(-1, place) == ranked)
+    from_kept = _kept_from(ranked, sink, first_given).masked_fill(~is_kept, budgets)
+    from_ranked = torch.full_like(ranked, budgets)
+    for budget in reversed(range(budgets)):
+        other = (ranked >= 0) & (from_kept > budget)
+        before = other.cumsum(dim=-1, dtype=torch.int32) - other.to(torch.int32)
+        from_ranked[other & (before < left[budget, ..., None])] = budget
+    # A key that is in both joins where it comes first.
+    sooner = from_ranked < from_kept
+    taken = torch.full((group, queries, places + 1), False, device=ranked.device)
+    taken.scatter_(-1, place.masked_fill(~(sooner & is_kept), places), True)
+    of_kept = of_kept.masked_fill(taken[..., :places], budgets)
+    from_ranked = from_ranked.masked_fill(~sooner, budgets)
+    start = torch.cat([of_kept, from_ranked], dim=-1)
+    keys = torch.cat([kept.expand(group, -1, -1), ranked], dim=-1)
+    start, order = start.sort(dim=-1, stable=True)
+    listed = keys.gather(-1, order).masked_fill(start == budgets, -1)
+    at = torch.arange(budgets, device=ranked.device).repeat(group, queries, 1)
+    return listed, torch.searchsorted(start, at, right=True).movedim(-1, 0)
+
+
+def _kept_from(ids: Tensor, sink: int, first_given: Tensor) -> Tensor:
+    """The first budget that keeps each key (any, queries, any); the number of budgets if none."""
+    kept = (first_given[:, None, :, None] > ids).sum(dim=0)
+    return kept.masked_fill(ids < sink, 0).masked_fill(ids < 0, len(first_given))
 
 
 @compiled

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -93,7 +94,9 @@ class States:
         self._first = 0
         self._built = -1
         self._held = 0
-        self.cost = Cost()
+        self._cost = Cost()
+        self._on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        """When the GPU began and ended each building that is not counted yet."""
 
     def grow(self, unit: Unit) -> None:
         """Go on with the unit after it has grown by further positions, as in decoding."""
@@ -176,22 +179,21 @@ class States:
     def _advance(self, first: int, built: int, held: int) -> None:
         if (first, built, held) == (self._first, self._built, self._held):
             return
-        start = self._seconds()
-        if (first, built) != (self._first, self._built):
-            self._states = (None,) * len(self._units)
-            if first < built:
-                pasts = (self._past(unit, first, first, built) for unit in self._units)
-                self._states = tuple(map(self._build, pasts))
-                self.cost.builds += 1
-            self._first, self._built, self._held = first, built, built
-        if held > self._held:
-            self._states = tuple(
-                self._extend(state, self._past(unit, first, self._held, held))
-                for unit, state in zip(self._units, self._states, strict=True)
-            )
-            self._held = held
-        self.cost.seconds += self._seconds() - start
-        self.cost.state_bytes = max(self.cost.state_bytes, _nbytes(self._states[0], self._unit))
+        with self._timed():
+            if (first, built) != (self._first, self._built):
+                self._states = (None,) * len(self._units)
+                if first < built:
+                    pasts = (self._past(unit, first, first, built) for unit in self._units)
+                    self._states = tuple(map(self._build, pasts))
+                    self._cost.builds += 1
+                self._first, self._built, self._held = first, built, built
+            if held > self._held:
+                self._states = tuple(
+                    self._extend(state, self._past(unit, first, self._held, held))
+                    for unit, state in zip(self._units, self._states, strict=True)
+                )
+                self._held = held
+        self._cost.state_bytes = max(self._cost.state_bytes, _nbytes(self._states[0], self._unit))
 
     def _build(self, past: Past) -> Any:
         with calling("build()", lambda: last_of(past)):
@@ -220,10 +222,33 @@ class States:
             for what in seal.broken():
                 raise WrittenInto.tensor(what)
 
-    def _seconds(self) -> float:
+    @property
+    def cost(self) -> Cost:
+        """What building has taken so far. A GPU is waited for."""
+        for begin, end in self._on_gpu:
+            end.synchronize()
+            self._cost.seconds += begin.elapsed_time(end) / 1e3
+        self._on_gpu.clear()
+        return self._cost
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count what runs inside as building: on a GPU by its own events, so that it goes on."""
         if self._unit.keys.is_cuda:
-            torch.cuda.synchronize(self._unit.keys.device)
-        return time.perf_counter()
+            with torch.cuda.device(self._unit.keys.device):
+                begin, end = _event(), _event()
+                begin.record()
+                yield
+                end.record()
+            self._on_gpu.append((begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._cost.seconds += time.perf_counter() - start
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _state(state: Any, hook: str, past: Past) -> Any:

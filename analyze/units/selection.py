@@ -1,5 +1,6 @@
 """The keys that a method attends, as one ranked list per query, and what is allowed in it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,9 +85,57 @@ class Selection:
         return replace(self, **{n: some(getattr(self, n), axis) for n, axis in QUERY_AXES.items()})
 
     @property
+    def kind(self) -> tuple[Any, ...]:
+        """What is the same for all queries of a selection: those of one kind can be joined."""
+        absent = (self.first_given is None, self.estimates is None, self.output is None)
+        flags = (self.sink, self.true_denominator, self.attended_bytes, self.unread)
+        return (self.ks, *absent, *flags)
+
+    @property
     def anything_given(self) -> bool:
         """Whether any key did not have to be found."""
         return self.sink > 0 or self.first_given is not None
+
+
+def joined(parts: Sequence[Selection]) -> Selection:
+    """What is attended by consecutive queries, of which each part, all of one `kind`, has some."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = [part.ids.shape[1] for part in parts]
+    budgets, heads = len(parts[0].ks), max(part.attended.shape[1] for part in parts)
+    listed = max(part.ids.shape[-1] for part in parts)
+
+    def lists(tensors: Sequence[Tensor], nothing: float) -> Tensor:
+        """Lists of several lengths, one after the other."""
+        missing = [(0, listed - tensor.shape[-1]) for tensor in tensors]
+        pad = torch.nn.functional.pad
+        padded = [pad(t, m, value=nothing) for t, m in zip(tensors, missing, strict=True)]
+        return torch.cat(padded, dim=1)
+
+    def each(numbers: Sequence[Any], *shape: int) -> Tensor:
+        """Numbers (..., queries or 1) of all queries."""
+        device = parts[0].ids.device
+        tensors = [torch.as_tensor(number, device=device) for number in numbers]
+        wide = [t.expand(*shape, count) for t, count in zip(tensors, rows, strict=True)]
+        return torch.cat(wide, dim=-1)
+
+    return replace(
+        parts[0],
+        ids=lists([part.ids for part in parts], -1),
+        attended=each([part.attended for part in parts], budgets, heads),
+        first_given=_all_or_none(parts, "first_given", lambda found: each(found, budgets)),
+        extra_keys=each([part.extra_keys for part in parts]),
+        estimates=_all_or_none(parts, "estimates", lambda found: lists(found, 0.0)),
+        output=_all_or_none(parts, "output", lambda found: torch.cat(found, dim=2)),
+        aux_bytes=each([part.aux_bytes for part in parts]),
+    )
+
+
+def _all_or_none(
+    parts: Sequence[Selection], name: str, join: Callable[[list[Tensor]], Tensor]
+) -> Tensor | None:
+    """A tensor of all parts, where they have it."""
+    return None if getattr(parts[0], name) is None else join([getattr(p, name) for p in parts])
 
 
 def missing_last(ids: Int64[Tensor, "*lists listed"]) -> Int64[Tensor, "*lists listed"]:
@@ -100,8 +149,7 @@ def check_ids(ids: Int64[Tensor, "group queries any"], block: Block) -> None:
     Those are a future key, one outside the layer's window, and a key that comes twice.
     """
     positions = block.positions[:, None]
-    inside = ids.clamp(0, block.end - 1)
-    seen = block.visible.expand(len(ids), -1, -1).gather(-1, inside) & (ids == inside)
+    seen = block.sees(ids)
     if bool((~seen & (ids != -1)).any()):
         head, row, place = (~seen & (ids != -1)).nonzero()[0].tolist()
         key = int(ids[head, row, place])

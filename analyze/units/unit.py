@@ -333,15 +333,34 @@ class Block:
         """One past the last key that is visible to any of the queries."""
 
     @cached_property
+    def first_visible(self) -> Int64[Tensor, "queries"]:
+        """The first key that each query sees: it sees all from there to its own."""
+        return first_visible(self.positions, self.unit.group.rules)
+
+    @cached_property
     def visible(self) -> Bool[Tensor, "queries keys"]:
         """Which keys each query sees."""
-        keys = torch.arange(self.end, device=self.positions.device)
-        return visible(self.positions, keys, self.unit.group.rules)
+        return self.sees(torch.arange(self.end, device=self.positions.device).expand(1, -1))
+
+    def sees(self, ids: Int64[Tensor, "*lists any"]) -> Bool[Tensor, "*queries any"]:
+        """Whether each query sees each key of a list (group or 1, queries or 1, listed)."""
+        return (ids >= self.first_visible[:, None]) & (ids <= self.positions[:, None])
 
     @cached_property
     def visible_count(self) -> Int64[Tensor, "queries"]:
         """How many keys each query sees."""
-        return self.positions - first_visible(self.positions, self.unit.group.rules) + 1
+        return self.positions - self.first_visible + 1
+
+    def visible_in(
+        self, size: int, first: Tensor | None = None, last: Tensor | None = None
+    ) -> Int64[Tensor, "queries pages"]:
+        """How many visible keys each page of `size` keys holds; of those from a `first` to a `last`
+        one of each query's (queries,)."""
+        start = self.first_visible if first is None else torch.maximum(self.first_visible, first)
+        stop = self.positions if last is None else torch.minimum(self.positions, last)
+        pages = torch.arange(0, self.end, size, device=self.positions.device)
+        within = torch.minimum(stop[:, None] - pages + 1, pages.new_tensor(size))
+        return (within - (start[:, None] - pages).clamp(min=0)).clamp(min=0)
 
     @cached_property
     def scores(self) -> Float32[Tensor, "group queries keys"]:
@@ -380,8 +399,8 @@ class Block:
     def of(self, unit: Unit) -> "Block":
         """The queries at the same positions of another unit of the sequence."""
         other = Block(unit, self.rows)
-        if "visible" in self.__dict__ and unit.group.rules == self.unit.group.rules:
-            other.__dict__["visible"] = self.visible
+        if unit.group.rules == self.unit.group.rules:
+            other.__dict__["first_visible"] = self.first_visible
         return other
 
     def part(self, rows: slice) -> "Block":
@@ -389,6 +408,5 @@ class Block:
         start, stop, _ = rows.indices(len(self.positions))
         place = slice(self.rows.start + start, self.rows.start + stop)
         part = Block(self.unit, place, self._whole or self)
-        if "visible" in self.__dict__:
-            part.__dict__["visible"] = self.visible[rows, : part.end]
+        part.__dict__["first_visible"] = self.first_visible[rows]
         return part

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from retrace.analyze.metrics.measure import ExactBlock, log_sink_mass
+from retrace.analyze.units.constants import constant
 from retrace.analyze.units.selection import Selection
 
 
@@ -41,13 +41,13 @@ class Lists:
         block, ids = exact.block, selection.ids
         group, rows, _ = ids.shape
         device, given = ids.device, selection.first_given
-        estimates = selection.estimates
+        estimates, extra_keys = selection.estimates, selection.extra_keys
         return cls(
             ids if ids.stride(-1) == 1 else ids.contiguous(),
             selection.attended.expand(-1, group, rows),
-            torch.tensor(selection.ks, device=device),
-            torch.tensor(points, device=device),
-            torch.as_tensor(selection.extra_keys, device=device).reshape(-1),
+            constant(selection.ks, device),
+            constant(tuple(points), device),
+            extra_keys if isinstance(extra_keys, Tensor) else constant((extra_keys,), device),
             selection.sink,
             None if given is None else given.expand(len(selection.ks), -1),
             None if estimates is None else estimates.expand(ids.shape).contiguous(),

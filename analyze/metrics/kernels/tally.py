@@ -17,6 +17,7 @@ from retrace.analyze.metrics.measure import ExactBlock, Tallied, bytes_ratio, er
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import most_of
 from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED, BY_NAME
+from retrace.analyze.units.constants import constant
 from retrace.analyze.units.selection import Selection
 
 FRACTION = AT_ALL.index("exact_attention_fraction")
@@ -50,22 +51,26 @@ def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Ten
         else:
             union = attended
         at_points[BYTES_RATIO] = bytes_ratio(block, selection, union.sum(dim=1))
-        since = first.to(values.device)[plan.budget]
+        since = constant(tuple(first.tolist()), values.device)[plan.budget]
         summed, wrong = moments(values, block.positions, since, plan.limit)
         size = int(exact.buckets.max()) + 1
         by_bucket = bucketed(values, plan.told, block.positions, since, exact.own_buckets, size)
         errors = at_points[ERROR_NORM].reshape(-1, rows)
         bins = histogram(errors, block.positions, since[plan.errors])
+        found = [t.to("cpu", non_blocking=True) for t in (wrong, summed, by_bucket, bins)]
+        if values.is_cuda:  # which is waited for once
+            torch.cuda.current_stream().synchronize()
+    wrong, summed, by_bucket, bins = found
     place = int(wrong)
     if place != NONE:
         stream, row = divmod(place, rows)
         raise refused(plan.metric[stream], float(values[stream, row]), block, stream % group, row)
     # (3, metrics, budgets, group) and (axes, 3, buckets, points, `BUCKETED`, group)
-    parts = summed.T.cpu().numpy()
+    parts = summed.T.numpy()
     budgeted = parts[:, :split].reshape(3, len(AT_ALL), budgets, group)
     pointed = parts[:, split:].reshape(3, len(AT_POINTS), len(points), group)
-    told = by_bucket.permute(0, 3, 2, 1).cpu().numpy()
-    told = told.reshape(*told.shape[:3], len(points), len(BUCKETED), group)
+    apart = by_bucket.permute(0, 3, 2, 1).numpy()
+    apart = apart.reshape(*apart.shape[:3], len(points), len(BUCKETED), group)
     return Tallied(
         {
             metric: Moments(*budgeted[:, i])
@@ -73,8 +78,8 @@ def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Ten
             if i != CANDIDATE_RECALL or lists.anything_given
         },
         {metric: Moments(*pointed[:, i]) for i, metric in enumerate(AT_POINTS)},
-        {axis: Moments(*of_axis) for axis, of_axis in zip(AXES, told, strict=True)},
-        Histogram.of_bins(bins.view(len(points), group, -1).cpu().numpy()),
+        {axis: Moments(*of_axis) for axis, of_axis in zip(AXES, apart, strict=True)},
+        Histogram.of_bins(bins.view(len(points), group, -1).numpy()),
     )
 
 

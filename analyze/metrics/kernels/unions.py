@@ -8,7 +8,7 @@ from retrace.analyze.metrics.kernels.lists import Lists
 
 PLACES = 64
 """Places of two lists that are compared together."""
-WARPS = 4
+WARPS = 1
 
 
 def unions(lists: Lists, counts: Tensor) -> None:

@@ -9,11 +9,12 @@ from retrace.analyze.metrics.measure import ExactBlock
 from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS
 from retrace.analyze.units.kernels.tiles import width
 
-PLACES = 32
+PLACES = 16
 """Places of a list that a program looks at together."""
 RANKS = 64
 """Best keys that they are compared with together."""
-WARPS = 4
+WARPS = 1
+"""What a list needs is summed up within one: more of them would wait for each other."""
 
 
 def walk(
@@ -194,9 +195,9 @@ def _walk(
         start = tl.where(point > 0, start, 0)
         for first in range(start, stop, PLACES):
             here = first + tl.arange(0, PLACES)
-            key = tl.load(ids + here, mask=here < stop, other=-1)
+            key = tl.load(ids + here, mask=here < stop, other=-1).to(tl.int32)
             there = key >= 0
-            key_at = tl.maximum(key, 0)[:, None]
+            key_at = tl.maximum(key, 0).to(tl.int64)[:, None]
             key_row = tl.load(
                 keys + key_at * KEY_DIM + channel[None, :],
                 mask=there[:, None] & has_channel[None, :],
@@ -210,7 +211,7 @@ def _walk(
             rank = tl.full([PLACES], 2147483647, tl.int32)
             for first_rank in range(0, ranks, RANKS):
                 which = first_rank + tl.arange(0, RANKS)
-                one = tl.load(best + which, mask=which < ranks, other=-2)
+                one = tl.load(best + which, mask=which < ranks, other=-2).to(tl.int32)
                 same = key[:, None] == one[None, :]
                 rank = tl.minimum(rank, tl.min(tl.where(same, which[None, :], 2147483647), 1))
             rank = tl.where(there, rank, 2147483647)

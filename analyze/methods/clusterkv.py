@@ -1,5 +1,6 @@
 """ClusterKV: whole clusters of keys that point the same way."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from retrace.analyze.methods.base import KEEP, ScoreMethod
 from retrace.analyze.methods.options.keep import Keep
-from retrace.analyze.methods.toolkit.kmeans import kmeans, most_alike
+from retrace.analyze.methods.toolkit.kmeans import by_direction, kmeans_of_each, most_alike
 from retrace.analyze.units.past import Past
 from retrace.analyze.units.unit import HeadGroup
 
@@ -33,11 +34,17 @@ class ClusterKV(ScoreMethod):
 
     def build(self, past: Past) -> Any:
         """Centroids (clusters, channels) and each key's cluster (keys,)."""
-        first = self.keep.sink if past.end > self.keep.sink else 0
-        keys = past.keys[max(first, min(past.hidden, past.end - 1)) :]
-        count = max(1, len(keys) // self.size)
-        centroids, _ = kmeans(keys, count, self.iterations, most_alike)
-        return centroids, most_alike(past.keys, centroids)
+        return self.build_each([past])[0]
+
+    def build_each(self, pasts: Sequence[Past]) -> Sequence[Any]:
+        """The states of several pasts."""
+        keys = [self._clustered(past) for past in pasts]
+        counts = [max(1, len(own) // self.size) for own in keys]
+        found = kmeans_of_each(keys, counts, self.iterations, by_direction)
+        return [
+            (centroids, most_alike(past.keys, centroids))
+            for past, (centroids, _) in zip(pasts, found, strict=True)
+        ]
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """q.c of each key's cluster."""
@@ -48,3 +55,9 @@ class ClusterKV(ScoreMethod):
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """The centroids."""
         return float(len(state[0]) * group.key_bytes)
+
+    def _clustered(self, past: Past) -> Tensor:
+        """The keys that clusters are made of (keys, channels): without sinks, unless there are no
+        others, and without those that no later query sees."""
+        first = self.keep.sink if past.end > self.keep.sink else 0
+        return past.keys[max(first, min(past.hidden, past.end - 1)) :]

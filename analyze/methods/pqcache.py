@@ -1,14 +1,16 @@
 """PQCache: keys by product quantisation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from retrace.analyze.methods.base import KEEP, POOL, ScoreMethod
 from retrace.analyze.methods.options.keep import Keep
-from retrace.analyze.methods.toolkit.kmeans import kmeans, nearest
+from retrace.analyze.methods.toolkit.kmeans import kmeans_of_each, nearest
 from retrace.analyze.units.past import Past
 from retrace.analyze.units.unit import HeadGroup
 
@@ -39,29 +41,42 @@ class PQCache(ScoreMethod):
     )
 
     def build(self, past: Past) -> Any:
-        """Of each part the centroids (centroids, its channels) and every key's code (keys,)."""
-        parts = past.keys.tensor_split(self.parts, dim=-1)
-        return [kmeans(part, 2**self.bits, self.iterations) for part in parts]
+        """The centroids of every part (parts, centroids, its channels), and every key's codes
+        (parts, keys)."""
+        return self.build_each([past])[0]
+
+    def build_each(self, pasts: Sequence[Past]) -> Sequence[Any]:
+        """The states of several pasts."""
+        keys = [self._parts(past.keys) for past in pasts]
+        return kmeans_of_each(keys, [2**self.bits] * len(keys), self.iterations)
 
     def extend(self, state: Any, new: Past) -> Any:
         """Encode the new keys."""
-        parts = new.keys.tensor_split(self.parts, dim=-1)
-        return [
-            (centroids, torch.cat([codes, nearest(part, centroids)]))
-            for part, (centroids, codes) in zip(parts, state, strict=True)
-        ]
+        centroids, codes = state
+        return centroids, torch.cat([codes, nearest(self._parts(new.keys), centroids)], dim=-1)
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """The sum over parts of the query's product with the key's centroid."""
+        centroids, codes = state
         end = int(positions[-1]) + 1
-        scores = torch.zeros(*queries.shape[:2], end, device=queries.device)
-        parts = queries.tensor_split(self.parts, dim=-1)
-        for part, (centroids, codes) in zip(parts, state, strict=True):
-            scores += (part @ centroids.T)[..., codes[:end]]
-        return scores
+        products = self._parts(queries.flatten(0, 1)) @ centroids.mT
+        by_part = (of[:, own[:end]] for of, own in zip(products, codes, strict=True))
+        scores: Tensor = next(by_part)
+        for part in by_part:
+            scores += part
+        return scores.view(*queries.shape[:2], end)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """Every key's codes, and the centroids."""
-        centroids = sum(len(part) * part.shape[1] for part, _ in state) * group.itemsize
-        read: Tensor = keys * self.parts * self.bits / 8 + centroids
+        centroids = state[0].shape[1] * group.key_bytes
+        read: Tensor = keys * (self.parts * self.bits / 8) + centroids
         return read
+
+    def _parts(self, vectors: Tensor) -> Tensor:
+        """The parts of vectors (vectors, channels), as `torch.tensor_split` cuts them, with a zero
+        where one is shorter than the others: (parts, vectors, channels of a part)."""
+        parts = vectors.tensor_split(self.parts, dim=-1)
+        widest = parts[0].shape[-1]
+        if parts[-1].shape[-1] < widest:
+            parts = tuple(pad(part, (0, widest - part.shape[-1])) for part in parts)
+        return torch.stack(parts)

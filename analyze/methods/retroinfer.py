@@ -1,13 +1,20 @@
 """RetroInfer: the nearest clusters exactly, further ones by their mean."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.methods.toolkit.kmeans import totals
+from retrace.analyze.methods.toolkit.kmeans import (
+    by_direction,
+    kmeans_of_each,
+    most_alike,
+    totals,
+)
 from retrace.analyze.methods.toolkit.partial_attention import (
     attended_ids,
     merged,
@@ -66,28 +73,17 @@ class RetroInfer(AttendMethod):
 
     def build(self, past: Past) -> Any:
         """Clusters of the keys between sinks and recent ones."""
-        first = min(max(self.sink, past.hidden), past.end)
-        last = max(past.end - self.recent, 0)
-        keys, values = past.keys[first:last], past.values[first:last]
-        labels = self._labels(keys)
-        # Clusters that have lost all their keys are left out.
-        every = torch.bincount(labels)
-        labels = ((every > 0).cumsum(dim=0) - 1)[labels]
-        sizes = every[every > 0]
-        means = [totals(part, labels, len(sizes)) / sizes[:, None] for part in (keys, values)]
-        places = torch.arange(first, first + len(labels), device=labels.device)
-        oldest = places.new_full((len(sizes),), past.end).scatter_reduce_(0, labels, places, "amin")
-        newest = torch.zeros_like(oldest).scatter_reduce_(0, labels, places, "amax")
-        return Clusters(
-            past=past,
-            centroids=means[0],
-            values=means[1],
-            sizes=sizes,
-            oldest=oldest,
-            newest=newest,
-            labels=labels,
-            first=first,
-        )
+        return self.build_each([past])[0]
+
+    def build_each(self, pasts: Sequence[Past]) -> Sequence[Any]:
+        """The states of several pasts."""
+        firsts = [min(max(self.sink, past.hidden), past.end) for past in pasts]
+        lasts = [max(past.end - self.recent, 0) for past in pasts]
+        keys = [past.keys[a:b] for past, a, b in zip(pasts, firsts, lasts, strict=True)]
+        centred = [own - own.mean(dim=0) for own in keys]
+        directions = self._directions(centred)
+        labels = [*map(most_alike, centred, directions)]
+        return [*map(self._clusters, pasts, firsts, keys, labels, map(len, directions))]
 
     def extend(self, state: Any, new: Past) -> Any:
         """Later keys are not clustered."""
@@ -97,28 +93,32 @@ class RetroInfer(AttendMethod):
         self, state: Clusters, queries: Tensor, positions: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
         """Attention over exact keys and estimated clusters, and the exact keys."""
-        logits = visible_logits(state.past, queries, positions)
-        rules, clusters = state.past.group.rules, len(state.sizes)
+        past, rules = state.past, state.past.group.rules
+        logits = visible_logits(past, queries, positions)
+        end, last = logits.shape[-1], state.first + len(state.labels)
         estimates = queries @ state.centroids.T
-        oldest_seen = first_visible(positions, rules)[:, None]
-        retrieved, estimated, rank = self._choose(state, estimates, state.newest >= oldest_seen, k)
-        exact = torch.ones(len(positions), logits.shape[-1], dtype=torch.bool, device=logits.device)
-        clustered = slice(state.first, state.first + len(state.labels))
-        exact[:, clustered] = retrieved[:, state.labels]
-        # Of a cluster that reaches out of a window it is not known how much is seen.
-        estimated &= state.oldest >= oldest_seen
-        cluster_logits = softcap(estimates, rules) + state.sizes.log()
-        attended = logits.masked_fill(~exact, -torch.inf)
-        parts = [part(attended, state.past.values[: logits.shape[-1]])]
-        if clusters:
-            hidden = cluster_logits.masked_fill(~estimated, -torch.inf)
-            parts.append(part(hidden, state.values))
-        kept = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        kept[clustered] = False
-        merit = torch.zeros(exact.shape, device=logits.device)
-        merit[:, clustered] = -rank[:, state.labels].float()
-        ids = attended_ids(~attended.isneginf(), merit, kept, state.first)
-        return merged(parts, state.past.unit.sinks), ids
+        seen = whole = None
+        if rules.window is not None or rules.chunk is not None:
+            oldest_seen = first_visible(positions, rules)[:, None]
+            seen = state.newest >= oldest_seen
+            # Of a cluster that reaches out of a window it is not known how much is seen.
+            whole = state.oldest >= oldest_seen
+        rank, retrieved = self._rank(state, estimates, seen, k)
+        left_out = (rank < retrieved) | (rank >= retrieved + self._estimated(len(state.sizes)))
+        left_out = left_out if whole is None else left_out | ~whole
+        of_clusters = softcap(estimates, rules) + state.sizes.log()
+        of_clusters = of_clusters.masked_fill(left_out, -torch.inf)
+        ranks = rank[:, state.labels]
+        logits[..., state.first : last].masked_fill_(ranks >= retrieved, -torch.inf)
+        together = torch.cat([logits, of_clusters], dim=-1)
+        values = torch.cat([past.values[:end], state.values])
+        kept = torch.ones(end, dtype=torch.bool, device=logits.device)
+        kept[state.first : last] = False
+        # All heads attend the same keys.
+        attended = ~logits[:1].isneginf()
+        ids = attended_ids(attended, pad(-ranks, (state.first, end - last)), kept, state.first)
+        output = merged([part(together, values)], past.unit.sinks)
+        return output, ids.expand(len(queries), -1, -1)
 
     def aux_bytes(self, state: Clusters, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """The centroids, and of those estimated the mean value and the size."""
@@ -126,41 +126,58 @@ class RetroInfer(AttendMethod):
         known = group.value_bytes + group.itemsize
         return float(clusters * group.key_bytes + self._estimated(clusters) * known)
 
-    def _choose(
-        self, state: Clusters, estimates: Tensor, seen: Tensor, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Which clusters are retrieved, and which are estimated, of those that have a key that is
-        seen: bool (queries, clusters), as all of these are; and the rank of each."""
-        estimates = estimates.masked_fill(~seen, -torch.inf)
-        together = estimates.softmax(dim=-1).nan_to_num(0.0).sum(dim=0).masked_fill(~seen, -1.0)
+    def _rank(
+        self, state: Clusters, estimates: Tensor, seen: Tensor | None, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """The rank of each cluster (queries, clusters), and how many of the first are retrieved
+        (queries, 1); clusters without a key that is `seen` (queries, clusters) are the last."""
+        if seen is None:
+            together = estimates.softmax(dim=-1).sum(dim=0)
+        else:
+            shares = estimates.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+            together = shares.nan_to_num(0.0).sum(dim=0).masked_fill(~seen, -1.0)
         order = together.argsort(dim=-1, descending=True, stable=True)
         held = state.sizes[order].cumsum(dim=-1) <= k
-        held[:, :1] = True  # of the nearest cluster, however large
-        count = held.sum(dim=-1, keepdim=True)
-        rank = order.argsort(dim=-1)
-        retrieved = rank < count
-        return retrieved, ~retrieved & (rank < count + self._estimated(len(state.sizes))), rank
+        places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(-1, order, places)
+        # At least the nearest cluster, however large.
+        return rank, held.sum(dim=-1, keepdim=True).clamp(min=1)
 
     def _estimated(self, clusters: int) -> int:
         return round(self.estimate * clusters)
 
-    def _labels(self, keys: Tensor) -> Tensor:
-        """The cluster of each key (keys,)."""
-        if not len(keys):
-            return torch.zeros(0, dtype=torch.int64, device=keys.device)
-        centred = keys - keys.mean(dim=0)
-        centroids = [self._directions(part) for part in torch.split(centred, self.segment)]
-        return (centred @ torch.cat(centroids).T).argmax(dim=-1)
+    def _directions(self, keys: Sequence[Tensor]) -> list[Tensor]:
+        """Vectors (clusters, channels) in the directions that several lots of keys gather around,
+        segment by segment; one at least."""
+        segments = [torch.split(own, self.segment)[: len(own)] for own in keys]
+        every = [segment for own in segments for segment in own]
+        counts = [max(1, len(segment) // self.size) for segment in every]
+        found = iter(kmeans_of_each(every, counts, self.iterations - 1, by_direction))
+        return [
+            torch.cat([next(found)[0] for _ in some] or [own.new_zeros(1, own.shape[1])])
+            for own, some in zip(keys, segments, strict=True)
+        ]
 
-    def _directions(self, keys: Tensor) -> Tensor:
-        """Unit vectors (clusters, channels) that the keys of a segment gather around."""
-        count = max(1, len(keys) // self.size)
-        spaced = torch.arange(count, device=keys.device) * len(keys) // count
-        centroids = torch.nn.functional.normalize(keys[spaced], dim=-1)
-        for _ in range(self.iterations - 1):
-            labels = (keys @ centroids.T).argmax(dim=-1)
-            sums = totals(keys, labels, count)
-            moved = torch.nn.functional.normalize(sums, dim=-1)
-            empty = torch.bincount(labels, minlength=count) == 0
-            centroids = torch.where(empty[:, None], centroids, moved)
-        return centroids
+    @staticmethod
+    def _clusters(past: Past, first: int, keys: Tensor, labels: Tensor, most: int) -> Clusters:
+        """What is known of those clusters of some keys, the first at position `first`, that have
+        any."""
+        values = past.values[first : first + len(keys)]
+        sums, sizes = totals(torch.cat([keys, values], dim=-1), labels, most)
+        left = sizes.nonzero().squeeze(-1)
+        labels = ((sizes > 0).cumsum(dim=0) - 1)[labels]
+        sizes = sizes[left]
+        means = sums[left] / sizes[:, None]
+        places = torch.arange(first, first + len(labels), device=labels.device)
+        oldest = places.new_full((len(sizes),), past.end).scatter_reduce_(0, labels, places, "amin")
+        newest = torch.zeros_like(oldest).scatter_reduce_(0, labels, places, "amax")
+        return Clusters(
+            past=past,
+            centroids=means[:, : keys.shape[1]].contiguous(),
+            values=means[:, keys.shape[1] :].contiguous(),
+            sizes=sizes,
+            oldest=oldest,
+            newest=newest,
+            labels=labels,
+            first=first,
+        )

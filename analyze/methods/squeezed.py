@@ -1,13 +1,15 @@
 """Squeezed Attention: clusters whose share of attention passes a threshold that heads share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.methods.toolkit.kmeans import kmeans, totals
+from retrace.analyze.methods.toolkit.kmeans import kmeans_of_each, totals
 from retrace.analyze.methods.toolkit.partial_attention import (
     attended_ids,
     merged,
@@ -28,6 +30,8 @@ class Clusters:
     """With later keys, which are not clustered."""
     centroids: Tensor
     """(clusters, channels): mean key"""
+    sizes: Tensor
+    """(clusters,): keys of each"""
     labels: Tensor
     """(clustered,): the cluster of each clustered key"""
     first: int
@@ -35,13 +39,16 @@ class Clusters:
 
     def shares(self, queries: Tensor, positions: Tensor) -> Tensor:
         """The estimated share of attention of each clustered key (group, queries, clustered), for
-        scaled queries (group, queries, channels): exp(q.c) of its centroid c over the sum of that
-        for all that the query sees; 0 where it does not see the key."""
+        scaled queries (group, queries, channels) of positions after all of them: exp(q.c) of its
+        centroid c over the sum of that for all that the query sees; 0 where it does not see the
+        key."""
         rules = self.past.group.rules
-        keys = self.first + torch.arange(len(self.labels), device=positions.device)
-        estimates = softcap(queries @ self.centroids.T, rules)[..., self.labels]
-        estimates = estimates.masked_fill(~visible(positions, keys, rules), -torch.inf)
-        return estimates.softmax(dim=-1).nan_to_num(0.0)
+        estimates = softcap(queries @ self.centroids.T, rules)
+        if rules.window is None and rules.chunk is None:
+            # The keys of a cluster have the same share.
+            together = (estimates + self.sizes.log()).softmax(dim=-1)
+            return (together / self.sizes)[..., self.labels]
+        return _among_seen(estimates[..., self.labels], self.past, self.first, positions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +90,20 @@ class Squeezed(AttendMethod):
     def build(self, past: Past) -> Any:
         """The clusters, and the mean shares of the keys of every head of the layer together
         (layer's heads x clustered,), descending."""
-        heads = past.heads if not self.threshold else (past,)
-        clustered = [self._clusters(head) for head in heads]
-        last = slice(-self.observed, None)
-        means = [own.shares(*own.past.asked(last)).mean(dim=1) for own in clustered]
-        own = clustered[past.group.kv_head if len(heads) > 1 else 0]
-        ranked = torch.cat(means).flatten().sort(descending=True).values
-        return replace(own, past=past), ranked
+        return self.build_each([past])[0]
+
+    def build_each(self, pasts: Sequence[Past]) -> Sequence[Any]:
+        """The states of several pasts."""
+        heads = [past.heads if not self.threshold else (past,) for past in pasts]
+        keys = [
+            torch.stack([head.keys[past.hidden : max(0, past.end - self.observed)] for head in own])
+            for past, own in zip(pasts, heads, strict=True)
+        ]
+        counts = [max(1, round(self.clusters * own.shape[1])) for own in keys]
+        directions = [normalize(own, dim=-1) for own in keys]
+        found = kmeans_of_each(directions, counts, self.iterations)
+        labels = [of_each for _, of_each in found]
+        return [*map(self._state, pasts, heads, keys, labels, counts)]
 
     def extend(self, state: Any, new: Past) -> Any:
         """Later keys are not clustered."""
@@ -103,35 +117,58 @@ class Squeezed(AttendMethod):
         clustered, and those keys."""
         own, ranked = state
         logits = visible_logits(own.past, queries, positions)
+        end, last = logits.shape[-1], own.first + len(own.labels)
         shares = own.shares(queries, positions)
         below = shares <= self._threshold(own, ranked, k)
-        clustered = slice(own.first, own.first + len(own.labels))
-        logits[..., clustered].masked_fill_(below, -torch.inf)
-        output = merged([part(logits, own.past.values[: logits.shape[-1]])], own.past.unit.sinks)
-        kept = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        kept[clustered] = False
-        merit = torch.zeros_like(logits)
-        merit[..., clustered] = shares
+        logits[..., own.first : last].masked_fill_(below, -torch.inf)
+        output = merged([part(logits, own.past.values[:end])], own.past.unit.sinks)
+        kept = torch.ones(end, dtype=torch.bool, device=logits.device)
+        kept[own.first : last] = False
+        merit = pad(shares, (own.first, end - last))
         return output, attended_ids(~logits.isneginf(), merit, kept)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """The centroids and their sizes."""
         return float(len(state[0].centroids) * (group.key_bytes + group.itemsize))
 
-    def _threshold(self, own: Clusters, ranked: Tensor, k: int) -> float:
+    def _threshold(self, own: Clusters, ranked: Tensor, k: int) -> Tensor | float:
         """What a key's share must be above."""
         if self.threshold:
             return self.threshold
         heads = len(ranked) // max(1, len(own.labels))
-        return float(ranked[heads * k]) if heads * k < len(ranked) else -1.0
+        return ranked[heads * k] if heads * k < len(ranked) else -1.0
 
-    def _clusters(self, past: Past) -> Clusters:
-        keys = past.keys[past.hidden : max(0, past.end - self.observed)]
-        labels = torch.zeros(0, dtype=torch.int64, device=keys.device)
-        count = max(1, round(self.clusters * len(keys)))
-        if len(keys):
-            directions = torch.nn.functional.normalize(keys, dim=-1)
-            labels = kmeans(directions, count, self.iterations)[1]
-        sizes = torch.bincount(labels, minlength=count).clamp(min=1)
-        centroids = totals(keys, labels, count) / sizes[:, None]
-        return Clusters(past=past, centroids=centroids, labels=labels, first=past.hidden)
+    def _state(
+        self, past: Past, heads: Sequence[Past], keys: Tensor, labels: Tensor, count: int
+    ) -> tuple[Clusters, Tensor]:
+        """The state by the clusters, labels (heads, clustered), of the keys (heads, clustered,
+        channels) of some heads of the layer."""
+        sums, sizes = totals(keys, labels, count)
+        centroids = sums / sizes.clamp(min=1)[..., None]
+        positions = past.asked(slice(-self.observed, None))[1]
+        rows = torch.searchsorted(past.unit.positions, positions)
+        rules = past.group.rules
+        queries = torch.stack([head.unit.queries[:, rows] for head in heads]) * rules.scale
+        means = []
+        for of_clusters, of_keys, asked in zip(centroids, labels, queries, strict=True):
+            estimates = softcap(asked @ of_clusters.T, rules)[..., of_keys]
+            means.append(_among_seen(estimates, past, past.hidden, positions).mean(dim=1))
+        ranked = torch.stack(means).flatten().sort(descending=True).values
+        at = past.group.kv_head if len(heads) > 1 else 0
+        # Copies, since a view would hold on to all heads.
+        own = Clusters(
+            past=past,
+            centroids=centroids[at].clone(),
+            sizes=sizes[at].clone(),
+            labels=labels[at].clone(),
+            first=past.hidden,
+        )
+        return own, ranked
+
+
+def _among_seen(estimates: Tensor, past: Past, first: int, positions: Tensor) -> Tensor:
+    """Shares of attention (group, queries, clustered) by estimated logits of that shape, of keys
+    from the first on, among those of them that queries at positions (queries,) see."""
+    keys = first + torch.arange(estimates.shape[-1], device=positions.device)
+    seen = visible(positions, keys, past.group.rules)
+    return estimates.masked_fill(~seen, -torch.inf).softmax(dim=-1).nan_to_num(0.0)

@@ -9,7 +9,14 @@ import torch
 from retrace.analyze import Past
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.methods.specs import parse_spec
-from retrace.analyze.methods.toolkit.kmeans import kmeans, nearest
+from retrace.analyze.methods.toolkit.kmeans import (
+    Compare,
+    by_direction,
+    by_distance,
+    in_common_steps,
+    kmeans,
+    nearest,
+)
 from retrace.analyze.units.unit import Unit, load_units
 from retrace.traces import LayerRules, Trace
 
@@ -50,6 +57,29 @@ def test_more_clusters_than_vectors() -> None:
     assert nearest(vectors[1:2], centroids).tolist() == [1]
 
 
+@pytest.mark.parametrize("compare", [by_distance, by_direction])
+@pytest.mark.parametrize("front", [(), (3,)])
+def test_sets_in_common_steps_have_the_clusters_of_their_own(
+    compare: Compare, front: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    lengths, counts = (5, 40, 64, 7), (5, 6, 30, 1)
+    sets = [torch.randn(*front, length, 8, generator=generator) for length in lengths]
+    found = in_common_steps(sets, counts, 10, compare)
+    for own, count, (centroids, labels) in zip(sets, counts, found, strict=True):
+        wanted = kmeans(own, count, 10, compare)
+        torch.testing.assert_close(centroids, wanted[0])
+        assert torch.equal(labels, wanted[1])
+
+
+def test_every_index_in_front_is_clustered_by_itself() -> None:
+    vectors = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(4))
+    for own, centroids, labels in zip(vectors, *kmeans(vectors, 6, 10), strict=True):
+        wanted = kmeans(own, 6, 10)
+        torch.testing.assert_close(centroids, wanted[0])
+        assert torch.equal(labels, wanted[1])
+
+
 def test_clusterkv_scores_a_key_as_its_cluster(unit: Unit) -> None:
     method = parse_spec("clusterkv:size=6").method
     assert isinstance(method, ScoreMethod)
@@ -86,10 +116,10 @@ def test_pqcache_with_a_code_for_every_key_is_exact(unit: Unit) -> None:
 
 def test_pqcache_encodes_later_keys_with_the_centroids_there_are(unit: Unit) -> None:
     method = parse_spec("pqcache:parts=2,bits=2").method
-    state = method.build(Past(unit, 0, 40))
-    longer = method.extend(state, Past(unit, 40, 60))
+    before, codes = method.build(Past(unit, 0, 40))
+    after, all_codes = method.extend((before, codes), Past(unit, 40, 60))
+    assert torch.equal(before, after)
+    assert torch.equal(all_codes[:, :40], codes)
     parts = unit.keys[40:].tensor_split(2, dim=-1)
-    for part, (before, codes), (after, all_codes) in zip(parts, state, longer, strict=True):
-        assert torch.equal(before, after)
-        assert torch.equal(all_codes[:40], codes)
-        assert torch.equal(all_codes[40:], torch.cdist(part, before).argmin(dim=-1))
+    for part, centroids, own in zip(parts, before, all_codes[:, 40:], strict=True):
+        assert torch.equal(own, torch.cdist(part, centroids).argmin(dim=-1))

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from retrace.analyze.units.unit import scores_at_once
+TOGETHER = 1 << 25
+"""Products of vectors and centroids that a GPU takes in common steps: so many take it longer than
+asking for the steps does, and sets that follow each other are then about as large."""
 
 Compare = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """What vectors are compared with, of centroids (..., clusters, channels): a vector joins the
@@ -84,11 +86,12 @@ def kmeans_of_each(
     On a GPU many sets take the steps of one: a step is over sooner than the next one is asked for.
     """
     counts = [min(count, own.shape[-2]) for own, count in zip(sets, counts, strict=True)]
-    if len(sets) < 2 or not sets[0].is_cuda:
+    if not sets or not sets[0].is_cuda:
         return [kmeans(own, n, iterations, compare) for own, n in zip(sets, counts, strict=True)]
     found: list[tuple[Tensor, Tensor]] = []
     while len(found) < len(sets):
-        some = slice(len(found), len(found) + _held_at_once(sets[len(found) :], max(counts)))
+        rest = slice(len(found), None)
+        some = slice(len(found), len(found) + _taken_together(sets[rest], counts[rest]))
         found += in_common_steps(sets[some], counts[some], iterations, compare)
     return found
 
@@ -101,6 +104,8 @@ def in_common_steps(
     Sets are filled up to the size of the largest, with vectors that belong to no cluster and with
     clusters that no vector joins.
     """
+    if len(sets) == 1 or not max(counts):
+        return [kmeans(own, n, iterations, compare) for own, n in zip(sets, counts, strict=True)]
     lengths = [own.shape[-2] for own in sets]
     most, clusters, device = max(lengths), max(counts), sets[0].device
     vectors = torch.stack([pad(s, (0, 0, 0, most - n)) for s, n in zip(sets, lengths, strict=True)])
@@ -126,12 +131,12 @@ def in_common_steps(
     ]
 
 
-def _held_at_once(sets: Sequence[Tensor], clusters: int) -> int:
-    """How many of the first sets a GPU clusters at once, filled up to the size of the largest."""
-    at_once, longest = scores_at_once(sets[0].device), 0
-    for i, own in enumerate(sets):
-        longest = max(longest, own[..., 0].numel())
-        if i and (i + 1) * longest * max(clusters, own.shape[-1]) > at_once:
+def _taken_together(sets: Sequence[Tensor], counts: Sequence[int]) -> int:
+    """How many of the first sets take common steps, filled up to the size of the largest."""
+    longest = most = 0
+    for i, (own, count) in enumerate(zip(sets, counts, strict=True)):
+        longest, most = max(longest, own[..., 0].numel()), max(most, count)
+        if i and (i + 1) * longest * most > TOGETHER:
             return i
     return len(sets)
 

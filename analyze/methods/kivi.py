@@ -6,14 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from retrace.analyze.exact.top_k import top
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.methods.toolkit.partial_attention import (
-    best_only,
-    merged,
-    part,
-    visible_logits,
-)
 from retrace.analyze.methods.toolkit.quantisation import rounded_in_groups
+from retrace.analyze.units.attention import log_normalizer, softcap, visible
 from retrace.analyze.units.past import Past
 from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import RetraceError
@@ -55,20 +51,23 @@ class KIVI(AttendMethod):
     ) -> tuple[Tensor, Tensor]:
         """Attention over the best k, each token in few bits or in full as the query finds it."""
         past, keys, values = state
-        every = torch.arange(int(positions[-1]) + 1, device=positions.device)
-        since = positions[:, None] - every
-        rounded = every < (positions - positions % self.residual)[:, None]
-        logits = torch.where(
-            rounded,
-            visible_logits(past, queries, positions, keys),
-            visible_logits(past, queries, positions),
-        )
-        logits, ids = best_only(logits, k)
-        parts = [
-            part(logits.masked_fill(since <= self.residual, -torch.inf), values[: len(every)]),
-            part(logits.masked_fill(since > self.residual, -torch.inf), past.values[: len(every)]),
-        ]
-        return merged(parts, past.unit.sinks), ids
+        rules, end = past.group.rules, int(positions[-1]) + 1
+        logits = softcap(queries @ keys[:end].T, rules)
+        # Before this none is held in full.
+        first = int(positions[0]) // self.residual * self.residual
+        every = torch.arange(end, device=positions.device)
+        full = every[first:] >= (positions - positions % self.residual)[:, None]
+        exact = softcap(queries @ past.keys[first:end].T, rules)
+        logits[..., first:] = torch.where(full, exact, logits[..., first:])
+        best, ids = top(logits.masked_fill_(~visible(positions, every, rules), -torch.inf), k)
+        weights = torch.exp(best - log_normalizer(best, past.unit.sinks)[..., None])
+        newest = positions[:, None] - ids <= self.residual
+        places = ids.clamp(min=0)
+        output = torch.zeros((), device=logits.device)
+        for some, own in ((newest, past.values), (~newest, values)):
+            placed = logits.zero_().scatter_add_(-1, places, weights.masked_fill(~some, 0.0))
+            output = output + placed @ own[:end]
+        return output, ids
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """All keys, and the values that are held in full, whichever are attended: the newest tokens

@@ -1,6 +1,10 @@
 """RetrievalAttention: a graph of keys that is linked by past queries."""
 
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,14 +54,26 @@ class RetrievalAttention(SearchMethod):
     def build(self, past: Past) -> Any:
         """The sinks, the other keys (keys, channels), the links of each for every head, the key
         that searches begin at, which is the one nearest to the mean, and what they cost."""
-        keys = rows(past.keys[self.sink :])
-        entry = int(((keys - keys.mean(axis=0)) ** 2).sum(axis=-1).argmin()) if len(keys) else 0
-        heads = [self._empty(len(keys)) for _ in range(past.group.rules.group)]
-        for near, links in zip(self._nearest(past), heads, strict=True) if len(keys) else ():
+        return self.build_each([past])[0]
+
+    def build_each(self, pasts: Sequence[Past]) -> Sequence[Any]:
+        """The states of several pasts."""
+        states = [self._unlinked(past) for past in pasts]
+
+        def link(at: int, head: int, near: graphs.Ids) -> None:
+            keys, links = states[at]["keys"], states[at]["links"][head]
             graphs.project(keys, near, links[:, : self.links])
-            graphs.connect(keys, links, 0, entry, self.ef_construction, links[:, self.links :])
-        sinks = past.keys[: self.sink]
-        return {"sinks": sinks, "keys": keys, "links": heads, "entry": entry, "cost": None}
+            self._connect(links, keys, 0, states[at]["entry"])
+
+        _on_cores(
+            [
+                partial(link, at, head, near)
+                for at, past in enumerate(pasts)
+                for head, near in enumerate(self._nearest(past) if len(states[at]["keys"]) else ())
+            ],
+            pasts[0].keys.device,
+        )
+        return states
 
     def extend(self, state: Any, new: Past) -> Any:
         """Link the keys to those that a search for each finds, in order."""
@@ -66,9 +82,11 @@ class RetrievalAttention(SearchMethod):
         added = rows(new.keys[max(0, missing) :])
         keys, first = np.concatenate([state["keys"], added]), len(state["keys"])
         heads = [np.concatenate([links, self._empty(len(added))]) for links in state["links"]]
-        for links in heads if len(added) else []:
-            own = links[:, self.links :]
-            graphs.connect(keys, links, first, state["entry"], self.ef_construction, own)
+        if len(added):
+            _on_cores(
+                [partial(self._connect, links, keys, first, state["entry"]) for links in heads],
+                new.keys.device,
+            )
         return {**state, "sinks": sinks, "keys": keys, "links": heads}
 
     def search(self, state: Any, queries: Tensor, k: int) -> Tensor:
@@ -78,16 +96,15 @@ class RetrievalAttention(SearchMethod):
         ids = np.full((group, count, width), -1, np.int32)
         scores = np.full((group, count, width), -np.inf, np.float32)
         cost = np.zeros((group, count, 2), np.int32)
-        for head in range(group if width else 0):
+        vectors = rows(queries).reshape(group, count, -1)
+
+        def walk(head: int) -> None:
+            links, entry = state["links"][head], state["entry"]
             graphs.search(
-                state["keys"],
-                state["links"][head],
-                state["entry"],
-                rows(queries[head]),
-                ids[head],
-                scores[head],
-                cost[head],
+                state["keys"], links, entry, vectors[head], ids[head], scores[head], cost[head]
             )
+
+        _on_cores([partial(walk, head) for head in range(group if width else 0)], queries.device)
         state["cost"] = torch.from_numpy(cost.sum(axis=0)).to(queries.device)
         met = torch.from_numpy(ids).to(queries.device).long()
         met = torch.where(met < 0, -1, met + self.sink)
@@ -103,6 +120,18 @@ class RetrievalAttention(SearchMethod):
         links = expanded * (2 * self.links * 4)  # of four bytes each
         read: Tensor = (compared + len(state["sinks"])) * group.key_bytes + links
         return read
+
+    def _connect(self, links: graphs.Ids, keys: graphs.Floats, first: int, entry: int) -> None:
+        """Link the keys from one on to those that a search for each finds."""
+        graphs.connect(keys, links, first, entry, self.ef_construction, links[:, self.links :])
+
+    def _unlinked(self, past: Past) -> dict[str, Any]:
+        """A state without links."""
+        keys = rows(past.keys[self.sink :])
+        entry = int(((keys - keys.mean(axis=0)) ** 2).sum(axis=-1).argmin()) if len(keys) else 0
+        heads = [self._empty(len(keys)) for _ in range(past.group.rules.group)]
+        sinks = past.keys[: self.sink]
+        return {"sinks": sinks, "keys": keys, "links": heads, "entry": entry, "cost": None}
 
     def _empty(self, keys: int) -> graphs.Ids:
         return np.full((keys, 2 * self.links), -1, np.int32)
@@ -120,3 +149,14 @@ class RetrievalAttention(SearchMethod):
             products = products.masked_fill(~seen, -torch.inf)
             found.append(top(products, min(self.near, len(keys)))[1])
         return torch.cat(found, dim=1).cpu().numpy().astype(np.int32)
+
+
+def _on_cores(calls: Sequence[Callable[[], None]], device: torch.device) -> None:
+    """Do some calls, one after another: `analyze` has a task on each core. With a GPU it has one in
+    all, and the other cores take a call each."""
+    if device.type == "cpu" or len(calls) < 2:
+        for call in calls:
+            call()
+    else:
+        with ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda call: call(), calls))

@@ -175,6 +175,19 @@ class Method:
         """
         return past
 
+    def build_each(self, pasts: Sequence[Past]) -> Sequence[Any]:
+        """Make the states of several pasts, where one pass over the keys or common steps on a GPU
+        take less than each alone.
+
+        Args:
+            pasts: of kv heads of one layer and sequence, which all have pasts with the same ends;
+                those of a head from the shortest to the longest.
+
+        Returns:
+            What `build` gives for each, but for rounding.
+        """
+        return [self.build(past) for past in pasts]
+
     def extend(self, state: Any, new: Past) -> Any:
         """Add later keys to a fitted state, by the method's own update rule.
 

@@ -18,7 +18,7 @@ from retrace.analyze.methods.toolkit.partial_attention import (
 )
 from retrace.analyze.units.attention import softcap, visible
 from retrace.analyze.units.past import Past
-from retrace.analyze.units.unit import HeadGroup
+from retrace.analyze.units.unit import HeadGroup, scores_at_once
 from retrace.traces import RetraceError
 
 
@@ -149,26 +149,31 @@ class Squeezed(AttendMethod):
         rows = torch.searchsorted(past.unit.positions, positions)
         rules = past.group.rules
         queries = torch.stack([head.unit.queries[:, rows] for head in heads]) * rules.scale
+        of_one = queries[0, ..., 0].numel() * keys.shape[1]
+        at_once = max(1, scores_at_once(keys.device) // max(1, of_one))
         means = []
-        for of_clusters, of_keys, asked in zip(centroids, labels, queries, strict=True):
-            estimates = softcap(asked @ of_clusters.T, rules)[..., of_keys]
-            means.append(_among_seen(estimates, past, past.hidden, positions).mean(dim=1))
-        ranked = torch.stack(means).flatten().sort(descending=True).values
+        for first in range(0, len(heads), at_once):
+            own = slice(first, first + at_once)
+            estimates = softcap(queries[own] @ centroids[own, None].mT, rules)
+            of_keys = labels[own, None, None].expand(-1, *queries.shape[1:3], -1)
+            shares = _among_seen(estimates.gather(-1, of_keys), past, past.hidden, positions)
+            means.append(shares.mean(dim=2))
+        ranked = torch.cat(means).flatten().sort(descending=True).values
         at = past.group.kv_head if len(heads) > 1 else 0
         # Copies, since a view would hold on to all heads.
-        own = Clusters(
+        clusters = Clusters(
             past=past,
             centroids=centroids[at].clone(),
             sizes=sizes[at].clone(),
             labels=labels[at].clone(),
             first=past.hidden,
         )
-        return own, ranked
+        return clusters, ranked
 
 
 def _among_seen(estimates: Tensor, past: Past, first: int, positions: Tensor) -> Tensor:
-    """Shares of attention (group, queries, clustered) by estimated logits of that shape, of keys
-    from the first on, among those of them that queries at positions (queries,) see."""
+    """Shares of attention (..., queries, clustered) by estimated logits of that shape, of keys from
+    the first on, among those of them that queries at positions (queries,) see."""
     keys = first + torch.arange(estimates.shape[-1], device=positions.device)
     seen = visible(positions, keys, past.group.rules)
     return estimates.masked_fill(~seen, -torch.inf).softmax(dim=-1).nan_to_num(0.0)

@@ -156,12 +156,15 @@ def totals(vectors: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]
         members = vectors.new_zeros(*front, count + 1, length)
         members = members.scatter_(-2, labels[..., None, :], 1.0)[..., :count, :]
         return members @ vectors, members.sum(dim=-1)
-    sets = prod(front)
-    first = torch.arange(sets, device=labels.device)[:, None] * (count + 1)
-    slots = (labels.reshape(sets, length) + first).flatten()
-    sums = vectors.new_zeros(sets * (count + 1), vectors.shape[-1])
+    slots, places = labels, prod(front) * (count + 1)
+    if front:
+        first = torch.arange(0, places, count + 1, device=labels.device)
+        slots = (labels + first.view(*front, 1)).flatten()
+    sums = vectors.new_zeros(places, vectors.shape[-1])
     sums.index_add_(0, slots, vectors.flatten(0, -2))
-    sizes = torch.bincount(slots, minlength=len(sums)).to(vectors.dtype)
+    sizes = torch.bincount(slots, minlength=places).to(vectors.dtype)
+    if not front:
+        return sums[:count], sizes[:count]
     return (
         sums.view(*front, count + 1, -1)[..., :count, :],
         sizes.view(*front, count + 1)[..., :count],

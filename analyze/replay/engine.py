@@ -16,7 +16,7 @@ A task's walk from reading to the tally enters each room once:
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -42,8 +42,8 @@ from retrace.analyze.metrics.tally import tally
 from retrace.analyze.replay.clock import Charge, Clock
 from retrace.analyze.replay.plan import Plan, Replayed
 from retrace.analyze.replay.tally import Tally, fill_missing, whole_layer
-from retrace.analyze.selection.select import select
-from retrace.analyze.selection.states import States
+from retrace.analyze.selection.select import select_together
+from retrace.analyze.selection.states import Served, States
 from retrace.analyze.units.seals import WrittenInto
 from retrace.analyze.units.selection import Selection, joined
 from retrace.analyze.units.unit import Block, Unit, intact, load_units
@@ -233,26 +233,26 @@ def _replay_method(
     name = str(method.spec)
     length = len(exact.block.unit.keys)
     # What shares one list is selected together; otherwise only what counts for the budget.
-    together = isinstance(method.spec.method, ScoreMethod)
+    shares = isinstance(method.spec.method, ScoreMethod)
     answers: dict[tuple[int, ...], list[_Answer]] = defaultdict(list)
-    for served in states.serve(exact.block):
-        rows = served.rows
-        for ks in [method.ks] if together else [(k,) for k in method.topk]:
-            begin = plan.counting.first(min(ks), length)
-            start = int(torch.searchsorted(served.block.positions, begin))
-            if rows.start + start >= rows.stop:
+    asked = [method.ks] if shares else [(k,) for k in method.topk]
+    first_rows = [exact.block.row_of(plan.counting.first(min(ks), length)) for ks in asked]
+    for serves in _answered_together(states.serve(exact.block), shares):
+        for ks, first_row in zip(asked, first_rows, strict=True):
+            counting = [_from_row(s, first_row) for s in serves if s.rows.stop > first_row]
+            if not counting:
                 continue
-            counted = slice(rows.start + start, rows.stop)
+            rows = slice(counting[0].rows.start, counting[-1].rows.stop)
             with clock.charge("search", name):
                 if method.spec.method == EXACT:
-                    selections = [exact.rows(counted).selection(ks)]
+                    selections = [exact.rows(rows).selection(ks)]
                 else:
-                    block = served.block.part(slice(start, None)) if start else served.block
-                    selections = select(method.spec.method, served, block, ks)
+                    block = exact.block.part(rows)
+                    selections = select_together(method.spec.method, counting, block, ks)
             for selection in selections:
                 if reads is None:  # nobody asks
                     selection = replace(selection, unread=None)
-                answers[selection.ks].append(_Answer(counted, selection))
+                answers[selection.ks].append(_Answer(rows, selection))
     with clock.charge("metrics", name):
         for ks, parts in answers.items():
             points = [i for i, k in enumerate(ks) if k in method.topk]
@@ -263,6 +263,21 @@ def _replay_method(
                 found.add(ks, points, tally(part, answer.selection, points, first))
                 if reads is not None:
                     reads.add(part.block, answer.selection, points)
+
+
+def _answered_together(serves: Iterable[Served], shares: bool) -> Iterator[list[Served]]:
+    """What is asked for at once: one state's queries, or those of all where a method `shares` lists
+    among queries, apart from those that no state answers."""
+    if shares:
+        for _, alike in groupby(serves, lambda served: served.state is None):
+            yield list(alike)
+    else:
+        yield from ([served] for served in serves)
+
+
+def _from_row(served: Served, first: int) -> Served:
+    """What is served to queries from a block's row on."""
+    return replace(served, rows=slice(max(served.rows.start, first), served.rows.stop))
 
 
 @dataclass(frozen=True)

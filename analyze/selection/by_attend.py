@@ -50,7 +50,7 @@ def select_by_attend(method: AttendMethod, state: Any, block: Block, k: int) -> 
         ids,
         (ids >= 0).sum(dim=-1)[None],
         output=output[None].clone(),  # the method may use its tensor again
-        aux_bytes=aux_bytes(method, state, block),
+        aux_bytes=aux_bytes(method, [(state, block)], block),
         attended_bytes=method.attended_bytes(block.unit.group),
         unread=ALL_READ if method.reads_cache(state, block.unit.group) else None,
     )

@@ -14,6 +14,7 @@ from retrace.analyze.selection.by_score import (
     keys_in_pages,
     only_visible,
     select_by_score,
+    stretches,
 )
 from retrace.analyze.selection.charges import aux_bytes
 from retrace.analyze.selection.states import Served
@@ -23,52 +24,71 @@ from retrace.analyze.units.unit import Block, Unit
 
 
 def select_by_eviction(
-    method: EvictionMethod, served: Served, block: Block, ks: Sequence[int]
+    method: EvictionMethod, serves: Sequence[Served], block: Block, ks: Sequence[int]
 ) -> list[Selection]:
-    """What the end of the past leaves, the same for every query since, and all that came later.
+    """What the end of each past leaves, the same for every query until the next, and all that came
+    later.
 
     Chosen once: what a later query would choose otherwise, because a layer's window or the recent
     keys that it keeps have moved on, is gone.
     """
-    ended = _end_of_past(block.unit, served.built)
-    heads = [(_end_of_past(unit, served.built).unit, state) for unit, state in served.heads]
-    left = select_by_score(method, replace(served, heads=tuple(heads)), ended, ks)
-    aux = aux_bytes(method, served.state, block)
-    return [_since(kept, served.built, block, aux) for kept in left]
+    ends = [served.built for served in serves]
+    ended = _ends_of_pasts(block.unit, ends)
+    of_unit = {unit.group.kv_head: _ends_of_pasts(unit, ends).unit for unit, _ in serves[0].heads}
+    judged = [
+        replace(
+            served,
+            rows=slice(i, i + 1),
+            heads=tuple((of_unit[unit.group.kv_head], state) for unit, state in served.heads),
+        )
+        for i, served in enumerate(serves)
+    ]
+    left = select_by_score(method, judged, ended, ks)
+    parts = stretches(serves, block)
+    aux = aux_bytes(method, [(part.served.state, part.block) for part in parts], block)
+    past = [i for i, part in enumerate(parts) for _ in part.block.positions]
+    return [_since(kept, past, ends, block, aux) for kept in left]
 
 
-def _end_of_past(unit: Unit, end: int) -> Block:
-    """A query at the last position before `end`, which sees what the next one will see of the keys
-    so far. What it asks does not matter where keys are judged without it."""
-    last = unit.positions.new_tensor([end - 1])
-    block = Block(
-        replace(unit, queries=torch.zeros_like(unit.queries[:, :1]), positions=last), slice(0, 1)
-    )
+def _ends_of_pasts(unit: Unit, ends: Sequence[int]) -> Block:
+    """A query at the last position before each end, which sees what the next one will see of the
+    keys so far. What it asks does not matter where keys are judged without it."""
+    last = unit.positions.new_tensor(ends) - 1
+    queries = torch.zeros_like(unit.queries[:, :1]).expand(-1, len(ends), -1)
+    block = Block(replace(unit, queries=queries, positions=last), slice(0, len(ends)))
     block.__dict__["first_visible"] = first_visible(last + 1, unit.group.rules)
     return block
 
 
-def _since(left: Selection, built: int, block: Block, aux: Tensor) -> Selection:
-    """The keys from `built` on, the newest first, and those of a selection (group, 1, listed) that
-    each of the block's queries still sees; `aux` bytes (queries,) are read to find them."""
-    first = torch.full_like(block.positions, built)
-    new = kept_ids(0, first, block)
+def _since(
+    left: Selection, past: list[int], ends: list[int], block: Block, aux: Tensor
+) -> Selection:
+    """The keys since the past of each of the block's queries, the newest first, and those of a
+    selection (group, pasts, listed) that it still sees.
+
+    Args:
+        left: what is left of each past.
+        past: which of them comes before each query.
+        ends: where they end.
+        block: the queries.
+        aux: bytes that are read to find the keys (queries,).
+    """
+    which = block.positions.new_tensor(past)
+    left = left.rows_at(which)
+    new = kept_ids(0, block.positions.new_tensor(ends)[which], block)
     new_count = (new >= 0).sum(dim=-1)
-    old = only_visible(left.ids.expand(-1, len(block.positions), -1), block)
+    old = only_visible(left.ids, block)
     still = torch.nn.functional.pad((old >= 0).cumsum(dim=-1), (1, 0))
     ids = torch.cat([new.expand(len(old), -1, -1), old], dim=-1)
     order = (ids < 0).to(torch.uint8).argsort(dim=-1, stable=True)
     estimates = left.estimates
     if estimates is not None:
-        known = estimates.expand(-1, len(block.positions), -1)
-        estimates = torch.cat([known.new_zeros(*known.shape[:2], new.shape[-1]), known], dim=-1)
-        estimates = estimates.gather(-1, order)
-    given = left.first_given
+        none = estimates.new_zeros(*estimates.shape[:2], new.shape[-1])
+        estimates = torch.cat([none, estimates], dim=-1).gather(-1, order)
     return replace(
         left,
         ids=ids.gather(-1, order),
         attended=new_count + keys_in_pages(still, left.attended),
-        first_given=None if given is None else given.expand(-1, len(block.positions)),
         extra_keys=new_count[0],
         estimates=estimates,
         aux_bytes=aux,

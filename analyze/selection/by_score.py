@@ -25,35 +25,57 @@ from retrace.traces import RetraceError
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Consecutive queries of a block that one state answers."""
+
+    rows: slice
+    """Which of the block's."""
+    block: Block
+    """These alone."""
+    served: Served
+    """What answers them: its own rows and block are not looked at."""
+
+
+def stretches(serves: Sequence[Served], block: Block) -> list[Stretch]:
+    """A block's queries, cut where the state changes."""
+    if len(serves) == 1:
+        return [Stretch(slice(0, len(block.positions)), block, serves[0])]
+    begin = serves[0].rows.start
+    rows = [slice(served.rows.start - begin, served.rows.stop - begin) for served in serves]
+    return [Stretch(r, block.part(r), served) for r, served in zip(rows, serves, strict=True)]
+
+
+@dataclass(frozen=True)
 class _Ranked:
     """What a score method says of a block's queries."""
 
-    state: Any
-    """Its state."""
+    stretches: list[Stretch]
     ids: Tensor
     """Keys (group, queries, any), best unit first, -1 where none is."""
     scores: Tensor
     """The group's own scores (group or 1, queries, units)."""
     size: int
     """Keys in a unit."""
-    first_new: int | None
-    """Keys from here on are attended besides the budget."""
-    evicted: Tensor | None
-    """Keys (keys,) bool that are gone, and so not kept either."""
+    first_new: Tensor | None
+    """Keys from here on (queries,) are attended besides the budget."""
     aux_bytes: Tensor
     attended_bytes: float
     unread: tuple[int, int] | None
 
 
 def select_by_score(
-    method: ScoreMethod, served: Served, block: Block, ks: Sequence[int]
+    method: ScoreMethod, serves: Sequence[Served], block: Block, ks: Sequence[int]
 ) -> list[Selection]:
-    """Most methods have one list for all budgets."""
-    if served.state is not None and method.attends_all(block.unit.group):
+    """What is attended for a block's queries, which one state after another answers, or none does.
+
+    Scores are asked for state by state; all else is done once for all. Most methods have one list
+    for all budgets.
+    """
+    if serves[0].state is not None and method.attends_all(block.unit.group):
         return [_everything(block, tuple(ks))]
-    found = []
+    found, parts = [], stretches(serves, block)
     for own, shared in _sharing(method, ks):
-        ranked = _rank(own, served, block, shared)
+        ranked = _rank(own, parts, block, shared)
         log_total = _log_total(ranked, block) if method.output == "mean-fill" else None
         found.append(_compose(own, ranked, log_total, shared, block))
     return found
@@ -82,51 +104,85 @@ def _sharing(method: ScoreMethod, ks: Sequence[int]) -> list[tuple[ScoreMethod, 
     return found
 
 
-def _rank(method: ScoreMethod, served: Served, block: Block, ks: tuple[int, ...]) -> _Ranked:
+def _rank(method: ScoreMethod, parts: list[Stretch], block: Block, ks: tuple[int, ...]) -> _Ranked:
     """The best units for some budgets, by the scores that the method's heads pool."""
-    size = 1 if served.state is None else method.unit_size
-    scores = visible_scores(method, served.state, block)
+    no_state = parts[0].served.state is None
+    size = 1 if no_state else method.unit_size
+    scores = _one_after_another([visible_scores(method, p.served.state, p.block) for p in parts])
     together = scores
-    if served.heads:
-        peers = [(block.of(unit), state) for unit, state in served.heads]
-        together = torch.cat([visible_scores(method, state, peer) for peer, state in peers])
+    if parts[0].served.heads:
+        together = _one_after_another([_scores_of_layer(method, part) for part in parts])
     if size > 1 or method.pool.endswith("softmax"):
         # What is kept anyway takes no page of the budget, and has no part in a softmax.
         together = together.masked_fill(_kept_pages(method, ks[0], size, block), -torch.inf)
-    k = _most_of(method, _allowances(method, served.state, ks[-1:], block), ks)
+    k = _most_of(method, _allowances(method, parts, ks[-1:]), ks)
     most = k if size == 1 else max(method.units(budget) for budget in range(1, k + 1))
     ids = top(pool(method.pool, together), most)[1]
     if size > 1:
         ids = _keys_of_pages(ids, size, block)
     group = block.unit.group
-    aux, each = aux_bytes(method, served.state, block), method.attended_bytes(group)
-    first_new = served.built if method.keeps_new else None
+    each = method.attended_bytes(group)
+    aux = aux_bytes(method, [(part.served.state, part.block) for part in parts], block)
+    first_new = None
+    if method.keeps_new:
+        built = [part.served.built for part in parts for _ in range(*part.rows.indices(len(aux)))]
+        first_new = block.positions.new_tensor(built)
     unread = None
-    if served.state is not None and method.reads_cache(served.state, group):
+    if not no_state and all(method.reads_cache(part.served.state, group) for part in parts):
         unread = ALL_READ
-    if served.state is None and first_new is None:  # every key is read to rank them
+    if no_state and first_new is None:  # every key is read to rank them
         aux, each, unread = block.visible_count * group.key_bytes, group.value_bytes, ALL_READ
     ids = ids.expand(len(block.queries), -1, -1)
-    evicted = None if served.state is None else method.evicted(served.state, block.end)
-    return _Ranked(served.state, ids, scores, size, first_new, evicted, aux, each, unread)
+    return _Ranked(parts, ids, scores, size, first_new, aux, each, unread)
 
 
-def _allowances(method: ScoreMethod, state: Any, ks: Sequence[int], block: Block) -> Tensor:
-    """Keys of each budget (budgets, group or 1, 1); the budgets themselves without a state."""
+def _one_after_another(scores: list[Tensor]) -> Tensor:
+    """Scores (heads, queries, units) of consecutive queries, -inf where a query has fewer units."""
+    if len(scores) == 1:
+        return scores[0]
+    units = max(part.shape[-1] for part in scores)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(p, (0, units - p.shape[-1]), value=-torch.inf) for p in scores], dim=1)
+
+
+def _scores_of_layer(method: ScoreMethod, part: Stretch) -> Tensor:
+    """Scores of every head of the layer (heads, queries, units)."""
+    heads = [(part.block.of(unit), state) for unit, state in part.served.heads]
+    return torch.cat([visible_scores(method, state, block) for block, state in heads])
+
+
+def _allowances(method: ScoreMethod, parts: list[Stretch], ks: Sequence[int]) -> Tensor:
+    """Keys of each budget (budgets, group or 1, queries or 1); the budgets themselves without a
+    state."""
+    block = parts[0].block
     budgets = constant(tuple(ks), block.positions.device)[:, None, None]
-    if state is None or not _has_allowance(method):
+    if parts[0].served.state is None or not _has_allowance(method):
         return budgets
+    found = [_allowance(method, part, budgets) for part in parts]
+    if len(found) == 1:
+        return found[0]
+    group = len(block.queries)
+    wide = [
+        allowed.expand(-1, group, len(part.block.positions))
+        for allowed, part in zip(found, parts, strict=True)
+    ]
+    return torch.cat(wide, dim=-1)
+
+
+def _allowance(method: ScoreMethod, part: Stretch, budgets: Tensor) -> Tensor:
+    """What one state allows of budgets (budgets, 1, 1): (budgets, group or 1, 1)."""
+    block = part.block
     with calling("allowance()", lambda: where(block)):
-        allowed = method.allowance(state, budgets.clone())
+        allowed = method.allowance(part.served.state, budgets.clone())
     allowed = key_ids(allowed, "allowance()", lambda: where(block), block.positions)
     heads = len(block.queries)
     if allowed.dim() != 3 or not all(
         size in sizes
-        for size, sizes in zip(allowed.shape, ((len(ks),), (1, heads), (1,)), strict=True)
+        for size, sizes in zip(allowed.shape, ((len(budgets),), (1, heads), (1,)), strict=True)
     ):
         raise RetraceError(
             f"allowance() gave shape {tuple(allowed.shape)} at {where(block)}; expected (budgets, "
-            f"group or 1, 1) = {(len(ks), heads, 1)}."
+            f"group or 1, 1) = {(len(budgets), heads, 1)}."
         )
     return allowed
 
@@ -204,19 +260,18 @@ def _compose(
 ) -> Selection:
     """The always-kept keys in front of the ranked ones, and how many keys each budget attends."""
     ids, size = ranked.ids, ranked.size
-    budgets = _allowances(method, ranked.state, ks, block)
+    budgets = _allowances(method, ranked.stretches, ks)
     sink = method.keep.at(ks[0])[0]
     first_given = _first_given(method, ranked, ks, block)
     most, extra_keys = method.budget.most(budgets, block.visible_count), ids.new_zeros(1)
     if ranked.first_new is not None:
-        since = block.first_visible.clamp(min=ranked.first_new)
+        since = torch.maximum(block.first_visible, ranked.first_new)
         extra_keys = (block.positions - since + 1).clamp(min=0)
         most = most + extra_keys
     kept_count = ids.new_zeros((1, 1, 1))
     if sink or first_given is not None:
         kept = kept_ids(sink, None if first_given is None else first_given[-1], block)
-        if ranked.evicted is not None:
-            kept = kept.masked_fill(ranked.evicted[kept.clamp(min=0)], -1)
+        kept = _not_evicted(method, ranked.stretches, kept)
         kept_count = _kept_counts(kept, sink, first_given)
     left = (most - kept_count).clamp(min=0)
     if first_given is not None and len(first_given) > 1:
@@ -292,8 +347,20 @@ def _first_given(
     counts = constant(tuple(recents), block.positions.device)
     first = block.positions - counts[:, None] + 1
     if ranked.first_new is not None:
-        first = first.clamp(max=ranked.first_new)
+        first = torch.minimum(first, ranked.first_new)
     return first[:1] if recents[0] == recents[-1] else first
+
+
+def _not_evicted(method: ScoreMethod, parts: list[Stretch], kept: Tensor) -> Tensor:
+    """Kept keys (1, queries, any), -1 in place of those that are gone for good."""
+    left = []
+    for part in parts:
+        ids, state = kept[:, part.rows], part.served.state
+        evicted = None if state is None else method.evicted(state, part.block.end)
+        if evicted is not None:
+            ids = ids.masked_fill(evicted[ids.clamp(0, len(evicted) - 1)], -1)
+        left.append(ids)
+    return torch.cat(left, dim=1) if len(left) > 1 else left[0]
 
 
 def _kept_counts(kept: Tensor, sink: int, first_given: Tensor | None) -> Tensor:

@@ -50,7 +50,7 @@ def select_by_search(method: SearchMethod, served: Served, block: Block, k: int)
         (ids >= 0).sum(dim=-1)[None],
         sink=first,
         first_given=positions.new_full((1, len(positions)), indexed),
-        aux_bytes=aux_bytes(method, state, block) + unindexed * group.key_bytes,
+        aux_bytes=aux_bytes(method, [(state, block)], block) + unindexed * group.key_bytes,
         attended_bytes=method.attended_bytes(group),
         unread=ALL_READ if reads_cache else (first, indexed),
     )

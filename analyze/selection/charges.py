@@ -1,6 +1,7 @@
 """What finding keys reads, as a method counts it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,19 +22,24 @@ class CostError(RetraceError):
     """A method counts its bytes in numbers that none can be."""
 
 
-def aux_bytes(method: Method, state: Any, block: Block) -> Tensor:
-    """Bytes of the state read per query of the group (queries,)."""
-    if state is None:
-        return torch.zeros_like(block.visible_count)
-    with calling("aux_bytes()", lambda: where(block)):
-        read = method.aux_bytes(state, block.visible_count.clone(), block.unit.group)
-        read = torch.as_tensor(read, device=block.positions.device)
-        read = read.expand(len(block.positions)).clone()
-    wrong = ~read.isfinite() | (read < 0)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
+def aux_bytes(method: Method, answered: Sequence[tuple[Any, Block]], block: Block) -> Tensor:
+    """Bytes of the state read per query of the group (queries,), of a block's queries that one
+    state after another answers: each with the block of its own."""
+    read = torch.cat([_read(method, state, own) for state, own in answered])
+    if bool((~read.isfinite() | (read < 0)).any()):
+        row = int((~read.isfinite() | (read < 0)).nonzero()[0])
         raise CostError(f"aux_bytes() gave {float(read[row])} at {where(block, 0, row)}: {COUNTED}")
     each = float(method.attended_bytes(block.unit.group))
     if not 0 <= each < math.inf:
         raise CostError(f"attended_bytes() gave {each}: {COUNTED}")
     return read
+
+
+def _read(method: Method, state: Any, block: Block) -> Tensor:
+    """The same of what one state answers, unchecked."""
+    if state is None:
+        return torch.zeros_like(block.visible_count)
+    with calling("aux_bytes()", lambda: where(block)):
+        read = method.aux_bytes(state, block.visible_count.clone(), block.unit.group)
+        read = torch.as_tensor(read, device=block.positions.device)
+        return read.expand(len(block.positions)).clone()

@@ -8,6 +8,8 @@ from torch import Tensor
 from retrace.analyze.compiled import compiled
 
 Ids = NDArray[np.int64]
+JOINED = 1 << 24
+"""Places in lists of all budgets that are looked at together."""
 
 
 def in_order_of_joining(
@@ -63,10 +65,15 @@ def joined_together(
     is_kept = (ranked >= 0) & (is_kept.gather(-1, place) == ranked)
     from_kept = _kept_from(ranked, sink, first_given).masked_fill(~is_kept, budgets)
     from_ranked = torch.full_like(ranked, budgets)
-    for budget in reversed(range(budgets)):
-        other = (ranked >= 0) & (from_kept > budget)
+    at_once = max(1, JOINED // max(1, ranked.numel()))
+    for begin in reversed(range(0, budgets, at_once)):
+        stop = min(begin + at_once, budgets)
+        these = torch.arange(begin, stop, device=ranked.device)[:, None, None, None]
+        other = (ranked >= 0) & (from_kept > these)
         before = other.cumsum(dim=-1, dtype=torch.int32) - other.to(torch.int32)
-        from_ranked[other & (before < left[budget, ..., None])] = budget
+        joins = other & (before < left[begin:stop, ..., None])
+        first = joins.to(torch.uint8).argmax(dim=0) + begin
+        from_ranked = torch.where(joins.any(dim=0), first, from_ranked)
     # A key that is in both joins where it comes first.
     sooner = from_ranked < from_kept
     taken = torch.full((group, queries, places + 1), False, device=ranked.device)

@@ -27,10 +27,19 @@ def select(method: Method, served: Served, block: Block, ks: Sequence[int]) -> l
         block: the queries.
         ks: the budgets. Those that share one ranked list share a selection.
     """
-    if isinstance(method, EvictionMethod) and served.state is not None:
-        return select_by_eviction(method, served, block, ks)
+    return select_together(method, [served], block, ks)
+
+
+def select_together(
+    method: Method, serves: Sequence[Served], block: Block, ks: Sequence[int]
+) -> list[Selection]:
+    """The same for queries that one state after another answers, or none does; only score methods
+    have more than one answered at once."""
+    if isinstance(method, EvictionMethod) and serves[0].state is not None:
+        return select_by_eviction(method, serves, block, ks)
     if isinstance(method, ScoreMethod):
-        return select_by_score(method, served, block, ks)
+        return select_by_score(method, serves, block, ks)
+    [served] = serves
     if isinstance(method, SearchMethod):
         return [select_by_search(method, served, block, k) for k in ks]
     if isinstance(method, AttendMethod):

@@ -1,6 +1,7 @@
 """Which keys a method's state is built from when it answers a query: never later ones."""
 
 import time
+from bisect import bisect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -111,32 +112,37 @@ class States:
 
     def serve(self, block: Block) -> Iterator[Served]:
         """The queries of a block, cut where the state changes."""
-        wanted = [self._wanted(position) for position in block.positions.tolist()]
-        start = 0
-        for row in range(1, len(wanted) + 1):
-            if row == len(wanted) or wanted[row] != wanted[start]:
-                self._advance(*wanted[start])
-                own = self._unit.group.kv_head if self._pools_layer else 0
-                yield Served(
-                    slice(start, row),
-                    block.part(slice(start, row)),
-                    self._states[own],
-                    self._built,
-                    self._held,
-                    self._first,
-                    tuple(zip(self._units, self._states, strict=True)) if self._pools_layer else (),
-                )
-                start = row
+        own = self._unit.group.kv_head if self._pools_layer else 0
+        for rows, wanted in self._runs(block.positions.tolist()):
+            self._advance(*wanted)
+            yield Served(
+                rows,
+                block.part(rows),
+                self._states[own],
+                self._built,
+                self._held,
+                self._first,
+                tuple(zip(self._units, self._states, strict=True)) if self._pools_layer else (),
+            )
 
     def together(self, block: Block, row: int) -> slice:
         """The rows of a block that are served together with one of them."""
-        wanted = [self._wanted(position) for position in block.positions.tolist()]
-        start = stop = row
-        while start > 0 and wanted[start - 1] == wanted[row]:
-            start -= 1
-        while stop < len(wanted) and wanted[stop] == wanted[row]:
-            stop += 1
-        return slice(start, stop)
+        runs = self._runs(block.positions.tolist())
+        return next(rows for rows, _ in runs if rows.start <= row < rows.stop)
+
+    def _runs(self, positions: list[int]) -> Iterator[tuple[slice, tuple[int, int, int]]]:
+        """Which consecutive positions are answered by one state, and what `_wanted` says of it."""
+        start = 0
+        while start < len(positions):
+            wanted = self._wanted(positions[start])
+            stop = start + 1
+            if isinstance(self._method, SearchMethod):  # which may have no index in between
+                while stop < len(positions) and self._wanted(positions[stop]) == wanted:
+                    stop += 1
+            else:  # states never go back, so that few positions have to be looked at
+                stop = bisect(positions, wanted, stop, key=self._wanted)
+            yield slice(start, stop), wanted
+            start = stop
 
     def _wanted(self, position: int) -> tuple[int, int, int]:
         """The first key of the state at a position, the end of those that it is built from, and of

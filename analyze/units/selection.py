@@ -27,6 +27,8 @@ QUERY_AXES = {
     "aux_bytes": 0,
 }
 """The axis of a selection's tensors along which there are queries."""
+ALIKE = ("attended", "extra_keys")
+"""Those that have one number where all queries are alike."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,20 @@ class Selection:
 
     def rows(self, rows: slice) -> "Selection":
         """The same for some of the queries."""
+        return self._taken(rows)
 
-        def some(field: Any, axis: int) -> Any:
-            if not isinstance(field, Tensor) or field.shape[axis] == 1:  # for all alike
+    def rows_at(self, rows: Int64[Tensor, "rows"]) -> "Selection":
+        """The same for queries by their places, which may come more than once."""
+        return self._taken(rows)
+
+    def _taken(self, rows: slice | Tensor) -> "Selection":
+        def some(name: str, axis: int) -> Any:
+            field = getattr(self, name)
+            if not isinstance(field, Tensor) or (name in ALIKE and field.shape[axis] == 1):
                 return field
             return field[(slice(None),) * axis + (rows,)]
 
-        return replace(self, **{n: some(getattr(self, n), axis) for n, axis in QUERY_AXES.items()})
+        return replace(self, **{name: some(name, axis) for name, axis in QUERY_AXES.items()})
 
     @property
     def kind(self) -> tuple[Any, ...]:

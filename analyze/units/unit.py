@@ -362,6 +362,10 @@ class Block:
         within = torch.minimum(stop[:, None] - pages + 1, pages.new_tensor(size))
         return (within - (start[:, None] - pages).clamp(min=0)).clamp(min=0)
 
+    def row_of(self, position: int) -> int:
+        """The first row of a query at a position or later; the number of rows if there is none."""
+        return int(torch.searchsorted(self.positions, position))
+
     @cached_property
     def scores(self) -> Float32[Tensor, "group queries keys"]:
         """Exact scores, -inf where a key is not visible."""

@@ -95,12 +95,12 @@ def _measure(
         path = Path(folder) / "random.zarr"
         write_random(path, positions, np.arange(positions), device="cuda", alike=arguments.alike)
         trace = open_trace(path)
-        sdpa, repeat = _sdpa(trace), 1 if positions == WARM_UP else RUNS
+        sdpa = _sdpa(trace)
         shared: Spent = {}
         found: dict[str, Spent] = {}
         for method in methods:
             try:
-                runs = [_run(trace, method, arguments.topk) for _ in range(repeat)]
+                runs = [_run(trace, method, arguments.topk) for _ in range(RUNS)]
             except RetraceError as error:
                 print(f"{method}: {error}", flush=True)
                 continue

@@ -1,7 +1,10 @@
 """What a method attends, as the kernels read it."""
 
+from bisect import bisect
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from retrace.analyze.metrics.measure import ExactBlock, log_sink_mass
@@ -19,6 +22,9 @@ class Lists:
     """(budgets, group, queries) int64, with strides of 0 where it is the same for all."""
     ks: Tensor
     """(budgets,) int64, ascending."""
+    from_rank: Tensor
+    """The first budget that counts a key of each exact rank (ranks + 1,) int32; past the last one
+    for those beyond."""
     points: Tensor
     """Indices into `ks` of the budgets asked for (points,) int64."""
     extra_keys: Tensor
@@ -46,6 +52,7 @@ class Lists:
             ids if ids.stride(-1) == 1 else ids.contiguous(),
             selection.attended.expand(-1, group, rows),
             constant(selection.ks, device),
+            _from_rank(selection.ks, exact.no_rank, device),
             constant(tuple(points), device),
             extra_keys if isinstance(extra_keys, Tensor) else constant((extra_keys,), device),
             selection.sink,
@@ -61,3 +68,9 @@ class Lists:
     def anything_given(self) -> bool:
         """Whether any key did not have to be found."""
         return self.sink > 0 or self.first_given is not None
+
+
+@lru_cache(maxsize=1024)
+def _from_rank(ks: tuple[int, ...], ranks: int, device: torch.device) -> Tensor:
+    starts = [bisect(ks, rank) for rank in range(ranks)]
+    return torch.tensor([*starts, len(ks)], dtype=torch.int32, device=device)

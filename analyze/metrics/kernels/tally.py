@@ -47,7 +47,7 @@ def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Ten
         if selection.output is not None:
             at_points[ERROR_NORM] = error_norm(exact.reference.output, selection.output[points])
         if group > 1:
-            unions(lists, union)
+            unions(lists, block.end, union)
         else:
             union = attended
         at_points[BYTES_RATIO] = bytes_ratio(block, selection, union.sum(dim=1))

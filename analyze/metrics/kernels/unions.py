@@ -1,5 +1,6 @@
 """Distinct keys that the heads of a group attend."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -8,18 +9,28 @@ from retrace.analyze.metrics.kernels.lists import Lists
 
 PLACES = 64
 """Places of two lists that are compared together."""
+LONGEST = 512
+"""Places of a list up to which comparing any two of them is quickest."""
+MARKED = 1 << 28
+"""Keys that are marked at once."""
 WARPS = 1
 
 
-def unions(lists: Lists, counts: Tensor) -> None:
+def unions(lists: Lists, end: int, counts: Tensor) -> None:
     """Count of each head's keys those that no head before it attends at the same budget: their sum
     over the heads is the size of the union.
 
     Args:
         lists: what is attended.
+        end: one past the last key.
         counts: (points, group, queries) int32, to write to.
     """
     group, rows, listed = lists.ids.shape
+    if listed > LONGEST:
+        step = max(1, MARKED // (end + 1))
+        for start in range(0, rows, step):
+            _mark(lists, end, slice(start, start + step), counts)
+        return
     _unions[rows, group](
         lists.ids,
         lists.attended,
@@ -34,6 +45,24 @@ def unions(lists: Lists, counts: Tensor) -> None:
         PLACES=PLACES,
         num_warps=WARPS,
     )
+
+
+def _mark(lists: Lists, end: int, rows: slice, counts: Tensor) -> None:
+    """The same for some queries, by marking every key: the cost of a list grows with its length,
+    and not with the square of it."""
+    ids = lists.ids[:, rows]
+    group, queries, listed = ids.shape
+    points = len(lists.points)
+    places = torch.arange(listed, device=ids.device).expand(queries, -1)
+    first_point = ids.new_full((queries, end + 1), points, dtype=torch.int32)
+    for head in range(group):
+        reach = lists.attended[lists.points, head, rows].T.contiguous()
+        start = torch.searchsorted(reach, places, right=True, out_int32=True)
+        keys = ids[head].masked_fill(ids[head] < 0, end)
+        first_point.scatter_reduce_(-1, keys, start, "amin")
+    counts[:, 1:, rows] = 0
+    for point in range(points):
+        counts[point, 0, rows] = (first_point[:, :end] <= point).sum(dim=-1, dtype=torch.int32)
 
 
 @triton.jit

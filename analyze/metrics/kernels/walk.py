@@ -44,6 +44,7 @@ def walk(
         lists.ids,
         lists.attended,
         lists.ks,
+        lists.from_rank,
         lists.points,
         lists.extra_keys,
         given,
@@ -80,7 +81,7 @@ def walk(
         KEY_WIDTH=width(keys.shape[1]),
         VALUE_DIM=values.shape[1],
         VALUE_WIDTH=width(values.shape[1]),
-        BUDGETS=triton.next_power_of_2(len(lists.ks)),
+        BUDGETS=triton.next_power_of_2(len(lists.ks) + 1),
         PLACES=PLACES,
         RANKS=RANKS,
         CAPPED=unit.group.rules.softcap is not None,
@@ -101,6 +102,7 @@ def _walk(
     ids,
     attended,
     ks,
+    from_ranks,
     points,
     extra_keys,
     first_given,
@@ -157,13 +159,16 @@ def _walk(
     place = head * rows + row
     budget = tl.arange(0, BUDGETS)
     asked = budget < budgets
-    k = tl.load(ks + budget, mask=asked, other=0)
+    k = tl.load(ks + budget, mask=asked, other=0).to(tl.int32)
     attended += head * attended_head + row * attended_row
-    reach = tl.load(attended + budget * attended_budget, mask=asked, other=0)
-    limit = tl.minimum(reach, k + tl.load(extra_keys + row * extra_row))
+    # What there is no budget for reaches all places.
+    reach = tl.load(attended + budget * attended_budget, mask=asked, other=listed).to(tl.int32)
+    extra = tl.load(extra_keys + row * extra_row).to(tl.int32)
+    limit = tl.where(asked, tl.minimum(reach, k + extra), listed)
     seen = tl.load(visible + row)
     if FROM:
         given = tl.load(first_given + budget * given_budget + row * given_row, mask=asked, other=0)
+        given = given.to(tl.int32)
     ids += head * ids_head + row * ids_row
     best += place * ranks
     normalizer = tl.load(log_normalizer + place)
@@ -175,11 +180,14 @@ def _walk(
     has_value = value_channel < VALUE_DIM
     exact = tl.load(output + place * VALUE_DIM + value_channel, mask=has_value, other=0.0)
 
+    # How many keys begin to count at each budget; what never does is in the last bin.
     hits = tl.zeros([BUDGETS], tl.int32)
     attended_hits = tl.zeros([BUDGETS], tl.int32)
     candidate_hits = tl.zeros([BUDGETS], tl.int32)
     mass = tl.zeros([BUDGETS], tl.float64)
-    best_place = tl.zeros([], tl.int64) + listed  # none
+    mass_before = tl.zeros([], tl.float64)
+    never: tl.constexpr = BUDGETS - 1
+    best_place = tl.zeros([], tl.int32) + listed  # none
     count = tl.zeros([], tl.int32)
     # Sums are relative to the largest so far, since probabilities of what was selected may be tiny.
     largest = tl.full([], -1e300, tl.float64)
@@ -214,18 +222,26 @@ def _walk(
                 one = tl.load(best + which, mask=which < ranks, other=-2).to(tl.int32)
                 same = key[:, None] == one[None, :]
                 rank = tl.minimum(rank, tl.min(tl.where(same, which[None, :], 2147483647), 1))
-            rank = tl.where(there, rank, 2147483647)
-            within = (rank[None, :] < k[:, None]) & there[None, :]
-            counts = within & (here[None, :] < limit[:, None])
-            hits += tl.sum(counts.to(tl.int32), 1)
-            is_reached = here[None, :] < reach[:, None]
-            attended_hits += tl.sum((within & is_reached).to(tl.int32), 1)
-            mass += tl.sum(tl.where(is_reached, tl.exp(log)[None, :], 0.0), 1)
+            from_rank = tl.load(from_ranks + tl.minimum(rank, ranks))
+            from_limit = tl.sum((limit[:, None] <= here[None, :]).to(tl.int32), 0)
+            from_reach = tl.sum((reach[:, None] <= here[None, :]).to(tl.int32), 0)
+            from_hit = tl.where(there, tl.maximum(from_rank, from_limit), never)
+            hits += tl.histogram(from_hit, BUDGETS)
+            from_attended = tl.where(there, tl.maximum(from_rank, from_reach), never)
+            attended_hits += tl.histogram(from_attended, BUDGETS)
             if GIVEN:
-                free = tl.broadcast_to((key >= sink)[None, :], counts.shape)
+                until = tl.where(key < sink, 0, never)
                 if FROM:
-                    free = free & (key[None, :] < given[:, None])
-                candidate_hits += tl.sum((counts & free).to(tl.int32), 1)
+                    until = tl.minimum(
+                        until, tl.sum((key[None, :] < given[:, None]).to(tl.int32), 0)
+                    )
+                candidate_hits += tl.histogram(tl.where(from_hit < until, from_hit, never), BUDGETS)
+                candidate_hits -= tl.histogram(tl.where(from_hit < until, until, never), BUDGETS)
+            so_far = mass_before + tl.cumsum(tl.exp(log), 0)
+            last = tl.minimum(reach - first, PLACES) - 1
+            reached_here = tl.gather(so_far, tl.maximum(last, 0), 0)
+            mass = tl.where(last >= 0, reached_here, mass)
+            mass_before = tl.sum(tl.exp(log)) + mass_before
             best_place = tl.minimum(best_place, tl.min(tl.where(rank == 0, here, listed)))
             count += tl.sum(there.to(tl.int32))
             if FILLED:
@@ -278,20 +294,24 @@ def _walk(
     to = at_all + (budget.to(tl.int64) * heads * rows + place)
     of_budgets = heads * rows * budgets
     most = tl.maximum(tl.minimum(k, seen), 1).to(tl.float32)
-    tl.store(to + RECALL * of_budgets, hits / most, mask=asked)
-    tl.store(to + ATTENDED_RECALL * of_budgets, attended_hits / most, mask=asked)
+    tl.store(to + RECALL * of_budgets, tl.cumsum(hits, 0) / most, mask=asked)
+    tl.store(to + ATTENDED_RECALL * of_budgets, tl.cumsum(attended_hits, 0) / most, mask=asked)
     tl.store(to + FRACTION * of_budgets, mass.to(tl.float32), mask=asked)
     tl.store(to + TOP1_HIT * of_budgets, (best_place < reach).to(tl.float32), mask=asked)
     if GIVEN:
         wanted = tl.zeros([BUDGETS], tl.int32)
         for first_rank in range(0, ranks, RANKS):
             which = first_rank + tl.arange(0, RANKS)
-            one = tl.load(best + which, mask=which < ranks, other=-1)
-            free = (which[None, :] < k[:, None]) & ((one >= 0) & (one >= sink))[None, :]
+            one = tl.load(best + which, mask=which < ranks, other=-1).to(tl.int32)
+            from_rank = tl.load(from_ranks + tl.minimum(which, ranks))
+            until = tl.where(one < sink, 0, never)
             if FROM:
-                free = free & (one[None, :] < given[:, None])
-            wanted += tl.sum(free.to(tl.int32), 1)
+                until = tl.minimum(until, tl.sum((one[None, :] < given[:, None]).to(tl.int32), 0))
+            counts = (one >= 0) & (from_rank < until)
+            wanted += tl.histogram(tl.where(counts, from_rank, never), BUDGETS)
+            wanted -= tl.histogram(tl.where(counts, until, never), BUDGETS)
         # Not counted where nothing had to be found.
-        share_found = candidate_hits / tl.maximum(wanted, 1).to(tl.float32)
+        wanted = tl.cumsum(wanted, 0)
+        share_found = tl.cumsum(candidate_hits, 0) / tl.maximum(wanted, 1).to(tl.float32)
         found = tl.where(wanted > 0, share_found, float("nan"))
         tl.store(to + CANDIDATE_RECALL * of_budgets, found, mask=asked)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import AttendMethod
-from retrace.analyze.methods.toolkit.hashing import hyperplanes, numbers
+from retrace.analyze.methods.toolkit.hashing import collisions, hyperplanes, numbers
 from retrace.analyze.methods.toolkit.partial_attention import (
     attended_ids,
-    merged,
-    part,
+    attention,
     visible_logits,
 )
 from retrace.analyze.units.past import Past
@@ -67,29 +66,40 @@ class MagicPIG(AttendMethod):
         """Self-normalised importance sampling, joined with the exact part; k is not looked at."""
         past, planes, centred, buckets = state
         logits = visible_logits(past, queries, positions)
-        weighted = logits.clone()
-        hashed = slice(self.sink, self.sink + len(centred))
-        shared, kept = torch.zeros_like(logits), torch.ones_like(logits, dtype=torch.bool)
+        width = logits.shape[-1]
+        keys = torch.arange(width, device=logits.device)
+        first, end = self.sink, self.sink + len(centred)
+        kept = (keys < first) | (keys >= end)
+        shared = logits.new_zeros(1)
         if len(centred):
-            collisions = self._collisions(self._buckets(queries, planes), buckets)
-            shared[..., hashed], kept[..., hashed] = collisions.to(shared), False
-            missed = collisions < self.min_collisions
-            log_pi = torch.log(self.inclusion(queries, centred) + self.offset).to(logits)
-            weighted[..., hashed] -= log_pi.masked_fill(missed, torch.inf)
-        output = merged([part(weighted, past.values[: logits.shape[-1]])], past.unit.sinks)
+            shared = collisions(self._buckets(queries, planes), buckets)
+            # How likely a key was sampled concerns only those that were: few of all.
+            sampled = (shared >= self.min_collisions).flatten().nonzero().squeeze(-1)
+            log_pi = torch.log(
+                self._chance(_cosines(queries, centred).flatten()[sampled]) + self.offset
+            )
+            place = sampled + (sampled // len(centred)) * (width - len(centred)) + first
+            weighted = logits.flatten()[place] - log_pi.to(logits)
+            logits[..., first:end] = -torch.inf
+            logits.view(-1)[place] = weighted
+            shared = torch.nn.functional.pad(shared, (first, width - end))
+        output = attention(logits, past.values[:width], past.unit.sinks)
         # Those in most buckets of the query's first.
-        return output, attended_ids(~weighted.isneginf(), shared, kept, self.sink)
+        return output, attended_ids(logits != -torch.inf, shared, kept, self.sink, ordered=k)
 
     def inclusion(self, queries: Tensor, centred: Tensor) -> Tensor:
         """The probability over hyperplanes (group, queries, hashed) float64 that a key is sampled:
         that of `min_collisions` or more in `tables` trials of probability u^bits, u = 1 less the
         angle between query and key over pi."""
-        unit = torch.nn.functional.normalize
-        cosine = unit(queries.double(), dim=-1) @ unit(centred.double(), dim=-1).T
+        return self._chance(_cosines(queries, centred))
+
+    def _chance(self, cosine: Tensor) -> Tensor:
+        """That probability for the cosine of the angle, like it."""
         one = (1 - torch.arccos(cosine.clamp(-1, 1)) / math.pi) ** self.bits
-        fewer = torch.zeros_like(one)
+        other, fewer = 1 - one, torch.zeros_like(one)
         for j in range(min(self.min_collisions, self.tables + 1)):
-            fewer += math.comb(self.tables, j) * one**j * (1 - one) ** (self.tables - j)
+            term = other ** (self.tables - j)
+            fewer += term * (math.comb(self.tables, j) * one**j) if j else term
         # A key that was sampled had some probability, however it is rounded.
         return (1 - fewer).clamp(min=torch.finfo(one.dtype).eps)
 
@@ -104,13 +114,9 @@ class MagicPIG(AttendMethod):
         bits = vectors @ planes >= 0
         return numbers(bits.view(*bits.shape[:-1], self.tables, self.bits))
 
-    @staticmethod
-    def _collisions(queries: Tensor, keys: Tensor) -> Tensor:
-        """In how many tables (group, queries, hashed) a query's bucket (group, queries, tables) is
-        a key's (tables, hashed)."""
-        count = torch.zeros(
-            *queries.shape[:2], keys.shape[1], dtype=torch.int16, device=keys.device
-        )
-        for table, bucket in enumerate(keys):
-            count += queries[..., table, None] == bucket
-        return count
+
+def _cosines(queries: Tensor, keys: Tensor) -> Tensor:
+    """Cosines (group, queries, keys) float64 of the angles between queries (group, queries,
+    channels) and keys (keys, channels)."""
+    unit = torch.nn.functional.normalize
+    return unit(queries.double(), dim=-1) @ unit(keys.double(), dim=-1).T

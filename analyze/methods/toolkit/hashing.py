@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.methods.toolkit.random_numbers import uniform
+from retrace.analyze.units import kernels
 from retrace.analyze.units.unit import HeadGroup
 
 
@@ -33,7 +34,7 @@ def hadamard(vectors: Tensor) -> Tensor:
 def hyperplanes(seed: int, group: HeadGroup, count: int, device: torch.device) -> Tensor:
     """Normals (channels, count) of random hyperplanes, standard normal, for one kv head."""
     channels = torch.arange(group.rules.key_dim, device=device)
-    normals: Tensor = torch.special.ndtri(uniform(seed, group, channels, count)[0])
+    normals: Tensor = torch.special.ndtri(uniform(seed, group, channels, count, heads=1)[0])
     return normals
 
 
@@ -48,3 +49,16 @@ def numbers(bits: Tensor) -> Tensor:
     places = 1 << torch.arange(bits.shape[-1], dtype=torch.int32, device=bits.device)
     read: Tensor = (bits.to(torch.int32) * places).sum(dim=-1, dtype=torch.int32)
     return read
+
+
+def collisions(queries: Tensor, keys: Tensor) -> Tensor:
+    """In how many tables (group, queries, keys) int16 a query's bucket (group, queries, tables)
+    int32 is a key's (tables, keys) int32."""
+    if kernels.usable(keys):
+        from retrace.analyze.methods.toolkit.kernels.collisions import collisions
+
+        return collisions(queries.flatten(0, 1), keys).view(*queries.shape[:2], -1)
+    count = torch.zeros(*queries.shape[:2], keys.shape[1], dtype=torch.int16, device=keys.device)
+    for table, buckets in enumerate(keys):
+        count += queries[..., table, None] == buckets
+    return count

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.exact.top_k import top
+from retrace.analyze.units import kernels
 from retrace.analyze.units.attention import softcap, visible
 from retrace.analyze.units.past import Past
-from retrace.analyze.units.selection import missing_last
 from retrace.traces import LayerRules
+
+ABOVE_MERIT = 2.0**100
+"""What a position is multiplied by to stand before all that is ranked by merit."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,15 @@ def logits_at(queries: Tensor, keys: Tensor, ids: Tensor, rules: LayerRules) -> 
     return softcap(dots, rules).masked_fill(ids < 0, -torch.inf)
 
 
+def unseen(positions: Tensor, end: int, rules: LayerRules) -> Tensor:
+    """Which of the keys before `end` queries at positions (queries,) do not see: bool (queries,
+    keys)."""
+    keys = torch.arange(end, device=positions.device)
+    if rules.window is None and rules.chunk is None:
+        return keys > positions[:, None]
+    return ~visible(positions, keys, rules)
+
+
 def visible_logits(
     past: Past, queries: Tensor, positions: Tensor, keys: Tensor | None = None
 ) -> Tensor:
@@ -36,9 +48,9 @@ def visible_logits(
     (queries,) for all keys up to the last of them; -inf where a query does not see a key. With
     `keys` (keys, channels), such as rounded ones, they stand for the past's own."""
     rules, end = past.group.rules, int(positions[-1]) + 1
-    seen = visible(positions, torch.arange(end, device=positions.device), rules)
     keys = past.keys if keys is None else keys
-    return softcap(queries @ keys[:end].T, rules).masked_fill(~seen, -torch.inf)
+    logits = softcap(queries @ keys[:end].T, rules)
+    return logits.masked_fill_(unseen(positions, end, rules), -torch.inf)
 
 
 def best_only(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +61,11 @@ def best_only(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def attended_ids(
-    attended: Tensor, merit: Tensor, kept: Tensor | None = None, sink: int = 0
+    attended: Tensor,
+    merit: Tensor,
+    kept: Tensor | None = None,
+    sink: int = 0,
+    ordered: int | None = None,
 ) -> Tensor:
     """Ids (group, queries, any) int64 of the keys attended, in the order of the method: first those
     that it keeps whatever it finds, sinks and then the newest first; then by merit. -1 where there
@@ -57,19 +73,46 @@ def attended_ids(
 
     Args:
         attended: bool (group, queries, keys).
-        merit: what the method ranks keys by, the same for those of a unit, which then come in
-            ascending position: (group, queries, keys), or what expands to it.
+        merit: what the method ranks keys by, less than 2^100, the same for those of a unit, which
+            then come in ascending position: (group, queries, keys), or what expands to it.
         kept: bool, likewise; none if None.
         sink: keys before this position are sinks.
+        ordered: how many come in that order, such as the k that recall looks at; the others follow
+            in ascending position. All if None.
     """
-    keys = torch.arange(attended.shape[-1], device=attended.device)
-    held = torch.zeros_like(attended) if kept is None else attended & kept
-    newest = torch.where(keys < sink, 2 * len(keys) - keys, keys).to(torch.float32)
-    lists = [
-        top(ranking.to(torch.float32).masked_fill(~some, -torch.inf), _most(some))[1]
-        for ranking, some in ((newest, held), (merit, attended & ~held))
-    ]
-    return missing_last(torch.cat(lists, dim=-1))
+    count = attended.shape[-1]
+    ranking = merit.to(torch.float32)
+    if kept is not None:
+        keys = torch.arange(count, device=attended.device)
+        newest = torch.where(keys < sink, 2 * count - keys, keys) + 1
+        # Above any merit; a power of 2 leaves all positions apart.
+        ranking = torch.where(kept, ABOVE_MERIT * newest.to(torch.float32), ranking)
+    ranking = ranking.masked_fill(~attended, -torch.inf)
+    if ordered is None:
+        return top(ranking, _most(attended))[1]
+    ids = top(ranking, min(ordered, count))[1]
+    listed = torch.where(ids < 0, ids[..., :1], ids).clamp(min=0)
+    return appended(ids, attended.scatter(-1, listed, False))
+
+
+def appended(ids: Tensor, marks: Tensor) -> Tensor:
+    """Ids (group, queries, any) int64, -1 only at the end, and after them those of the keys marked,
+    bool (group, queries, keys), ascending: -1 where there are fewer."""
+    starts = (ids >= 0).sum(dim=-1)
+    width = max(1, int((starts + marks.sum(dim=-1)).max()))
+    lists = ids.new_full((*ids.shape[:-1], width), -1)
+    lists[..., : ids.shape[-1]] = ids[..., :width]
+    rows, flat, first = lists.view(-1, width), marks.flatten(0, -2), starts.flatten()
+    if kernels.usable(marks):
+        from retrace.analyze.methods.toolkit.kernels.lists import append_marked
+
+        append_marked(rows, first, flat)
+        return lists
+    row, key = flat.nonzero(as_tuple=True)
+    before = torch.nn.functional.pad(flat.sum(dim=-1).cumsum(dim=0), (1, 0))
+    place = torch.arange(len(row), device=row.device) - before[row] + first[row]
+    rows[row, place] = key
+    return lists
 
 
 def _most(marks: Tensor) -> int:
@@ -96,6 +139,16 @@ def part(logits: Tensor, values: Tensor) -> PartialAttention:
     if values.dim() == 2:
         return PartialAttention(weights @ values, log_weight)
     return PartialAttention(torch.matmul(weights[..., None, :], values).squeeze(-2), log_weight)
+
+
+def attention(logits: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+    """Attention over all keys together (group, queries, value channels), as `merged` has it of one
+    part, by logits (group, queries, keys), -inf where there is no key, over values (keys, value
+    channels). Each query has a key at least."""
+    if sinks is None:
+        return torch.softmax(logits, dim=-1) @ values
+    total = torch.logaddexp(torch.logsumexp(logits, dim=-1), sinks[:, None])
+    return torch.exp(logits - total[..., None]) @ values
 
 
 def merged(parts: list[PartialAttention], sinks: Tensor | None = None) -> Tensor:

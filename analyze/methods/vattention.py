@@ -1,6 +1,7 @@
 """vAttention: the best keys, and a random sample of the rest that is as large as it must be."""
 
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import ClassVar
 
 import torch
@@ -9,14 +10,16 @@ from torch import Tensor
 from retrace.analyze.exact.top_k import top
 from retrace.analyze.methods.base import AttendMethod
 from retrace.analyze.methods.toolkit.partial_attention import (
-    attended_ids,
+    appended,
+    attention,
     marked,
-    merged,
-    part,
+    unseen,
     visible_logits,
 )
 from retrace.analyze.methods.toolkit.random_numbers import uniform
+from retrace.analyze.methods.toolkit.sampling import sampled_moments, smallest
 from retrace.analyze.units.past import Past
+from retrace.analyze.units.selection import missing_last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,7 @@ class VAttention(AttendMethod):
     them, by the normal distribution. Drawn without replacement from the true residual; the public
     code draws with replacement, from all keys between sinks and recent ones, the k best included.
     It also takes the quantile of one side (`one_sided=true`). The k best are exact, as in the
-    paper's oracle; what is attended is more than k.
+    paper's oracle; what is attended is more than k. Those drawn come last, in ascending position.
     """
 
     source: ClassVar[str] = "arXiv:2510.05688 (vAttention), section 4; xAlg-ai/sparse-attention-hub"
@@ -48,45 +51,61 @@ class VAttention(AttendMethod):
     ) -> tuple[Tensor, Tensor]:
         """Attention over what is kept and drawn, weighted, and those keys."""
         logits = visible_logits(state, queries, positions)
-        kept, best, rest = self._split(logits, positions, k)
-        sure = kept | best
-        place, size = self._order(state, rest, positions), rest.sum(dim=-1)
-        drawn = rest & (place < self._sample_size(logits, sure, rest, place)[..., None])
-        chance = drawn.sum(dim=-1).clamp(min=1) / size.clamp(min=1)
-        attended = logits.masked_fill(~(sure | drawn), -torch.inf)
-        weighted = torch.where(drawn, attended - chance.log()[..., None], attended)
-        output = merged([part(weighted, state.values[: logits.shape[-1]])], state.unit.sinks)
-        # After the k best those drawn, in the order of the draws.
-        merit = torch.where(drawn, -1e30 * (1.0 + place), logits.masked_fill(~best, 0.0))
-        return output, attended_ids(sure | drawn, merit, kept, self.sink)
-
-    def _split(self, logits: Tensor, positions: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Which keys are kept, which are the best of the others, and which are the rest: bool, like
-        logits."""
-        keys = torch.arange(logits.shape[-1], device=logits.device)
-        seen = ~logits.isneginf()
-        kept = seen & ((keys < self.sink) | (keys > positions[:, None] - self.recent))
-        ids = top(logits.masked_fill(kept, -torch.inf), min(k, len(keys)))[1]
-        best = marked(ids, len(keys))
-        return kept, best, seen & ~kept & ~best
-
-    def _order(self, past: Past, rest: Tensor, positions: Tensor) -> Tensor:
-        """The place of each key of the rest in a random order, like rest."""
-        draws = uniform(self.seed, past.group, positions, rest.shape[-1])
-        draws = draws.masked_fill(~rest, torch.inf)
-        return draws.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
-
-    def _sample_size(self, logits: Tensor, sure: Tensor, rest: Tensor, place: Tensor) -> Tensor:
-        """How many of the rest are drawn (group, queries)."""
+        found, sure, rest = self._split(state, logits, positions, k)
         size = rest.sum(dim=-1)
+        drawn, count = self._drawn(state, logits, positions, sure, rest, size)
+        chance = count.clamp(min=1) / size.clamp(min=1)
+        weighted = torch.where(drawn, logits - chance.log()[..., None], logits)
+        weighted.masked_fill_(rest ^ drawn, -torch.inf)
+        output = attention(weighted, state.values[: logits.shape[-1]], state.unit.sinks)
+        return output, appended(found, drawn)
+
+    def _split(
+        self, past: Past, logits: Tensor, positions: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids (group, queries, any) of the keys that are kept and then of the best of the others,
+        -1 at the end; which keys those are, and which are the rest: bool, like logits."""
+        count = logits.shape[-1]
+        hidden = unseen(positions, count, past.group.rules)
+        keys = torch.arange(count, device=logits.device)
+        kept = (keys < self.sink) | (keys > positions[:, None] - self.recent)
+        best = top(logits.masked_fill(kept, -torch.inf), min(k, count))[1]
+        sure = marked(best, count) | (kept & ~hidden)
+        first = self._kept(positions, hidden).expand(len(best), -1, -1)
+        return missing_last(torch.cat([first, best], dim=-1)), sure, ~(sure | hidden)
+
+    def _kept(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        """Ids (queries, any) of the keys that are kept, sinks and then the newest first, -1 in
+        place of those that are hidden, bool (queries, keys)."""
+        count = hidden.shape[-1]
+        sinks = torch.arange(min(self.sink, count), device=positions.device)
+        back = torch.arange(min(self.recent, count), device=positions.device)
+        recent = positions[:, None] - back
+        ids = torch.cat([sinks.expand(len(positions), -1), recent], dim=-1)
+        missing = hidden.gather(-1, ids.clamp(min=0))
+        missing[:, len(sinks) :] |= recent < self.sink
+        return ids.masked_fill(missing, -1)
+
+    def _drawn(
+        self,
+        past: Past,
+        logits: Tensor,
+        positions: Tensor,
+        sure: Tensor,
+        rest: Tensor,
+        size: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Which of the rest, `size` (group, queries) in all, are drawn (group, queries, keys), and
+        how many that is (group, queries) int64."""
+        draws = uniform(self.seed, past.group, positions, logits.shape[-1])
+        draws = draws.masked_fill_(~rest, torch.inf)
         first = torch.ceil(self.base * size).clamp(min=2).minimum(size)
-        sampled = rest & (place < first[..., None])
-        weights = torch.exp((logits - logits.amax(dim=-1, keepdim=True)).double())
-        mean = (weights * sampled).sum(dim=-1) / first.clamp(min=1)
-        squares = ((weights - mean[..., None]) * sampled).square().sum(dim=-1)
+        sampled = smallest(draws, first)
+        mean, squares, known = sampled_moments(logits, logits.amax(dim=-1), sampled, sure)
         variance = squares / (first - 1).clamp(min=1)
-        total = (weights * sure).sum(dim=-1) + size * mean
+        total = known + size * mean
         beyond = self.delta if self.one_sided else self.delta / 2
-        quantile = torch.special.ndtri(torch.tensor(1 - beyond, dtype=torch.float64))
+        quantile = NormalDist().inv_cdf(1 - beyond)
         wanted = torch.ceil((quantile * size / (self.epsilon * total)).square() * variance)
-        return wanted.clamp(min=first, max=size)
+        count = wanted.clamp(min=first, max=size).long()
+        return smallest(draws, count), count

@@ -109,12 +109,11 @@ def denominators(unit: Unit, method: VAttention, k: int) -> tuple[Tensor, Tensor
     logits = (queries @ unit.keys.T).masked_fill(
         torch.arange(LENGTH) > unit.positions[ROWS, None], -torch.inf
     )
-    kept, best, rest = method._split(logits, unit.positions[ROWS], k)
-    sure = kept | best
-    place = method._order(past, rest, unit.positions[ROWS])
-    size = method._sample_size(logits, sure, rest, place)
+    positions = unit.positions[ROWS]
+    _, sure, rest = method._split(past, logits, positions, k)
+    drawn, count = method._drawn(past, logits, positions, sure, rest, rest.sum(-1))
+    assert torch.equal(drawn.sum(-1), count) and not (drawn & ~rest).any()
     weights = logits.double().exp()
-    drawn = rest & (place < size[..., None])
     scale = rest.sum(-1) / drawn.sum(-1).clamp(min=1)
     estimate = (weights * sure).sum(-1) + scale * (weights * drawn).sum(-1)
     return estimate / weights.sum(-1), drawn.sum(-1) / rest.sum(-1)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from retrace.analyze.methods.base import ScoreMethod
 from retrace.analyze.methods.toolkit.hashing import hyperplanes, signs
+from retrace.analyze.units import kernels
 from retrace.analyze.units.past import Past
 from retrace.analyze.units.unit import HeadGroup
 
@@ -45,17 +46,30 @@ class SOCKET(ScoreMethod):
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """||v|| times the sum of the probabilities of the key's buckets."""
         end = int(positions[-1]) + 1
-        votes = torch.zeros(*queries.shape[:2], end, device=queries.device)
+        planes, corners, norms = state
         root = queries.shape[-1] ** 0.5 if self.divide == "root-channels" else 1.0
-        for planes, corners in zip(*state[:2], strict=True):
-            soft = torch.tanh(queries @ planes) / (root * self.temperature)
-            # The softmax's denominator over all corners is a product over the bits.
-            total = torch.logaddexp(soft, -soft).sum(dim=-1, keepdim=True)
-            votes += torch.exp(soft @ corners[:end].T - total)
-        scores: Tensor = votes * state[2][:end]
-        return scores
+        soft = torch.tanh(queries.flatten(0, 1) @ planes) / (root * self.temperature)
+        soft = soft.view(len(planes), *queries.shape[:2], -1)
+        # The softmax's denominator over all corners is a product over the bits.
+        total = torch.logaddexp(soft, -soft).sum(dim=-1)
+        votes = _votes(soft, total, corners[:, :end], positions)
+        return votes.mul_(norms[:end])
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """Every key's buckets, the norm of its value in two bytes, and the hyperplanes."""
         count = self.tables * self.bits
         return keys * (count / 8 + 2) + group.rules.key_dim * count * group.itemsize
+
+
+def _votes(soft: Tensor, total: Tensor, corners: Tensor, positions: Tensor) -> Tensor:
+    """The sum over tables of exp(h.c - total) (group, queries, keys), of h (tables, group, queries,
+    bits), `total` (tables, group, queries) and c (tables, keys, bits). Keys after all queries of a
+    tile may have 0."""
+    if kernels.usable(soft):
+        from retrace.analyze.methods.toolkit.kernels.soft_votes import soft_votes
+
+        return soft_votes(soft, total, corners, positions)
+    votes = torch.zeros(*soft.shape[1:3], corners.shape[1], device=soft.device)
+    for h, log_total, c in zip(soft, total, corners, strict=True):
+        votes += (h @ c.T).sub_(log_total[..., None]).exp_()
+    return votes

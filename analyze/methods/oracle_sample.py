@@ -33,15 +33,17 @@ class OracleSample(AttendMethod):
         total = torch.logsumexp(logits, dim=-1)
         if state.unit.sinks is not None:
             total = torch.logaddexp(total, state.unit.sinks[:, None])
-        reached = torch.exp((logits - total[..., None]).double()).cumsum(dim=-1)
+        reached = logits.sub_(total[..., None]).double().exp_().cumsum(dim=-1)
         draws = uniform(self.seed, state.group, positions, k).double()
         if state.unit.sinks is None:  # rounding must leave no draw beyond the last key
             draws = draws * reached[..., -1:]
-        drawn = torch.searchsorted(reached, draws)  # one past the last key is the sink
-        counts = torch.zeros(*logits.shape[:2], logits.shape[-1] + 1, device=logits.device)
+        drawn = torch.searchsorted(reached, draws).sort(dim=-1).values
+        count = logits.shape[-1]  # also the place one past the last key, which is the sink
+        counts = torch.zeros(*logits.shape[:2], count + 1, device=logits.device)
         counts.scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=counts.dtype))
-        counts = counts[..., :-1]
-        most = min(k, counts.shape[-1])
-        often, ids = counts.sort(dim=-1, descending=True, stable=True)
-        ids = ids.masked_fill(often == 0, -1)[..., :most]
-        return counts / k @ state.values[: logits.shape[-1]], ids
+        values = torch.nn.functional.pad(state.values[:count], (0, 0, 0, 1))
+        again = torch.nn.functional.pad(drawn[..., 1:] == drawn[..., :-1], (1, 0))
+        often = counts.gather(-1, drawn).masked_fill(again | (drawn == count), 0)
+        often, order = often.sort(dim=-1, descending=True, stable=True)
+        ids = drawn.gather(-1, order).masked_fill(often == 0, -1)
+        return counts @ values / k, ids[..., :count]

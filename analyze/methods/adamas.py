@@ -11,6 +11,9 @@ from retrace.analyze.methods.toolkit.hashing import hadamard, padded
 from retrace.analyze.units.past import Past
 from retrace.analyze.units.unit import HeadGroup
 
+MOST_SIGNS = 1 << 10
+"""Of a vector: with more of them distances are summed channel by channel."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adamas(ScoreMethod):
@@ -43,8 +46,17 @@ class Adamas(ScoreMethod):
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """Less the distance of buckets."""
         scale, buckets = state
-        asked = self._buckets(queries / scale)
-        return -torch.cdist(asked, buckets[None, : int(positions[-1]) + 1], p=1)
+        asked, held = self._buckets(queries / scale), buckets[: int(positions[-1]) + 1]
+        bounds = (1 << self.bits) - 1
+        if bounds * held.shape[-1] > MOST_SIGNS:
+            return -torch.cdist(asked, held[None], p=1)
+        # Of each channel and bound, whether the bucket is above: a distance is the number of signs
+        # that differ. Sums of so few halves are exact in float16, which a GPU multiplies fastest.
+        dtype = torch.float16 if held.is_cuda else torch.float32
+        ours, theirs = (_above(vectors, bounds, dtype) for vectors in (asked, held))
+        ones = theirs.new_ones(len(theirs), 1)
+        less = ours.new_full((*ours.shape[:-1], 1), -ours.shape[-1])
+        return (torch.cat([ours, less], -1) / 2 @ torch.cat([theirs, ones], -1).T).float()
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """Every key's buckets."""
@@ -62,3 +74,10 @@ class Adamas(ScoreMethod):
         half = 1 << (self.bits - 1)
         # A channel on a bound is below it, as torch.bucketize has it.
         return (torch.ceil(rotated / step) - 1).clamp(-half, half - 1) + half
+
+
+def _above(buckets: Tensor, bounds: int, dtype: torch.dtype) -> Tensor:
+    """1 for each bound between buckets (..., channels) that one is above, else -1: (..., channels x
+    bounds)."""
+    bound = torch.arange(1, bounds + 1, device=buckets.device)
+    return ((buckets[..., None] >= bound).to(dtype) * 2 - 1).flatten(-2)

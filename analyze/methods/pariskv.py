@@ -11,10 +11,13 @@ from torch import Tensor
 from retrace.analyze.methods.base import KEEP, POOL, ScoreMethod
 from retrace.analyze.methods.options.keep import Keep
 from retrace.analyze.methods.toolkit.hashing import hadamard, numbers, padded
+from retrace.analyze.methods.toolkit.partial_attention import unseen
 from retrace.analyze.methods.toolkit.random_numbers import uniform
-from retrace.analyze.units.attention import first_visible, visible
+from retrace.analyze.methods.toolkit.sampling import smallest
+from retrace.analyze.units.attention import first_visible
 from retrace.analyze.units.past import Past
 from retrace.analyze.units.unit import HeadGroup
+from retrace.traces import LayerRules
 
 BLOCK = 8
 """Channels of a block: 256 patterns of signs."""
@@ -76,35 +79,26 @@ class ParisKV(ScoreMethod):
         rules, flips, patterns, decoded = state
         end = int(positions[-1]) + 1
         rotated = _blocks(hadamard(queries * flips))
-        first = first_visible(positions, rules)
-        seen = positions + 1 - first
+        seen = positions + 1 - first_visible(positions, rules)
         rerank, cover = self._shares(seen)
-        votes = torch.zeros(*queries.shape[:2], end, device=queries.device)
         corners = torch.tensor(
             [bits[::-1] for bits in product((-1.0, 1.0), repeat=BLOCK)], device=queries.device
         )
-        for block, pattern in enumerate(patterns):
-            counts = _counts(pattern, positions + 1) - _counts(pattern, first)
-            order = (rotated[..., block, :] @ corners.T).argsort(
-                dim=-1, descending=True, stable=True
-            )
-            ranked = counts.expand(len(queries), -1, -1).gather(-1, order)
-            before = ranked.cumsum(dim=-1) - ranked
-            share = before / (cover * seen)[:, None]
-            tier = torch.bucketize(share, torch.tensor(TIERS, device=share.device), right=True)
-            won = torch.zeros_like(votes[..., :1].expand_as(order)).scatter(
-                -1, order, (len(TIERS) - tier).float()
-            )
-            votes += won[..., pattern[:end]]
-        ids = torch.arange(end, device=queries.device)
-        by_votes = votes.masked_fill(~visible(positions, ids, rules), -1)
-        by_votes = by_votes.argsort(dim=-1, descending=True, stable=True)
-        reranked = torch.ceil(rerank * seen)[:, None] > ids
-        candidate = torch.zeros_like(votes, dtype=torch.bool).scatter(
-            -1, by_votes, reranked.expand_as(by_votes)
-        )
+        order = (rotated.movedim(-2, 0) @ corners.T).argsort(dim=-1, descending=True, stable=True)
+        ranked = _counts(patterns, positions, rules)[:, None].expand_as(order).gather(-1, order)
+        before = ranked.cumsum(dim=-1) - ranked
+        share = before / (cover * seen)[:, None]
+        tier = torch.bucketize(share, torch.tensor(TIERS, device=share.device), right=True)
+        won = torch.empty_like(order, dtype=torch.int16)
+        won.scatter_(-1, order, (len(TIERS) - tier).to(won))
+        votes = won.new_zeros((*queries.shape[:2], end))
+        for chances, pattern in zip(won, patterns, strict=True):
+            votes += chances[..., pattern[:end]]
+        least = (len(TIERS) * len(patterns) - votes).float()
+        least.masked_fill_(unseen(positions, end, rules), torch.inf)
+        reranked = torch.ceil(rerank * seen).expand(len(queries), -1)
         scores: Tensor = rotated.flatten(-2) @ decoded[:end].T
-        return scores.masked_fill(~candidate, -torch.inf)
+        return scores.masked_fill_(~smallest(least, reranked), -torch.inf)
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """Every key's patterns, of candidates the 4-bit codes and a 2-byte weight a block, and the
@@ -129,10 +123,23 @@ def _blocks(rotated: Tensor) -> Tensor:
     return rotated.view(*rotated.shape[:-1], -1, BLOCK)
 
 
-def _counts(patterns: Tensor, ends: Tensor) -> Tensor:
-    """How many of the patterns (keys,) before each of `ends` (queries,), ascending, are which of
-    the 256: (queries, 256)."""
-    start, stop = int(ends[0]), int(ends[-1])
-    earlier = torch.bincount(patterns[:start], minlength=2**BLOCK)
-    each = torch.nn.functional.one_hot(patterns[start:stop], 2**BLOCK).cumsum(dim=0)
-    return earlier + torch.nn.functional.pad(each, (0, 0, 1, 0))[ends - start]
+def _counts(patterns: Tensor, positions: Tensor, rules: LayerRules) -> Tensor:
+    """How many of the patterns (blocks, keys) that queries at positions (queries,) see are which of
+    the 256: (blocks, queries, 256)."""
+    counts = _before(patterns, positions + 1)
+    if rules.window is None and rules.chunk is None:
+        return counts
+    return counts - _before(patterns, first_visible(positions, rules))
+
+
+def _before(patterns: Tensor, ends: Tensor) -> Tensor:
+    """How many of the patterns before each of `ends` (queries,), ascending, are which."""
+    start, stop = ends[[0, -1]].tolist()
+    kinds = torch.arange(2**BLOCK, device=patterns.device)
+    each = patterns[:, start:stop, None] == kinds
+    since = torch.nn.functional.pad(each.cumsum(dim=1, dtype=torch.int32), (0, 0, 1, 0))
+    places = kinds[: len(patterns), None] * len(kinds)
+    earlier = torch.bincount(
+        (patterns[:, :start] + places).flatten(), minlength=len(patterns) * len(kinds)
+    )
+    return since[:, ends - start] + earlier.view(len(patterns), 1, -1)

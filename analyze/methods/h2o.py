@@ -8,11 +8,8 @@ from torch import Tensor
 
 from retrace.analyze.methods.base import KEEP, POOL, EvictionMethod
 from retrace.analyze.methods.options.keep import Keep
-from retrace.analyze.units.attention import visible
+from retrace.analyze.units.attention import first_visible
 from retrace.analyze.units.past import Past
-
-ROWS = 256
-"""Queries whose attention is held at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +32,15 @@ class H2O(EvictionMethod):
 
     def importance(self, past: Past) -> Tensor:
         """Attention received (group, keys)."""
-        total = past.keys.new_zeros(len(past.queries), len(past.keys))
-        seen = past.keys.new_zeros(len(past.keys))
-        keys = torch.arange(past.start, past.end, device=past.keys.device)
-        for start in range(0, len(past.query_positions), ROWS):
-            rows = slice(start, start + ROWS)
-            total += past.attention(rows).sum(dim=1)
-            seen += visible(past.query_positions[rows], keys, past.group.rules).sum(dim=0)
-        return total / seen.clamp(min=1) if self.mean else total
+        received = past.attention_received()
+        return received / _seen(past).clamp(min=1) if self.mean else received
+
+
+def _seen(past: Past) -> Tensor:
+    """How many queries of the past saw each key (keys,)."""
+    positions = past.query_positions
+    change = torch.zeros(len(past.keys) + 1, device=positions.device)
+    ones = torch.ones_like(positions, dtype=change.dtype)
+    change.index_add_(0, first_visible(positions, past.group.rules), ones)
+    change.index_add_(0, positions + 1, -ones)
+    return change[:-1].cumsum(dim=0)

@@ -28,6 +28,14 @@ def visible(positions: Tensor, keys: Tensor, rules: LayerRules) -> Tensor:
     return (keys <= positions[:, None]) & (keys >= first[:, None])
 
 
+def unseen(positions: Tensor, keys: Tensor, rules: LayerRules) -> Tensor:
+    """Which key positions (keys,) each query position (queries,) does not see: bool (queries,
+    keys)."""
+    if rules.window is None and rules.chunk is None:
+        return keys > positions[:, None]
+    return ~visible(positions, keys, rules)
+
+
 def score(queries: Tensor, keys: Tensor, rules: LayerRules) -> Tensor:
     """softcap(scale * q.k), causal or not: queries (..., queries, channels) and
     keys (..., keys, channels) give (..., queries, keys), in the dtype of the input."""

@@ -11,9 +11,21 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from retrace.analyze.units.attention import log_normalizer, softcap, visible
+from retrace.analyze.units.attention import log_normalizer, softcap, unseen
 from retrace.analyze.units.unit import HeadGroup, Unit
 from retrace.traces import RetraceError, Rotation
+
+SUMMED = 256
+"""Queries whose attention is held at once, to be summed."""
+
+
+@dataclass
+class _Sums:
+    """Attention received so far, from queries of whole runs."""
+
+    total: Tensor | None = None
+    """(group, all keys of the unit)"""
+    queries: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +165,13 @@ class Past:
                 f"judges keys by queries before position {self.end}, and the trace holds none: "
                 "capture more of them (--queries), or begin later with --protocol prefix:P."
             )
-        return self.queries[:, rows], positions
+        return self._asked(rows), positions
+
+    def _asked(self, rows: slice | Int64[Tensor, "rows"]) -> Float32[Tensor, "group rows channels"]:
+        """Some of the queries, scaled. Those that are asked for alone are."""
+        if "queries" in self.__dict__:
+            return self.queries[:, rows]
+        return self.unit.queries[:, self._rows][:, rows] * self.group.rules.scale
 
     def attention(self, rows: slice | Int64[Tensor, "rows"]) -> Float32[Tensor, "group rows keys"]:
         """Exact attention probabilities of some of the queries over the keys; 0 where a query does
@@ -163,14 +181,77 @@ class Past:
             RetraceError: the trace holds no query of these positions.
         """
         queries, positions = self.asked(rows)
+        return self._probabilities(queries @ self.keys.T, positions, self.unit.sinks)
+
+    def layer_attention(
+        self, rows: slice | Int64[Tensor, "rows"]
+    ) -> Float32[Tensor, "kv_heads group rows keys"]:
+        """The same of every kv head of the layer, in order."""
+        heads = self.heads
+        _, positions = self.asked(rows)
+        queries = torch.stack([head._asked(rows) for head in heads])
+        keys = torch.stack([head.keys for head in heads])
+        sinks = [head.unit.sinks for head in heads if head.unit.sinks is not None]
+        scores = (queries.flatten(1, 2) @ keys.mT).view(*queries.shape[:3], -1)
+        found = self._probabilities(
+            scores.flatten(0, 1), positions, torch.cat(sinks) if sinks else None
+        )
+        return found.view_as(scores)
+
+    def _probabilities(
+        self,
+        products: Float32[Tensor, "heads rows keys"],
+        positions: Int64[Tensor, "rows"],
+        sinks: Float32[Tensor, "heads"] | None,
+    ) -> Float32[Tensor, "heads rows keys"]:
         rules = self.group.rules
         keys = torch.arange(self.start, self.end, device=positions.device)
-        scores = softcap(queries @ self.keys.T, rules)
-        scores = scores.masked_fill(~visible(positions, keys, rules), -torch.inf)
-        return torch.exp(scores - log_normalizer(scores, self.unit.sinks)[..., None])
+        scores = softcap(products, rules)
+        scores = scores.masked_fill_(unseen(positions, keys, rules), -torch.inf)
+        if sinks is None:
+            return torch.softmax(scores, dim=-1)
+        return torch.exp(scores - log_normalizer(scores, sinks)[..., None])
+
+    def attention_received(self) -> Float32[Tensor, "group keys"]:
+        """Exact attention that each key received from all queries of a past that begins with the
+        sequence, summed.
+
+        Pasts of one unit share the sum over `SUMMED` queries and as many again, which depends on
+        none that come later: one that ends later adds what came since.
+        """
+        count = len(self.query_positions)
+        whole = count - count % SUMMED
+        sums: _Sums = self.unit.shared.get("attention_received", _Sums())
+        if sums.total is None or sums.queries > whole:
+            heads, keys = len(self.unit.queries), len(self.unit.keys)
+            sums = _Sums(self.unit.keys.new_zeros(heads, keys))
+        assert sums.total is not None
+        for start in range(sums.queries, whole, SUMMED):
+            self._add_received(sums.total, slice(start, start + SUMMED))
+        sums.queries = whole
+        self.unit.shared["attention_received"] = sums
+        received = sums.total[:, : self.end].clone()
+        if whole < count:
+            self._add_received(received, slice(whole, count))
+        return received
+
+    def _add_received(self, total: Float32[Tensor, "group any"], rows: slice) -> None:
+        """Add what the keys that some queries see received from them."""
+        last = rows.stop - 1
+        if not self._all_asked:
+            last = int(self.query_positions[last])
+        seen = replace(self, end=last + 1)
+        total[:, : seen.end] += seen.attention(rows).sum(dim=1)
+
+    @property
+    def _all_asked(self) -> bool:
+        """Whether the unit has the query of every position of the sequence."""
+        return len(self.unit.positions) == self.unit.first + len(self.unit.keys)
 
     @property
     def _rows(self) -> slice:
+        if self._all_asked:  # no need to wait for a GPU
+            return slice(self.unit.first + self.start, self.unit.first + self.end)
         bounds = torch.tensor([self.start, self.end], device=self.unit.positions.device)
         return slice(*torch.searchsorted(self.unit.positions, bounds).tolist())
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int32, Int64, Shaped
@@ -132,6 +133,12 @@ class Unit:
         """Norm of the longest key up to each position."""
         norms: Tensor = torch.linalg.vector_norm(self.keys, dim=-1).cummax(dim=0).values
         return norms.double()
+
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """What pasts that end at several positions share, by name. It must follow from the unit's
+        tensors alone, bit for bit, whichever past was asked first."""
+        return {}
 
     @cached_property
     def mean_values(self) -> Float32[Tensor, "keys value_channels"]:

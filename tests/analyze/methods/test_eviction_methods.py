@@ -1,6 +1,7 @@
 """What published eviction methods think of each key, against NumPy in float64."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,12 +73,41 @@ def test_tova(trace: Trace) -> None:
 
 
 def test_h2o(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retrace.analyze.methods.h2o.ROWS", 7)
+    monkeypatch.setattr("retrace.analyze.units.past.SUMMED", 7)
     probabilities = attention(trace, 1)
     total = probabilities.sum(axis=1)
     np.testing.assert_allclose(importance("h2o", past_of(trace)), total, atol=1e-5)
     seen = (probabilities > 0)[0].sum(axis=0)
     np.testing.assert_allclose(importance("h2o:mean=true", past_of(trace)), total / seen, atol=1e-5)
+
+
+def test_attention_received_does_not_depend_on_which_past_asked_before(
+    trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrace.analyze.units.past.SUMMED", 7)
+    unit = past_of(trace).unit
+    for end in (3, 7, 24, 41, 16, 60, 60):
+        fresh = replace(unit)
+        alone = Past(fresh, 0, end).attention_received()
+        assert torch.equal(Past(unit, 0, end).attention_received(), alone)
+        direct = Past(fresh, 0, end).attention(slice(None)).sum(dim=1)
+        torch.testing.assert_close(alone, direct)
+    some = torch.arange(1, 60, 3)
+    few = replace(unit, queries=unit.queries[:, some], positions=some)
+    for end in (30, 60, 2, 1):
+        past = Past(few, 0, end)
+        expected = past.attention(slice(None)).sum(dim=1) if end > 1 else torch.zeros(2, 1)
+        torch.testing.assert_close(past.attention_received(), expected)
+
+
+def test_attention_of_a_layer_is_that_of_its_heads(
+    make_trace: Callable[..., Trace], rules: Callable[..., LayerRules]
+) -> None:
+    sinks = (0.5, -1.0, 2.0, 4.0)
+    past = past_of(make_trace([rules(heads=4, softcap=8.0, window=30, sinks=sinks)], [60]))
+    for rows in (slice(-1, None), slice(3, 20), torch.tensor([2, 40])):
+        heads = torch.stack([head.attention(rows) for head in past.heads])
+        torch.testing.assert_close(past.layer_attention(rows), heads)
 
 
 def test_norm_and_direction(trace: Trace) -> None:

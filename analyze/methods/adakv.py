@@ -42,11 +42,13 @@ class AdaKV(SnapKV):
     def judge(self, past: Past) -> Any:
         """The importance of each key (group or 1, keys); for every kv head of the layer the places
         of its keys, ascending, among those of all (kv heads, group or 1, keys); which it is."""
-        heads = [SnapKV.judge(self, head) for head in past.heads]
-        pooled = torch.stack([pool(self.pool, head[:, None])[:, 0] for head in heads])
+        observed = past.layer_attention(self._observed).mean(dim=2)
+        heads = self._smoothed(observed.flatten(0, 1)).view_as(observed)
+        # The heads of a group agree, kv head by kv head.
+        pooled = pool(self.pool, heads.transpose(0, 1)).transpose(0, 1)
         order = pooled.flatten().argsort(descending=True, stable=True)
         places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device)
+        places.scatter_(0, order, torch.arange(len(order), device=order.device))
         own = past.group.kv_head
         return heads[own], places.view(pooled.shape).sort(dim=-1).values, own
 

@@ -73,12 +73,21 @@ class SnapKV(EvictionMethod):
 
     def importance(self, past: Past) -> Tensor:
         """Smoothed mean attention (group, keys); above all of it the window's keys."""
-        window = min(self.window, len(past.keys))
-        observed = past.attention(slice(-max(1, self.window), None)).mean(dim=1)
-        before = observed[:, : len(past.keys) - window]
-        reach = self.kernel // 2
+        return self._smoothed(past.attention(self._observed).mean(dim=1))
+
+    @property
+    def _observed(self) -> slice:
+        """The last queries, that are observed."""
+        return slice(-max(1, self.window), None)
+
+    def _smoothed(self, observed: Tensor) -> Tensor:
+        """Attention (heads, keys) smoothed along the keys before the window; above it the window's
+        own keys, the newest first."""
+        count, reach = observed.shape[-1], self.kernel // 2
+        window = min(self.window, count)
+        before = observed[:, : count - window]
         if before.shape[-1]:
             padded = torch.nn.functional.pad(before, (reach, reach))
             before = torch.nn.functional.avg_pool1d(padded, 2 * reach + 1, stride=1)
-        newest_first = 2.0 + torch.arange(window, device=before.device)
+        newest_first = torch.arange(2.0, 2.0 + window, device=before.device)
         return torch.cat([before, newest_first.expand(len(before), -1)], dim=-1)

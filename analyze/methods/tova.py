@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from retrace.analyze.methods.base import EvictionMethod
@@ -22,5 +21,4 @@ class TOVA(EvictionMethod):
 
     def importance(self, past: Past) -> Tensor:
         """Mean attention of the last query (keys,)."""
-        last = [head.attention(slice(-1, None)) for head in past.heads]
-        return torch.cat(last).mean(dim=(0, 1))
+        return past.layer_attention(slice(-1, None)).mean(dim=(0, 1, 2))

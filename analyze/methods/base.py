@@ -359,8 +359,7 @@ class EvictionMethod(ScoreMethod):
         positions: Int64[Tensor, "queries"],
     ) -> Float[Tensor, "group queries units"]:
         """The same for every query."""
-        scores = state[:, None, : int(positions[-1]) + 1]
-        return scores.expand(*queries.shape[:2], -1)
+        return state[:, None].expand(*queries.shape[:2], -1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,5 +19,5 @@ class KeyDiff(EvictionMethod):
     def importance(self, past: Past) -> Tensor:
         """-cos(k, mean of k / ||k||) (keys,)"""
         directions = torch.nn.functional.normalize(past.keys, dim=-1)
-        anchor = directions.mean(dim=0, keepdim=True)
-        return -torch.nn.functional.cosine_similarity(past.keys, anchor, dim=-1)
+        anchor = torch.nn.functional.normalize(directions.mean(dim=0), dim=0)
+        return -(directions @ anchor)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from retrace.analyze.methods.snapkv import SnapKV
+from retrace.analyze.units.constants import constant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,16 @@ class PyramidKV(SnapKV):
         """The layer's part of k keys for each layer."""
         layers, keys = state.past.layers, len(state.past.keys)
         depth = layers.index(state.past.group.layer) / (len(layers) - 1) if len(layers) > 1 else 0.5
-        mean = (ks - self.window).double()
-        least = torch.maximum(mean / self.beta, mean.clamp(max=1))
-        first = (2 * mean - least).clamp(max=max(0, keys - self.window))
+        most = max(0, keys - self.window)
+        # Of so few numbers each operation of a GPU would take longer than all of this.
+        budgets = tuple(self._budget(k, depth, most) for k in ks.flatten().tolist())
+        return constant(budgets, ks.device).view(ks.shape)
+
+    def _budget(self, k: int, depth: float, most: int) -> int:
+        """What a layer at a depth from 0 to 1 has of k keys, the first `most` and the window."""
+        mean = k - self.window
+        if mean <= 0:
+            return k
+        first = min(2 * mean - max(mean / self.beta, min(mean, 1)), most)
         last = 2 * mean - first
-        budget = self.window + first + depth * (last - first)
-        return torch.where(mean > 0, budget.round().long(), ks)
+        return round(self.window + first + depth * (last - first))

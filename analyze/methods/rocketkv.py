@@ -22,10 +22,9 @@ class Stored:
     """(left,) int64: position of each"""
     keys: Tensor
     """(left, channels)"""
-    low: Tensor
-    """(left, channels): least of each channel in the key's page, up to that key"""
-    high: Tensor
-    """Likewise, the largest"""
+    extremes: Tensor
+    """(left, 2 channels): largest of each channel in the key's page, up to that key, and the
+    least"""
     evicted: int
     """How many keys the first stage left out"""
     hidden: int
@@ -94,13 +93,13 @@ class RocketKV(ScoreMethod):
         """The page's score for each key that is left, -inf for the others."""
         end = int(positions[-1]) + 1
         held = end - state.evicted
-        last = pages.last_keys(held, self.page, state.low.device)
-        positive = queries.sum(dim=0) >= 0
+        last = pages.last_keys(held, self.page, state.extremes.device)
         sparse = self._sparse(queries)
-        up, down = sparse * positive, sparse * ~positive
-        bounds = up @ state.high[last].T + down @ state.low[last].T
+        up = sparse * (queries.sum(dim=0) >= 0)
+        asked = torch.cat([up, sparse - up], dim=-1)
+        bounds = asked @ state.extremes[last].T
         place = positions - state.evicted
-        own = (up * state.high[place]).sum(dim=-1) + (down * state.low[place]).sum(dim=-1)
+        own = (asked * state.extremes[place]).sum(dim=-1)
         bounds = pages.with_own(bounds, own, place, self.page)
         of_keys = bounds.repeat_interleave(self.page, dim=-1)[..., :held]
         scores = of_keys.new_full((*of_keys.shape[:2], end), -torch.inf)
@@ -110,7 +109,7 @@ class RocketKV(ScoreMethod):
     def evicted(self, state: Stored, end: int) -> Tensor | None:
         """What the first stage left out."""
         gone = torch.ones(end, dtype=torch.bool, device=state.ids.device)
-        return gone.index_fill_(0, state.ids[state.ids < end], False)
+        return gone.index_fill_(0, state.ids[: end - state.evicted], False)
 
     def aux_bytes(self, state: Stored, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """One extreme of the channels read, for every page of the keys that are left. Where there
@@ -133,4 +132,5 @@ class RocketKV(ScoreMethod):
 
     def _stored(self, ids: Tensor, keys: Tensor, evicted: int, hidden: int) -> Stored:
         low, high = pages.extremes(keys, self.page)
-        return Stored(ids=ids, keys=keys, low=low, high=high, evicted=evicted, hidden=hidden)
+        extremes = torch.cat([high, low], dim=-1)
+        return Stored(ids=ids, keys=keys, extremes=extremes, evicted=evicted, hidden=hidden)

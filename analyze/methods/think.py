@@ -8,9 +8,8 @@ from torch import Tensor
 
 from retrace.analyze.methods.base import AttendMethod
 from retrace.analyze.methods.toolkit.partial_attention import (
+    attention,
     best_only,
-    merged,
-    part,
     visible_logits,
 )
 from retrace.analyze.units.past import Past
@@ -68,8 +67,7 @@ class ThinK(AttendMethod):
         """Attention over the best k, by logits of the channels left."""
         past, keys, _ = state
         logits, ids = best_only(visible_logits(past, queries, positions, keys), k)
-        output = merged([part(logits, past.values[: logits.shape[-1]])], past.unit.sinks)
-        return output, ids
+        return attention(logits, past.values[: logits.shape[-1]], past.unit.sinks), ids
 
     def aux_bytes(self, state: Any, keys: Tensor, group: HeadGroup) -> Tensor | float:
         """All keys, with the channels that each has left, and which those are, in a bit each. Where

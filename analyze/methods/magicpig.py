@@ -72,17 +72,16 @@ class MagicPIG(AttendMethod):
         kept = (keys < first) | (keys >= end)
         shared = logits.new_zeros(1)
         if len(centred):
+            outside = (first, width - end)
             shared = collisions(self._buckets(queries, planes), buckets)
+            shared = torch.nn.functional.pad(shared, outside)
             # How likely a key was sampled concerns only those that were: few of all.
             sampled = (shared >= self.min_collisions).flatten().nonzero().squeeze(-1)
-            log_pi = torch.log(
-                self._chance(_cosines(queries, centred).flatten()[sampled]) + self.offset
-            )
-            place = sampled + (sampled // len(centred)) * (width - len(centred)) + first
-            weighted = logits.flatten()[place] - log_pi.to(logits)
-            logits[..., first:end] = -torch.inf
-            logits.view(-1)[place] = weighted
-            shared = torch.nn.functional.pad(shared, (first, width - end))
+            cosines = _cosines(queries, torch.nn.functional.pad(centred, (0, 0, *outside)))
+            log_pi = torch.log(self._chance(cosines.flatten()[sampled]) + self.offset)
+            weighted = logits.flatten()[sampled] - log_pi.to(logits)
+            logits.masked_fill_(~kept, -torch.inf)
+            logits.view(-1)[sampled] = weighted
         output = attention(logits, past.values[:width], past.unit.sinks)
         # Those in most buckets of the query's first.
         return output, attended_ids(logits != -torch.inf, shared, kept, self.sink, ordered=k)
@@ -96,10 +95,13 @@ class MagicPIG(AttendMethod):
     def _chance(self, cosine: Tensor) -> Tensor:
         """That probability for the cosine of the angle, like it."""
         one = (1 - torch.arccos(cosine.clamp(-1, 1)) / math.pi) ** self.bits
-        other, fewer = 1 - one, torch.zeros_like(one)
-        for j in range(min(self.min_collisions, self.tables + 1)):
-            term = other ** (self.tables - j)
-            fewer += term * (math.comb(self.tables, j) * one**j) if j else term
+        least = min(self.min_collisions, self.tables + 1)
+        other = 1 - one
+        # Fewer than `least` trials succeed in as many ways as these terms say.
+        ways: Tensor | float = 1.0
+        for j in range(1, least):
+            ways = ways * other + math.comb(self.tables, j) * one**j
+        fewer = other ** (self.tables + 1 - least) * ways
         # A key that was sampled had some probability, however it is rounded.
         return (1 - fewer).clamp(min=torch.finfo(one.dtype).eps)
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from retrace.analyze.methods.base import KEEP, POOL, ScoreMethod
 from retrace.analyze.methods.options.keep import Keep
 from retrace.analyze.methods.toolkit.hashing import hadamard, numbers, padded
-from retrace.analyze.methods.toolkit.partial_attention import unseen
 from retrace.analyze.methods.toolkit.random_numbers import uniform
 from retrace.analyze.methods.toolkit.sampling import smallest
-from retrace.analyze.units.attention import first_visible
+from retrace.analyze.units.attention import first_visible, unseen
 from retrace.analyze.units.past import Past
 from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import LayerRules
@@ -95,7 +94,8 @@ class ParisKV(ScoreMethod):
         for chances, pattern in zip(won, patterns, strict=True):
             votes += chances[..., pattern[:end]]
         least = (len(TIERS) * len(patterns) - votes).float()
-        least.masked_fill_(unseen(positions, end, rules), torch.inf)
+        places = torch.arange(end, device=queries.device)
+        least.masked_fill_(unseen(positions, places, rules), torch.inf)
         reranked = torch.ceil(rerank * seen).expand(len(queries), -1)
         scores: Tensor = rotated.flatten(-2) @ decoded[:end].T
         return scores.masked_fill_(~smallest(least, reranked), -torch.inf)

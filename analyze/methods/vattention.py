@@ -13,11 +13,11 @@ from retrace.analyze.methods.toolkit.partial_attention import (
     appended,
     attention,
     marked,
-    unseen,
     visible_logits,
 )
 from retrace.analyze.methods.toolkit.random_numbers import uniform
 from retrace.analyze.methods.toolkit.sampling import sampled_moments, smallest
+from retrace.analyze.units.attention import unseen
 from retrace.analyze.units.past import Past
 from retrace.analyze.units.selection import missing_last
 
@@ -66,8 +66,8 @@ class VAttention(AttendMethod):
         """Ids (group, queries, any) of the keys that are kept and then of the best of the others,
         -1 at the end; which keys those are, and which are the rest: bool, like logits."""
         count = logits.shape[-1]
-        hidden = unseen(positions, count, past.group.rules)
         keys = torch.arange(count, device=logits.device)
+        hidden = unseen(positions, keys, past.group.rules)
         kept = (keys < self.sink) | (keys > positions[:, None] - self.recent)
         best = top(logits.masked_fill(kept, -torch.inf), min(k, count))[1]
         sure = marked(best, count) | (kept & ~hidden)

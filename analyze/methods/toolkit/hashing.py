@@ -54,11 +54,19 @@ def numbers(bits: Tensor) -> Tensor:
 def collisions(queries: Tensor, keys: Tensor) -> Tensor:
     """In how many tables (group, queries, keys) int16 a query's bucket (group, queries, tables)
     int32 is a key's (tables, keys) int32."""
+    rows = queries.flatten(0, 1)
     if kernels.usable(keys):
         from retrace.analyze.methods.toolkit.kernels.collisions import collisions
+    elif keys.device.type == "cpu":
+        from retrace.analyze.methods.toolkit.compiled_collisions import collisions
+    else:
+        collisions = plain_collisions
+    return collisions(rows, keys).view(*queries.shape[:2], -1)
 
-        return collisions(queries.flatten(0, 1), keys).view(*queries.shape[:2], -1)
-    count = torch.zeros(*queries.shape[:2], keys.shape[1], dtype=torch.int16, device=keys.device)
+
+def plain_collisions(queries: Tensor, keys: Tensor) -> Tensor:
+    """The same of queries (rows, tables), table by table: (rows, keys)."""
+    count = torch.zeros(len(queries), keys.shape[1], dtype=torch.int16, device=keys.device)
     for table, buckets in enumerate(keys):
-        count += queries[..., table, None] == buckets
+        count += queries[:, table, None] == buckets
     return count

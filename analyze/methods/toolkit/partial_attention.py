@@ -7,7 +7,7 @@ from torch import Tensor
 
 from retrace.analyze.exact.top_k import top
 from retrace.analyze.units import kernels
-from retrace.analyze.units.attention import softcap, visible
+from retrace.analyze.units.attention import softcap, unseen
 from retrace.analyze.units.past import Past
 from retrace.traces import LayerRules
 
@@ -32,15 +32,6 @@ def logits_at(queries: Tensor, keys: Tensor, ids: Tensor, rules: LayerRules) -> 
     return softcap(dots, rules).masked_fill(ids < 0, -torch.inf)
 
 
-def unseen(positions: Tensor, end: int, rules: LayerRules) -> Tensor:
-    """Which of the keys before `end` queries at positions (queries,) do not see: bool (queries,
-    keys)."""
-    keys = torch.arange(end, device=positions.device)
-    if rules.window is None and rules.chunk is None:
-        return keys > positions[:, None]
-    return ~visible(positions, keys, rules)
-
-
 def visible_logits(
     past: Past, queries: Tensor, positions: Tensor, keys: Tensor | None = None
 ) -> Tensor:
@@ -50,7 +41,8 @@ def visible_logits(
     rules, end = past.group.rules, int(positions[-1]) + 1
     keys = past.keys if keys is None else keys
     logits = softcap(queries @ keys[:end].T, rules)
-    return logits.masked_fill_(unseen(positions, end, rules), -torch.inf)
+    places = torch.arange(end, device=positions.device)
+    return logits.masked_fill_(unseen(positions, places, rules), -torch.inf)
 
 
 def best_only(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -81,13 +73,13 @@ def attended_ids(
             in ascending position. All if None.
     """
     count = attended.shape[-1]
-    ranking = merit.to(torch.float32)
+    ranking = merit
     if kept is not None:
-        keys = torch.arange(count, device=attended.device)
-        newest = torch.where(keys < sink, 2 * count - keys, keys) + 1
+        keys = torch.arange(1.0, count + 1.0, device=attended.device)
+        newest = torch.where(keys <= sink, 2 * count + 2 - keys, keys)
         # Above any merit; a power of 2 leaves all positions apart.
-        ranking = torch.where(kept, ABOVE_MERIT * newest.to(torch.float32), ranking)
-    ranking = ranking.masked_fill(~attended, -torch.inf)
+        ranking = torch.where(kept, ABOVE_MERIT * newest, ranking)
+    ranking = torch.where(attended, ranking, -torch.inf).to(torch.float32)
     if ordered is None:
         return top(ranking, _most(attended))[1]
     ids = top(ranking, min(ordered, count))[1]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.units import kernels
+from retrace.analyze.units.constants import constant
 from retrace.analyze.units.unit import HeadGroup
 
 GAMMA = 0x9E3779B97F4A7C15
@@ -25,8 +26,8 @@ def uniform(
     for part in (group.layer, group.sequence):
         state = _hash_number(state + part)
     numbers = range(group.heads.start, group.heads.stop)[:heads]
-    starts = torch.tensor(
-        [_signed(_hash_number(state + head)) for head in numbers], device=positions.device
+    starts = constant(
+        tuple(_signed(_hash_number(state + head)) for head in numbers), positions.device
     )
     if kernels.usable(positions):
         from retrace.analyze.methods.toolkit.kernels.random_numbers import uniform

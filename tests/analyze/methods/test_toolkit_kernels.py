@@ -52,8 +52,12 @@ def test_soft_votes() -> None:
     assert ours.isfinite().all()
 
 
+@pytest.mark.parametrize("most_held", [0, 1 << 14])
 @pytest.mark.parametrize("width", [1, 37, 1500])
-def test_smallest_numbers_of_each_row(width: int) -> None:
+def test_smallest_numbers_of_each_row(
+    width: int, most_held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrace.analyze.methods.toolkit.kernels.draws.MOST_HELD", most_held)
     numbers = random(2, 7, width).abs()
     numbers[0, 1:3] = (numbers[0, 1:3] * 3).round() / 3  # ties
     numbers[0, 4, width // 2 :] = torch.inf

@@ -9,22 +9,30 @@ TILE = 1024
 WARPS = 4
 BITS = 31
 """Of a float32 that is not negative, but for the sign."""
+MOST_HELD = 1 << 14
+"""Numbers of a row that a program holds at once."""
+LEAST_HELD = 128
+EACH_WARP = 1024
+"""Of them in each warp."""
 
 
 def smallest(numbers: Tensor, counts: Tensor) -> Tensor:
     """Which are the `counts` (rows,) smallest of numbers (rows, any) float32 in [0, inf], ties to
     the earlier: bool (rows, any). An infinite number is never one of them."""
+    rows, width = numbers.shape
     marks = torch.empty(numbers.shape, dtype=torch.bool, device=numbers.device)
     if marks.numel():
+        held = width <= MOST_HELD
+        tile = max(LEAST_HELD, triton.next_power_of_2(width)) if held else TILE
         with torch.cuda.device_of(marks):
-            _smallest[(len(numbers),)](
+            (_smallest_of_held if held else _smallest)[(rows,)](
                 numbers.contiguous(),
                 counts.to(torch.int32),
                 marks.view(torch.uint8),
-                numbers.shape[1],
-                TILE=TILE,
+                width,
+                TILE=tile,
                 BITS=BITS,
-                num_warps=WARPS,
+                num_warps=max(1, min(16, tile // EACH_WARP)) if held else WARPS,
             )
     return marks
 
@@ -60,13 +68,32 @@ def sampled_moments(
 
 
 @triton.jit
-def _smallest(numbers, counts, marks, width, TILE: tl.constexpr, BITS: tl.constexpr):
+def _smallest_of_held(numbers, counts, marks, width, TILE: tl.constexpr, BITS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, TILE)
     wanted = tl.load(counts + row)
+    code = _code(numbers + row * width, place, width)
     # Numbers that are not negative are in the order of their bits: the largest bits that fewer
     # than `wanted` numbers are below are those of the last one taken.
-    bound = 0
+    bound = wanted * 0
+    for bit in range(BITS - 1, -1, -1):
+        higher = bound | (1 << bit)
+        bound = tl.where(tl.sum((code < higher).to(tl.int32), 0) < wanted, higher, bound)
+    tied = (code == bound).to(tl.int32)
+    room = wanted - tl.sum((code < bound).to(tl.int32), 0)
+    earlier = tl.cumsum(tied, 0) - tied
+    taken = (code < bound) | ((tied > 0) & (earlier < room))
+    taken = taken & (code < 0x7F800000) & (wanted > 0)  # the code of what is infinite
+    tl.store(marks + row * width + place, taken.to(tl.uint8), mask=place < width)
+
+
+@triton.jit
+def _smallest(numbers, counts, marks, width, TILE: tl.constexpr, BITS: tl.constexpr):
+    """The same of longer rows, which are read once for every bit."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, TILE)
+    wanted = tl.load(counts + row)
+    bound = wanted * 0
     for bit in range(BITS - 1, -1, -1):
         higher = bound | (1 << bit)
         below = tl.zeros([TILE], tl.int32)
@@ -79,13 +106,12 @@ def _smallest(numbers, counts, marks, width, TILE: tl.constexpr, BITS: tl.conste
         code = _code(numbers + row * width, start + place, width)
         below += (code < bound).to(tl.int32)
     room = wanted - tl.sum(below, 0)
-    infinite: tl.constexpr = 0x7F800000
     for start in range(0, width, TILE):
         code = _code(numbers + row * width, start + place, width)
         tied = (code == bound).to(tl.int32)
         earlier = tl.cumsum(tied, 0) - tied
         taken = (code < bound) | ((tied > 0) & (earlier < room))
-        taken = taken & (code < infinite) & (wanted > 0)
+        taken = taken & (code < 0x7F800000) & (wanted > 0)
         tl.store(
             marks + row * width + start + place, taken.to(tl.uint8), mask=start + place < width
         )

@@ -55,9 +55,9 @@ class VAttention(AttendMethod):
         size = rest.sum(dim=-1)
         drawn, count = self._drawn(state, logits, positions, sure, rest, size)
         chance = count.clamp(min=1) / size.clamp(min=1)
-        weighted = torch.where(drawn, logits - chance.log()[..., None], logits)
-        weighted.masked_fill_(rest ^ drawn, -torch.inf)
-        output = attention(weighted, state.values[: logits.shape[-1]], state.unit.sinks)
+        logits -= torch.where(drawn, chance.log()[..., None], 0.0)
+        logits.masked_fill_(rest ^ drawn, -torch.inf)
+        output = attention(logits, state.values[: logits.shape[-1]], state.unit.sinks)
         return output, appended(found, drawn)
 
     def _split(
@@ -69,7 +69,7 @@ class VAttention(AttendMethod):
         keys = torch.arange(count, device=logits.device)
         hidden = unseen(positions, keys, past.group.rules)
         kept = (keys < self.sink) | (keys > positions[:, None] - self.recent)
-        best = top(logits.masked_fill(kept, -torch.inf), min(k, count))[1]
+        best = top(torch.where(kept, -torch.inf, logits), min(k, count))[1]
         sure = marked(best, count) | (kept & ~hidden)
         first = self._kept(positions, hidden).expand(len(best), -1, -1)
         return missing_last(torch.cat([first, best], dim=-1)), sure, ~(sure | hidden)

@@ -17,8 +17,7 @@ from retrace.analyze.methods.toolkit.kmeans import (
 )
 from retrace.analyze.methods.toolkit.partial_attention import (
     attended_ids,
-    merged,
-    part,
+    attention,
     visible_logits,
 )
 from retrace.analyze.units.attention import first_visible, softcap
@@ -117,7 +116,7 @@ class RetroInfer(AttendMethod):
         # All heads attend the same keys.
         attended = ~logits[:1].isneginf()
         ids = attended_ids(attended, pad(-ranks, (state.first, end - last)), kept, state.first)
-        output = merged([part(together, values)], past.unit.sinks)
+        output = attention(together, values, past.unit.sinks)
         return output, ids.expand(len(queries), -1, -1)
 
     def aux_bytes(self, state: Clusters, keys: Tensor, group: HeadGroup) -> Tensor | float:

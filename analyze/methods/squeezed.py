@@ -12,8 +12,7 @@ from retrace.analyze.methods.base import AttendMethod
 from retrace.analyze.methods.toolkit.kmeans import kmeans_of_each, totals
 from retrace.analyze.methods.toolkit.partial_attention import (
     attended_ids,
-    merged,
-    part,
+    attention,
     visible_logits,
 )
 from retrace.analyze.units.attention import softcap, visible
@@ -121,7 +120,7 @@ class Squeezed(AttendMethod):
         shares = own.shares(queries, positions)
         below = shares <= self._threshold(own, ranked, k)
         logits[..., own.first : last].masked_fill_(below, -torch.inf)
-        output = merged([part(logits, own.past.values[:end])], own.past.unit.sinks)
+        output = attention(logits, own.past.values[:end], own.past.unit.sinks)
         kept = torch.ones(end, dtype=torch.bool, device=logits.device)
         kept[own.first : last] = False
         merit = pad(shares, (own.first, end - last))

@@ -197,9 +197,9 @@ def _walk(
     for point in range(point_count + 1):
         # After the points, what further budgets reach.
         at = tl.load(points + point, mask=point < point_count, other=budgets - 1)
-        stop = tl.minimum(tl.load(attended + at * attended_budget), listed)
+        stop = tl.minimum(tl.load(attended + at * attended_budget), listed).to(tl.int32)
         before = tl.load(points + point - 1, mask=point > 0, other=0)
-        start = tl.minimum(tl.load(attended + before * attended_budget), listed)
+        start = tl.minimum(tl.load(attended + before * attended_budget), listed).to(tl.int32)
         start = tl.where(point > 0, start, 0)
         for first in range(start, stop, PLACES):
             here = first + tl.arange(0, PLACES)

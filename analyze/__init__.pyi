@@ -7,6 +7,7 @@ from .commands.merge import merge as merge
 from .commands.recommend import recommend as recommend
 from .commands.report import report as report
 from .methods.base import AttendMethod as AttendMethod
+from .methods.base import BlockMethod as BlockMethod
 from .methods.base import EvictionMethod as EvictionMethod
 from .methods.base import Method as Method
 from .methods.base import ScoreMethod as ScoreMethod

@@ -23,10 +23,11 @@ from retrace.analyze.replay.kept import note_kept, outdated_among, outdated_besi
 from retrace.analyze.replay.parts import PARTS, counting_of_parts
 from retrace.analyze.replay.plan import Replayed
 from retrace.analyze.replay.settings import Settings
-from retrace.analyze.replay.trials import able_to_learn
+from retrace.analyze.replay.trials import able_to_answer, able_to_learn
 from retrace.analyze.results import Results
 from retrace.analyze.storage.journal import Task
 from retrace.analyze.tables.saved import SAVING, names_in
+from retrace.analyze.units.protocol import Protocol
 from retrace.traces import Location, RetraceError, Trace, open_trace
 from retrace.traces.storage.lock import LOCK
 
@@ -66,6 +67,7 @@ class Asked:
         if options["skip_damaged"]:
             trace = without_damaged(trace, choose_layers(trace, options["layers"]))
         specs, optional = parse_specs(methods)
+        specs = able_to_answer(specs, Protocol.parse(options["protocol"]), optional)
         if options["part"] is not None:
             for spec in specs:
                 spec.check_named()

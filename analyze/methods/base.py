@@ -1,10 +1,12 @@
-"""What a method is: one small frozen dataclass, at the lowest of three levels that fits it.
+"""What a method is: one small frozen dataclass, at the lowest of the levels that fits it.
 
 1. `ScoreMethod` scores keys (or pages of keys); pooling over heads, always-kept keys, budgets,
    causality, output and metrics are the engine's. `EvictionMethod` is the kind that scores keys
    once, whatever the queries since.
 2. `SearchMethod` returns ranked key ids, as an index does.
 3. `AttendMethod` computes the output itself.
+
+`BlockMethod` is the level of prefill, in which blocks of queries share the keys that they attend.
 
 The fields of the dataclass are the method's hyperparameters, with the published defaults; each of
 them can be set in a spec (`quest:page=32`). A method keeps nothing between calls: what `build`
@@ -34,6 +36,7 @@ from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import LayerRules, RetraceError
 
 Learns = Literal["kv head", "layer", "model"]
+Looks = Literal["block", "end"]
 LearnedLike = Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]]
 """Dtype and sizes of learned tensors by name; None where a size depends on the data."""
 
@@ -429,3 +432,105 @@ class AttendMethod(Method):
             toolkit makes such ids.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMethod(Method):
+    """A method that chooses units of consecutive keys for whole blocks of queries, as a prefill
+    does under the protocol `prefill:B`.
+
+    It meets each block of queries whole, and chooses the same keys for all of them: a query then
+    attends those of the keys that it sees, and no later one. The keys that a block chooses from go
+    up to its own last query.
+    """
+
+    holds_keys: ClassVar[bool | None] = False
+    looks: ClassVar[Looks] = "block"
+    """Which queries it looks at to choose: those of the block alone, or also the last ones that
+    are there, at the prompt's `end`, or the chunk's that the block is in. Then `build` is handed
+    all up to there, once for a prompt or chunk; otherwise it is handed the whole prompt, and what
+    it keeps of a key must depend on that key's unit and earlier ones."""
+
+    block: int = field(default=64, metadata={"help": "keys in a block"})
+    keep: Keep = field(default=Keep(recent=1), metadata=KEEP)
+    budget: Budget = field(default=Budget(), metadata=BUDGET)
+
+    @property
+    def unit_size(self) -> int:
+        """Keys in one unit of selection: a block, or 1 where single keys are chosen."""
+        return self.block
+
+    def units(self, k: int, end: int) -> int:
+        """How many units a budget of k keys buys of the `end` keys up to the block's last query:
+        whole ones, one at least, and all where the budget holds all keys."""
+        return -(-end // self.unit_size) if k >= end else max(1, k // self.unit_size)
+
+    def block_scores(
+        self,
+        state: Any,
+        queries: Float32[Tensor, "group queries channels"],
+        positions: Int64[Tensor, "queries"],
+    ) -> Float[Tensor, "group units"]:
+        """Estimate how much each unit of keys is worth to a block of queries as a whole.
+
+        Args:
+            state: what `build` gave; do not change it.
+            queries: all of the block.
+            positions: theirs, consecutive.
+
+        Returns:
+            Of the units from the sequence's first to the one at the last of `positions`. Higher is
+            better, and -inf is never attended. A budget by mass or threshold reads them as
+            logarithms of attention mass.
+        """
+        raise NotImplementedError
+
+    def always(
+        self,
+        state: Any,
+        queries: Float32[Tensor, "group queries channels"],
+        positions: Int64[Tensor, "queries"],
+    ) -> Bool[Tensor, "#group units"] | None:
+        """Units that the block attends whatever the budget, besides those that `keep` names; None
+        where there are none."""
+        return None
+
+    def choose(
+        self,
+        state: Any,
+        queries: Float32[Tensor, "group queries channels"],
+        positions: Int64[Tensor, "queries"],
+        k: int,
+    ) -> Int64[Tensor, "group chosen"] | None:
+        """Choose units of keys, where that is not the best by `block_scores` under a budget.
+
+        Args:
+            state: what `build` gave; do not change it.
+            queries: all of the block.
+            positions: theirs, consecutive.
+            k: the budget: keys per query and head.
+
+        Returns:
+            Units, best first, each once, -1 where there are fewer: a column is a unit of one key,
+            and `retrace.analyze.methods.toolkit.diagonals` makes such of diagonals. What `keep` and
+            `always` name comes besides. None asks for the best by `block_scores`.
+        """
+        return None
+
+    def operations(self, queries: int, keys: int, group: HeadGroup) -> float:
+        """Multiply-adds of matrix products that choosing takes.
+
+        Args:
+            queries: of the block.
+            keys: that its last query sees.
+            group: the kv head and its layer's rules.
+
+        Returns:
+            Those of one query head, for the block.
+        """
+        return 0.0
+
+    def build_operations(self, queries: int, keys: int, group: HeadGroup) -> float:
+        """Those that `build` takes for one query head, of a prompt or chunk of so many queries at
+        whose end there are so many keys."""
+        return 0.0

@@ -6,6 +6,7 @@ from typing import Any
 
 from retrace.analyze.methods.base import (
     AttendMethod,
+    BlockMethod,
     EvictionMethod,
     Method,
     ScoreMethod,
@@ -19,8 +20,14 @@ LEVELS = {
     "score": ScoreMethod,
     "search": SearchMethod,
     "attend": AttendMethod,
+    "block": BlockMethod,
 }
 """By name, the more special first."""
+LOOKS = {
+    "block": "the queries of each block",
+    "end": "the queries of each block, and the prompt's or chunk's last",
+}
+"""What a method of prefill looks at to choose keys for a block of queries."""
 HEADER = """\
 # Methods
 
@@ -39,7 +46,7 @@ them. Single numbers are not counted.
 
 def describe(name: str, method: Method) -> dict[str, Any]:
     """A method's facts by name, as JSON has them: level, summary, details, source, state, reads,
-    extra, install, installed, and its parameters with defaults and help."""
+    looks_at, extra, install, installed, and its parameters with defaults and help."""
     kind = type(method)
     summary, _, details = (inspect.getdoc(kind) or "").partition("\n\n")
     return {
@@ -51,6 +58,7 @@ def describe(name: str, method: Method) -> dict[str, Any]:
         "fitted": method.fitted,
         "calibrated": method.calibrated,
         "reads": _reads(method),
+        "looks_at": LOOKS[method.looks] if isinstance(method, BlockMethod) else None,
         "extra": method.extra,
         "install": method.install_command(),
         "installed": method.is_installed(),
@@ -99,6 +107,8 @@ def _section(facts: dict[str, Any]) -> str:
         f"- State: {state_words(facts)}",
         f"- Reads: {facts['reads'] or 'nothing but the selected keys and values'}",
     ]
+    if facts["looks_at"]:
+        lines.append(f"- Looks at: {facts['looks_at']}")
     if facts["extra"]:
         lines.append(f"- Needs: `{facts['install']}`")
     if facts["parameters"]:

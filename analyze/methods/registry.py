@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from retrace.analyze.methods.base import (
     AttendMethod,
+    BlockMethod,
     EvictionMethod,
     Method,
     ScoreMethod,
@@ -112,10 +113,12 @@ def check_complete(method: Method, name: str) -> None:
     needed += [(level, hook) for level, hook in LEVELS if isinstance(method, level)]
     if isinstance(method, EvictionMethod) and kind.build is EvictionMethod.build:
         needed.append((EvictionMethod, "importance"))
-    if not needed:
+    if isinstance(method, BlockMethod) and type(method).choose is BlockMethod.choose:
+        needed.append((BlockMethod, "block_scores"))
+    if not needed and not isinstance(method, BlockMethod):
         raise RetraceError(
-            f"{name} must be a ScoreMethod, a SearchMethod or an AttendMethod, and not a Method "
-            "alone."
+            f"{name} must be a ScoreMethod, a SearchMethod, an AttendMethod or a BlockMethod, and "
+            "not a Method alone."
         )
     keeps_new = isinstance(method, ScoreMethod) and method.keeps_new
     needed += [(Method, "extend")] if method.fitted and not keeps_new else []

@@ -185,7 +185,8 @@ def given_spec(given: Any, label: str | None = None) -> MethodSpec:
     if not isinstance(given, Method):
         raise RetraceError(
             f"{given!r:.200} is no method: expected a spec such as 'quest:page=32', an object or "
-            "class of ScoreMethod, SearchMethod or AttendMethod, or an attention function."
+            "class of ScoreMethod, SearchMethod, AttendMethod or BlockMethod, or an attention "
+            "function."
         )
     kind = type(given)
     name = kind.__name__
@@ -378,8 +379,8 @@ def _loose_method(path: Path, name: str, parameters: str) -> MethodSpec:
     else:
         if isinstance(found, type):
             raise RetraceError(
-                f"{label} is a class, but no method: derive it from ScoreMethod, SearchMethod or "
-                "AttendMethod."
+                f"{label} is a class, but no method: derive it from ScoreMethod, SearchMethod, "
+                "AttendMethod or BlockMethod."
             )
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise RetraceError(f"{path} has no method or function {name!r}.{did_you_mean(name, names)}")

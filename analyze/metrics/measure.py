@@ -42,6 +42,7 @@ class ExactBlock:
         self.reference = reference
         self.buckets = buckets
         self.no_rank = reference.ids.shape[-1]
+        self._key_masses: dict[int, Tensor] = {}
 
     def selection(self, ks: tuple[int, ...]) -> Selection:
         """What exact attention over the k keys of largest score attends."""
@@ -74,6 +75,17 @@ class ExactBlock:
     def own_buckets(self) -> Tensor:
         """`buckets`, where the block is."""
         return self.buckets.to(self.block.positions.device)
+
+    def key_masses(self, rows: int) -> Tensor:
+        """Attention mass on each key (group, blocks, keys) of blocks of so many queries together,
+        the last of which may be shorter; computed once."""
+        if rows not in self._key_masses:
+            log_normalizer = self.reference.log_normalizer.float()[..., None]
+            scores, count = self.block.scores, len(self.block.positions)
+            blocks = [slice(start, start + rows) for start in range(0, count, rows)]
+            parts = [(scores[:, b] - log_normalizer[:, b]).exp().sum(dim=1) for b in blocks]
+            self._key_masses[rows] = torch.stack(parts, dim=1)
+        return self._key_masses[rows]
 
     @property
     def is_possible(self) -> bool:

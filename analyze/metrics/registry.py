@@ -8,7 +8,7 @@ for any device, `retrace.analyze.metrics.compiled` for a CPU).
 from dataclasses import dataclass
 from typing import Literal
 
-Level = Literal["budget", "point", "median"]
+Level = Literal["budget", "point", "median", "block"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Metric:
     """In Markdown, with the symbols that the README introduces."""
     level: Level
     """`budget`: measured at every budget on the way to the largest, and so has curves; `point`: at
-    the budgets asked for; `median`: of another metric's queries, and so has no mean over them."""
+    the budgets asked for; `median`: of another metric's queries, and so has no mean over them;
+    `block`: at the budgets asked for, where blocks of queries choose together (`prefill:B`)."""
     better: Literal[1, 0, -1]
     """1 where more is better, -1 where less is; 0 where it is the trace's, not the method's."""
     most: float | None = None
@@ -181,6 +182,44 @@ ALL = (
         in_summary=True,
         target=True,
     ),
+    Metric(
+        "compute_ratio",
+        "Compute ratio",
+        "pairs computed / pairs of full attention",
+        "pairs of a query and a key that are computed, over those of full attention",
+        "under `prefill:B`: pairs of a query and a key it sees that are computed / all of them, "
+        "over all queries that count, whose number of pairs is the count",
+        "block",
+        better=-1,
+        most=1.0,
+        every_query=False,
+        in_summary=True,
+    ),
+    Metric(
+        "block_recall",
+        "Block recall",
+        "recall of the best blocks",
+        "share of the blocks of most attention mass among as many that were chosen",
+        "under `prefill:B`: of the blocks of keys that hold the most attention mass of a block of "
+        "queries, as many as were chosen for it, the share that were",
+        "block",
+        better=1,
+        most=1.0,
+        every_query=False,
+        in_summary=True,
+    ),
+    Metric(
+        "choice_ratio",
+        "Choice ratio",
+        "operations to choose / operations of full attention",
+        "multiply-adds that choosing took, over those of full attention",
+        "under `prefill:B`: multiply-adds of the matrix products that choose blocks / those of "
+        "full attention (one for each channel of a key and of a value of each pair), counted as "
+        "`compute_ratio` is; sorting, sums and softmaxes are not counted",
+        "block",
+        better=-1,
+        every_query=False,
+    ),
 )
 BY_NAME = {metric.name: metric for metric in ALL}
 METRICS: dict[str, str] = {metric.name: metric.description for metric in ALL}
@@ -197,6 +236,8 @@ AT_ALL = _names(*(metric for metric in ALL if metric.level == "budget"))
 """Measured at every budget on the way to the largest."""
 AT_POINTS = _names(*(metric for metric in ALL if metric.level == "point"))
 """Measured at the budgets asked for."""
+AT_BLOCKS = _names(*(metric for metric in ALL if metric.level == "block"))
+"""Measured at the budgets asked for, where blocks of queries choose together."""
 BUCKETED = _names(*(metric for metric in ALL if metric.bucketed))
 """Those whose means are kept bucket by bucket."""
 BY_LAYER = _names(*(metric for metric in ALL if metric.by_layer))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.metrics.buckets import AXES
+from retrace.analyze.metrics.choices import choice_moments
 from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.measure import (
     ExactBlock,
@@ -33,6 +34,15 @@ def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Ten
         points: indices into `selection.ks` of the budgets that want an output and a cost.
         first: the first position that counts for each budget (budgets,), never falling.
     """
+    found = _tally(exact, selection, points, first)
+    if selection.choice is not None:
+        more = choice_moments(exact, selection, selection.choice, points, first)
+        found.at_points.update(more)
+    return found
+
+
+def _tally(exact: ExactBlock, selection: Selection, points: list[int], first: Tensor) -> Tallied:
+    """The same, less what blocks of queries chose together."""
     if selection.ids.device.type == "cpu":
         return _compiled_tally(exact, selection, points, first)
     if kernels.usable(selection.ids):

@@ -35,7 +35,15 @@ class Counting:
             raise RetraceError(f"min_context {least!r}: expected a position, or {EACH!r}.")
         if isinstance(least, int) and least < 0:
             raise RetraceError(f"min_context {least}: expected a position, 0 or more.")
-        return cls(Protocol.parse(protocol), None if isinstance(least, str) else least)
+        asked = Protocol.parse(protocol)
+        if asked.block is not None and (least == EACH or (least or 0) % asked.block):
+            raise RetraceError(
+                f"min_context {least}: {asked} counts whole blocks of queries, expected a multiple "
+                f"of {asked.block}."
+            )
+        if least is None and asked.block is not None:
+            least = 0  # the operations of a prefill are those of whole prompts
+        return cls(asked, None if isinstance(least, str) else least)
 
     @classmethod
     def recorded(cls, facts: Mapping[str, Any]) -> Self:
@@ -51,6 +59,8 @@ class Counting:
 
     def for_all(self, budget: int) -> Self:
         """The same queries for all budgets: those that count for this one."""
+        if self.protocol.block is not None:
+            return self
         return replace(self, least=CONTEXT_PER_KEY * budget)
 
     @property

@@ -32,7 +32,7 @@ from retrace.analyze.exact.reference import (
     refuse_unheld,
 )
 from retrace.analyze.exact.store import KEPT_RANKS, KeptReferences, ReferenceStore
-from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.methods.base import BlockMethod, ScoreMethod
 from retrace.analyze.methods.exact import Exact
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.metrics.buckets import buckets_of
@@ -164,7 +164,7 @@ def replay_unit(
     with clock.charge(answering):
         exact_answers = _exact_answers(unit, begin, ranks, kept, plan.block_elements)
     # One at a time: a block holds on to its scores.
-    for block in unit.blocks(begin, plan.block_elements):
+    for block in unit.blocks(begin, plan.block_elements, protocol.block or 1):
         with clock.charge(answering):
             reference = exact_answers(block)
             if fresh is not None:
@@ -232,10 +232,12 @@ def _replay_method(
     """
     name = str(method.spec)
     length = len(exact.block.unit.keys)
-    # What shares one list is selected together; otherwise only what counts for the budget.
+    # What shares one list, or what it is chosen from, is selected together; otherwise only what
+    # counts for the budget.
     shares = isinstance(method.spec.method, ScoreMethod)
+    at_once = isinstance(method.spec.method, ScoreMethod | BlockMethod)
     answers: dict[tuple[int, ...], list[_Answer]] = defaultdict(list)
-    asked = [method.ks] if shares else [(k,) for k in method.topk]
+    asked = [method.ks] if at_once else [(k,) for k in method.topk]
     first_rows = [exact.block.row_of(plan.counting.first(min(ks), length)) for ks in asked]
     for serves in _answered_together(states.serve(exact.block), shares):
         for ks, first_row in zip(asked, first_rows, strict=True):

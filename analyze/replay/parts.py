@@ -21,7 +21,7 @@ from retrace.analyze.metrics.buckets import AXES, MOST_BUCKETS
 from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import impossible
-from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED
+from retrace.analyze.metrics.registry import AT_ALL, AT_BLOCKS, AT_POINTS, BUCKETED
 from retrace.analyze.replay.calibration_file import GivenCalibration
 from retrace.analyze.replay.clock import Charge, Clock
 from retrace.analyze.replay.counting import Counting
@@ -188,7 +188,7 @@ class KeptParts:
             tally = tallies[int(index)]
             known, names, shape = {
                 "at_all": (tally.at_all, AT_ALL, (len(tally.ks),)),
-                "at_points": (tally.at_points, AT_POINTS, (len(tally.topk),)),
+                "at_points": (tally.at_points, (*AT_POINTS, *AT_BLOCKS), (len(tally.topk),)),
                 "by_bucket": (tally.by_bucket, AXES, (-1, len(tally.topk), len(BUCKETED))),
             }[kind]
             if of not in names or array.dtype != np.float64:

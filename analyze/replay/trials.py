@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from retrace.analyze.methods.base import BlockMethod, ScoreMethod
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.replay.plan import Replayed
 from retrace.analyze.replay.settings import Settings
+from retrace.analyze.selection.block_causality import check_blocks
 from retrace.analyze.selection.causality import check_causality
 from retrace.analyze.selection.select import select
 from retrace.analyze.selection.states import States
@@ -46,6 +48,54 @@ def able_to_learn(
         else:
             raise RetraceError(line)
     return able
+
+
+def able_to_answer(
+    specs: Sequence[MethodSpec], protocol: Protocol, optional: Collection[str]
+) -> list[MethodSpec]:
+    """The methods that answer what a protocol asks: whole blocks of queries, or one by one. Those
+    that are optional are left out otherwise.
+
+    Raises:
+        RetraceError: another does not.
+    """
+    able = []
+    for spec in specs:
+        try:
+            check_answers(spec, protocol)
+        except RetraceError as error:
+            if str(spec) not in optional:
+                raise
+            log.info("Left out: %s", error)
+        else:
+            able.append(spec)
+    return able
+
+
+def check_answers(spec: MethodSpec, protocol: Protocol) -> None:
+    """Refuse a method that does not answer what a protocol asks.
+
+    Raises:
+        RetraceError: it answers whole blocks of queries and is asked one by one, or the other way.
+    """
+    by_blocks = isinstance(spec.method, BlockMethod)
+    if by_blocks and protocol.block is None:
+        raise RetraceError(
+            f"{spec} chooses keys for whole blocks of queries, and the protocol {protocol} asks "
+            "query by query: give --protocol prefill:B, such as prefill:128."
+        )
+    if not by_blocks and protocol.block is not None:
+        pooled = isinstance(spec.method, ScoreMethod)
+        cure = f"blocks:of={spec.name} pools its scores" if pooled else "choose one of level block"
+        raise RetraceError(
+            f"{spec} answers query by query, and the protocol {protocol} asks for whole blocks of "
+            f"queries: {cure}, or give another --protocol."
+        )
+    if isinstance(spec.method, BlockMethod) and (protocol.block or 0) % spec.method.block:
+        raise RetraceError(
+            f"{spec} chooses blocks of {spec.method.block} keys, and the protocol {protocol} does "
+            "not have whole ones in a block of queries: give a multiple, or another block=..."
+        )
 
 
 class Trials:
@@ -86,6 +136,9 @@ class Trials:
     def _check_unit(self, method: Replayed, unit: Unit) -> None:
         # The largest too: the more keys, the more of them are at the edge of a choice.
         counting, budgets = self._settings.counting, sorted({method.topk[0], method.topk[-1]})
+        if isinstance(method.spec.method, BlockMethod):
+            own, learnt = method.spec.method, method.calibration
+            return check_blocks(own, unit, counting.protocol, budgets, learnt, method.spec.anew)
         check_causality(
             method.spec.method,
             unit,
@@ -99,9 +152,14 @@ class Trials:
     def _check_layers(self, method: Replayed) -> None:
         """Ask for one query in every layer."""
         for index in self._settings.layers:
-            unit = self._stand_in(index)
-            block = Block(unit, slice(SHORT - 1, SHORT))
-            states = States(method.spec.method, unit, Protocol(), method.calibration)
+            unit, protocol = self._stand_in(index), self._settings.counting.protocol
+            rows = slice(SHORT - 1, SHORT)
+            if protocol.block is None:
+                protocol = Protocol()
+            else:  # the last block
+                rows = slice((SHORT - 1) // protocol.block * protocol.block, SHORT)
+            block = Block(unit, rows)
+            states = States(method.spec.method, unit, protocol, method.calibration)
             try:
                 with naming(f"in layer {index}"):
                     for served in states.serve(block):

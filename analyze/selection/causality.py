@@ -111,7 +111,7 @@ class _Asked:
 
 def _check_memory(asked: _Asked, fresh: _Asked, unit: Unit, row: int) -> None:
     """Ask for two sequences in either order."""
-    other = _changed(unit, lambda unit: _other_past_and_future(unit, -1))
+    other = changed_after(unit, -1)
     first, later = asked.alone(unit, row), asked.alone(other, row)
     if _same(fresh.alone(other, row), later) and _same(fresh.alone(unit, row), first):
         return
@@ -162,7 +162,7 @@ def _check_query(asked: _Asked, unit: Unit, row: int, first_position: int) -> No
             )
     if position >= len(unit.keys) - 1:
         return  # there is no future
-    changed = _changed(unit, lambda unit: _other_past_and_future(unit, position))
+    changed = changed_after(unit, position)
     _, served = asked.served(changed, row)
     late = asked.answer(served, Block(changed, rows))
     if not _same(alone, asked.answer(served, Block(changed, one.rows))) or not _alike(
@@ -188,8 +188,12 @@ def _block_of(unit: Unit, row: int, first_position: int) -> Block:
     raise IndexError(row)
 
 
-def _changed(unit: Unit, change: Callable[[Unit], Unit]) -> Unit:
-    """A unit changed, and its neighbours too."""
+def changed_after(unit: Unit, position: int) -> Unit:
+    """A unit with other keys, values and queries after a position, and its neighbours too."""
+
+    def change(unit: Unit) -> Unit:
+        return _other_past_and_future(unit, position)
+
     neighbours = unit.neighbours and unit.neighbours.changed(change)
     return dataclasses.replace(change(unit), neighbours=neighbours)
 

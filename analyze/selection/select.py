@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from retrace.analyze.methods.base import (
     AttendMethod,
+    BlockMethod,
     EvictionMethod,
     Method,
     ScoreMethod,
     SearchMethod,
 )
 from retrace.analyze.selection.by_attend import select_by_attend
+from retrace.analyze.selection.by_blocks import select_by_blocks
 from retrace.analyze.selection.by_eviction import select_by_eviction
 from retrace.analyze.selection.by_score import select_by_score
 from retrace.analyze.selection.by_search import select_by_search
@@ -44,6 +46,9 @@ def select_together(
         return [select_by_search(method, served, block, k) for k in ks]
     if isinstance(method, AttendMethod):
         return [select_by_attend(method, served.state, block, k) for k in ks]
+    if isinstance(method, BlockMethod):
+        return select_by_blocks(method, served, block, ks)
     raise TypeError(
-        f"{type(method).__name__} must be a ScoreMethod, a SearchMethod or an AttendMethod."
+        f"{type(method).__name__} must be a ScoreMethod, a SearchMethod, an AttendMethod or a "
+        "BlockMethod."
     )

@@ -4,14 +4,14 @@ import time
 from bisect import bisect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import Method, ScoreMethod, SearchMethod
+from retrace.analyze.methods.base import BlockMethod, Method, ScoreMethod, SearchMethod
 from retrace.analyze.methods.hooks import calling
 from retrace.analyze.methods.options.pooling import LAYER
 from retrace.analyze.units.past import Past, last_of
@@ -64,6 +64,8 @@ class Served:
     """Position of the first of them, from which the state counts its keys."""
     heads: tuple[tuple[Unit, Any], ...] = ()
     """Every kv head of the layer with its state, where the method pools over the layer."""
+    protocol: Protocol = field(default_factory=Protocol)
+    """Which queries are answered together."""
 
 
 class States:
@@ -123,6 +125,7 @@ class States:
                 self._held,
                 self._first,
                 tuple(zip(self._units, self._states, strict=True)) if self._pools_layer else (),
+                self._protocol,
             )
 
     def together(self, block: Block, row: int) -> slice:
@@ -148,6 +151,9 @@ class States:
         """The first key of the state at a position, the end of those that it is built from, and of
         all that it holds."""
         method, length = self._method, len(self._unit.keys)
+        if isinstance(method, BlockMethod) and method.looks == "end":
+            end = self._protocol.chunk_of(position, length)[1]
+            return 0, end, end
         if not method.fitted:
             return 0, length, length
         if isinstance(method, SearchMethod):

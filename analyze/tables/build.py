@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from retrace.analyze.methods.base import BlockMethod, Method
 from retrace.analyze.metrics.buckets import first_of
 from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
@@ -22,6 +23,7 @@ from retrace.analyze.selection.states import Cost
 from retrace.analyze.storage.journal import Task
 from retrace.analyze.tables.columns import COLUMNS, POSITION_COLUMNS, SEQUENCE_COLUMNS
 from retrace.analyze.tables.figures import Figures
+from retrace.analyze.units.protocol import Protocol
 from retrace.traces import RetraceError
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -77,6 +79,7 @@ def tabulate(
                 "parameters": m.spec.parameters,
                 "source": type(m.spec.method).source,
                 "charged": m.spec.method.charged,
+                **_looks_at(m.spec.method, settings.counting.protocol),
                 "given": m.spec.text is None or m.spec.label is not None,
                 **settings.made_by(m.spec),
                 "state": _cost([of_layer[i] for of_layer in tallies.values()]),
@@ -115,6 +118,14 @@ def tabulate(
     }
     each, along = _by_sequence(job, parts), _by_bucket(job, tallies)
     return Figures(join(points), join(curves), run, each, along)
+
+
+def _looks_at(method: Method, protocol: Protocol) -> dict[str, str]:
+    """Which queries a method looks at to choose keys for a block of them; nothing of others."""
+    if not isinstance(method, BlockMethod):
+        return {}
+    end = "the prompt's last" if protocol.chunk is None else "the chunk's last"
+    return {"looks_at": "its own block" if method.looks == "block" else end}
 
 
 def _by_layer(parts: Mapping[Task, list[Tally]]) -> dict[int, list[Tally]]:

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import pandas as pd
 
-from retrace.analyze.metrics.registry import COMPARED, MEDIAN, METRICS
+from retrace.analyze.metrics.registry import AT_BLOCKS, COMPARED, MEDIAN, METRICS
 from retrace.analyze.replay.clock import profile_table
 from retrace.analyze.replay.counting import Counting, number_of
 from retrace.analyze.tables.columns import BUCKET, KEYS, POSITION_COLUMNS, SEQUENCE_COLUMNS
@@ -208,9 +208,10 @@ class Figures:
         """How many queries the figures of a head are over: one row per (method, topk), `least` and
         `most` over layers and heads, which differ where layers of some sequences are missing.
 
-        Of `candidate_recall` they are those for which something had to be found.
+        Of `candidate_recall` they are those for which something had to be found, and ratios of sums
+        over pairs of queries and keys count these.
         """
-        rows = self.metrics[self.metrics["metric"] != "candidate_recall"]
+        rows = self.metrics[~self.metrics["metric"].isin(["candidate_recall", *AT_BLOCKS])]
         counts = rows.groupby(["method", "topk"], sort=False)["count"]
         return pd.DataFrame({"least": counts.min(), "most": counts.max()})
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64, Real
+from jaxtyping import Bool, Float, Float64, Int64, Real
 from torch import Tensor
 
 from retrace.analyze.units.unit import Block
@@ -29,6 +29,21 @@ QUERY_AXES = {
 """The axis of a selection's tensors along which there are queries."""
 ALIKE = ("attended", "extra_keys")
 """Those that have one number where all queries are alike."""
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """What a method chose for whole blocks of queries, whose keys all of their queries share."""
+
+    chosen: Bool[Tensor, "group blocks units"]
+    """Which units of consecutive keys each block of queries attends, as far as its queries see
+    them."""
+    size: int
+    """Keys in a unit."""
+    rows: int
+    """Queries in a block, but for the last one of a sequence."""
+    operations: Float64[Tensor, "queries"]
+    """Multiply-adds of one head that choosing took, spread over the queries that it was for."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,8 @@ class Selection:
     unread: tuple[int, int] | None = None
     """Visible keys outside of these positions, from one to before the other, were read in full from
     the cache to find the list, and are among the `aux_bytes`; none were if None."""
+    choice: BlockChoice | None = None
+    """What the keys were chosen by, where blocks of queries share them."""
 
     def given_from(
         self, ids: Int64[Tensor, "group queries any"]
@@ -77,7 +94,7 @@ class Selection:
         return budgets.masked_fill(ids < self.sink, 0)
 
     def rows(self, rows: slice) -> "Selection":
-        """The same for some of the queries."""
+        """The same for some of the queries, which need be no whole blocks."""
         return self._taken(rows)
 
     def rows_at(self, rows: Int64[Tensor, "rows"]) -> "Selection":
@@ -91,7 +108,8 @@ class Selection:
                 return field
             return field[(slice(None),) * axis + (rows,)]
 
-        return replace(self, **{name: some(name, axis) for name, axis in QUERY_AXES.items()})
+        tensors = {name: some(name, axis) for name, axis in QUERY_AXES.items()}
+        return replace(self, **tensors, choice=None)
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -136,7 +154,23 @@ def joined(parts: Sequence[Selection]) -> Selection:
         extra_keys=each([part.extra_keys for part in parts]),
         estimates=_all_or_none(parts, "estimates", lambda found: lists(found, 0.0)),
         output=_all_or_none(parts, "output", lambda found: torch.cat(found, dim=2)),
+        choice=_joined_choices([part.choice for part in parts]),
         aux_bytes=each([part.aux_bytes for part in parts]),
+    )
+
+
+def _joined_choices(parts: Sequence[BlockChoice | None]) -> BlockChoice | None:
+    """What consecutive blocks chose, if all say it."""
+    choices = [part for part in parts if part is not None]
+    if len(choices) < len(parts):
+        return None
+    units = max(choice.chosen.shape[-1] for choice in choices)
+    pad = torch.nn.functional.pad
+    return BlockChoice(
+        torch.cat([pad(c.chosen, (0, units - c.chosen.shape[-1])) for c in choices], dim=1),
+        choices[0].size,
+        max(choice.rows for choice in choices),  # the last of a sequence may have fewer
+        torch.cat([choice.operations for choice in choices]),
     )
 
 

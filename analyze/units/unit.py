@@ -149,14 +149,17 @@ class Unit:
         mean = (sums[last + 1] - sums[first]) / (last - first + 1)[:, None]
         return mean.to(self.values.dtype)
 
-    def blocks(self, first_position: int, elements: int | None = None) -> Iterator["Block"]:
+    def blocks(
+        self, first_position: int, elements: int | None = None, together: int = 1
+    ) -> Iterator["Block"]:
         """Blocks of about `elements` scores each, those with queries from `first_position` on: they
-        begin at the first query of all, so that they are the same whatever the position."""
+        begin at the first query of all, so that they are the same whatever the position. None of
+        them parts any of so many queries that belong `together`."""
         row_elements = len(self.queries) * len(self.keys)
         if elements is None:
             elements = max(scores_at_once(self.keys.device), LEAST_ROWS * row_elements)
         start = int(torch.searchsorted(self.positions, first_position))
-        rows = max(1, elements // row_elements)
+        rows = max(1, elements // row_elements // together) * together
         if start == len(self.positions):
             return
         for row in range(start - start % rows, len(self.positions), rows):

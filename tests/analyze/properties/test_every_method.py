@@ -19,11 +19,13 @@ import torch
 
 from retrace.analyze import (
     AttendMethod,
+    BlockMethod,
     EvictionMethod,
     Method,
     ScoreMethod,
     SearchMethod,
     analyze,
+    method_class,
     method_names,
     parse_spec,
 )
@@ -87,6 +89,7 @@ SPECS = [
     f"{name}:{SMALL[name]}" if name in SMALL else name
     for name in method_names()
     if name != "native"  # of traces of other models; tests/capture/test_natively_sparse.py tries it
+    and not issubclass(method_class(name), BlockMethod)  # test_every_block_method.py tries those
 ]
 LEVELS = (EvictionMethod, ScoreMethod, SearchMethod, AttendMethod)
 """A method is of the first that it is a kind of."""

@@ -11,6 +11,7 @@ import torch
 
 from retrace.analyze.exact.reference import Reference, exact_pass
 from retrace.analyze.exact.store import ReferenceStore
+from retrace.analyze.methods.base import BlockMethod
 from retrace.analyze.methods.registry import method_names
 from retrace.analyze.methods.specs import parse_spec
 from retrace.analyze.replay.calibration import calibration
@@ -29,10 +30,13 @@ comes first is left to how a matrix product of this size is summed."""
 
 
 def tallies(trace: Trace, protocol: str, block_elements: int | None) -> dict[str, Tally]:
-    """Every installed method over the first layer and sequence, but what is of other models."""
+    """Every installed method over the first layer and sequence, but what is of other models or of
+    blocks of queries."""
     methods = []
     for name in (name for name in method_names() if name != "native"):
         spec = parse_spec(name)
+        if isinstance(spec.method, BlockMethod):
+            continue
         extra = type(spec.method).extra
         if extra is None or importlib.util.find_spec(extra):
             given = calibration(trace, spec, (1,), trace.layers, CPU, keep=False)

@@ -65,7 +65,7 @@ def test_methods(run: Run) -> None:
     assert [one["name"] for one in found] == method_names()
     for one in found:
         assert one["name"] in page
-        assert one["level"] in ("evict", "score", "search", "attend")
+        assert one["level"] in ("evict", "score", "search", "attend", "block")
         assert one["summary"] and one["source"]
         assert all(parameter["help"] for parameter in one["parameters"])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retrace.analyze.units.protocol import Protocol
 from retrace.capture.model.arguments import (
     DeviceMap,
     ModelArguments,
@@ -111,6 +112,10 @@ class CaptureSettings:
     """A method, such as quest:page=32, that computes attention in place of exact attention."""
     topk: int | None = None
     """Budget of the method: keys per query and head."""
+    protocol: str | None = None
+    """Queries of a prompt that the method answers together: prefill:B, blocks of B, or
+    prefill:B:chunk=C where C queries are read at once. Decoded ones attend exactly. By default each
+    query is answered alone."""
     from_position: int | None = None
     """Positions before it attend exactly; by default none do, or with generate those that are not
     generated."""
@@ -203,10 +208,27 @@ class CaptureSettings:
 
     def _check_approximation(self) -> None:
         if self.approximate is None:
-            for name in ("topk", "from_position", "dense_layers"):
+            for name in ("topk", "protocol", "from_position", "dense_layers"):
                 if getattr(self, name):
                     raise RetraceError(f"{name} is for a method: name it in approximate.")
-        elif self.topk is None:
+            return
+        if self.prefill is not None:
+            if self.prefill.block is None:
+                raise RetraceError(
+                    f"protocol {self.protocol!r}: a method in the loop takes prefill:B, or none, "
+                    "where it answers queries as they come (see from_position)."
+                )
+            if self.from_position is not None:
+                raise RetraceError(
+                    "from_position is for queries that come one by one, and protocol for blocks of "
+                    "them from the first on: leave one out."
+                )
+            if self.batch_size > 1:
+                raise RetraceError(
+                    "batch_size must be 1 with protocol: where the end of a prompt is looked at, "
+                    "that is its own, not that of the longest of a batch."
+                )
+        if self.topk is None:
             raise RetraceError(f"How many keys may {self.approximate} attend? Say so with topk.")
 
     def _check_data(self) -> None:
@@ -277,6 +299,11 @@ class CaptureSettings:
             raise RetraceError("stop must be texts of at least one character.")
 
     @property
+    def prefill(self) -> Protocol | None:
+        """Which queries of a prompt the method answers together, if any."""
+        return None if self.protocol is None else Protocol.parse(self.protocol)
+
+    @property
     def arguments(self) -> ModelArguments:
         """Arguments of the model, by name."""
         assert not isinstance(self.model_args, str)
@@ -309,6 +336,7 @@ class CaptureSettings:
             name = _slug(locate(self.reference).stem)
         if self.approximate is not None:
             name += f"-{_slug(f'{self.approximate}-{self.topk}')}"
+            name += "" if self.protocol is None else f"-{_slug(self.protocol)}"
         return Path("traces") / f"{name}.zarr"
 
 

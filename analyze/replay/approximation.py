@@ -14,6 +14,7 @@ from retrace.analyze.methods.hooks import naming
 from retrace.analyze.methods.specs import MethodSpec, recorded_spec
 from retrace.analyze.metrics.measure import outputs
 from retrace.analyze.replay.calibration import calibration
+from retrace.analyze.selection.block_causality import check_every_query
 from retrace.analyze.selection.select import select
 from retrace.analyze.selection.states import Calibration, States
 from retrace.analyze.storage.provenance import code_digest
@@ -34,6 +35,9 @@ class Approximation:
     from_position: int | None = None
     """Queries before it attend exactly, and a fitted state is built from what precedes it; None:
     all are approximate, and fitted states are rebuilt as the protocol `all` says."""
+    prefill: Protocol | None = None
+    """Which queries of a prompt are answered together; queries that are decoded after it attend
+    exactly. None where each is answered alone."""
     dense_layers: frozenset[int] = frozenset()
     """Layers whose attention stays exact."""
     calibration_sequences: tuple[int, ...] = ()
@@ -62,6 +66,7 @@ class Approximation:
                 ("calibration", list[int]),
             )
         }
+        prefill = run.attributes["capture"]["approximation"].get("protocol")
         for name in ("topk", "from_position"):
             if told[name] is not None and told[name] < 1:
                 raise RetraceError(
@@ -71,6 +76,7 @@ class Approximation:
             recorded_spec(told["method"], named),
             told["topk"],
             told["from_position"],
+            None if prefill is None else Protocol.parse(str(prefill)),
             frozenset(told["dense_layers"]),
             tuple(told["calibration"]),
         )
@@ -83,6 +89,7 @@ class Approximation:
             "parameters": self.spec.parameters,
             "topk": self.topk,
             "from_position": self.from_position,
+            **({} if self.prefill is None else {"protocol": str(self.prefill)}),
             "dense_layers": sorted(self.dense_layers),
             "calibration": list(self.calibration_sequences),
             **self._code,
@@ -130,11 +137,14 @@ class Approximation:
     def first_position(self, prompt: int | None) -> int | None:
         """The first approximate position of a sequence whose first `prompt` positions are read at
         once, if not all are; None where all are approximate and there is no prefix."""
+        if self.prefill is not None:
+            return None
         return prompt if self.from_position is None else self.from_position
 
-    @staticmethod
-    def protocol(first: int | None) -> Protocol:
+    def protocol(self, first: int | None) -> Protocol:
         """Which keys a state is built from, where queries from `first` on are approximate."""
+        if self.prefill is not None:
+            return self.prefill
         return Protocol() if first is None else Protocol(prefix=first)
 
     def states(self, unit: Unit, first: int | None) -> States:
@@ -151,8 +161,11 @@ class Approximation:
 
     def _outputs(self, states: States, unit: Unit, first: int) -> Iterator[Tensor]:
         """The same, block by block."""
-        method = self.spec.method
-        for whole in unit.blocks(first):
+        method, together = self.spec.method, 1
+        if self.prefill is not None:
+            check_every_query(unit)
+            together = self.prefill.block or 1
+        for whole in unit.blocks(first, together=together):
             begin = int(torch.searchsorted(whole.positions, first))
             block = whole.part(slice(begin, len(whole.positions)))
             for served in states.serve(block):

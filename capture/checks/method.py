@@ -8,9 +8,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retrace.analyze.methods.base import BlockMethod
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.replay.approximation import Approximation
 from retrace.analyze.replay.trials import kind_of
+from retrace.analyze.selection.block_causality import check_blocks
 from retrace.analyze.selection.causality import check_causality
 from retrace.analyze.units.unit import Neighbours, Unit, make_units
 from retrace.capture.attention.interface import AttentionCall, observed_attention
@@ -54,9 +56,14 @@ def check_method(
         unit = next(iter(units(index)))
         half = len(unit.keys) // 2
         prefix = None if first is None and not decodes else max(1, min(first or half, half))
+        method, prefill = approximation.spec.method, approximation.prefill
         with torch.inference_mode(), naming(approximation.spec):
+            if isinstance(method, BlockMethod) and prefill is not None:
+                learnt, ks = approximation.calibration, [approximation.topk]
+                check_blocks(method, unit, prefill, ks, learnt, approximation.spec.anew)
+                continue
             check_causality(
-                approximation.spec.method,
+                method,
                 unit,
                 approximation.protocol(prefix),
                 [approximation.topk],

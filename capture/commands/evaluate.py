@@ -13,6 +13,7 @@ import torch
 from retrace.analyze import Results, analyze, parse_specs
 from retrace.analyze.arguments import choose_calibration
 from retrace.analyze.methods.specs import Methods, MethodSpec
+from retrace.analyze.metrics.registry import AT_BLOCKS
 from retrace.analyze.replay.approximation import check_exact, model_weights
 from retrace.analyze.replay.kept import (
     made_now,
@@ -54,8 +55,9 @@ from retrace.traces.storage.lock import LOCK, check_files, check_leave, one_at_a
 
 FIGURES = ("recall", "attention_fraction", "error_norm", "density", "bytes_ratio")
 """Of replay, each the mean over layers and heads."""
-BEFORE = {"counted_from": 0}
-"""What held of evaluations that do not say it: the exact positions before a method were counted."""
+BEFORE = {"counted_from": 0, "protocol": None}
+"""What held of evaluations that do not say it: the exact positions before a method were counted,
+and every query was answered alone."""
 
 
 @one_at_a_time
@@ -64,6 +66,7 @@ def evaluate(
     methods: Methods,
     topk: Sequence[int],
     *,
+    protocol: str | None = None,
     from_position: int | None = None,
     dense_layers: Sequence[int] = (),
     device: str = "auto",
@@ -84,6 +87,8 @@ def evaluate(
         exact: the trace of the exact run.
         methods: as in `analyze`.
         topk: budgets: keys per query and head.
+        protocol: `prefill:B` or `prefill:B:chunk=C`, for methods that answer blocks of queries; by
+            default each query is answered alone.
         from_position: positions before it attend exactly, and fitted states are built there; where
             the trace's tokens were decoded one by one, that is where decoding began.
         dense_layers: layers that attend exactly, and that replay leaves out.
@@ -107,6 +112,11 @@ def evaluate(
     folder = None if out is None else Path(out)
     show = progress or (lambda *_: None)
     reading = read_reference(exact, None)
+    if protocol is not None and any(prompt is not None for prompt in prompts(reading.phases)):
+        raise RetraceError(
+            f"{exact.path} has tokens that were decoded one by one, and a prefill reads whole "
+            "sequences at once: capture one without --generate."
+        )
     first = _first_position(from_position, prompts(reading.phases))
     learns = any(spec.method.calibrated for spec in specs)
     held_out = choose_calibration(exact, None) if learns else ()
@@ -118,6 +128,7 @@ def evaluate(
         )
     facts = {
         "trace": [exact.digest(s) for s in exact.sequences],
+        "protocol": protocol,
         "from_position": first,
         "counted_from": first or 0,
         **({} if (weights := model_weights(exact)) is None else {"weights": weights}),
@@ -134,7 +145,7 @@ def evaluate(
         methods,
         sorted({*topk, *(k for held in budgets.values() for k in held)}),
         out=None if folder is None else within(folder, "replay"),
-        protocol="all" if first is None else f"prefix:{first}",
+        protocol=protocol or ("all" if first is None else f"prefix:{first}"),
         min_context=first or 0,
         layers=[i for i in exact.layers if i not in dense_layers],
         calibration_sequences=held_out or None,
@@ -154,6 +165,7 @@ def evaluate(
         reference=str(exact.path),
         approximate=str(specs[0]),
         topk=wanted[0][1],
+        protocol=protocol,
         from_position=from_position,
         dense_layers=dense_layers,
         device=device if device_map is None else "auto",
@@ -335,4 +347,4 @@ def _figures(replayed: Results, method: str, k: int) -> dict[str, float]:
     rows = replayed.metrics
     rows = rows[(rows["method"] == method) & (rows["topk"] == k)]
     means = rows.groupby("metric")["mean"].mean()
-    return {name: float(means[name]) for name in FIGURES}
+    return {name: float(means[name]) for name in (*FIGURES, *AT_BLOCKS) if name in means}

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.replay.approximation import Approximation
+from retrace.analyze.replay.trials import check_answers
 from retrace.analyze.selection.states import States
+from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.unit import Neighbours, Unit, make_units
 from retrace.capture.attention.interface import AttentionCall
 from retrace.capture.attention.recorder import AttentionLayer
@@ -26,7 +28,8 @@ def prepare(
     """The method that the settings name, calibrated on the reference if it must be.
 
     Raises:
-        RetraceError: a dense layer that is none, or nothing to calibrate on.
+        RetraceError: a dense layer that is none, nothing to calibrate on, or a method of another
+            protocol.
     """
     assert settings.topk is not None
     unknown = [index for index in settings.dense_layers if index not in layers]
@@ -35,7 +38,9 @@ def prepare(
             f"There is no attention in layer {', '.join(map(str, unknown))} to be dense."
         )
     dense = frozenset(settings.dense_layers)
-    chosen = Approximation(spec, settings.topk, settings.from_position, dense)
+    prefill = settings.prefill
+    check_answers(spec, prefill or Protocol())
+    chosen = Approximation(spec, settings.topk, settings.from_position, prefill, dense)
     # What a layer has learnt is where the layer computes.
     learnt = chosen
     for device in dict.fromkeys(layer.device for layer in layers.values()):
@@ -106,7 +111,7 @@ class Approximator:
         """The method's output in place of the exact one of the last positions of a layer."""
         start = seen.query.shape[2] - exact.shape[1]
         first = max(start, self._first or 0)
-        if first >= seen.query.shape[2]:
+        if first >= seen.query.shape[2] or (self._approximation.prefill is not None and start):
             return exact
         output = exact.clone()
         for row, sequence in enumerate(self._sequences):

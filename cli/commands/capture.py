@@ -34,6 +34,8 @@ Example:
   retrace capture --pretrained builtin:smollm2 --tasks needle --lengths 2048,4096
   retrace capture --pretrained Qwen/Qwen3-8B --prompts chats.jsonl --generate 128 --temperature 0.7
   retrace capture --reference traces/notes.zarr --approximate quest:page=32 --topk 64
+  retrace capture --reference traces/notes.zarr --approximate xattention --topk 512 \
+    --protocol prefill:128
   torchrun --nproc-per-node 8 -m retrace.cli capture --pretrained Qwen/Qwen3-8B --tasks wikitext""",
 )
 @setting("--pretrained", metavar="MODEL")
@@ -68,6 +70,7 @@ Example:
 @setting("--queries", metavar="WHICH")
 @setting("--approximate", type=SPEC)
 @setting("--topk", type=int, metavar="K")
+@setting("--protocol", metavar="prefill:B")
 @setting("--from-position", type=int, metavar="P")
 @setting("--dense-layers", type=numbers, metavar="0,1")
 @setting("--revision", metavar="NAME")

@@ -27,6 +27,7 @@ TASK_OPTIONS = (
 Example:
   retrace evaluate traces/notes.zarr --method quest --method sparq --topk 16,64
   retrace evaluate traces/notes.zarr --method h2o --topk 64 --from-position 512
+  retrace evaluate traces/notes.zarr --method xattention --topk 512 --protocol prefill:128
   retrace evaluate --pretrained Qwen/Qwen3-8B --tasks hellaswag --limit 99 --method h2o --topk 9""",
 )
 @click.argument("exact", type=click.Path(), required=False)
@@ -44,6 +45,7 @@ Example:
     metavar="16,64,256",
     help="Budgets: keys per query and head.",
 )
+@setting("--protocol", metavar="prefill:B")
 @click.option(
     "--from-position",
     type=click.IntRange(min=1),
@@ -109,6 +111,8 @@ def command(
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if tasks:
+        if given.pop("protocol", None) is not None:
+            raise click.UsageError("--protocol is for the tokens of a trace: leave out --tasks.")
         _evaluate_tasks(exact, method, topk, tasks, out, format, given)
         return
     for name in TASK_OPTIONS:

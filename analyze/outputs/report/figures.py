@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from retrace.analyze.metrics.registry import AT_ALL, BUCKETED, BY_NAME, METRICS, Metric
+from retrace.analyze.metrics.registry import AT_ALL, AT_BLOCKS, BUCKETED, BY_NAME, METRICS, Metric
 from retrace.analyze.outputs.markdown import remarks
 from retrace.analyze.outputs.plots.style import DASHES, EXACT_STYLE, Style, styles_of
 from retrace.analyze.outputs.report.along import along, fit
@@ -65,7 +65,12 @@ def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]
         strict=True,
     )
     return {
-        "metrics": {name: _of_page(metric) for name, metric in BY_NAME.items()},
+        "metrics": {
+            name: _of_page(metric)
+            for name, metric in BY_NAME.items()
+            # Of other protocols there are none of blocks of queries.
+            if name not in AT_BLOCKS or any((run.metrics["metric"] == name).any() for run in runs)
+        },
         "predicts": remarks(*(run.run for run in runs)),
         "runs": [
             {"name": name, "facts": run.run, "layers": part.layers, "modules": part.modules,

@@ -12,7 +12,7 @@ from retrace.analyze.methods.minference import SEARCHED
 from retrace.analyze.methods.toolkit.diagonals import columns_and_diagonals, keys_on_diagonals
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.selection.select import select
-from retrace.analyze.selection.states import Calibration, States
+from retrace.analyze.selection.states import States
 from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.unit import Unit, load_units
 from retrace.traces import RetraceError, Trace
@@ -30,12 +30,12 @@ def trace(make_trace: MakeTrace, rules: Any) -> Trace:
 
 
 def chosen(
-    spec: str, unit: Unit, k: int, protocol: str = f"prefill:{ROWS}", learned: Calibration = {}
+    spec: str, unit: Unit, k: int, protocol: str = f"prefill:{ROWS}"
 ) -> list[list[set[int]]]:
     """The units that each head chooses (blocks, heads)."""
     method, asked = parse_spec(spec).method, Protocol.parse(protocol)
     assert isinstance(method, BlockMethod)
-    states, found = States(method, unit, asked, learned), []
+    states, found = States(method, unit, asked), []
     for block in unit.blocks(0, 1, asked.block or 1):
         for served in states.serve(block):
             (selection,) = select(method, served, served.block, [k])

@@ -150,12 +150,16 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
     operations = 2 * (unit.group.rules.key_dim + unit.group.rules.value_dim)
     whole = _scores(unit, begin)
     step = max(1, int(whole * operations // MEASURED))
-    some = _some(unit, step)
+    together = plan.counting.protocol.block
+    if together is None:
+        some, few = _some(unit, step), _some(unit, max(step, len(unit.positions) // 8))
+    else:  # whole blocks of queries, with what comes before them
+        some = _beginning(unit, int(len(unit.positions) / step**0.5), together)
+        few = _beginning(unit, 1, together)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            few = _some(unit, max(step, len(unit.positions) // 8))
             replay_unit(few, plan, None, None, Clock(device))  # compiles what is compiled
             clock = Clock(device, wait=True)
             replay_unit(some, plan, None, None, clock)
@@ -184,6 +188,20 @@ def _some(unit: Unit, step: int) -> Unit:
         queries=unit.queries[:, rows],
         positions=unit.positions[rows],
         neighbours=unit.neighbours and unit.neighbours.changed(lambda u: _some(u, step)),
+    )
+
+
+def _beginning(unit: Unit, positions: int, together: int) -> Unit:
+    """The first so many positions of a unit, rounded up to blocks of queries."""
+    end = -(-positions // together) * together
+    return replace(
+        unit,
+        queries=unit.queries[:, :end],
+        positions=unit.positions[:end],
+        keys=unit.keys[:end],
+        values=unit.values[:end],
+        neighbours=unit.neighbours
+        and unit.neighbours.changed(lambda u: _beginning(u, positions, together)),
     )
 
 

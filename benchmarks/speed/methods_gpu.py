@@ -26,8 +26,8 @@ import torch
 from benchmarks import page
 from benchmarks.machine import processor
 from benchmarks.speed.random_trace import write_random
-from retrace.analyze import analyze
-from retrace.analyze.methods.registry import method_names
+from retrace.analyze import BlockMethod, analyze
+from retrace.analyze.methods.registry import method_class, method_names
 from retrace.analyze.replay.clock import BEFORE
 from retrace.traces import RetraceError, Trace, open_trace, to_torch
 
@@ -80,7 +80,9 @@ def _parse() -> argparse.Namespace:
     parser = page.parser(__doc__)
     parser.add_argument("--positions", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--topk", type=int, nargs="+", default=[64])
-    parser.add_argument("--methods", nargs="+", default=method_names())
+    # Those of blocks of queries are of another protocol.
+    names = [name for name in method_names() if not issubclass(method_class(name), BlockMethod)]
+    parser.add_argument("--methods", nargs="+", default=names)
     parser.add_argument("--alike", type=int, default=0, help="neighbouring random keys alike")
     parser.add_argument("--limit", type=float, default=20, help="seconds of one method at most")
     parser.add_argument("--folder", type=Path, default=Path(), help="for the trace, for a while")

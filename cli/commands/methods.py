@@ -67,6 +67,8 @@ def _print(facts: dict[str, Any]) -> None:
         ("State", state_words(facts)),
         ("Reads", facts["reads"] or "nothing but the selected keys and values"),
     ]
+    if facts["looks_at"] is not None:
+        lines.append(("Looks at", facts["looks_at"]))
     if facts["extra"] is not None:
         missing = f"{facts['install']} (missing)"
         lines.append(("Needs", facts["extra"] if facts["installed"] else missing))

@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from retrace.analyze import Results, analyze
+from retrace.analyze import Results, analyze, estimate
 from retrace.traces import RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]
@@ -175,6 +176,20 @@ def test_a_run_goes_on_and_merges(trace: Trace, tmp_path: Any) -> None:
         run(trace, spec, out=tmp_path / "parts", part=(part, 2))
     merged = merge([tmp_path / "parts"]).metrics
     np.testing.assert_array_equal(merged["mean"], whole.metrics["mean"])
+
+
+def test_the_example_of_the_page(trace: Trace, tmp_path: Any) -> None:
+    page = (Path(__file__).parents[3] / "docs/prefill.md").read_text(encoding="utf-8")
+    (tmp_path / "alike.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    found = run(trace, f"{tmp_path}/alike.py:Alike:block=4").metrics.set_index("metric")["mean"]
+    assert (found["compute_ratio"] < 0.9).all() and (found["attention_fraction"] > 0.2).all()
+    assert (found["choice_ratio"] < 0.2).all()
+
+
+def test_what_a_run_takes_is_estimated(trace: Trace) -> None:
+    found = estimate(trace, "minference:block=8,last=4,tried=9", [16], protocol="prefill:8")
+    assert (found.tasks, found.scores) == (1, 4 * 53 * 53)
+    assert found.seconds > 0
 
 
 def test_pictures_and_pages_take_it(trace: Trace, tmp_path: Any) -> None:

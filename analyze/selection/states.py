@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -98,6 +98,8 @@ class States:
         self._built = -1
         self._held = 0
         self._cost = Cost()
+        self._ahead: dict[tuple[int, int], tuple[Any, ...]] = {}
+        """States that are built and not yet needed, by their first key and their end."""
         self._on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         """When the GPU began and ended each building that is not counted yet."""
 
@@ -115,7 +117,9 @@ class States:
     def serve(self, block: Block) -> Iterator[Served]:
         """The queries of a block, cut where the state changes."""
         own = self._unit.group.kv_head if self._pools_layer else 0
-        for rows, wanted in self._runs(block.positions.tolist()):
+        runs = list(self._runs(block.positions.tolist()))
+        self._build_ahead([wanted[:2] for _, wanted in runs])
+        for rows, wanted in runs:
             self._advance(*wanted)
             yield Served(
                 rows,
@@ -196,7 +200,8 @@ class States:
                 self._states = (None,) * len(self._units)
                 if first < built:
                     pasts = (self._past(unit, first, first, built) for unit in self._units)
-                    self._states = tuple(map(self._build, pasts))
+                    ahead = self._ahead.pop((first, built), None)
+                    self._states = tuple(map(self._build, pasts)) if ahead is None else ahead
                     self._cost.builds += 1
                 self._first, self._built, self._held = first, built, built
             if held > self._held:
@@ -206,6 +211,25 @@ class States:
                 )
                 self._held = held
         self._cost.state_bytes = max(self._cost.state_bytes, _nbytes(self._states[0], self._unit))
+
+    def _build_ahead(self, wanted: Sequence[tuple[int, int]]) -> None:
+        """Build the states of a block, of all that begin at the same key together, where the method
+        says how."""
+        self._ahead.clear()
+        if type(self._method).build_each is Method.build_each:
+            return
+        new = [(a, b) for a, b in wanted if a < b and (a, b) != (self._first, self._built)]
+        for first in sorted({first for first, _ in new}):
+            ends = sorted({built for start, built in new if start == first})
+            pasts = [self._past(unit, first, first, end) for unit in self._units for end in ends]
+            states = self._build_together(pasts)
+            for i, end in enumerate(ends):
+                self._ahead[first, end] = tuple(states[i :: len(ends)])
+
+    def _build_together(self, pasts: list[Past]) -> list[Any]:
+        with self._timed(), calling("build_each()", lambda: last_of(pasts[-1])):
+            states = self._method.build_each(pasts)
+        return [_state(s, "build_each()", past) for s, past in zip(states, pasts, strict=True)]
 
     def _build(self, past: Past) -> Any:
         with calling("build()", lambda: last_of(past)):

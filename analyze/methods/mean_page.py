@@ -33,9 +33,7 @@ class MeanPage(ScoreMethod):
 
     def build(self, past: Past) -> Any:
         """Mean of the keys in each key's page, up to that key (keys, channels)."""
-        sums = pages.split(past.keys, self.page).cumsum(dim=1)
-        counts = torch.arange(1, self.page + 1, device=sums.device)[:, None]
-        return (sums / counts).flatten(0, 1)[: len(past.keys)]
+        return pages.means(past.keys, self.page)
 
     def scores(self, state: Any, queries: Tensor, positions: Tensor) -> Tensor:
         """q.mean(K) of every page (group, queries, pages)."""

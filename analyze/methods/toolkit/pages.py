@@ -18,6 +18,13 @@ def extremes(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return low.flatten(0, 1)[: len(keys)], high.flatten(0, 1)[: len(keys)]
 
 
+def means(keys: Tensor, size: int) -> Tensor:
+    """Mean of the keys in each key's page, up to that key (keys, channels)."""
+    sums = split(keys, size).cumsum(dim=1)
+    counts = torch.arange(1, size + 1, device=keys.device)[:, None]
+    return (sums / counts).flatten(0, 1)[: len(keys)]
+
+
 def last_keys(end: int, size: int, device: torch.device) -> Tensor:
     """The last key of each page (pages,) int64 of the keys before `end`."""
     last = torch.arange(size - 1, end + size - 1, size, device=device)

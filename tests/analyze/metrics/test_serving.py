@@ -34,6 +34,7 @@ PROJECTED: dict[str, float] = {
     "dsa-indexer:heads=3,channels=8": (
         (KEYS * (8 + 4) + 3 * (GROUP * KV_HEADS * CHANNELS * 9 + 1) * E) / KV_HEADS
     ),
+    "seerattention-r": 2 * CHANNELS * E + GROUP * CHANNELS * CHANNELS * E,
 }
 """Bytes that a query's group reads to find its keys, counted by hand."""
 

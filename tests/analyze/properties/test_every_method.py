@@ -76,6 +76,7 @@ SMALL = {
     "retroinfer": "size=3,sink=1,recent=4",
     "rocketkv": "window=5,kernel=3,prompt=0.5",
     "saap": "parts=6,hidden=8,steps=3,keep=sink:1+recent:3",
+    "seerattention-r": "page=2,steps=3",
     "shadowkv": "chunk=2,rank=5,outliers=2,local=1",
     "squeezed": "clusters=0.3,observed=6",
     "tidaldecode": "select=0",
@@ -439,7 +440,8 @@ OVERRIDES = {
 GROUP, LAYER = {"pool=sum-softmax"}, {"pool=sum-softmax", "pool=layer-sum"}
 IDLE = {
     **dict.fromkeys(("expected-attention", "keydiff", "knorm"), GROUP),
-    **dict.fromkeys(("infllm-v2", "nsa", "pyramidkv", "q-filters", "snapkv"), GROUP),
+    **dict.fromkeys(("infllm-v2", "nsa", "pyramidkv", "q-filters"), GROUP),
+    **dict.fromkeys(("seerattention-r", "snapkv"), GROUP),
     **dict.fromkeys(("dsa-indexer", "tova", "window"), LAYER),
 }
 """What changes nothing of methods that score keys alike for all heads of a group or a layer."""

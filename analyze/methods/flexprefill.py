@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import BUDGET, BlockMethod, Looks
+from retrace.analyze.methods.base import BUDGET, KEEP, BlockMethod, Looks
 from retrace.analyze.methods.options.budget import Budget
+from retrace.analyze.methods.options.keep import Keep
 from retrace.analyze.methods.toolkit.blocks import logs, means, sums
 from retrace.analyze.methods.toolkit.diagonals import columns_and_diagonals
 from retrace.analyze.units.past import Past
@@ -36,6 +37,7 @@ class FlexPrefill(BlockMethod):
     looks: ClassVar[Looks] = "end"
 
     block: int = field(default=128, metadata={"help": "keys in a block"})
+    keep: Keep = field(default=Keep(sink=1, recent=1), metadata=KEEP)
     tau: float = field(
         default=0.1, metadata={"help": "divergence below which pooled blocks are taken"}
     )

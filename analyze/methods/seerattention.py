@@ -14,7 +14,7 @@ from retrace.analyze.units.past import Past
 from retrace.analyze.units.unit import HeadGroup
 from retrace.traces import LayerRules
 
-RATE = 1e-2
+RATE = 3e-3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -241,8 +241,9 @@ def _still_wanted(
     again: bool,
 ) -> tuple[list[Replayed], Results | None]:
     """The methods and budgets that are not there yet, and what is there less what is outdated."""
+    protocol = settings.counting.protocol
     if before is None:
-        return [Replayed(spec, budgets) for spec in specs], None
+        return [Replayed(spec, budgets, protocol=protocol) for spec in specs], None
     asked = {str(spec): spec for spec in specs}
     made = {name: settings.made_by(spec) for name, spec in asked.items()}
     outdated = outdated_among(made, before.run["methods"])
@@ -255,7 +256,7 @@ def _still_wanted(
             there = set() if name in outdated else held - before.incomplete(name)
             missing = tuple(k for k in budgets if k not in there)
         if missing:
-            wanted.append(Replayed(spec, missing))
+            wanted.append(Replayed(spec, missing, protocol=protocol))
     computed = {(str(method.spec), k) for method in wanted for k in method.topk}
     note_kept(
         (name, k, before.when(name, k))

@@ -324,12 +324,22 @@ class EvictionMethod(ScoreMethod):
     then are all attended besides the k, and charged for: what a budget comes to is its `density`.
     Under the protocol `prefix:P` the past ends at P. Under `all` every rebuilding is the end of a
     past of its own, with all keys there as before a model reads its prompt, and on average half of
-    the R positions between two of them are attended besides.
+    the R positions between two of them are attended besides. Under `decode:R:from=P` the past is
+    judged at P and every R positions later: then it is what was left before, followed by the keys
+    and queries since, whose positions count as if nothing had been between them
+    (`past.in_sequence` tells the real ones).
     """
 
     fitted: ClassVar[bool] = True
     keeps_new: ClassVar[bool] = True
     holds_keys: ClassVar[bool | None] = False
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether importance adds up over time, so that under `decode:R` that of a key which is
+        left is what it had before and what has come since; only of a `build` that gives no more
+        than importance."""
+        return False
 
     def importance(self, past: Past) -> Float[Tensor, "keys"] | Float[Tensor, "group keys"]:
         """Say how much each key is worth to all later queries.

@@ -19,9 +19,9 @@ class H2O(EvictionMethod):
     Half the budget goes to the past's last keys, as published (a tenth of the sequence each).
     Attention is summed, which favours early keys, since more queries saw them: `mean=true` divides
     by the number of those queries, as kvpress does (which keeps no recent keys). The published code
-    decides anew with every token and forgets what it dropped; here a past is judged once, at its
-    end, by all its attention, and keys since are all attended besides the budget. Heads of a group
-    share the mean, since they share a cache.
+    decides anew with every token and forgets what it dropped, as under `decode:1`; elsewhere a past
+    is judged once, at its end, by all its attention, and keys since are all attended besides the
+    budget. Heads of a group share the mean, since they share a cache.
     """
 
     source: ClassVar[str] = "arXiv:2306.14048 (H2O), section 4; FMInference/H2O"
@@ -29,6 +29,11 @@ class H2O(EvictionMethod):
     mean: bool = field(default=False, metadata={"help": "divide by the queries that saw the key"})
     pool: str = field(default="mean", metadata=POOL)
     keep: Keep = field(default=Keep(recent_share=0.5), metadata=KEEP)
+
+    @property
+    def accumulates(self) -> bool:
+        """Attention adds up; means of it are of the queries since the last judgement."""
+        return not self.mean
 
     def importance(self, past: Past) -> Tensor:
         """Attention received (group, keys)."""

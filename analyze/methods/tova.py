@@ -14,7 +14,8 @@ class TOVA(EvictionMethod):
     """Keeps the keys that the last query attends to most, on average over all heads of the layer,
     so that all of them keep the same keys.
 
-    The paper drops one key with every new query; here a past is judged once, at its end.
+    The paper drops one key with every new query, as under `decode:1`; elsewhere a past is judged
+    once, at its end.
     """
 
     source: ClassVar[str] = "arXiv:2401.06104 (TOVA), section 3.2"

@@ -9,7 +9,8 @@ from retrace.analyze.units.protocol import Protocol
 AXES = {
     "position": "the query's own position",
     "distance": "positions since what its state may be built from: since P under the protocol "
-    "prefix:P, since the last time that states were built anew under all:R",
+    "prefix:P, since the first eviction under decode:R, since the last time that states were built "
+    "anew under all:R",
 }
 """What queries are told apart by, by name."""
 
@@ -27,7 +28,7 @@ def buckets_of(positions: Tensor, length: int, protocol: Protocol) -> Tensor:
             [3, 0, 2]])
     """
     at = positions.tolist()
-    built = np.array([protocol.built_at(position, length) for position in at], np.int64)
+    built = np.array([protocol.since(position, length) for position in at], np.int64)
     along = np.stack([np.array(at, np.int64), at - built])
     # A float of 0.5 to 1 times 2^b: that is how many binary digits a number has.
     return torch.from_numpy(np.frexp(along)[1].astype(np.int64))

@@ -43,7 +43,8 @@ from retrace.analyze.replay.clock import Charge, Clock
 from retrace.analyze.replay.plan import Plan, Replayed
 from retrace.analyze.replay.tally import Tally, fill_missing, whole_layer
 from retrace.analyze.selection.select import select_together
-from retrace.analyze.selection.states import Served, States
+from retrace.analyze.selection.served import Served
+from retrace.analyze.selection.states import States
 from retrace.analyze.units.seals import WrittenInto
 from retrace.analyze.units.selection import Selection, joined
 from retrace.analyze.units.unit import Block, Unit, intact, load_units

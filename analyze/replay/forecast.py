@@ -15,7 +15,7 @@ from retrace.analyze.replay.parts import Job
 from retrace.analyze.replay.plan import Plan, Replayed
 from retrace.analyze.replay.settings import Settings
 from retrace.analyze.storage.journal import Task
-from retrace.analyze.units.protocol import FIRST_BUILD
+from retrace.analyze.units.protocol import FIRST_BUILD, Protocol
 from retrace.analyze.units.unit import HeadGroup, Unit, load_units
 from retrace.traces import Layer
 
@@ -152,7 +152,8 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
     step = max(1, int(whole * operations // MEASURED))
     together = plan.counting.protocol.block
     if together is None:
-        some, few = _some(unit, step), _some(unit, max(step, len(unit.positions) // 8))
+        protocol, fewer = plan.counting.protocol, max(step, len(unit.positions) // 8)
+        some, few = _some(unit, step, protocol), _some(unit, fewer, protocol)
     else:  # whole blocks of queries, with what comes before them
         some = _beginning(unit, int(len(unit.positions) / step**0.5), together)
         few = _beginning(unit, 1, together)
@@ -178,16 +179,21 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
     )
 
 
-def _some(unit: Unit, step: int) -> Unit:
+def _some(unit: Unit, step: int, protocol: Protocol) -> Unit:
     """Every so many queries of a unit, and of those that select together with it, and the first
-    ones: there are methods that judge keys by the queries before the end of the first past."""
+    ones: there are methods that judge keys by the queries before the end of the first past, or
+    before each eviction."""
     rows = torch.arange(len(unit.positions), device=unit.positions.device)
-    rows = rows[(rows % step == 0) | (rows < FIRST_BUILD)]
+    wanted = (rows % step == 0) | (rows < FIRST_BUILD)
+    if protocol.evict is not None:
+        first = protocol.first_query(len(unit.keys))
+        wanted |= (first - 1 - unit.positions) % protocol.evict < FIRST_BUILD
+    rows = rows[wanted]
     return replace(
         unit,
         queries=unit.queries[:, rows],
         positions=unit.positions[rows],
-        neighbours=unit.neighbours and unit.neighbours.changed(lambda u: _some(u, step)),
+        neighbours=unit.neighbours and unit.neighbours.changed(lambda u: _some(u, step, protocol)),
     )
 
 

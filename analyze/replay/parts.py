@@ -120,7 +120,8 @@ class Job:
             None if given is None else GivenCalibration(Path(given[0]), str(given[1])),
         )
         methods = tuple(
-            Replayed(recorded_spec(text, named), tuple(topk)) for text, *_, topk in facts["methods"]
+            Replayed(recorded_spec(text, named), tuple(topk), protocol=settings.counting.protocol)
+            for text, *_, topk in facts["methods"]
         )
         return cls(settings, methods, torch.device(facts["device"]))
 

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from retrace.analyze.methods.base import ScoreMethod
+from retrace.analyze.methods.base import EvictionMethod, ScoreMethod
 from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.selection.states import Calibration
+from retrace.analyze.units.protocol import Protocol
 
 EVERY_BUDGET_TO = 256
 """Curves have a point at every budget up to here, and further ones evenly on a log scale."""
@@ -20,6 +21,7 @@ class Replayed:
     topk: tuple[int, ...]
     """Ascending."""
     calibration: Calibration = field(default_factory=dict, compare=False)
+    protocol: Protocol = field(default_factory=Protocol, compare=False)
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -28,6 +30,8 @@ class Replayed:
         method = self.spec.method
         if not isinstance(method, ScoreMethod) or not method.nested:
             return self.topk
+        if self.protocol.evict is not None and isinstance(method, EvictionMethod):
+            return self.topk  # what a small budget drops, a larger one may judge again
         return curve_budgets(self.topk)
 
 

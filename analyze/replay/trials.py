@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from retrace.analyze.methods.base import BlockMethod, ScoreMethod
+from retrace.analyze.methods.base import BlockMethod, EvictionMethod, ScoreMethod
 from retrace.analyze.methods.hooks import naming
+from retrace.analyze.methods.options.keep import Keep
 from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.replay.plan import Replayed
 from retrace.analyze.replay.settings import Settings
@@ -79,6 +80,13 @@ def check_answers(spec: MethodSpec, protocol: Protocol) -> None:
         RetraceError: it answers whole blocks of queries and is asked one by one, or the other way.
     """
     by_blocks = isinstance(spec.method, BlockMethod)
+    keep = getattr(spec.method, "keep", None)
+    evicts = protocol.evict is not None and isinstance(spec.method, EvictionMethod)
+    if isinstance(keep, Keep) and keep.prompt and not evicts:
+        raise RetraceError(
+            f"{spec} keeps the prompt, which there is only for methods that evict, and where they "
+            "do so while a model decodes: give --protocol decode:R:from=P."
+        )
     if by_blocks and protocol.block is None:
         raise RetraceError(
             f"{spec} chooses keys for whole blocks of queries, and the protocol {protocol} asks "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from retrace.analyze.methods.base import BlockMethod
 from retrace.analyze.methods.hooks import calling, key_ids, numbers
-from retrace.analyze.selection.states import Served
+from retrace.analyze.selection.served import Served
 from retrace.analyze.units.attention import first_visible
 from retrace.analyze.units.selection import BlockChoice, Selection, joined, missing_last, where
 from retrace.analyze.units.unit import Block

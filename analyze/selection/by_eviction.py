@@ -17,7 +17,7 @@ from retrace.analyze.selection.by_score import (
     stretches,
 )
 from retrace.analyze.selection.charges import aux_bytes
-from retrace.analyze.selection.states import Served
+from retrace.analyze.selection.served import Served
 from retrace.analyze.units.attention import first_visible
 from retrace.analyze.units.selection import Selection
 from retrace.analyze.units.unit import Block, Unit
@@ -33,8 +33,8 @@ def select_by_eviction(
     keys that it keeps have moved on, is gone.
     """
     ends = [served.built for served in serves]
-    ended = _ends_of_pasts(block.unit, ends)
-    of_unit = {unit.group.kv_head: _ends_of_pasts(unit, ends).unit for unit, _ in serves[0].heads}
+    ended = ends_of_pasts(block.unit, ends)
+    of_unit = {unit.group.kv_head: ends_of_pasts(unit, ends).unit for unit, _ in serves[0].heads}
     judged = [
         replace(
             served,
@@ -47,20 +47,21 @@ def select_by_eviction(
     parts = stretches(serves, block)
     aux = aux_bytes(method, [(part.served.state, part.block) for part in parts], block)
     past = [i for i, part in enumerate(parts) for _ in part.block.positions]
-    return [_since(kept, past, ends, block, aux) for kept in left]
+    return [since_then(kept, past, ends, block, aux) for kept in left]
 
 
-def _ends_of_pasts(unit: Unit, ends: Sequence[int]) -> Block:
+def ends_of_pasts(unit: Unit, ends: Sequence[int]) -> Block:
     """A query at the last position before each end, which sees what the next one will see of the
     keys so far. What it asks does not matter where keys are judged without it."""
     last = unit.positions.new_tensor(ends) - 1
-    queries = torch.zeros_like(unit.queries[:, :1]).expand(-1, len(ends), -1)
+    group, _, channels = unit.queries.shape
+    queries = unit.queries.new_zeros((group, 1, channels)).expand(-1, len(ends), -1)
     block = Block(replace(unit, queries=queries, positions=last), slice(0, len(ends)))
     block.__dict__["first_visible"] = first_visible(last + 1, unit.group.rules)
     return block
 
 
-def _since(
+def since_then(
     left: Selection, past: list[int], ends: list[int], block: Block, aux: Tensor
 ) -> Selection:
     """The keys since the past of each of the block's queries, the newest first, and those of a
@@ -89,7 +90,7 @@ def _since(
         left,
         ids=ids.gather(-1, order),
         attended=new_count + keys_in_pages(still, left.attended),
-        extra_keys=new_count[0],
+        extra_keys=new_count[0] + left.extra_keys,
         estimates=estimates,
         aux_bytes=aux,
     )

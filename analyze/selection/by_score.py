@@ -17,7 +17,7 @@ from retrace.analyze.methods.options.pooling import MEAN_QUERY, pool
 from retrace.analyze.methods.toolkit.partial_attention import marked
 from retrace.analyze.selection.charges import aux_bytes
 from retrace.analyze.selection.joining import in_order_of_joining
-from retrace.analyze.selection.states import Served
+from retrace.analyze.selection.served import Served
 from retrace.analyze.units.constants import constant
 from retrace.analyze.units.selection import ALL_READ, Selection, check_finite, missing_last, where
 from retrace.analyze.units.unit import Block

@@ -8,7 +8,7 @@ from retrace.analyze.methods.base import (
 from retrace.analyze.methods.hooks import calling, key_ids
 from retrace.analyze.selection.by_score import only_visible
 from retrace.analyze.selection.charges import aux_bytes
-from retrace.analyze.selection.states import Served
+from retrace.analyze.selection.served import Served
 from retrace.analyze.units.attention import first_visible
 from retrace.analyze.units.selection import ALL_READ, Selection, check_ids, where
 from retrace.analyze.units.unit import Block

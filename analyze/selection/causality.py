@@ -13,8 +13,10 @@ from torch import Tensor
 
 from retrace.analyze.methods.base import Method, ScoreMethod
 from retrace.analyze.selection.by_score import visible_scores
+from retrace.analyze.selection.evictions import Evicted
 from retrace.analyze.selection.select import select
-from retrace.analyze.selection.states import Calibration, Served, States
+from retrace.analyze.selection.served import Served
+from retrace.analyze.selection.states import Calibration, States
 from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.selection import Selection, where
 from retrace.analyze.units.unit import Block, Unit, intact
@@ -93,6 +95,8 @@ class _Asked:
         turn in what it selects."""
         if not isinstance(self.method, ScoreMethod) or served.state is None:
             return True
+        if isinstance(served.state, Evicted):
+            return True  # which asks no query
         ours, theirs = (
             visible_scores(self.method, served.state, b)[:, row].double() for b in (block, other)
         )

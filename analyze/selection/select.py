@@ -12,10 +12,12 @@ from retrace.analyze.methods.base import (
 )
 from retrace.analyze.selection.by_attend import select_by_attend
 from retrace.analyze.selection.by_blocks import select_by_blocks
+from retrace.analyze.selection.by_decoding import select_by_decoding
 from retrace.analyze.selection.by_eviction import select_by_eviction
 from retrace.analyze.selection.by_score import select_by_score
 from retrace.analyze.selection.by_search import select_by_search
-from retrace.analyze.selection.states import Served
+from retrace.analyze.selection.evictions import Evicted
+from retrace.analyze.selection.served import Served
 from retrace.analyze.units.selection import Selection
 from retrace.analyze.units.unit import Block
 
@@ -37,6 +39,8 @@ def select_together(
 ) -> list[Selection]:
     """The same for queries that one state after another answers, or none does; only score methods
     have more than one answered at once."""
+    if isinstance(method, EvictionMethod) and isinstance(serves[0].state, Evicted):
+        return select_by_decoding(method, serves, block, ks)
     if isinstance(method, EvictionMethod) and serves[0].state is not None:
         return select_by_eviction(method, serves, block, ks)
     if isinstance(method, ScoreMethod):

@@ -4,16 +4,24 @@ import time
 from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import BlockMethod, Method, ScoreMethod, SearchMethod
+from retrace.analyze.methods.base import (
+    BlockMethod,
+    EvictionMethod,
+    Method,
+    ScoreMethod,
+    SearchMethod,
+)
 from retrace.analyze.methods.hooks import calling
 from retrace.analyze.methods.options.pooling import LAYER
+from retrace.analyze.selection.evictions import Evicted, Evictions
+from retrace.analyze.selection.served import Served
 from retrace.analyze.units.past import Past, last_of
 from retrace.analyze.units.protocol import FIRST_BUILD, Protocol
 from retrace.analyze.units.seals import Seal, WrittenInto
@@ -44,28 +52,6 @@ class Cost:
         self.builds += other.builds
         self.seconds += other.seconds
         self.state_bytes = max(self.state_bytes, other.state_bytes)
-
-
-@dataclass(frozen=True)
-class Served:
-    """Some queries of a block, and the state that answers them."""
-
-    rows: slice
-    """Which of the block's queries."""
-    block: Block
-    """These alone."""
-    state: Any
-    """None while there is none, when all keys are searched exactly."""
-    built: int
-    """Keys that the state was built from."""
-    held: int
-    """Keys that it holds, those that joined later included."""
-    first: int
-    """Position of the first of them, from which the state counts its keys."""
-    heads: tuple[tuple[Unit, Any], ...] = ()
-    """Every kv head of the layer with its state, where the method pools over the layer."""
-    protocol: Protocol = field(default_factory=Protocol)
-    """Which queries are answered together."""
 
 
 class States:
@@ -100,6 +86,10 @@ class States:
         self._cost = Cost()
         self._ahead: dict[tuple[int, int], tuple[Any, ...]] = {}
         """States that are built and not yet needed, by their first key and their end."""
+        self._evictions: Evictions | None = None
+        if protocol.evict is not None and isinstance(method, EvictionMethod):
+            with calling("build()", lambda: unit.group.place(0)):
+                self._evictions = Evictions(method, unit, protocol, self._build_whole)
         self._on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         """When the GPU began and ended each building that is not counted yet."""
 
@@ -160,6 +150,10 @@ class States:
             return 0, end, end
         if not method.fitted:
             return 0, length, length
+        if self._evictions is not None:
+            number = self._protocol.evictions(position, length)
+            built = self._evictions.end(number - 1) if number > 0 else 0
+            return 0, built, built
         if isinstance(method, SearchMethod):
             first, built = self._indexed(method, position)
             if not first < built <= position:
@@ -195,6 +189,13 @@ class States:
     def _advance(self, first: int, built: int, held: int) -> None:
         if (first, built, held) == (self._first, self._built, self._held):
             return
+        if self._evictions is not None:
+            number = self._protocol.evictions(built, len(self._unit.keys)) - 1
+            state = Evicted(self._evictions, number) if built else None
+            self._states = (state,) * len(self._units)
+            self._first, self._built, self._held = first, built, held
+            self._cost.builds += 1
+            return
         with self._timed():
             if (first, built) != (self._first, self._built):
                 self._states = (None,) * len(self._units)
@@ -216,7 +217,7 @@ class States:
         """Build the states of a block, of all that begin at the same key together, where the method
         says how."""
         self._ahead.clear()
-        if type(self._method).build_each is Method.build_each:
+        if self._evictions is not None or type(self._method).build_each is Method.build_each:
             return
         new = [(a, b) for a, b in wanted if a < b and (a, b) != (self._first, self._built)]
         for first in sorted({first for first, _ in new}):
@@ -235,6 +236,9 @@ class States:
         with calling("build()", lambda: last_of(past)):
             state = self._method.build(past)
         return _state(state, "build()", past)
+
+    def _build_whole(self, unit: Unit) -> Any:
+        return self._build(self._past(unit, 0, 0, len(unit.keys)))
 
     def _extend(self, state: Any, new: Past) -> Any:
         with calling("extend()", lambda: last_of(new)):

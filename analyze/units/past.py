@@ -271,10 +271,19 @@ class Past:
         vectors: Float[Tensor, "*heads rows channels"],
         positions: Int64[Tensor, "rows"],
     ) -> Float[Tensor, "*heads rows channels"]:
-        turned = turn(vectors.cpu().numpy(), positions.cpu().numpy() + self.unit.first)
+        turned = turn(vectors.cpu().numpy(), self.in_sequence(positions).cpu().numpy())
         return torch.from_numpy(np.asarray(turned)).to(vectors)
+
+    def in_sequence(self, positions: Int64[Tensor, "rows"]) -> Int64[Tensor, "rows"]:
+        """Where positions, as the past counts them, are in the sequence: others may have come
+        before its first key, and keys between its own may be gone."""
+        held = self.unit.key_positions
+        if held is None:
+            return positions + self.unit.first
+        positions, last = positions.to(held.device), len(held) - 1
+        return held[positions.clamp(max=last)] + (positions - last).clamp(min=0)
 
 
 def last_of(past: Past) -> str:
     """Names the last position of a past."""
-    return past.group.place(past.unit.first + past.end - 1)
+    return past.group.place(int(past.in_sequence(torch.tensor([past.end - 1]))))

@@ -93,6 +93,9 @@ class Unit:
     chosen: Int32[Tensor, "queries kept"] | None = None
     """Positions of the keys that a natively sparse model itself attended to, -1 where there are
     fewer; None in a layer that attends to all."""
+    key_positions: Int64[Tensor, "keys"] | None = None
+    """Positions of the keys in the sequence, ascending, where others between them are gone; queries
+    are then counted like the keys, as if nothing had been there."""
 
     def since(self, first: int) -> "Unit":
         """The unit as if the sequence began at a position, its neighbours too."""

@@ -20,7 +20,8 @@ class Keep:
     differs from budget to budget (as in SparQ Attention, where a quarter is local), and
     `recent:0.5r` a share of what the sinks leave of it. `sink:32<0.25k` are 32 sinks, and at most
     a quarter of the budget: what is published for large budgets leaves something to find in small
-    ones too.
+    ones too. `prompt` is all before the first eviction under the protocol `decode:R:from=P`,
+    besides the budget.
     """
 
     sink: int = 0
@@ -32,17 +33,22 @@ class Keep:
     """Most of the budget that sinks take."""
     recent_most: float | None = None
     """Most of the budget that `recent` keys take."""
+    prompt: bool = False
+    """Whether all that comes before the first eviction is kept, besides the budget."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read `sink:4+recent:64`; `none` or nothing keeps none."""
         found: dict[str, int | float | bool] = {}
         for part in text.split("+") if text not in ("", "none") else ():
+            if part.strip() == "prompt":
+                found["prompt"] = True
+                continue
             match = _PART.fullmatch(part.strip())
             if match is None or (match[3] and (match[1] == "sink" or match[4])):
                 raise RetraceError(
                     f"keep={text!r}: expected sink:N, recent:N or recent:0.25k, joined by '+'; "
-                    "sink:N<0.25k is at most that share of the budget."
+                    "sink:N<0.25k is at most that share of the budget, prompt all before decoding."
                 )
             name, number, share, most = match.groups()
             if share:
@@ -67,7 +73,8 @@ class Keep:
         return self.recent_share > 0 or self.recent_most is not None
 
     def __str__(self) -> str:
-        parts = [f"sink:{self.sink}{_most(self.sink_most)}"] if self.sink else []
+        parts = ["prompt"] if self.prompt else []
+        parts += [f"sink:{self.sink}{_most(self.sink_most)}"] if self.sink else []
         if self.recent:
             parts.append(f"recent:{self.recent}{_most(self.recent_most)}")
         if self.recent_share:

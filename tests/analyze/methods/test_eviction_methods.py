@@ -72,6 +72,31 @@ def test_tova(trace: Trace) -> None:
         np.testing.assert_allclose(found, np.concatenate(last).mean(axis=0), atol=1e-6)
 
 
+def test_r_kv(trace: Trace) -> None:
+    found = importance("r-kv:window=6,kernel=3,weight=0.3,similar=0.2", past_of(trace))
+    layer, before = trace.layer(0), END - 6
+    rules = layer.rules
+    keys = layer.key(0).astype(np.float64)[1, :END]
+    queries = layer.query(0).astype(np.float64)[2:4, before:END]
+    scores = (rules.scale * queries @ keys[:before].T).max(axis=0)
+    back = np.arange(before, END)[:, None] - np.arange(before)
+    weights = np.where(back >= (rules.window or END), 0.0, np.exp(scores))
+    weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
+    observed = np.pad(weights.mean(axis=0), 1)
+    smoothed = np.array([observed[i : i + 3].max() for i in range(before)])
+    units = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    alike = units @ units.T
+    np.fill_diagonal(alike, 0.0)
+    for row in alike:
+        like = np.nonzero(row > 0.2)[0]
+        row[like[-1] if len(like) else 0] = 0.0
+    redundancy = np.exp(alike.mean(axis=0))
+    redundancy /= redundancy.sum()
+    wanted = 0.3 * smoothed - 0.7 * redundancy[:before]
+    np.testing.assert_allclose(found[0, :before], wanted, atol=1e-6)
+    assert (np.diff(found[0, before:]) > 0).all() and found[0, before] > wanted.max()
+
+
 def test_h2o(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrace.analyze.units.past.SUMMED", 7)
     probabilities = attention(trace, 1)

@@ -1,0 +1,29 @@
+"""Which state answers which queries."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from retrace.analyze.units.protocol import Protocol
+from retrace.analyze.units.unit import Block, Unit
+
+
+@dataclass(frozen=True)
+class Served:
+    """Some queries of a block, and the state that answers them."""
+
+    rows: slice
+    """Which of the block's queries."""
+    block: Block
+    """These alone."""
+    state: Any
+    """None while there is none, when all keys are searched exactly."""
+    built: int
+    """Keys that the state was built from."""
+    held: int
+    """Keys that it holds, those that joined later included."""
+    first: int
+    """Position of the first of them, from which the state counts its keys."""
+    heads: tuple[tuple[Unit, Any], ...] = ()
+    """Every kv head of the layer with its state, where the method pools over the layer."""
+    protocol: Protocol = field(default_factory=Protocol)
+    """Which queries are answered together."""

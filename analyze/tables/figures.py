@@ -193,6 +193,14 @@ class Figures:
         budgets = self.metrics.loc[self.metrics["method"] == method, "topk"].unique()
         return sorted(int(k) for k in budgets)
 
+    @property
+    def cost(self) -> str:
+        """The metric of what a method takes, which its other figures are drawn over: bytes read,
+        or the pairs computed where blocks of queries share their keys."""
+        shared = Counting.recorded(self.run).protocol.block is not None
+        known = bool((self.metrics["metric"] == "compute_ratio").any())
+        return "compute_ratio" if shared and known else "bytes_ratio"
+
     def when(self, method: str, topk: int) -> str:
         """When a method was measured at a budget, as `2026-11-30T08:00:00Z`; empty if no run says
         so."""

@@ -42,6 +42,7 @@ PLOTS = (
     "recall-by-layer.png",
     "error-norm-by-layer.png",
     "error-by-bytes.png",
+    "error-by-pairs.png",
     "by-position.png",
     "by-distance.png",
     "sweep-*.png",
@@ -71,7 +72,8 @@ def draw_all(results: Figures, folder: Path) -> list[Path]:
     for metric in BY_LAYER:
         if (results.metrics["metric"] == metric).any():  # earlier results have fewer
             figures[f"{metric.replace('_', '-')}-by-layer"] = by_layer(results, BY_NAME[metric])
-    figures["error-by-bytes"] = error_by_bytes(results)
+    by_pairs = results.cost == "compute_ratio"
+    figures["error-by-pairs" if by_pairs else "error-by-bytes"] = error_by_cost(results)
     for axis, figure in position_figures(results).items():
         figures[f"by-{axis}"] = figure
     for (method, parameter), figure in sweep_figures(results).items():
@@ -169,16 +171,19 @@ def attention_fraction_curves_by_layer(results: Figures) -> Figure:
     return figure
 
 
-def error_by_bytes(results: Figures) -> Figure:
-    """Error norm and lost attention mass against bytes read, a curve through a method's budgets:
-    means over heads and layers, which is how methods compare at equal cost."""
-    rows = results.metrics
-    wanted = ["bytes_ratio", "error_norm", "attention_fraction"]
+def error_by_cost(results: Figures) -> Figure:
+    """Error norm and lost attention mass against bytes read, or under `prefill:B` against pairs
+    computed, a curve through a method's budgets: means over heads and layers, which is how methods
+    compare at equal cost."""
+    rows, cost = results.metrics, results.cost
+    wanted = [cost, "error_norm", "attention_fraction"]
     means = rows.pivot_table("mean", ["method", "topk"], "metric").reindex(columns=wanted)
-    means = means.dropna(subset="bytes_ratio").sort_values("bytes_ratio").reset_index()
+    means = means.dropna(subset=cost).sort_values(cost).reset_index()
+    of_bytes = cost == "bytes_ratio"
     figure, panels = panel_grid(2, width=4.2, height=3.4)
     figure.suptitle(
-        f"What bytes buy, mean over heads and layers\n{counted_words(results)}",
+        f"What {'bytes' if of_bytes else 'pairs'} buy, mean over heads and layers\n"
+        f"{counted_words(results)}",
         fontsize="medium",
     )
     styles = styles_of(results.methods())
@@ -189,12 +194,12 @@ def error_by_bytes(results: Figures) -> Figure:
         ):
             style = styles[method]
             axes.plot(
-                points["bytes_ratio"],
+                points[cost],
                 figures,
                 **style.line,
                 markersize=4,
                 linewidth=1.3,
-                label=wrapped(with_charge(results.run, method), 34),
+                label=wrapped(with_charge(results.run, method) if of_bytes else method, 34),
             )
     for axes, label in zip(
         panels, (BY_NAME["error_norm"].axis, "attention mass lost"), strict=True
@@ -207,7 +212,7 @@ def error_by_bytes(results: Figures) -> Figure:
         if means.empty:
             say_nothing_counts(axes)
     read = f"bytes read over those of full attention,\n{serving_words(results.run)}"
-    label_outer(panels, read, "mean")
+    label_outer(panels, read if of_bytes else wrapped(BY_NAME[cost].description, 40), "mean")
     legend(figure, *panels)
     return figure
 

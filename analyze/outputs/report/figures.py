@@ -71,6 +71,7 @@ def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]
             # Of other protocols there are none of blocks of queries.
             if name not in AT_BLOCKS or any((run.metrics["metric"] == name).any() for run in runs)
         },
+        "cost": _cost(runs),
         "predicts": remarks(*(run.run for run in runs)),
         "runs": [
             {"name": name, "facts": run.run, "layers": part.layers, "modules": part.modules,
@@ -89,6 +90,12 @@ def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]
             for entry, label in zip(entries, labels, strict=True)
         ],
     }  # fmt: skip
+
+
+def _cost(runs: list[Figures]) -> str:
+    """The metric of what methods take, if all runs have the same."""
+    costs = {run.cost for run in runs}
+    return costs.pop() if len(costs) == 1 else "bytes_ratio"
 
 
 def _of_page(metric: Metric) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import { tabulateLayers } from "./layers.js";
 import { describeDrawn, drawLines, drawOnly } from "./legend.js";
 import { drawMaps, markHead, onCell } from "./maps.js";
 import { tabulateComparison, tabulateMethods } from "./methods.js";
-import { index, METRICS, runOf } from "./results.js";
+import { COST, COUNTED, index, METRICS, runOf } from "./results.js";
 import { extent } from "./statistics.js";
 import { dark } from "./style.js";
 
@@ -33,6 +33,7 @@ export function offer() {
   );
   options("topk", numbered(budgets), chosen.topk);
   options("layer", [["", "all"], ...numbered(layers)], chosen.layer);
+  Object.assign(at("against-cost"), { value: COST, textContent: COUNTED });
   options("head", [["", "all"], ...numbered([...Array(heads).keys()])], chosen.head);
 }
 

@@ -51,6 +51,7 @@ import { at } from "./document.js";
  * @typedef {object} Index
  * @property {string} version
  * @property {Record<string, Metric>} metrics
+ * @property {"bytes_ratio" | "compute_ratio"} cost the metric of what methods take
  * @property {string} predicts
  * @property {Run[]} runs
  * @property {Entry[]} entries
@@ -60,6 +61,8 @@ import { at } from "./document.js";
 export const index = JSON.parse(at("index").textContent);
 
 export const METRICS = index.metrics;
+/** The metric of what methods take, and what it counts. */
+export const COST = index.cost, COUNTED = COST === "compute_ratio" ? "pairs" : "bytes";
 /** Metrics that have a plot of curves. */
 export const CURVED = Object.keys(METRICS).filter((name) => METRICS[name].bucketed);
 

@@ -25,6 +25,7 @@ Open = Callable[..., Page]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 LAYERS, HEADS, TOPK = [0, 1, 3, 4], 5, [5, 10, 50]
 FIRSTS = [0, 1, 4, 8, 512]
+PREFILL = {"protocol": "prefill:64", "min_context": 0}
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
 
@@ -442,6 +443,29 @@ def test_the_front_is_of_what_nothing_beats(
     points = [(r.bytes_ratio, 1 - r.attention_fraction) for r in means.dropna().itertuples()]
     best = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
     np.testing.assert_allclose(front, sorted(best), rtol=1e-4)
+
+
+def test_a_prefill_is_drawn_over_pairs(open_page: Open, results: Results) -> None:
+    prefill = Results(results.metrics, results.curves, {**results.run, **PREFILL})
+    shown = open_page({"r": prefill})
+    means = prefill.metrics.pivot_table("mean", ["method", "topk"], "metric", observed=True)
+    means = means.dropna().sort_values("compute_ratio")
+    x, y = lines_of(shown, "cost-error_norm")["quest"]
+    by_pairs = sorted(zip(x, y, strict=True))
+    wanted = means.loc["quest", ["compute_ratio", "error_norm"]].to_numpy()
+    np.testing.assert_allclose(by_pairs, wanted, rtol=1e-4)
+    assert shown.text_content("#cost-error_norm-title") == "Error norm against pairs"
+    assert "few pairs" in (shown.text_content("#cost-caption") or "")
+    assert "pairs of full" in (shown.locator("#cost-lost .xtitle").text_content() or "")
+    shown.select_option("#against", label="pairs")
+    x, _ = lines_of(shown, "curve-error_norm")["quest"]
+    np.testing.assert_allclose(sorted(x), wanted[:, 0], rtol=1e-4)
+
+
+def test_runs_of_both_kinds_are_drawn_over_bytes(open_page: Open, results: Results) -> None:
+    prefill = Results(results.metrics, results.curves, {**results.run, **PREFILL})
+    shown = open_page({"a": results, "b": prefill})
+    assert shown.text_content("#cost-lost-title") == "Lost attention mass against bytes"
 
 
 def test_tables_sort(open_page: Open, page_of_results: Path) -> None:

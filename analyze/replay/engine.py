@@ -37,6 +37,7 @@ from retrace.analyze.methods.exact import Exact
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.metrics.buckets import buckets_of
 from retrace.analyze.metrics.measure import ExactBlock
+from retrace.analyze.metrics.patterns import BlockMasses
 from retrace.analyze.metrics.shared_cache import SharedCacheReads
 from retrace.analyze.metrics.tally import tally
 from retrace.analyze.replay.clock import Charge, Clock
@@ -160,6 +161,7 @@ def replay_unit(
     begin = 0 if fresh is not None else first
     ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS)
     buckets = buckets_of(unit.positions, length, protocol)
+    masses = None if protocol.block is None else BlockMasses(unit, protocol.block)
     answering = "exact pass" if kept is None else "exact answers read"
     with clock.charge(answering):
         exact_answers = _exact_answers(unit, begin, ranks, kept, plan.block_elements)
@@ -181,14 +183,18 @@ def replay_unit(
             # Kept or not, the same ranks: probabilities of further keys are taken otherwise.
             exact = exact.rows(rows, plan.ranks)
             refuse_unheld(exact.block, exact.reference)
+            if masses is not None:
+                masses.add(exact)
         for i, (method, found, state) in enumerate(zip(plan.methods, tallies, states, strict=True)):
             reads = None if shared is None else shared[i]
             with naming(method.spec):
                 _replay_method(method, exact, state, plan, found, reads, clock)
+    patterns = None if masses is None else masses.moments()
     for method, found, state in zip(plan.methods, tallies, states, strict=True):
         with naming(method.spec):
             state.check_calibration()
         found.cost = state.cost
+        found.patterns = patterns
         clock.seconds[Charge("build", str(method.spec))] += found.cost.seconds
         fill_missing(found, unit.group.rules.group)
     return tallies

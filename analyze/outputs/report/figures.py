@@ -13,6 +13,7 @@ from retrace.analyze.outputs.plots.style import DASHES, EXACT_STYLE, Style, styl
 from retrace.analyze.outputs.report.along import along, fit
 from retrace.analyze.outputs.report.intervals import ends_within, intervals_of
 from retrace.analyze.outputs.report.packed import Packed
+from retrace.analyze.outputs.report.patterns import patterns_of
 from retrace.analyze.tables.figures import Figures
 from retrace.analyze.units.costs import serving_words, with_charge
 
@@ -78,7 +79,8 @@ def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]
              "heads": part.heads, "served": serving_words(run.run),
              "sequences": int(run.sequences["sequence"].nunique()),
              "intervals": own, "differences": less, "along": buckets,
-             "ends": ends_within(run, part.layers, part.heads, packed)}
+             "ends": ends_within(run, part.layers, part.heads, packed),
+             "patterns": patterns_of(run, part.layers, part.heads, packed)}
             for (name, run), part, own, less, buckets in zip(
                 results.items(), grids, intervals, differences, shared, strict=True
             )

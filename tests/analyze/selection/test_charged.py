@@ -8,7 +8,7 @@ import pytest
 
 from retrace.analyze import Results, analyze, recommend
 from retrace.analyze.methods.registry import method_class, method_names
-from retrace.analyze.outputs.plots.results import error_by_cost
+from retrace.analyze.outputs.plots.costs import error_by_cost
 from retrace.analyze.outputs.report.figures import figures_of
 from retrace.analyze.outputs.report.packed import Packed
 from retrace.analyze.units.costs import NOT_CHARGED

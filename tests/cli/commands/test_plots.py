@@ -9,11 +9,14 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import Results
+from retrace.analyze.metrics.patterns import KINDS, PATTERNS
 from retrace.analyze.metrics.registry import BUCKETED, SWEPT
+from retrace.analyze.outputs.plots.costs import error_by_cost
+from retrace.analyze.outputs.plots.patterns import pattern_map
 from retrace.analyze.outputs.plots.positions import position_figures
-from retrace.analyze.outputs.plots.results import PLOTS, draw_all, error_by_cost, slug
+from retrace.analyze.outputs.plots.results import PLOTS, draw_all, slug
 from retrace.analyze.outputs.plots.sweeps import sweep_figures
-from retrace.analyze.tables.columns import POSITION_COLUMNS
+from retrace.analyze.tables.columns import PATTERN_COLUMNS, POSITION_COLUMNS
 
 PNG = b"\x89PNG"
 
@@ -85,6 +88,24 @@ def test_a_prefill_is_drawn_over_pairs(tmp_path: Path) -> None:
     names = {file.name for file in draw_all(prefill, tmp_path)}
     assert "error-by-pairs.png" in names and "error-by-bytes.png" not in names
     assert all(any(fnmatch(name, pattern) for pattern in PLOTS) for name in names)
+
+
+def test_the_map_of_patterns(tmp_path: Path) -> None:
+    layers, heads = [1, 4], range(3)
+    rows = [
+        (layer, head, 2, "m", pattern, 0.5, 0.1, pattern == KINDS[(layer + head) % 4])
+        for layer, head, pattern in itertools.product(layers, heads, PATTERNS)
+        if (layer, head) != (4, 2)  # that is missing
+    ]
+    columns = ["layer", "head", "count", "module", "pattern", "mean", "std", "best"]
+    results = some_results(2, 2, ["subblock"], [5])
+    results.run["protocol"] = "prefill:4"
+    assert not {"head-patterns.png"} & {file.name for file in draw_all(results, tmp_path)}
+    results.head_patterns = pd.DataFrame(rows, columns=columns).astype(PATTERN_COLUMNS)
+    [image] = pattern_map(results).axes[0].images
+    cells = np.ma.masked_invalid(np.asarray(image.get_array(), float))
+    assert cells.tolist() == [[1, 2, 3], [0, 1, None]]
+    assert {"head-patterns.png"} <= {file.name for file in draw_all(results, tmp_path)}
 
 
 def swept_results(parameters: dict[str, dict[str, object]]) -> Results:

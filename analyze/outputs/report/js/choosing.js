@@ -6,6 +6,7 @@ import { at, element, selectAt } from "./document.js";
 import { tabulateLayers } from "./layers.js";
 import { describeDrawn, drawLines, drawOnly } from "./legend.js";
 import { drawMaps, markHead, onCell } from "./maps.js";
+import { drawPatterns } from "./patterns.js";
 import { tabulateComparison, tabulateMethods } from "./methods.js";
 import { COST, COUNTED, index, METRICS, runOf } from "./results.js";
 import { extent } from "./statistics.js";
@@ -57,6 +58,7 @@ export function show() {
   tabulateComparison();
   describeDrawn();
   drawMaps();
+  drawPatterns();
   drawLines();
   tabulateLayers();
 }

@@ -27,11 +27,22 @@ import { at } from "./document.js";
  * @property {Intervals} intervals
  * @property {Record<string, Intervals>} differences of a method's means less another's
  * @property {{layer: Places, head: Places}} ends
+ * @property {Patterns | null} patterns of its heads, where blocks of queries choose together
  * @property {{heads: number, axes: Record<string, Buckets>}} along
  */
 
 /** @typedef {{firsts: number[], queries: Record<string, number[]>}} Buckets */
 /** @typedef {"mean" | "std" | "count"} Column */
+
+/**
+ * @typedef {object} Patterns
+ * @property {number} share of the pairs of blocks that a pattern has
+ * @property {number} enough of what the best blocks hold
+ * @property {string[]} kinds
+ * @property {string[]} colours of the kinds
+ * @property {number} best place of the grid of each head's kind, by its number
+ * @property {Record<string, number>} held places of the grids of mass, by pattern
+ */
 
 /**
  * @typedef {object} Entry a method of one of the runs

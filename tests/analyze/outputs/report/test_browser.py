@@ -468,6 +468,28 @@ def test_runs_of_both_kinds_are_drawn_over_bytes(open_page: Open, results: Resul
     assert shown.text_content("#cost-lost-title") == "Lost attention mass against bytes"
 
 
+def test_the_map_of_patterns(open_page: Open, made: Make, page_of_results: Path) -> None:
+    assert not open_page(page_of_results).is_visible("#patterns")
+    prefill = made(LAYERS, HEADS, ["quest"], [5], [5], patterns=True)
+    prefill.run |= PREFILL
+    shown = open_page({"r": prefill})
+    rows = prefill.head_patterns.astype({"pattern": str})
+    best = rows[rows["best"]]
+    wanted = best.pivot(index="layer", columns="head", values="pattern").to_numpy()
+    numbers, words = shown.eval_on_selector(
+        "#map-patterns", "p => [p.data[0].z.map(r => [...r]), p.data[0].text]"
+    )
+    names = shown.eval_on_selector("#map-patterns", "p => p.data[0].colorbar.ticktext")
+    assert [[names[i] for i in row] for row in numbers] == wanted.tolist()
+    [own] = rows.query("layer == 3 and head == 2 and pattern == 'slash'")["mean"]
+    assert f"{wanted[2][2]}<br>" in words[2][2] and f"best diagonals: {own:.4f}" in words[2][2]
+    caption = shown.text_content("#patterns-caption") or ""
+    for kind, count in best["pattern"].value_counts().items():
+        assert f"{kind} {count} head" in caption
+    shown.mouse.click(*cell_of(shown, "patterns", 3, 2))
+    assert shown.text_content("#curves-title") == "Curves: layer 3, head 2"
+
+
 def test_tables_sort(open_page: Open, page_of_results: Path) -> None:
     shown = open_page(page_of_results)
     head = shown.locator("#layers-table th", has_text="Recall").first

@@ -5,7 +5,8 @@ A task's walk from reading to the tally enters each room once:
 1. `traces` reads the layer's queries, keys and values of the sequence, one kv head at a time;
 2. `units` makes a unit of each: a kv head, the queries that share it, and the layer's rules;
 3. `exact` answers a block of its queries: best keys, normalizer, output; or finds them kept;
-4. `metrics` puts the block, these answers and the queries' buckets side by side (`ExactBlock`);
+4. `metrics` puts the block, these answers and the queries' buckets side by side (`ExactBlock`),
+   and in a prefill adds up what blocks of keys hold (`BlockMasses`);
 5. `methods` build their state of what came before, as the protocol says (`selection.states`);
 6. `selection` turns each method's answer into one list of keys for all its budgets;
 7. `metrics` walks the lists of all queries that count, into moments over queries;

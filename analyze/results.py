@@ -18,7 +18,7 @@ class Results(Figures, SavedTables):
 
     NONE = "is not a results folder"
     TABLES = tuple(
-        Table(name, f"{name}.parquet", columns, name not in ("sequences", "positions"))
+        Table(name, f"{name}.parquet", columns, name in ("metrics", "curves"))
         for name, columns in COLUMNS_OF.items()
     )
     FACTS = "run", "run.json"

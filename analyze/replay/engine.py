@@ -5,7 +5,8 @@ A task's walk from reading to the tally enters each room once:
 1. `traces` reads the layer's queries, keys and values of the sequence, one kv head at a time;
 2. `units` makes a unit of each: a kv head, the queries that share it, and the layer's rules;
 3. `exact` answers a block of its queries: best keys, normalizer, output; or finds them kept;
-4. `metrics` puts the block, these answers and the queries' buckets side by side (`ExactBlock`);
+4. `metrics` puts the block, these answers and the queries' buckets side by side (`ExactBlock`),
+   and in a prefill adds up what blocks of keys hold (`BlockMasses`);
 5. `methods` build their state of what came before, as the protocol says (`selection.states`);
 6. `selection` turns each method's answer into one list of keys for all its budgets;
 7. `metrics` walks the lists of all queries that count, into moments over queries;
@@ -37,6 +38,7 @@ from retrace.analyze.methods.exact import Exact
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.metrics.buckets import buckets_of
 from retrace.analyze.metrics.measure import ExactBlock
+from retrace.analyze.metrics.patterns import BlockMasses
 from retrace.analyze.metrics.shared_cache import SharedCacheReads
 from retrace.analyze.metrics.tally import tally
 from retrace.analyze.replay.clock import Charge, Clock
@@ -161,6 +163,7 @@ def replay_unit(
     begin = 0 if fresh is not None else first
     ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS)
     buckets = buckets_of(unit.positions, length, protocol)
+    masses = None if protocol.block is None else BlockMasses(unit, protocol.block)
     answering = "exact pass" if kept is None else "exact answers read"
     with clock.charge(answering):
         exact_answers = _exact_answers(unit, begin, ranks, kept, plan.block_elements)
@@ -182,14 +185,18 @@ def replay_unit(
             # Kept or not, the same ranks: probabilities of further keys are taken otherwise.
             exact = exact.rows(rows, plan.ranks)
             refuse_unheld(exact.block, exact.reference)
+            if masses is not None:
+                masses.add(exact)
         for i, (method, found, state) in enumerate(zip(plan.methods, tallies, states, strict=True)):
             reads = None if shared is None else shared[i]
             with naming(method.spec):
                 _replay_method(method, exact, state, plan, found, reads, clock)
+    patterns = None if masses is None else masses.moments()
     for method, found, state in zip(plan.methods, tallies, states, strict=True):
         with naming(method.spec):
             state.check_calibration()
         found.cost = state.cost
+        found.patterns = patterns
         clock.seconds[Charge("build", str(method.spec))] += found.cost.seconds
         fill_missing(found, unit.group.rules.group)
     return tallies

@@ -20,6 +20,7 @@ from retrace.analyze.methods.specs import recorded_spec
 from retrace.analyze.metrics.buckets import AXES, MOST_BUCKETS
 from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
+from retrace.analyze.metrics.patterns import checked_patterns
 from retrace.analyze.metrics.possible import impossible
 from retrace.analyze.metrics.registry import AT_ALL, AT_BLOCKS, AT_POINTS, BUCKETED
 from retrace.analyze.replay.calibration_file import GivenCalibration
@@ -184,6 +185,10 @@ class KeptParts:
         for i, tally in enumerate(tallies):
             parts = (arrays.pop(f"{i}.errors.{of}") for of in ("places", "counts"))
             tally.errors = Histogram.checked((len(tally.topk), heads), *parts)
+            patterns = arrays.pop(f"{i}.patterns", None)
+            if (patterns is not None) != (self._job.settings.counting.protocol.block is not None):
+                raise ValueError("Patterns of heads are those of blocks of queries.")
+            tally.patterns = None if patterns is None else checked_patterns(patterns, heads)
         for name, array in arrays.items():
             index, kind, of = name.split(".")
             tally = tallies[int(index)]
@@ -217,6 +222,8 @@ class KeptParts:
             assert tally.errors is not None
             arrays[f"{i}.errors.places"] = tally.errors.places
             arrays[f"{i}.errors.counts"] = tally.errors.counts
+            if (patterns := tally.patterns) is not None:
+                arrays[f"{i}.patterns"] = np.stack([*vars(patterns).values()])
         facts = {
             "axes": list(AXES),
             "costs": [[t.cost.builds, t.cost.seconds, t.cost.state_bytes] for t in part.tallies],

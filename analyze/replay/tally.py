@@ -25,6 +25,9 @@ class Tally:
     errors: Histogram | None = None
     """Of the error norms (topk, heads); None of no queries."""
     cost: Cost = field(default_factory=Cost)
+    patterns: Moments | None = None
+    """What each of `PATTERNS` holds (patterns, heads) of a sequence, where blocks of queries choose
+    together: the trace's, whichever method."""
 
     def add(self, ks: tuple[int, ...], points: list[int], tallied: Tallied) -> None:
         """Add a block's queries, at budgets `ks` and at those of them that `points` name."""
@@ -58,6 +61,9 @@ class Tally:
         self._merge_buckets(other.by_bucket)
         if other.errors is not None:
             self._merge_errors(other.errors)
+        if other.patterns is not None:
+            known = self.patterns
+            self.patterns = other.patterns if known is None else known.merge(other.patterns)
 
     def _merge_errors(self, errors: Histogram) -> None:
         self.errors = errors if self.errors is None else self.errors.merge(errors)
@@ -80,6 +86,8 @@ def whole_layer(heads: Sequence[Tally]) -> Tally:
     )
     for head in heads:
         layer.cost.merge(head.cost)
+    patterns = [head.patterns for head in heads if head.patterns is not None]
+    layer.patterns = Moments.stack(patterns, -1) if patterns else None
     return layer
 
 

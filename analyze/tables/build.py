@@ -15,13 +15,19 @@ from retrace.analyze.methods.base import BlockMethod, Method
 from retrace.analyze.metrics.buckets import first_of
 from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
+from retrace.analyze.metrics.patterns import KINDS, PATTERNS, kinds
 from retrace.analyze.metrics.possible import impossible
 from retrace.analyze.metrics.registry import BUCKETED, MEDIAN
 from retrace.analyze.replay.parts import Job
 from retrace.analyze.replay.tally import Tally
 from retrace.analyze.selection.states import Cost
 from retrace.analyze.storage.journal import Task
-from retrace.analyze.tables.columns import COLUMNS, POSITION_COLUMNS, SEQUENCE_COLUMNS
+from retrace.analyze.tables.columns import (
+    COLUMNS,
+    PATTERN_COLUMNS,
+    POSITION_COLUMNS,
+    SEQUENCE_COLUMNS,
+)
 from retrace.analyze.tables.figures import Figures
 from retrace.analyze.units.protocol import Protocol
 from retrace.traces import RetraceError
@@ -117,7 +123,8 @@ def tabulate(
         ],
     }
     each, along = _by_sequence(job, parts), _by_bucket(job, tallies)
-    return Figures(join(points), join(curves), run, each, along)
+    patterns = _head_patterns(job, tallies)
+    return Figures(join(points), join(curves), run, each, along, patterns)
 
 
 def _looks_at(method: Method, protocol: Protocol) -> dict[str, str]:
@@ -186,6 +193,31 @@ def _by_bucket(job: Job, tallies: Mapping[int, list[Tally]]) -> pd.DataFrame:
                     }
                 )
     return _joined(found).astype(POSITION_COLUMNS)
+
+
+def _head_patterns(job: Job, tallies: Mapping[int, list[Tally]]) -> pd.DataFrame:
+    """Rows of every head's patterns, less those that no sequence counts for."""
+    found: list[Columns] = [{name: np.empty(0, object) for name in PATTERN_COLUMNS}]
+    for layer, (tally, *_) in tallies.items():
+        if tally.patterns is None:
+            continue
+        moments = tally.patterns
+        best = np.array(KINDS)[kinds(moments.mean)]
+        head, pattern = np.nonzero(moments.count.T)
+        labels = {"layer": layer, "module": job.settings.trace.layer(layer).rules.module}
+        named = np.array(PATTERNS, object)[pattern]
+        found.append(
+            {
+                **_repeated(labels, len(head)),
+                "head": head,
+                "pattern": named,
+                "mean": moments.mean[pattern, head],
+                "std": moments.std()[pattern, head],
+                "count": moments.count[pattern, head],
+                "best": named == best[head],
+            }
+        )
+    return _joined(found)[list(PATTERN_COLUMNS)].astype(PATTERN_COLUMNS)
 
 
 def _columns(labels: dict[str, Any], metric: str, ks: tuple[int, ...], moments: Moments) -> Columns:

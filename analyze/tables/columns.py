@@ -23,10 +23,18 @@ POSITION_COLUMNS = {
 """Those of the table of positions."""
 BUCKET = ["axis", "first"]
 """Columns that name a bucket of queries."""
+PATTERN_COLUMNS = {
+    **dict.fromkeys(["layer", "head", "count"], "int32"),
+    **dict.fromkeys(["module", "pattern"], "category"),
+    **dict.fromkeys(["mean", "std"], "float64"),
+    "best": "bool",
+}
+"""Those of the table of heads' patterns."""
 COLUMNS_OF = {
     "metrics": COLUMNS,
     "curves": COLUMNS,
     "sequences": list(SEQUENCE_COLUMNS),
     "positions": list(POSITION_COLUMNS),
+    "head_patterns": list(PATTERN_COLUMNS),
 }
 """Columns of each table."""

@@ -9,7 +9,13 @@ import pandas as pd
 from retrace.analyze.metrics.registry import AT_BLOCKS, COMPARED, MEDIAN, METRICS
 from retrace.analyze.replay.clock import profile_table
 from retrace.analyze.replay.counting import Counting, number_of
-from retrace.analyze.tables.columns import BUCKET, KEYS, POSITION_COLUMNS, SEQUENCE_COLUMNS
+from retrace.analyze.tables.columns import (
+    BUCKET,
+    KEYS,
+    PATTERN_COLUMNS,
+    POSITION_COLUMNS,
+    SEQUENCE_COLUMNS,
+)
 from retrace.analyze.tables.intervals import OVER, differences, intervals
 from retrace.traces import RetraceError
 
@@ -20,6 +26,10 @@ def _no_sequences() -> pd.DataFrame:
 
 def _no_positions() -> pd.DataFrame:
     return pd.DataFrame(columns=list(POSITION_COLUMNS)).astype(POSITION_COLUMNS)
+
+
+def _no_patterns() -> pd.DataFrame:
+    return pd.DataFrame(columns=list(PATTERN_COLUMNS)).astype(PATTERN_COLUMNS)
 
 
 @dataclass
@@ -40,6 +50,10 @@ class Figures:
     """One row per (method, layer, module, head, topk, metric of `BUCKETED`, axis, first) that some
     query counts for, at the budgets asked for: mean, std and count over the queries whose number on
     the axis (position or distance, as `AXES` says) is `first` or more and below twice that."""
+    head_patterns: pd.DataFrame = field(default_factory=_no_patterns)
+    """One row per (layer, module, head, pattern of `PATTERNS`) under `prefill:B`: mean and std of
+    the share of attention mass that it holds, over `count` sequences, and whether it is the `best`
+    of its head, as docs/prefill.md defines it."""
 
     def table(self, method: str | None = None, topk: int | None = None) -> pd.DataFrame:
         """Per layer: mean and standard deviation (ddof 0) across heads of recall and error norm.
@@ -193,6 +207,14 @@ class Figures:
         budgets = self.metrics.loc[self.metrics["method"] == method, "topk"].unique()
         return sorted(int(k) for k in budgets)
 
+    @property
+    def cost(self) -> str:
+        """The metric of what a method takes, which its other figures are drawn over: bytes read,
+        or the pairs computed where blocks of queries share their keys."""
+        shared = Counting.recorded(self.run).protocol.block is not None
+        known = bool((self.metrics["metric"] == "compute_ratio").any())
+        return "compute_ratio" if shared and known else "bytes_ratio"
+
     def when(self, method: str, topk: int) -> str:
         """When a method was measured at a budget, as `2026-11-30T08:00:00Z`; empty if no run says
         so."""
@@ -250,6 +272,7 @@ class Figures:
             run,
             join(self.sequences, newer.sequences, "sequence"),
             join(self.positions, newer.positions, *BUCKET).astype(POSITION_COLUMNS),
+            newer.head_patterns if len(newer.head_patterns) else self.head_patterns,
         )
 
     def _still_missing(self, newer: "Figures") -> list[dict[str, Any]]:
@@ -275,6 +298,7 @@ class Figures:
             run,
             self.sequences[~self.sequences["method"].isin(methods)],
             self.positions[~self.positions["method"].isin(methods)],
+            self.head_patterns,
         )
 
 

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from pandas.api.types import is_float_dtype, is_integer_dtype, is_string_dtype
+from pandas.api.types import is_bool_dtype, is_float_dtype, is_integer_dtype, is_string_dtype
 
-from retrace.analyze.metrics.possible import most_of
+from retrace.analyze.metrics.patterns import KINDS as KINDS_OF_HEADS
+from retrace.analyze.metrics.patterns import PATTERNS
+from retrace.analyze.metrics.possible import ROUNDING, most_of
 
 
 def _is_text(column: "pd.Series[Any]") -> bool:
@@ -21,9 +23,12 @@ def _is_count(column: "pd.Series[Any]") -> bool:
 
 
 KINDS: dict[str, Callable[["pd.Series[Any]"], bool]] = {
-    **dict.fromkeys(("method", "module", "metric", "axis", "protocol", "min_context"), _is_text),
+    **dict.fromkeys(
+        ("method", "module", "metric", "axis", "protocol", "min_context", "pattern"), _is_text
+    ),
     **dict.fromkeys(("layer", "sequence", "head", "topk", "first", "count"), _is_count),
     **dict.fromkeys(("mean", "std"), is_float_dtype),
+    "best": is_bool_dtype,
 }
 """What the columns of all tables hold."""
 ENTRIES: tuple[tuple[str, type, dict[str, type]], ...] = (
@@ -39,6 +44,11 @@ def checked_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
     for column in map(str, table):
         if len(table) and not KINDS[column](table[column]):
             raise ValueError(f"its {name} holds something else in column {column}")
+    if len(table) and "pattern" in table:
+        right = table["pattern"].isin(PATTERNS) & table["mean"].between(0, 1 + ROUNDING)
+        right &= table["pattern"].isin(KINDS_OF_HEADS) | ~table["best"]
+        if not right.all():
+            raise ValueError(f"its {name} holds patterns that cannot be")
     if len(table) and "metric" in table:
         most = table["metric"].astype(str).map(most_of)
         right = (table["mean"] >= 0) & (table["mean"] <= most)

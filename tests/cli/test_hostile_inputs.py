@@ -202,8 +202,8 @@ COLUMNS = ["method", "layer", "module", "head", "topk", "metric", "mean", "std",
 @pytest.mark.parametrize("command", READ, ids=lambda command: command[0])
 @settings(max_examples=15)
 @given(
-    name=st.sampled_from(["metrics", "curves", "sequences", "positions"]),
-    column=st.sampled_from([*COLUMNS, "sequence", "axis", "first", "protocol"]),
+    name=st.sampled_from(["metrics", "curves", "sequences", "positions", "head_patterns"]),
+    column=st.sampled_from([*COLUMNS, "sequence", "axis", "first", "protocol", "pattern", "best"]),
     thing=st.sampled_from([GONE, None, "x", -1, 5, 2**60, 0.5, float("nan")]),
 )
 def test_tables_of_results(

@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from retrace.analyze.metrics.registry import BY_LAYER, BY_NAME, Metric
+from retrace.analyze.outputs.plots.costs import error_by_cost
 from retrace.analyze.outputs.plots.files import save_picture
+from retrace.analyze.outputs.plots.patterns import pattern_map
 from retrace.analyze.outputs.plots.positions import position_figures
 from retrace.analyze.outputs.plots.style import (
     Style,
@@ -34,7 +36,6 @@ from retrace.analyze.outputs.plots.style import (
 )
 from retrace.analyze.outputs.plots.sweeps import sweep_figures
 from retrace.analyze.tables.figures import Figures
-from retrace.analyze.units.costs import serving_words, with_charge
 
 DPI = 130
 PLOTS = (
@@ -42,6 +43,8 @@ PLOTS = (
     "recall-by-layer.png",
     "error-norm-by-layer.png",
     "error-by-bytes.png",
+    "error-by-pairs.png",
+    "head-patterns.png",
     "by-position.png",
     "by-distance.png",
     "sweep-*.png",
@@ -71,7 +74,10 @@ def draw_all(results: Figures, folder: Path) -> list[Path]:
     for metric in BY_LAYER:
         if (results.metrics["metric"] == metric).any():  # earlier results have fewer
             figures[f"{metric.replace('_', '-')}-by-layer"] = by_layer(results, BY_NAME[metric])
-    figures["error-by-bytes"] = error_by_bytes(results)
+    by_pairs = results.cost == "compute_ratio"
+    figures["error-by-pairs" if by_pairs else "error-by-bytes"] = error_by_cost(results)
+    if len(results.head_patterns):
+        figures["head-patterns"] = pattern_map(results)
     for axis, figure in position_figures(results).items():
         figures[f"by-{axis}"] = figure
     for (method, parameter), figure in sweep_figures(results).items():
@@ -166,49 +172,6 @@ def attention_fraction_curves_by_layer(results: Figures) -> Figure:
     _label_budgets(panels[0], results)
     label_outer(panels, "budget k", "share of attention mass\non the keys attended")
     legend(figure, panels[0])
-    return figure
-
-
-def error_by_bytes(results: Figures) -> Figure:
-    """Error norm and lost attention mass against bytes read, a curve through a method's budgets:
-    means over heads and layers, which is how methods compare at equal cost."""
-    rows = results.metrics
-    wanted = ["bytes_ratio", "error_norm", "attention_fraction"]
-    means = rows.pivot_table("mean", ["method", "topk"], "metric").reindex(columns=wanted)
-    means = means.dropna(subset="bytes_ratio").sort_values("bytes_ratio").reset_index()
-    figure, panels = panel_grid(2, width=4.2, height=3.4)
-    figure.suptitle(
-        f"What bytes buy, mean over heads and layers\n{counted_words(results)}",
-        fontsize="medium",
-    )
-    styles = styles_of(results.methods())
-    for method in results.methods():
-        points = means[means["method"] == method]
-        for axes, figures in zip(
-            panels, (points["error_norm"], 1 - points["attention_fraction"]), strict=True
-        ):
-            style = styles[method]
-            axes.plot(
-                points["bytes_ratio"],
-                figures,
-                **style.line,
-                markersize=4,
-                linewidth=1.3,
-                label=wrapped(with_charge(results.run, method), 34),
-            )
-    for axes, label in zip(
-        panels, (BY_NAME["error_norm"].axis, "attention mass lost"), strict=True
-    ):
-        axes.set_title(label, fontsize="small")
-        axes.set_ylim(bottom=0.0)
-        axes.set_xlim(left=0.0)
-        plain_numbers(axes)
-        axes.grid(alpha=0.25)
-        if means.empty:
-            say_nothing_counts(axes)
-    read = f"bytes read over those of full attention,\n{serving_words(results.run)}"
-    label_outer(panels, read, "mean")
-    legend(figure, *panels)
     return figure
 
 

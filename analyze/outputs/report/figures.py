@@ -13,6 +13,7 @@ from retrace.analyze.outputs.plots.style import DASHES, EXACT_STYLE, Style, styl
 from retrace.analyze.outputs.report.along import along, fit
 from retrace.analyze.outputs.report.intervals import ends_within, intervals_of
 from retrace.analyze.outputs.report.packed import Packed
+from retrace.analyze.outputs.report.patterns import patterns_of
 from retrace.analyze.tables.figures import Figures
 from retrace.analyze.units.costs import serving_words, with_charge
 
@@ -71,13 +72,15 @@ def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]
             # Of other protocols there are none of blocks of queries.
             if name not in AT_BLOCKS or any((run.metrics["metric"] == name).any() for run in runs)
         },
+        "cost": _cost(runs),
         "predicts": remarks(*(run.run for run in runs)),
         "runs": [
             {"name": name, "facts": run.run, "layers": part.layers, "modules": part.modules,
              "heads": part.heads, "served": serving_words(run.run),
              "sequences": int(run.sequences["sequence"].nunique()),
              "intervals": own, "differences": less, "along": buckets,
-             "ends": ends_within(run, part.layers, part.heads, packed)}
+             "ends": ends_within(run, part.layers, part.heads, packed),
+             "patterns": patterns_of(run, part.layers, part.heads, packed)}
             for (name, run), part, own, less, buckets in zip(
                 results.items(), grids, intervals, differences, shared, strict=True
             )
@@ -89,6 +92,12 @@ def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]
             for entry, label in zip(entries, labels, strict=True)
         ],
     }  # fmt: skip
+
+
+def _cost(runs: list[Figures]) -> str:
+    """The metric of what methods take, if all runs have the same."""
+    costs = {run.cost for run in runs}
+    return costs.pop() if len(costs) == 1 else "bytes_ratio"
 
 
 def _of_page(metric: Metric) -> dict[str, Any]:

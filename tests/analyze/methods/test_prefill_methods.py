@@ -66,36 +66,6 @@ def reaching(shares: list[float], order: list[int], forced: set[int], part: floa
     return found
 
 
-def attention_of(queries: Array, keys: Array, rows: range) -> Array:
-    """Causal attention (rows, keys) of some queries."""
-    scores = queries[rows.start : rows.stop] @ keys.T
-    for r, i in enumerate(rows):
-        scores[r, i + 1 :] = -np.inf
-    return softmax(scores)
-
-
-def xattention(queries: Array, keys: Array, first: int, last: int, block: int) -> set[int]:
-    stride = 4
-
-    def run(vectors: Array, at: int) -> Array:
-        own = np.zeros((stride, vectors.shape[1]))
-        own[: len(vectors[at : at + stride])] = vectors[at : at + stride]
-        return own
-
-    shares = [0.0] * -(-last // block)
-    for i in range(first, last, stride):
-        asked = run(queries, i)
-        products = [
-            sum(asked[stride - 1 - r] @ run(keys, j)[r] for r in range(stride)) / stride
-            for j in range(0, i + 1, stride)
-        ]
-        for j, share in enumerate(softmax(np.array(products))):
-            shares[j * stride // block] += share
-    order = sorted(range(len(shares)), key=lambda j: -shares[j])
-    own = set(range(first // block, len(shares)))
-    return reaching(shares, order, {0} | own, 0.9)
-
-
 def spargeattn(queries: Array, keys: Array, first: int, last: int, block: int) -> set[int]:
     def alike(vectors: Array) -> bool:
         unit = [v / np.linalg.norm(v) for v in vectors]
@@ -131,7 +101,6 @@ def subblock(queries: Array, keys: Array, first: int, last: int, block: int) -> 
 @pytest.mark.parametrize(
     ("spec", "formula"),
     [
-        ("xattention:block=8,stride=4", xattention),
         ("spargeattn:block=8,similarity=0.15,budget=top-p:0.7", spargeattn),
         ("subblock:block=8,parts=2", subblock),
     ],
@@ -145,104 +114,6 @@ def test_choices_follow_the_formulas(trace: Trace, spec: str, formula: Any) -> N
                 assert ours == formula(*as_arrays(unit, head), first, last, 8)
                 sizes.add(len(ours) * 8 < last)
     assert True in sizes  # something is left out somewhere
-
-
-def flexprefill_map(queries: Array, keys: Array, size: int, tau: float, least: int) -> Array:
-    """Which blocks are attended (query blocks, key blocks), in a prompt of whole blocks or not."""
-    length = len(keys)
-    count = -(-length // size)
-    last = attention_of(queries, keys, range(length - size, length)) / size
-    columns, diagonals = last.sum(axis=0), np.zeros(length)
-    for r, i in enumerate(range(length - size, length)):
-        for j in range(i + 1):
-            diagonals[i - j] += last[r, j]
-
-    def pool(of: Array) -> Array:
-        return np.array([of[j : j + size].sum() for j in range(0, length, size)])
-
-    def number(of: Array) -> int:
-        covering = int((np.sort(of)[::-1].cumsum() <= 0.9).sum()) + 1
-        return min(max(covering // size + 1, -(-least // size)), count)
-
-    means = np.array([keys[j : j + size].mean(axis=0) for j in range(0, length, size)])
-    estimate, true = softmax(queries[-size:].mean(axis=0) @ means.T), pool(columns)
-    middle = (estimate + true) / 2
-    apart = sum((p * np.log(p / middle)).sum() for p in (estimate, true)) / 2
-    aware = np.sqrt(apart) < tau
-    fewest = min(-(-least // size), count)
-    numbers = [fewest if aware else number(of) for of in (columns, diagonals)]
-    lines = []
-    for of, best in zip((columns, diagonals), numbers, strict=True):
-        pooled = pool(of)
-        pooled[0] = np.inf
-        lines.append({*np.argsort(-pooled, kind="stable")[:best].tolist()})
-    marks = np.zeros((count, count), bool)
-    for i in range(count):
-        for j in range(i + 1):
-            marks[i, j] = j in lines[0] or i - j in lines[1]
-    if aware:
-        asked = [queries[i : i + size].mean(axis=0) for i in range(0, length, size)]
-        shares = [
-            (s, i, j)
-            for i, q in enumerate(asked)
-            for j, s in enumerate(softmax(q @ means[: i + 1].T))
-        ]
-        shares.sort(key=lambda entry: -entry[0])
-        total = 0.0
-        for share, i, j in shares:
-            total += share
-            if total > 0.9 * count:
-                break
-            marks[i, j] = True
-    return marks
-
-
-@pytest.mark.parametrize("tau", [0.0, 1.0])
-@pytest.mark.parametrize("rows", [8, 16])
-def test_flexprefill_follows_the_formulas(trace: Trace, tau: float, rows: int) -> None:
-    """A head of columns and diagonals, and one of pooled blocks."""
-    spec = f"flexprefill:block=8,least=16,tau={tau}"
-    full = 0
-    for unit in load_units(trace.layer(0), 0, CPU):
-        found = chosen(spec, unit, LENGTH, f"prefill:{rows}")
-        for head in range(2):
-            marks = flexprefill_map(*as_arrays(unit, head), 8, tau, 16)
-            for place, heads in enumerate(found):
-                own = range(place * rows // 8, min((place + 1) * rows // 8, len(marks)))
-                expected = {j for i in own for j in np.flatnonzero(marks[i]).tolist()} | set(own)
-                assert heads[head] == expected
-                full += len(expected) == own.stop
-    assert full < len(found) * 4
-
-
-def test_minference_attends_columns_and_diagonals(trace: Trace) -> None:
-    """Columns first, then diagonals as wide as the block as long as there is room for them."""
-    k, share, last = 60, 0.25, 6
-    spec = f"minference:pattern=vertical-slash,columns={share},last={last},block=8"
-    for unit in load_units(trace.layer(0), 0, CPU):
-        found = chosen(spec, unit, k)
-        for head in range(2):
-            queries, keys = as_arrays(unit, head)
-            seen = attention_of(queries, keys, range(LENGTH - last, LENGTH))
-            columns, diagonals = seen.sum(axis=0), np.zeros(LENGTH)
-            for r, i in enumerate(range(LENGTH - last, LENGTH)):
-                for j in range(i + 1):
-                    diagonals[i - j] += seen[r, j]
-            columns[:30], diagonals[:100] = np.inf, np.inf
-            best = np.argsort(-columns, kind="stable")[: round(share * k)].tolist()
-            for place, heads in enumerate(found):
-                first, end = place * ROWS, min((place + 1) * ROWS, LENGTH)
-                if k >= end:
-                    assert heads[head] == set(range(end))
-                    continue
-                on_lines: set[int] = set()
-                for distance in np.argsort(-diagonals, kind="stable").tolist():
-                    window = range(max(0, first - distance), max(0, end - distance))
-                    if len(on_lines | set(window)) > k - round(share * k):
-                        break
-                    on_lines |= set(window)
-                own = set(range(first, end))
-                assert heads[head] == own | on_lines | {j for j in best if j < end}
 
 
 def test_minference_learns_the_pattern_that_holds_most(make_trace: MakeTrace, rules: Any) -> None:

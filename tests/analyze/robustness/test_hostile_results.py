@@ -17,8 +17,16 @@ from retrace.analyze import Results, analyze, merge
 from retrace.traces import RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]
-TABLES = ("metrics.parquet", "curves.parquet", "sequences.parquet", "positions.parquet")
+TABLES = (
+    "metrics.parquet",
+    "curves.parquet",
+    "sequences.parquet",
+    "positions.parquet",
+    "head_patterns.parquet",
+)
 FILES = (*TABLES, "run.json", "table.md")
+MOVES = 1 + len(FILES)
+"""Of what is saved, into its place: one of the folder, then the files."""
 
 
 @pytest.fixture
@@ -102,7 +110,7 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
     return {name: getattr(found, name) for name in names}
 
 
-@pytest.mark.parametrize("moment", range(8))
+@pytest.mark.parametrize("moment", range(MOVES + 1))
 def test_killed_while_it_saves(
     trace: Trace, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
@@ -133,9 +141,9 @@ def test_killed_while_it_saves(
         try:
             run(folder)
         except Killed:
-            assert moment < 7  # one move of the folder, six of files
+            assert moment < MOVES
         else:
-            assert moment == 7
+            assert moment == MOVES
     left = Results.load(folder)
     assert set(left.run["methods"]) == set(left.methods())
     assert set(left.methods()) in ({"exact"}, {"exact", "window"})

@@ -8,7 +8,7 @@ import pytest
 
 from retrace.analyze import Results, analyze, recommend
 from retrace.analyze.methods.registry import method_class, method_names
-from retrace.analyze.outputs.plots.results import error_by_bytes
+from retrace.analyze.outputs.plots.costs import error_by_cost
 from retrace.analyze.outputs.report.figures import figures_of
 from retrace.analyze.outputs.report.packed import Packed
 from retrace.analyze.units.costs import NOT_CHARGED
@@ -120,7 +120,7 @@ def test_a_method_that_does_not_say_is_told_apart(
         for row in known.summary().itertuples(index=False):
             assert (NOT_CHARGED in row[-1]) == (row[0] == f"mine.py:{name}, 4")
         assert known.markdown().count(NOT_CHARGED) == 1
-        legends = error_by_bytes(known).legends[0].get_texts()
+        legends = error_by_cost(known).legends[0].get_texts()
         words = {" ".join(text.get_text().split()) for text in legends}
         assert sum(NOT_CHARGED in text for text in words) == 1
         labels = [entry["label"] for entry in figures_of({"r": known}, Packed())["entries"]]

@@ -48,6 +48,7 @@ def test_the_folder(run: Run, trace: Path) -> None:
         "curves.parquet",
         "sequences.parquet",
         "positions.parquet",
+        "head_patterns.parquet",
         "run.json",
         "table.md",
     }

@@ -1,6 +1,7 @@
 """Plots of results of every size: one layer or eighty, budgets for which no query counts."""
 
 import itertools
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,14 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import Results
+from retrace.analyze.metrics.patterns import KINDS, PATTERNS
 from retrace.analyze.metrics.registry import BUCKETED, SWEPT
+from retrace.analyze.outputs.plots.costs import error_by_cost
+from retrace.analyze.outputs.plots.patterns import pattern_map
 from retrace.analyze.outputs.plots.positions import position_figures
-from retrace.analyze.outputs.plots.results import draw_all, slug
+from retrace.analyze.outputs.plots.results import PLOTS, draw_all, slug
 from retrace.analyze.outputs.plots.sweeps import sweep_figures
-from retrace.analyze.tables.columns import POSITION_COLUMNS
+from retrace.analyze.tables.columns import PATTERN_COLUMNS, POSITION_COLUMNS
 
 PNG = b"\x89PNG"
 
@@ -61,6 +65,47 @@ def test_every_figure_is_drawn(
     heatmaps = len(methods) * (len(topk) if len(topk) <= 3 else 1)
     assert len(files) == len(set(files)) == heatmaps + 5
     assert all(file.read_bytes().startswith(PNG) for file in files)
+
+
+def test_a_prefill_is_drawn_over_pairs(tmp_path: Path) -> None:
+    results = some_results(2, 2, ["subblock", "xattention"], [5, 10, 20])
+    assert results.cost == "bytes_ratio"
+    rows = results.metrics
+    pairs = rows[rows["metric"] == "bytes_ratio"].assign(metric="compute_ratio", mean=0.5)
+    pairs["mean"] *= pairs["topk"] / 20
+    run = {"protocol": "prefill:4", "min_context": 0}
+    prefill = Results(pd.concat([rows, pairs], ignore_index=True), results.curves, run)
+    assert prefill.cost == "compute_ratio"
+    means = prefill.metrics.pivot_table("mean", ["method", "topk"], "metric")
+    panels = error_by_cost(prefill).axes
+    for axes, figures in zip(
+        panels, (means["error_norm"], 1 - means["attention_fraction"]), strict=True
+    ):
+        lines = {str(line.get_label()): line for line in axes.lines}
+        for method in prefill.methods():
+            np.testing.assert_allclose(np.asarray(lines[method].get_xdata()), [0.125, 0.25, 0.5])
+            np.testing.assert_allclose(np.asarray(lines[method].get_ydata()), figures[method])
+    names = {file.name for file in draw_all(prefill, tmp_path)}
+    assert "error-by-pairs.png" in names and "error-by-bytes.png" not in names
+    assert all(any(fnmatch(name, pattern) for pattern in PLOTS) for name in names)
+
+
+def test_the_map_of_patterns(tmp_path: Path) -> None:
+    layers, heads = [1, 4], range(3)
+    rows = [
+        (layer, head, 2, "m", pattern, 0.5, 0.1, pattern == KINDS[(layer + head) % 4])
+        for layer, head, pattern in itertools.product(layers, heads, PATTERNS)
+        if (layer, head) != (4, 2)  # that is missing
+    ]
+    columns = ["layer", "head", "count", "module", "pattern", "mean", "std", "best"]
+    results = some_results(2, 2, ["subblock"], [5])
+    results.run["protocol"] = "prefill:4"
+    assert not {"head-patterns.png"} & {file.name for file in draw_all(results, tmp_path)}
+    results.head_patterns = pd.DataFrame(rows, columns=columns).astype(PATTERN_COLUMNS)
+    [image] = pattern_map(results).axes[0].images
+    cells = np.ma.masked_invalid(np.asarray(image.get_array(), float))
+    assert cells.tolist() == [[1, 2, 3], [0, 1, None]]
+    assert {"head-patterns.png"} <= {file.name for file in draw_all(results, tmp_path)}
 
 
 def swept_results(parameters: dict[str, dict[str, object]]) -> Results:

@@ -6,8 +6,9 @@ import { at, element, selectAt } from "./document.js";
 import { tabulateLayers } from "./layers.js";
 import { describeDrawn, drawLines, drawOnly } from "./legend.js";
 import { drawMaps, markHead, onCell } from "./maps.js";
+import { drawPatterns } from "./patterns.js";
 import { tabulateComparison, tabulateMethods } from "./methods.js";
-import { index, METRICS, runOf } from "./results.js";
+import { COST, COUNTED, index, METRICS, runOf } from "./results.js";
 import { extent } from "./statistics.js";
 import { dark } from "./style.js";
 
@@ -33,6 +34,7 @@ export function offer() {
   );
   options("topk", numbered(budgets), chosen.topk);
   options("layer", [["", "all"], ...numbered(layers)], chosen.layer);
+  Object.assign(at("against-cost"), { value: COST, textContent: COUNTED });
   options("head", [["", "all"], ...numbered([...Array(heads).keys()])], chosen.head);
 }
 
@@ -56,6 +58,7 @@ export function show() {
   tabulateComparison();
   describeDrawn();
   drawMaps();
+  drawPatterns();
   drawLines();
   tabulateLayers();
 }

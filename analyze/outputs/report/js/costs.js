@@ -1,4 +1,4 @@
-// What methods' figures cost in bytes, and which methods no other beats.
+// What methods' figures cost in bytes or in pairs computed, and which methods no other beats.
 import { logarithmic } from "./axes.js";
 import { methodsDrawn, scopeWords } from "./chosen.js";
 import { curve } from "./curves.js";
@@ -6,7 +6,7 @@ import { at } from "./document.js";
 import { figureWords, lineOf } from "./lines.js";
 import { draw, nothing } from "./plot.js";
 import { OTHERS, sameQueries } from "./queries.js";
-import { METRICS } from "./results.js";
+import { COST, COUNTED, METRICS } from "./results.js";
 import { theme } from "./style.js";
 import { shown } from "./words.js";
 /** @import { Point } from "./lines.js" */
@@ -47,34 +47,35 @@ export function drawCosts() {
 function drawCost({ id, metric, title, axis, of }) {
   const lines = methodsDrawn().filter((entry) => !entry.derived).map((entry) => ({
     entry,
-    points: curve(entry, metric, "bytes_ratio")
+    points: curve(entry, metric, COST)
       .map(({ topk, asked, x, y }) => ({ topk, asked, x, y: of(y) })),
   })).filter(({ points }) => points.length);
   const measured = lines.flatMap(({ entry, points }) =>
     points.map(({ topk }) => ({ entry, topk }))
   );
   const alike = sameQueries(measured);
+  at(`${id}-title`).textContent = `${title} against ${COUNTED}`;
   at("cost-caption").textContent = "A point is a budget, a line a method. " +
     (alike
       ? "The broad grey line is the Pareto front: of the methods drawn, none does better with as " +
-        "few bytes."
+        `few ${COUNTED}.`
       : `There is no Pareto front: the points ${OTHERS}, and a line may rise for that alone.`);
   const front = alike ? frontOf(lines.flatMap(({ points }) => points)) : [];
   const said = (/** @type {Point} */ point) =>
-    `${figureWords(title)(point)}<br>bytes ${shown(point.x)}`;
+    `${figureWords(title)(point)}<br>${COUNTED} ${shown(point.x)}`;
   const traces = [
     ...(front.length ? [lineOfFront(front)] : []),
     ...lines.map(({ entry, points }) => lineOf(entry, points, said)),
   ];
   draw(id, traces, {
-    xaxis: { title: { text: METRICS.bytes_ratio.axis }, ...logarithmic(traces) },
+    xaxis: { title: { text: METRICS[COST].axis }, ...logarithmic(traces) },
     yaxis: { title: { text: axis }, rangemode: "tozero" },
     annotations: nothing(traces),
   });
 }
 
 /**
- * The points than which none has both fewer bytes and a lower figure, by bytes.
+ * The points than which none has both a lower cost and a lower figure, by cost.
  * @param {Point[]} points
  */
 function frontOf(points) {

@@ -15,7 +15,7 @@ import { grid, gridAt } from "./figures.js";
 import { bandBetween, bandOfIntervals, figureWords, intervalWords, lineOf } from "./lines.js";
 import { draw, nothing } from "./plot.js";
 import { byBudgetAlone, countedFrom } from "./queries.js";
-import { CURVED, METRICS, runOf } from "./results.js";
+import { COST, CURVED, METRICS, runOf } from "./results.js";
 import { mean, quantile } from "./statistics.js";
 /** @import { Ends, Entry, Run } from "./results.js" */
 
@@ -23,7 +23,7 @@ import { mean, quantile } from "./statistics.js";
 const AGAINST = {
   topk: { title: "budget k (keys per query and head)", words: "the budget" },
   density: { title: METRICS.density.axis, words: METRICS.density.description },
-  bytes_ratio: { title: METRICS.bytes_ratio.axis, words: METRICS.bytes_ratio.description },
+  [COST]: { title: METRICS[COST].axis, words: METRICS[COST].description },
   position: { title: "position of the query", words: "the query's position" },
   distance: {
     title: "distance from the index's prefix",

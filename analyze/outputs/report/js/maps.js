@@ -23,6 +23,7 @@ import { besideEnds, countedQueries, shown } from "./words.js";
  * @property {string} words of a figure
  * @property {Scale} scale
  * @property {(layer: number, head: number) => Ends | undefined} [ends] of a head's interval
+ * @property {(layer: number, head: number) => string} [told] of a head, in place of a figure
  */
 
 /**
@@ -32,6 +33,7 @@ import { besideEnds, countedQueries, shown } from "./words.js";
  * @property {number} most
  * @property {string} title
  * @property {boolean} [signed]
+ * @property {string[]} [names] of the numbers from 0 on, where they are no figures
  */
 
 /** @type {[number, string][]} */
@@ -115,7 +117,7 @@ function inView(part, seen) {
 const end = (values) => quantile(values, 0.98) || 0;
 
 /** @param {string} id @param {HeatMap} map */
-function drawMap(id, { entry, values, words, scale, ends = () => undefined }) {
+export function drawMap(id, { entry, values, words, scale, ends = () => undefined, told }) {
   const { layers, heads } = runOf(entry);
   const rows = layers.map((_, row) => values.slice(row * heads, (row + 1) * heads));
   const said = (
@@ -123,9 +125,10 @@ function drawMap(id, { entry, values, words, scale, ends = () => undefined }) {
     /** @type {number} */ layer,
     /** @type {number} */ head,
   ) =>
-    `layer ${layer}, head ${head}<br>${words} ` +
-    (Number.isNaN(value) ? "no query counts" : shown(value, scale.signed)) +
-    besideEnds(ends(layer, head));
+    `layer ${layer}, head ${head}<br>` +
+    (told?.(layer, head) ??
+      `${words} ${Number.isNaN(value) ? "no query counts" : shown(value, scale.signed)}` +
+        besideEnds(ends(layer, head)));
   at(id).style.height = `${Math.min(Math.max(layers.length * 11, 130), 900) + 80}px`;
   draw(id, [{
     type: "heatmap",
@@ -142,6 +145,7 @@ function drawMap(id, { entry, values, words, scale, ends = () => undefined }) {
       thickness: 10,
       outlinewidth: 0,
       tickfont: { size: 11 },
+      ...(scale.names && { tickvals: [...scale.names.keys()], ticktext: scale.names }),
       title: { text: scale.title, side: "right", font: { size: 11 } },
     },
   }], {
@@ -185,6 +189,7 @@ function mark(entry) {
 export function markHead() {
   const method = methodChosen(), other = otherChosen();
   reshape("map-method", mark(method));
+  reshape("map-patterns", mark(method));
   if (other) reshape("map-other", mark(other));
   if (other) reshape("map-difference", mark(method));
   sayHead();
@@ -199,6 +204,7 @@ export function onCell(clicked) {
     method: () => runOf(methodChosen()).layers,
     other: () => runOf(otherChosen() ?? methodChosen()).layers,
     difference: () => runOf(methodChosen()).layers,
+    patterns: () => runOf(methodChosen()).layers,
   };
   for (const [part, layers] of Object.entries(layersIn)) {
     onClick(`map-${part}`, ({ x, y }) => clicked(layers()[y], x));

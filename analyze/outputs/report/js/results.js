@@ -27,11 +27,22 @@ import { at } from "./document.js";
  * @property {Intervals} intervals
  * @property {Record<string, Intervals>} differences of a method's means less another's
  * @property {{layer: Places, head: Places}} ends
+ * @property {Patterns | null} patterns of its heads, where blocks of queries choose together
  * @property {{heads: number, axes: Record<string, Buckets>}} along
  */
 
 /** @typedef {{firsts: number[], queries: Record<string, number[]>}} Buckets */
 /** @typedef {"mean" | "std" | "count"} Column */
+
+/**
+ * @typedef {object} Patterns
+ * @property {number} share of the pairs of blocks that a pattern has
+ * @property {number} enough of what the best blocks hold
+ * @property {string[]} kinds
+ * @property {string[]} colours of the kinds
+ * @property {number} best place of the grid of each head's kind, by its number
+ * @property {Record<string, number>} held places of the grids of mass, by pattern
+ */
 
 /**
  * @typedef {object} Entry a method of one of the runs
@@ -51,6 +62,7 @@ import { at } from "./document.js";
  * @typedef {object} Index
  * @property {string} version
  * @property {Record<string, Metric>} metrics
+ * @property {"bytes_ratio" | "compute_ratio"} cost the metric of what methods take
  * @property {string} predicts
  * @property {Run[]} runs
  * @property {Entry[]} entries
@@ -60,6 +72,8 @@ import { at } from "./document.js";
 export const index = JSON.parse(at("index").textContent);
 
 export const METRICS = index.metrics;
+/** The metric of what methods take, and what it counts. */
+export const COST = index.cost, COUNTED = COST === "compute_ratio" ? "pairs" : "bytes";
 /** Metrics that have a plot of curves. */
 export const CURVED = Object.keys(METRICS).filter((name) => METRICS[name].bucketed);
 

@@ -13,8 +13,9 @@ import pytest
 
 from retrace.analyze import METRICS, Results
 from retrace.analyze.metrics.buckets import AXES
+from retrace.analyze.metrics.patterns import PATTERNS
 from retrace.analyze.metrics.registry import AT_ALL, WITH_INTERVAL
-from retrace.analyze.tables.columns import POSITION_COLUMNS
+from retrace.analyze.tables.columns import PATTERN_COLUMNS, POSITION_COLUMNS
 
 SEQUENCE_COUNTS = [1000, 2000, 4792]
 """Queries that count, by sequence."""
@@ -32,10 +33,11 @@ def random_results(
     task: str = "text",
     sequences: bool = False,
     positions: Sequence[int] = (),
+    patterns: bool = False,
 ) -> Results:
     """Random figures of every metric; none where no query counts, at the budgets in `empty`.
-    Those of single sequences, and of buckets that begin at these positions, are others, where
-    there are any."""
+    Those of single sequences, of buckets that begin at these positions, and of patterns are others,
+    where there are any."""
     generator = np.random.default_rng(seed)
 
     def table(metrics: Sequence[str], budgets: Sequence[int]) -> pd.DataFrame:
@@ -84,6 +86,15 @@ def random_results(
             for first in positions
         ]
         results.positions = pd.concat(parts).assign(std=0.1).astype(POSITION_COLUMNS)
+    if patterns:
+        places = pd.MultiIndex.from_product(
+            [layers, range(heads), PATTERNS], names=["layer", "head", "pattern"]
+        )
+        rows = places.to_frame(index=False).assign(module="m", std=0.1, count=2, best=False)
+        rows["mean"] = generator.random(len(rows))
+        first = np.arange(0, len(rows), len(PATTERNS))
+        rows.loc[first + generator.integers(1, len(PATTERNS), len(first)), "best"] = True
+        results.head_patterns = rows[list(PATTERN_COLUMNS)].astype(PATTERN_COLUMNS)
     return results
 
 

@@ -25,6 +25,7 @@ Open = Callable[..., Page]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 LAYERS, HEADS, TOPK = [0, 1, 3, 4], 5, [5, 10, 50]
 FIRSTS = [0, 1, 4, 8, 512]
+PREFILL = {"protocol": "prefill:64", "min_context": 0}
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
 
@@ -442,6 +443,51 @@ def test_the_front_is_of_what_nothing_beats(
     points = [(r.bytes_ratio, 1 - r.attention_fraction) for r in means.dropna().itertuples()]
     best = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
     np.testing.assert_allclose(front, sorted(best), rtol=1e-4)
+
+
+def test_a_prefill_is_drawn_over_pairs(open_page: Open, results: Results) -> None:
+    prefill = Results(results.metrics, results.curves, {**results.run, **PREFILL})
+    shown = open_page({"r": prefill})
+    means = prefill.metrics.pivot_table("mean", ["method", "topk"], "metric", observed=True)
+    means = means.dropna().sort_values("compute_ratio")
+    x, y = lines_of(shown, "cost-error_norm")["quest"]
+    by_pairs = sorted(zip(x, y, strict=True))
+    wanted = means.loc["quest", ["compute_ratio", "error_norm"]].to_numpy()
+    np.testing.assert_allclose(by_pairs, wanted, rtol=1e-4)
+    assert shown.text_content("#cost-error_norm-title") == "Error norm against pairs"
+    assert "few pairs" in (shown.text_content("#cost-caption") or "")
+    assert "pairs of full" in (shown.locator("#cost-lost .xtitle").text_content() or "")
+    shown.select_option("#against", label="pairs")
+    x, _ = lines_of(shown, "curve-error_norm")["quest"]
+    np.testing.assert_allclose(sorted(x), wanted[:, 0], rtol=1e-4)
+
+
+def test_runs_of_both_kinds_are_drawn_over_bytes(open_page: Open, results: Results) -> None:
+    prefill = Results(results.metrics, results.curves, {**results.run, **PREFILL})
+    shown = open_page({"a": results, "b": prefill})
+    assert shown.text_content("#cost-lost-title") == "Lost attention mass against bytes"
+
+
+def test_the_map_of_patterns(open_page: Open, made: Make, page_of_results: Path) -> None:
+    assert not open_page(page_of_results).is_visible("#patterns")
+    prefill = made(LAYERS, HEADS, ["quest"], [5], [5], patterns=True)
+    prefill.run |= PREFILL
+    shown = open_page({"r": prefill})
+    rows = prefill.head_patterns.astype({"pattern": str})
+    best = rows[rows["best"]]
+    wanted = best.pivot(index="layer", columns="head", values="pattern").to_numpy()
+    numbers, words = shown.eval_on_selector(
+        "#map-patterns", "p => [p.data[0].z.map(r => [...r]), p.data[0].text]"
+    )
+    names = shown.eval_on_selector("#map-patterns", "p => p.data[0].colorbar.ticktext")
+    assert [[names[i] for i in row] for row in numbers] == wanted.tolist()
+    [own] = rows.query("layer == 3 and head == 2 and pattern == 'slash'")["mean"]
+    assert f"{wanted[2][2]}<br>" in words[2][2] and f"best diagonals: {own:.4f}" in words[2][2]
+    caption = shown.text_content("#patterns-caption") or ""
+    for kind, count in best["pattern"].value_counts().items():
+        assert f"{kind} {count} head" in caption
+    shown.mouse.click(*cell_of(shown, "patterns", 3, 2))
+    assert shown.text_content("#curves-title") == "Curves: layer 3, head 2"
 
 
 def test_tables_sort(open_page: Open, page_of_results: Path) -> None:

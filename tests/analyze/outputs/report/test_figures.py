@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from retrace.analyze import METRICS, Results
+from retrace.analyze.metrics.patterns import PATTERNS
 from retrace.analyze.outputs.report.packed import Packed, rounded
 from retrace.analyze.outputs.report.page import page
 
@@ -43,6 +44,26 @@ def test_every_mean_std_and_count(made: Make, held: Any) -> None:
                         table(results.metrics, column, **wanted),
                         rtol=precision,
                     )
+
+
+def test_patterns_of_heads(made: Make, held: Any) -> None:
+    results = made([0, 2, 7], 4, ["quest"], [5], [5], patterns=True)
+    rows = results.head_patterns
+    missing = (rows["layer"] == 2) & (rows["head"] == 3)
+    results.head_patterns = rows[~missing].sample(frac=1, random_state=0)
+    read = held(page({"r": results, "other": made([0], 1, ["quest"], [5], [5])}))
+    found, none = (run["patterns"] for run in read.index["runs"])
+    assert none is None
+    entry = read.entry("r: quest")
+    assert list(found["held"]) == list(PATTERNS)
+    for pattern, place in found["held"].items():
+        wanted = table(results.head_patterns, "mean", pattern=pattern)
+        np.testing.assert_allclose(read.grid(entry, place), wanted, rtol=2e-5)
+    best = read.grid(entry, found["best"])
+    assert np.argwhere(np.isnan(best)).tolist() == [[1, 3]]
+    for row in rows[rows["best"] & ~missing].itertuples():
+        kind = best[[0, 2, 7].index(row.layer), row.head]
+        assert found["kinds"][int(kind)] == row.pattern
 
 
 def test_curves_have_every_budget_while_they_are_few(made: Make, held: Any) -> None:

@@ -28,6 +28,8 @@ class Replayed:
         method = self.spec.method
         if not isinstance(method, ScoreMethod) or not method.nested:
             return self.topk
+        if method.cache is not None and method.cache.step is not None:
+            return self.topk  # each charged by itself for the newest keys that it attends
         return curve_budgets(self.topk)
 
 

@@ -71,7 +71,7 @@ def _valued(
     """A block whose unit has every rounded value and behind them every value in full, and the
     selection by the places of those that each query finds."""
     few, full = rounded(block.unit, "values", cache.values), block.unit.values
-    both = replace(seen.unit, values=torch.cat([few, full]))
+    both = replace(seen.unit, keys=seen.unit.keys.repeat(2, 1), values=torch.cat([few, full]))
     both.__dict__["mean_values"] = seen.unit.mean_values
     in_full = selection.ids >= cache.values.first_full(block.positions)[:, None]
     places = torch.where(in_full, selection.ids + len(few), selection.ids)

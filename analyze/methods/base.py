@@ -28,6 +28,7 @@ from torch import Tensor
 
 from retrace.analyze.methods.hooks import calling, numbers
 from retrace.analyze.methods.options.budget import Budget
+from retrace.analyze.methods.options.cache import Cache
 from retrace.analyze.methods.options.keep import Keep
 from retrace.analyze.methods.options.pooling import RULES
 from retrace.analyze.optional import optional
@@ -40,6 +41,10 @@ Looks = Literal["block", "end"]
 LearnedLike = Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]]
 """Dtype and sizes of learned tensors by name; None where a size depends on the data."""
 
+CACHE = {
+    "help": "what cached keys and values are held in, such as fp8, int4:32 or k:int4:32+v:fp8; all "
+    "formats: docs/caches.md"
+}
 POOL = {"help": "how heads agree on one selection", "choices": RULES}
 KEEP = {
     "help": "keys always attended, within the budget: sink:4+recent:64, recent:0.25k for a share "
@@ -79,6 +84,8 @@ class Method:
     model, given the first of its first recorded layer. The others are found through the Past."""
     complete: ClassVar[bool] = False
     """Whether a budget of all visible keys attends all of them."""
+
+    cache: Cache | None = field(default=None, metadata=CACHE)
 
     @property
     def fitted(self) -> bool:
@@ -418,6 +425,9 @@ class AttendMethod(Method):
     `retrace.analyze.methods.toolkit.partial_attention` has the parts that most outputs are put
     together from.
     """
+
+    plain: ClassVar[bool] = False
+    """Whether the output is the softmax over the keys that it lists, times their values."""
 
     def attend(
         self,

@@ -40,6 +40,10 @@ class Blocks(BlockMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         inner = self.inner
+        if inner.cache is not None:
+            raise RetraceError(
+                f"of={self.of}: name the cache beside it, as in of=quest,cache={inner.cache}."
+            )
         if inner.fitted or inner.across_layers or inner.pool.startswith(LAYER):
             what = "is fitted to earlier keys" if inner.fitted else "looks at other heads or layers"
             raise RetraceError(f"of={self.of}: it {what}, and cannot be pooled to blocks.")

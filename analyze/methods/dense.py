@@ -16,12 +16,13 @@ from retrace.analyze.units.past import Past
 class Dense(AttendMethod):
     """All visible keys, whatever the budget: the k best first, the others as they come.
 
-    The error is rounding.
+    The error is rounding; with `cache` it is that of the cache alone.
     """
 
     source: ClassVar[str] = "definition"
     complete: ClassVar[bool] = True
     holds_keys: ClassVar[bool | None] = False
+    plain: ClassVar[bool] = True
 
     def attend(
         self, state: Past, queries: Tensor, positions: Tensor, k: int

@@ -17,6 +17,7 @@ from retrace.analyze.methods.base import (
 )
 from retrace.analyze.methods.hooks import own_fault
 from retrace.analyze.methods.options.budget import Budget
+from retrace.analyze.methods.options.cache import Cache
 from retrace.analyze.methods.options.keep import Keep
 from retrace.traces import RetraceError
 from retrace.traces.errors import did_you_mean
@@ -126,6 +127,28 @@ def check_complete(method: Method, name: str) -> None:
     for level, hook in needed:
         if getattr(kind, hook) is getattr(level, hook):
             raise RetraceError(f"{name} must define {hook}(), as every {_words(level, hook)} does.")
+    _check_cache(method, name)
+
+
+def _check_cache(method: Method, name: str) -> None:
+    """Refuse a cache whose newest tokens are in full, where a method cannot follow when they are
+    rounded."""
+    cache = method.cache
+    if cache is None or cache.step is None:
+        return
+    full = f"{name}: cache={cache} holds the newest tokens in full"
+    if isinstance(method, BlockMethod):
+        raise RetraceError(
+            f"{full}, other ones for each query of a block, and a block's queries share their keys."
+        )
+    if isinstance(method, AttendMethod) and not method.plain:
+        if method.fitted:
+            raise RetraceError(f"{full}, which a state that computes outputs does not follow.")
+        if cache.values.slides:
+            raise RetraceError(
+                f"{full}, other values for each query, and the method computes the output of many "
+                "at once: take another format for values, as in k:kivi:2+v:int4:token."
+            )
 
 
 def _words(level: type[Method], hook: str) -> str:
@@ -166,7 +189,7 @@ def _convert(text: str, kind: Any, where: str) -> Any:
     if text.lower() == "none" and kind not in (Keep, Budget, str):
         return None
     kinds = getattr(kind, "__args__", (kind,))
-    for value in (Keep, Budget):
+    for value in (Keep, Budget, Cache):
         if value in kinds:
             return value.parse(text)
     try:

@@ -17,6 +17,7 @@ from retrace.analyze.methods.base import Method
 from retrace.analyze.methods.function import AttentionFunction, Function
 from retrace.analyze.methods.hooks import own_lines
 from retrace.analyze.methods.options.budget import Budget
+from retrace.analyze.methods.options.cache import Cache
 from retrace.analyze.methods.options.keep import Keep
 from retrace.analyze.methods.registry import (
     check_complete,
@@ -84,7 +85,7 @@ class MethodSpec:
         own = getattr(self.method, "function", type(self.method))
         values = (getattr(self.method, f.name) for f in parameter_fields(type(self.method)))
         return "<" not in getattr(own, "__qualname__", "<") and all(
-            isinstance(value, Keep | Budget | int | float | str | None) for value in values
+            isinstance(value, Keep | Budget | Cache | int | float | str | None) for value in values
         )
 
     @property

@@ -9,19 +9,16 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.arguments import choose_calibration
-from retrace.analyze.exact.reference import exact_pass, refuse_unheld
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.methods.specs import MethodSpec, recorded_spec
-from retrace.analyze.metrics.measure import outputs
+from retrace.analyze.metrics.attention_output import attention_output
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.selection.block_causality import check_every_query
 from retrace.analyze.selection.select import select
 from retrace.analyze.selection.states import Calibration, States
 from retrace.analyze.storage.provenance import code_digest
-from retrace.analyze.units.attention import log_normalizer
 from retrace.analyze.units.protocol import Protocol
-from retrace.analyze.units.selection import Selection
-from retrace.analyze.units.unit import Block, Unit, intact
+from retrace.analyze.units.unit import Unit, intact
 from retrace.traces import RetraceError, Trace, noted
 
 
@@ -170,7 +167,10 @@ class Approximation:
             block = whole.part(slice(begin, len(whole.positions)))
             for served in states.serve(block):
                 [selection] = select(method, served, served.block, (self.topk,))
-                yield _output(served.block, selection)
+                own = selection.output
+                if own is None:
+                    own = attention_output(served.block, selection, [0])
+                yield own[0]
 
 
 def model_weights(trace: Trace) -> str | None:
@@ -199,18 +199,3 @@ def is_approximate(trace: Trace) -> bool:
     """Whether a trace was captured with a method in the loop; others' need not say how it was."""
     captured = trace.attributes.get("capture")
     return isinstance(captured, Mapping) and "approximation" in captured
-
-
-def _output(block: Block, selection: Selection) -> Tensor:
-    if selection.output is not None:
-        return selection.output[0]
-    scores = block.scores_at(selection.ids)
-    if selection.true_denominator:
-        exact = exact_pass(block, 1)
-        refuse_unheld(block, exact)
-        normalizer = exact.log_normalizer
-    else:
-        # Any does; where nothing is attended nothing is divided.
-        normalizer = log_normalizer(scores, block.unit.sinks)
-        normalizer = normalizer.masked_fill(normalizer.isneginf(), 0.0)
-    return outputs(block, selection, scores - normalizer[..., None], normalizer, [0])[0]

@@ -258,7 +258,8 @@ def _replay_method(
                     selections = [exact.rows(rows).selection(ks)]
                 else:
                     block = exact.block.part(rows)
-                    selections = select_together(method.spec.method, counting, block, ks)
+                    own = method.spec.method
+                    selections = select_together(own, counting, block, ks, method.topk)
             for selection in selections:
                 if reads is None:  # nobody asks
                     selection = replace(selection, unread=None)
@@ -277,9 +278,10 @@ def _replay_method(
 
 def _answered_together(serves: Iterable[Served], shares: bool) -> Iterator[list[Served]]:
     """What is asked for at once: one state's queries, or those of all where a method `shares` lists
-    among queries, apart from those that no state answers."""
+    among queries, apart from those that no state answers, and from those that find other keys
+    rounded in a cache."""
     if shares:
-        for _, alike in groupby(serves, lambda served: served.state is None):
+        for _, alike in groupby(serves, lambda served: (served.state is None, served.shown_at)):
             yield list(alike)
     else:
         yield from ([served] for served in serves)

@@ -32,6 +32,8 @@ class Replayed:
             return self.topk
         if self.protocol.evict is not None and isinstance(method, EvictionMethod):
             return self.topk  # what a small budget drops, a larger one may judge again
+        if method.cache is not None and method.cache.step is not None:
+            return self.topk  # each charged by itself for the newest keys that it attends
         return curve_budgets(self.topk)
 
 

@@ -56,6 +56,10 @@ class Evictions:
             raise RetraceError(
                 "counts bytes of a state, which the protocol decode:R does not ask for."
             )
+        if method.cache is not None:
+            raise RetraceError(
+                f"cache={method.cache} is not followed through evictions: give --protocol prefix:P."
+            )
         if method.output != "renorm":
             raise RetraceError(f"output={method.output} is not defined where keys are gone.")
         self._unit = unit

@@ -1,6 +1,6 @@
 """How each level of method turns its answer into a selection."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from retrace.analyze.methods.base import (
     AttendMethod,
@@ -17,6 +17,7 @@ from retrace.analyze.selection.by_eviction import select_by_eviction
 from retrace.analyze.selection.by_score import select_by_score
 from retrace.analyze.selection.by_search import select_by_search
 from retrace.analyze.selection.evictions import Evicted
+from retrace.analyze.selection.from_cache import select_from_cache
 from retrace.analyze.selection.served import Served
 from retrace.analyze.units.selection import Selection
 from retrace.analyze.units.unit import Block
@@ -35,10 +36,23 @@ def select(method: Method, served: Served, block: Block, ks: Sequence[int]) -> l
 
 
 def select_together(
-    method: Method, serves: Sequence[Served], block: Block, ks: Sequence[int]
+    method: Method,
+    serves: Sequence[Served],
+    block: Block,
+    ks: Sequence[int],
+    points: Collection[int] | None = None,
 ) -> list[Selection]:
     """The same for queries that one state after another answers, or none does; only score methods
-    have more than one answered at once."""
+    have more than one answered at once. Where the output is computed here, from a cache in few
+    bits, it is at those budgets that `points` name, or at all."""
+    if method.cache is None:
+        return _select(method, serves, block, ks)
+    return select_from_cache(method, serves, block, ks, ks if points is None else points, _select)
+
+
+def _select(
+    method: Method, serves: Sequence[Served], block: Block, ks: Sequence[int]
+) -> list[Selection]:
     if isinstance(method, EvictionMethod) and isinstance(serves[0].state, Evicted):
         return select_by_decoding(method, serves, block, ks)
     if isinstance(method, EvictionMethod) and serves[0].state is not None:

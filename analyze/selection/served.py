@@ -27,3 +27,7 @@ class Served:
     """Every kv head of the layer with its state, where the method pools over the layer."""
     protocol: Protocol = field(default_factory=Protocol)
     """Which queries are answered together."""
+    shown: Unit | None = None
+    """What the method's cache gives back for these queries; None where it names none."""
+    shown_at: int = 0
+    """The first position whose query finds the same in the cache."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrace.analyze.caches.view import seen_through
 from retrace.analyze.methods.base import (
     BlockMethod,
     EvictionMethod,
@@ -60,6 +61,10 @@ class States:
     An index answers with the best of all that it holds. Where a layer has a window or chunks, it
     holds keys only that every query it answers sees: it is built anew from these as the window
     moves by a quarter or by the protocol's R, whichever is less, and as a chunk begins.
+
+    A method that names a cache is handed what that gives back. Where the cache holds the newest
+    tokens in full, a state that is fitted, or an index that is extended, sees them as they are when
+    that is done; any other is built anew as tokens are rounded.
     """
 
     def __init__(
@@ -83,6 +88,10 @@ class States:
         self._first = 0
         self._built = -1
         self._held = 0
+        self._built_at = 0
+        """The position at which the states saw the cache when they were built."""
+        self._shown: dict[int, tuple[int, Unit, Unit, Seal]] = {}
+        """What the cache last gave back of each unit: at which position, and of which unit."""
         self._cost = Cost()
         self._ahead: dict[tuple[int, int], tuple[Any, ...]] = {}
         """States that are built and not yet needed, by their first key and their end."""
@@ -97,6 +106,7 @@ class States:
         """Go on with the unit after it has grown by further positions, as in decoding."""
         self._unit = unit
         self._units = self._selecting(unit)
+        self._check_shown()
 
     def _selecting(self, unit: Unit) -> tuple[Unit, ...]:
         """The units that select together."""
@@ -111,6 +121,8 @@ class States:
         self._build_ahead([wanted[:2] for _, wanted in runs])
         for rows, wanted in runs:
             self._advance(*wanted)
+            at = wanted[-1]
+            heads = [self._seen(unit, at) for unit in self._units] if self._pools_layer else []
             yield Served(
                 rows,
                 block.part(rows),
@@ -118,8 +130,10 @@ class States:
                 self._built,
                 self._held,
                 self._first,
-                tuple(zip(self._units, self._states, strict=True)) if self._pools_layer else (),
+                tuple(zip(heads, self._states, strict=True)) if self._pools_layer else (),
                 self._protocol,
+                None if self._method.cache is None else self._seen(self._unit, at),
+                at,
             )
 
     def together(self, block: Block, row: int) -> slice:
@@ -127,7 +141,7 @@ class States:
         runs = self._runs(block.positions.tolist())
         return next(rows for rows, _ in runs if rows.start <= row < rows.stop)
 
-    def _runs(self, positions: list[int]) -> Iterator[tuple[slice, tuple[int, int, int]]]:
+    def _runs(self, positions: list[int]) -> Iterator[tuple[slice, tuple[int, int, int, int]]]:
         """Which consecutive positions are answered by one state, and what `_wanted` says of it."""
         start = 0
         while start < len(positions):
@@ -141,7 +155,19 @@ class States:
             yield slice(start, stop), wanted
             start = stop
 
-    def _wanted(self, position: int) -> tuple[int, int, int]:
+    def _wanted(self, position: int) -> tuple[int, int, int, int]:
+        """The first key of the state at a position, the end of those that it is built from, and of
+        all that it holds; and the first position whose query finds the same in the cache."""
+        return *self._held_at(position), self._cached_at(position)
+
+    def _cached_at(self, position: int) -> int:
+        """The first position whose query finds the same tokens rounded as the one at a position."""
+        cache = self._method.cache
+        if cache is None or cache.step is None:
+            return 0
+        return position - position % cache.step
+
+    def _held_at(self, position: int) -> tuple[int, int, int]:
         """The first key of the state at a position, the end of those that it is built from, and of
         all that it holds."""
         method, length = self._method, len(self._unit.keys)
@@ -186,32 +212,41 @@ class States:
             since = first + replace(protocol, prefix=None).built_at(position - first, 0)
         return first, since if protocol.prefix is None else max(built, since)
 
-    def _advance(self, first: int, built: int, held: int) -> None:
-        if (first, built, held) == (self._first, self._built, self._held):
+    def _advance(self, first: int, built: int, held: int, at: int) -> None:
+        built_at = self._cached_at(built) if self._method.fitted else at
+        state = first, built, built_at
+        known = state == (self._first, self._built, self._built_at)
+        if known and held == self._held:
             return
         if self._evictions is not None:
             number = self._protocol.evictions(built, len(self._unit.keys)) - 1
-            state = Evicted(self._evictions, number) if built else None
-            self._states = (state,) * len(self._units)
+            last = Evicted(self._evictions, number) if built else None
+            self._states = (last,) * len(self._units)
             self._first, self._built, self._held = first, built, held
             self._cost.builds += 1
             return
         with self._timed():
-            if (first, built) != (self._first, self._built):
+            if not known:
                 self._states = (None,) * len(self._units)
                 if first < built:
-                    pasts = (self._past(unit, first, first, built) for unit in self._units)
+                    pasts = (self._past(u, first, first, built, built_at) for u in self._units)
                     ahead = self._ahead.pop((first, built), None)
                     self._states = tuple(map(self._build, pasts)) if ahead is None else ahead
                     self._cost.builds += 1
-                self._first, self._built, self._held = first, built, built
+                self._first, self._built, self._built_at = state
+                self._held = built
             if held > self._held:
+                # An index gains keys as they come; elsewhere all join, whose queries come later.
+                joins_at = built_at
+                if isinstance(self._method, SearchMethod):
+                    joins_at = self._cached_at(held)
                 self._states = tuple(
-                    self._extend(state, self._past(unit, first, self._held, held))
+                    self._extend(state, self._past(unit, first, self._held, held, joins_at))
                     for unit, state in zip(self._units, self._states, strict=True)
                 )
                 self._held = held
-        self._cost.state_bytes = max(self._cost.state_bytes, _nbytes(self._states[0], self._unit))
+        seen = self._seen(self._units[0], built_at)
+        self._cost.state_bytes = max(self._cost.state_bytes, _nbytes(self._states[0], seen))
 
     def _build_ahead(self, wanted: Sequence[tuple[int, int]]) -> None:
         """Build the states of a block, of all that begin at the same key together, where the method
@@ -219,10 +254,12 @@ class States:
         self._ahead.clear()
         if self._evictions is not None or type(self._method).build_each is Method.build_each:
             return
+        if self._method.cache is not None and self._method.cache.step is not None:
+            return  # pasts of one unit that see other keys have nothing in common
         new = [(a, b) for a, b in wanted if a < b and (a, b) != (self._first, self._built)]
         for first in sorted({first for first, _ in new}):
             ends = sorted({built for start, built in new if start == first})
-            pasts = [self._past(unit, first, first, end) for unit in self._units for end in ends]
+            pasts = [self._past(unit, first, first, end, 0) for unit in self._units for end in ends]
             states = self._build_together(pasts)
             for i, end in enumerate(ends):
                 self._ahead[first, end] = tuple(states[i :: len(ends)])
@@ -238,15 +275,39 @@ class States:
         return _state(state, "build()", past)
 
     def _build_whole(self, unit: Unit) -> Any:
-        return self._build(self._past(unit, 0, 0, len(unit.keys)))
+        return self._build(self._past(unit, 0, 0, len(unit.keys), 0))
 
     def _extend(self, state: Any, new: Past) -> Any:
         with calling("extend()", lambda: last_of(new)):
             state = self._method.extend(state, new)
         return _state(state, "extend()", new)
 
-    def _past(self, unit: Unit, first: int, start: int, end: int) -> Past:
-        """Positions of a unit from `start` to `end`, counted from `first` on."""
+    def _seen(self, unit: Unit, at: int) -> Unit:
+        """A unit as the method sees it: as its cache gives it back to the query at a position."""
+        cache = self._method.cache
+        if cache is None:
+            return unit
+        known = self._shown.get(id(unit))
+        if known is None or known[0] != at:
+            self._check_shown(id(unit))
+            shown = seen_through(unit, cache, at)
+            known = self._shown[id(unit)] = at, unit, shown, shown.seal()
+        return known[2]
+
+    def _check_shown(self, *units: int) -> None:
+        """Refuse a method that wrote into what its cache gave back, of some units or of all, and
+        forget that."""
+        for place in units or tuple(self._shown):
+            known = self._shown.pop(place, None)
+            if known is None:
+                continue
+            _, _, shown, seal = known
+            for what in (*seal.broken(), *(shown.neighbours.broken() if shown.neighbours else ())):
+                raise WrittenInto.tensor(what)
+
+    def _past(self, unit: Unit, first: int, start: int, end: int, at: int) -> Past:
+        """Positions of a unit from `start` to `end`, counted from `first` on, as the method sees
+        them at position `at`."""
         place = unit.group.layer, unit.group.kv_head
         if place not in self._learned:
             learned = self._calibration.get(place, {})
@@ -254,10 +315,11 @@ class States:
             self._seals.append(Seal({f"past.calibration[{n!r}]": t for n, t in copies.items()}))
             self._learned[place] = copies
         here = dict(self._learned[place])
-        return Past(unit.since(first), start - first, end - first, here)
+        return Past(self._seen(unit, at).since(first), start - first, end - first, here)
 
     def check_calibration(self) -> None:
-        """Refuse a method that wrote into what it had learned."""
+        """Refuse a method that wrote into what it had learned, or what its cache gave back."""
+        self._check_shown()
         for seal in self._seals:
             for what in seal.broken():
                 raise WrittenInto.tensor(what)

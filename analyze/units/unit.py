@@ -62,12 +62,12 @@ class HeadGroup:
         )
 
     @property
-    def key_bytes(self) -> int:
+    def key_bytes(self) -> float:
         """Bytes of one key."""
         return self.rules.key_dim * self.itemsize
 
     @property
-    def value_bytes(self) -> int:
+    def value_bytes(self) -> float:
         """Bytes of one value."""
         return self.rules.value_dim * self.itemsize
 

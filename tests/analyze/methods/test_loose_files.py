@@ -43,6 +43,7 @@ def test_parameters(write_methods: Any) -> None:
     path = write_methods(OLDEST)
     spec = parse_spec(f"{path}:Oldest:slope=-2.5,keep=sink:4+recent:8,first=none,loud=true")
     assert spec.parameters == {
+        "cache": None,
         "pool": "none",
         "keep": "sink:4+recent:8",
         "budget": "k",

@@ -23,6 +23,10 @@ def test_every_method_by_its_name(name: str) -> None:
         "loki:rank=none",
         "sparq:rank=16,output=renorm,keep=recent:32",
         "random:seed=0",
+        "quest:cache=fp8",
+        "quest:cache=k:int4:32+v:turboquant-prod:3,page=8",
+        "dense:cache=kivi:2",
+        "vattention:cache=k:kivi:4+v:int4:token",
         "hnsw:ef=128,m=16,step=1",
         " quest: page = 32 , pool = max ".replace(" quest", "quest"),
     ],
@@ -44,6 +48,7 @@ def test_shortest_form() -> None:
         "output": "renorm",
         "page": 32,
         "least_pages": 3,
+        "cache": None,
     }
 
 
@@ -64,6 +69,18 @@ def test_shortest_form() -> None:
         ("exact:pool=median", "pool='median': expected one of none, sum"),
         ("exact:output=zero", "output='zero': expected one of renorm, mean-fill"),
         ("exact:keep=sink", "keep='sink': expected sink:N"),
+        ("quest:cache=int4", "cache='int4': expected fp8, nvfp4, int8 or int4 with :32"),
+        ("quest:cache=int3:32", "cache='int3:32': expected fp8"),
+        ("quest:cache=", "cache='': expected fp8"),
+        ("quest:cache=turboquant:0", "cache='turboquant:0': expected fp8"),
+        ("quest:cache=turboquant:9", "cache='turboquant:9': expected fp8"),
+        ("quest:cache=k:fp8", "or k:FORMAT+v:FORMAT where keys and values differ."),
+        ("quest:cache=v:fp8+k:fp8", "or k:FORMAT+v:FORMAT where keys and values differ."),
+        ("quest:cache=k:fp8+v:int2", "cache='k:fp8+v:int2': expected fp8"),
+        ("block-oracle:cache=int4:channel", "and a block's queries share their keys."),
+        ("retroinfer:cache=int4:channel", "which a state that computes outputs does not follow."),
+        ("vattention:cache=kivi:2", "take another format for values, as in k:kivi:2+v:int4:token."),
+        ("blocks:of=quest:cache=fp8", "name the cache beside it, as in of=quest,cache=fp8."),
     ],
 )
 def test_mistakes_say_what_is_meant(text: str, message: str) -> None:

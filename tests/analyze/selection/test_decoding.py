@@ -148,6 +148,7 @@ def test_the_distance_is_from_the_first_eviction() -> None:
         ("adakv", {}, "leaves them different numbers of keys"),
         ("h2o:pool=none", {}, "keeps keys of its own for each query head"),
         ("knorm:output=mean-fill", {}, "not defined where keys are gone"),
+        ("knorm:cache=fp8", {}, "cache=fp8 is not followed through evictions"),
         ("quest:keep=prompt", {}, "keeps the prompt, which there is only for methods that evict"),
     ],
 )

@@ -126,6 +126,12 @@ def test_what_is_evicted_is_gone(
         "magicpig:bits=4,window=8",
         "kivi:size=8",
         "think:window=8",
+        "quest:cache=fp8,page=4",
+        "dense:cache=int4:channel",
+        "exact:cache=turboquant:2",
+        "h2o:cache=k:int4:channel+v:kivi:2",
+        "hnsw:step=4,cache=int4:channel",
+        "retroinfer:size=4,recent=8,cache=nvfp4",
     ],
 )
 def test_decoding_sees_what_reading_at_once_sees(

@@ -1,0 +1,1 @@
+"""Caches that hold keys and values in few bits: formats, and what a method sees of them."""

@@ -33,13 +33,14 @@ HEADER = """\
 
 Made by `retrace methods --format markdown`. Every parameter can be set in a spec, such as
 `quest:page=32,pool=sum-softmax`. `pool`, `keep`, `budget` and `output` mean the same in every
-method that scores keys or evicts them; a method's own defaults are those of its source.
+method that scores keys or evicts them, and `cache` in every method ([caches.md](caches.md)); a
+method's own defaults are those of its source.
 
-Bytes are those of a cache in bfloat16, whatever a trace holds, as one query's heads read them of
-their own sequence: selected keys and values, and what each method below says that it reads to find
-them. What turns a query into what is compared (projections, networks, hyperplanes, chosen channels)
-is counted with each query; a server that decodes several sequences at once reads it once for all of
-them. Single numbers are not counted.
+Bytes are those of a cache in bfloat16, whatever a trace holds, or of what `cache` names, as one
+query's heads read them of their own sequence: selected keys and values, and what each method below
+says that it reads to find them. What turns a query into what is compared (projections, networks,
+hyperplanes, chosen channels) is counted with each query; a server that decodes several sequences at
+once reads it once for all of them. Single numbers are not counted.
 [equal-bytes.md](equal-bytes.md) compares them all where they read as much.
 """
 

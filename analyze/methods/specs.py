@@ -374,9 +374,14 @@ def _loose_method(path: Path, name: str, parameters: str) -> MethodSpec:
     if isinstance(found, type) and issubclass(found, Method):
         method = make(found, label, _read_parameters(parameters, label))
     elif callable(found) and not isinstance(found, type):
-        if parameters:
-            raise RetraceError(f"{label} is a function: it takes no parameters in a spec.")
-        method = Function(function=found)
+        given = _read_parameters(parameters, label)
+        if given.keys() - {"cache"}:
+            raise RetraceError(
+                f"{label} is a function: it takes no parameters in a spec but cache."
+            )
+        cache = Cache.parse(given["cache"]) if given else None
+        method = Function(function=found, cache=cache)
+        check_complete(method, label)
     else:
         if isinstance(found, type):
             raise RetraceError(

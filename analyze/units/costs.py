@@ -6,6 +6,9 @@ compares (projections, networks, hyperplanes, chosen channels) is read by each q
 charged: a server that decodes several sequences at once reads what they share once for all of them,
 and comes to less. Single numbers, such as a threshold, are not.
 
+Of a cache in few bits, keys and values that are read of it take what its format does, and what the
+method keeps beside it still what the method says; ratios are over a cache in full.
+
 Latent attention caches one vector of a token in place of the keys and values of all heads
 (`cached_bytes` of a layer's rules). Of such a layer the distinct tokens that any of its heads
 attends are counted, times that, and beside them what every head reads of its index: an index holds

@@ -8,7 +8,7 @@ where both have as many scales: in 2 bits, 32 numbers share one.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,8 +26,8 @@ CHANNELS, VECTORS, QUERIES = 1536, 4000, 400
 SQUARED = {1: 0.3634, 2: 0.1175, 3: 0.0345, 4: 0.0095}
 """Mean squared error of a normal variable by bits (Max, 1960); the paper rounds to 0.36, 0.117,
 0.03 and 0.009."""
-PRODUCTS = {2: 0.56, 3: 0.18, 4: 0.047}
-"""Times 1 / channels: mean squared error of inner products."""
+PRODUCTS = {1: 1.57, 2: 0.56, 3: 0.18, 4: 0.047}
+"""Times 1 / channels: mean squared error of inner products (theorem 2)."""
 BITS = 2
 
 
@@ -63,7 +63,7 @@ def constants() -> Iterator[str]:
         products = (queries @ unbiased.T).double()
         error, mean = float(products.square().mean()) * CHANNELS, float(products.mean())
         yield (
-            f"| {bits} | {squared:.4f} | {published} | {error:.4f} | {PRODUCTS.get(bits, '')} | "
+            f"| {bits} | {squared:.4f} | {published} | {error:.4f} | {PRODUCTS[bits]} | "
             f"{mean * CHANNELS**0.5:+.4f} |"
         )
 
@@ -77,7 +77,7 @@ def rounded_either_way(trace: Trace) -> Iterator[str]:
             for name, figures in errors_of(unit).items():
                 found.setdefault(name, []).append(figures)
     count = len(next(iter(found.values())))
-    yield f"\nMeans over {count} kv heads of the first sequence, {BITS} bits, by channel and by token:"
+    yield f"\nMeans over {count} kv heads of the first sequence, {BITS} bits:"
     yield "\n| Relative error of | by channel | by token | kv heads where by channel is less |"
     yield "| --- | --- | --- | --- |"
     for name, pairs in found.items():
@@ -93,28 +93,24 @@ def errors_of(unit: Unit) -> dict[str, tuple[float, float]]:
     whole = len(ways[0].rounded(unit.keys))
     rows = unit.positions < whole
     queries, positions = unit.queries[:, rows], unit.positions[rows]
-    keys, values = unit.keys[:whole], unit.values[:whole]
     hidden = ~visible(positions, torch.arange(whole), unit.group.rules)
 
-    def attention(of: Tensor) -> Tensor:
-        scores = score(queries, of, unit.group.rules)
+    def attention(keys: Tensor) -> Tensor:
+        scores = score(queries, keys, unit.group.rules)
         return scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
 
+    def both(vectors: Tensor, outcome: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        exact = outcome(vectors)
+        apart = [outcome(way.rounded(vectors)) - exact for way in ways]
+        return float(apart[0].norm() / exact.norm()), float(apart[1].norm() / exact.norm())
+
+    keys, values = unit.keys[:whole], unit.values[:whole]
     exact = attention(keys)
-
-    def both(vectors: Tensor, outcome: Tensor, of: str) -> tuple[float, float]:
-        found = []
-        for way in ways:
-            rounded = way.rounded(vectors)
-            other = {"keys": attention, "values": lambda v: exact @ v}.get(of, lambda v: v)
-            found.append(float((other(rounded) - outcome).norm() / outcome.norm()))
-        return found[0], found[1]
-
     return {
-        "keys": both(keys, keys, ""),
-        "attention, by such keys": both(keys, exact, "keys"),
-        "values": both(values, values, ""),
-        "output, over such values": both(values, exact @ values, "values"),
+        "keys": both(keys, lambda rounded: rounded),
+        "attention, by such keys": both(keys, attention),
+        "values": both(values, lambda rounded: rounded),
+        "output, over such values": both(values, lambda rounded: exact @ rounded),
     }
 
 

@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from benchmarks.science.quantisation import errors_of
+from retrace.analyze.units.unit import load_units
 from retrace.capture import capture
 from retrace.capture.model.loading import Checkpoint
 
@@ -47,6 +50,11 @@ def test_smollm2(
     assert trace.layer(29).key(0).shape == (3, 200, 64)
     assert 1 < trace.perplexity() < 30  # a random model's would be 49,152
     assert np.abs(trace.layer(0).key(0).astype(np.float32)).max() > 1
+    for index in trace.layers:
+        for unit in load_units(trace.layer(index), 0, torch.device("cpu")):
+            # KIVI's claim (arXiv:2402.02750, section 3.2): keys have channels that stick out.
+            by_channel, by_token = errors_of(unit)["keys"]
+            assert by_channel < 0.7 * by_token
 
     text = tmp_path / "prompt.txt"
     text.write_text("The capital of France is")

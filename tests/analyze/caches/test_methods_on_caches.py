@@ -368,6 +368,31 @@ def test_one_spec_for_each_cache() -> None:
     ]
 
 
+def test_a_function_on_a_cache(
+    make_trace: Callable[..., Trace], write_methods: Callable[..., str], tmp_path: Any
+) -> None:
+    mine = write_methods(
+        """
+        def everything(query, key, value, attention_mask, head_mask):
+            scores = query @ key.mT / query.shape[-1] ** 0.5 + attention_mask
+            ids = torch.arange(key.shape[2]).expand(*query.shape[:3], -1)
+            seen = attention_mask == 0
+            return scores.softmax(-1) @ value, None, ids.masked_fill(~seen, -1)
+        """
+    )
+    spec = f"{mine}:everything:cache=int4:32"
+    assert parse_spec(parse_spec(spec).place).method.cache == Cache.parse("int4:32")
+    found = analyze(
+        make_trace(layer(), [90]), [spec, "dense:cache=int4:32"], [4], out=tmp_path / "r"
+    ).metrics
+    found = found[found.metric == "error_norm"].groupby("method")["mean"].mean()
+    assert len(found) == 2 and 1e-3 < found.iloc[0] == pytest.approx(found.iloc[1], rel=1e-4)
+    with pytest.raises(RetraceError, match="takes no parameters in a spec but cache"):
+        parse_spec(f"{mine}:everything:page=4")
+    with pytest.raises(RetraceError, match="other values for each query"):
+        parse_spec(f"{mine}:everything:cache=kivi:2")
+
+
 def test_kivi_as_a_cache_is_the_method(make_trace: Callable[..., Trace], tmp_path: Any) -> None:
     """But that scales and offsets are rounded to float16 too."""
     trace = make_trace(layer(), [300], seed=2)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from retrace.analyze import analyze
 from retrace.analyze.commands.compare import compare
@@ -172,6 +172,41 @@ def test_likelihood_and_divergence_are_those_of_the_model_with_such_a_mask(
     nll = -q[:-1].gather(-1, tokens[0, 1:, None])[:, 0].numpy()
     np.testing.assert_allclose(found.nll(0)[:-1], nll, rtol=1e-5, atol=1e-5)
     assert np.isnan(found.kl(0)[-1])
+
+
+def attention_by_token(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **asked: Any
+) -> tuple[torch.Tensor, None]:
+    """Causal attention over keys and values in 4 bits, with a scale and offset for each token."""
+
+    def rounded(vectors: torch.Tensor) -> torch.Tensor:
+        low, high = vectors.amin(-1, keepdim=True), vectors.amax(-1, keepdim=True)
+        low, step = (x.half().to(vectors.dtype) for x in (low, (high - low) / 15))
+        few = low + ((vectors - low) / step).round().clamp(0, 15) * step
+        return few.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+    scores = query @ rounded(key).mT * asked["scaling"]
+    scores = scores + torch.full(scores.shape[-2:], -torch.inf).triu(1)
+    return (scores.softmax(-1) @ rounded(value)).transpose(1, 2), None
+
+
+def test_a_cache_in_few_bits_is_the_model_on_such_a_cache(
+    captured: Capture, model_folder: Any
+) -> None:
+    AttentionInterface.register("by_token", attention_by_token)
+    exact = captured("llama", limit=1)
+    settings = {"reference": exact.path, "topk": LENGTH}
+    found = captured("llama", "found", approximate="dense:cache=int4:token", **settings)
+    folder = model_folder("llama", eos_token_id=None)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="by_token").eval()
+    tokens = torch.from_numpy(exact.tokens(0)).long()[None]
+    with torch.inference_mode():
+        logs = model(tokens).logits[0].log_softmax(-1)
+    expected = -logs[:-1].gather(-1, tokens[0, 1:, None])[:, 0].numpy()
+    np.testing.assert_allclose(found.nll(0)[:-1], expected, rtol=0, atol=2e-4)
+    assert np.abs(nll(found) - nll(exact)).max() > 2e-3
+    finer = captured("llama", "finer", approximate="dense:cache=int8:token", **settings)
+    assert np.abs(nll(finer) - nll(exact)).max() < np.abs(nll(found) - nll(exact)).max() / 4
 
 
 def test_positions_and_layers_that_stay_exact(captured: Capture) -> None:

@@ -23,6 +23,7 @@ from retrace.analyze.selection.states import Cost
 from retrace.analyze.storage.journal import Task
 from retrace.analyze.tables.columns import COLUMNS, POSITION_COLUMNS, SEQUENCE_COLUMNS
 from retrace.analyze.tables.figures import Figures
+from retrace.analyze.tables.locality import tabulate_locality
 from retrace.analyze.units.protocol import Protocol
 from retrace.traces import RetraceError
 
@@ -117,7 +118,8 @@ def tabulate(
         ],
     }
     each, along = _by_sequence(job, parts), _by_bucket(job, tallies)
-    return Figures(join(points), join(curves), run, each, along)
+    moves = tabulate_locality(job, tallies)
+    return Figures(join(points), join(curves), run, each, along, moves)
 
 
 def _looks_at(method: Method, protocol: Protocol) -> dict[str, str]:

@@ -21,6 +21,14 @@ POSITION_COLUMNS = {
     **dict.fromkeys(["mean", "std"], "float32"),
 }
 """Those of the table of positions."""
+LOCALITY_COLUMNS = {
+    **dict.fromkeys(["method", "module", "cache", "metric"], "category"),
+    **dict.fromkeys(["layer", "head", "topk", "at", "count"], "int32"),
+    "mean": "float64",
+}
+"""Those of the table of locality."""
+CACHE = ["cache", "at"]
+"""Columns of that table that `KEYS` lacks."""
 BUCKET = ["axis", "first"]
 """Columns that name a bucket of queries."""
 COLUMNS_OF = {
@@ -28,5 +36,6 @@ COLUMNS_OF = {
     "curves": COLUMNS,
     "sequences": list(SEQUENCE_COLUMNS),
     "positions": list(POSITION_COLUMNS),
+    "locality": list(LOCALITY_COLUMNS),
 }
 """Columns of each table."""

@@ -9,7 +9,14 @@ import pandas as pd
 from retrace.analyze.metrics.registry import AT_BLOCKS, COMPARED, MEDIAN, METRICS
 from retrace.analyze.replay.clock import profile_table
 from retrace.analyze.replay.counting import Counting, number_of
-from retrace.analyze.tables.columns import BUCKET, KEYS, POSITION_COLUMNS, SEQUENCE_COLUMNS
+from retrace.analyze.tables.columns import (
+    BUCKET,
+    CACHE,
+    KEYS,
+    LOCALITY_COLUMNS,
+    POSITION_COLUMNS,
+    SEQUENCE_COLUMNS,
+)
 from retrace.analyze.tables.intervals import OVER, differences, intervals
 from retrace.traces import RetraceError
 
@@ -20,6 +27,10 @@ def _no_sequences() -> pd.DataFrame:
 
 def _no_positions() -> pd.DataFrame:
     return pd.DataFrame(columns=list(POSITION_COLUMNS)).astype(POSITION_COLUMNS)
+
+
+def _no_locality() -> pd.DataFrame:
+    return pd.DataFrame(columns=list(LOCALITY_COLUMNS)).astype(LOCALITY_COLUMNS)
 
 
 @dataclass
@@ -40,6 +51,11 @@ class Figures:
     """One row per (method, layer, module, head, topk, metric of `BUCKETED`, axis, first) that some
     query counts for, at the budgets asked for: mean, std and count over the queries whose number on
     the axis (position or distance, as `AXES` says) is `first` or more and below twice that."""
+    locality: pd.DataFrame = field(default_factory=_no_locality)
+    """One row per (method, layer, module, cache, head, topk, metric, at), where it was asked for:
+    the mean over `count` queries of a figure of `retrace.analyze.metrics.locality.FIGURES`. The
+    cache is of a `head`, or of the `group` of a kv head, which `head` then counts; `at` is the keys
+    that it holds (hit_rate, misses, link_bytes), the queries of a working set, or 0."""
 
     def table(self, method: str | None = None, topk: int | None = None) -> pd.DataFrame:
         """Per layer: mean and standard deviation (ddof 0) across heads of recall and error norm.
@@ -193,6 +209,11 @@ class Figures:
         budgets = self.metrics.loc[self.metrics["method"] == method, "topk"].unique()
         return sorted(int(k) for k in budgets)
 
+    def followed(self, method: str) -> set[int]:
+        """The budgets of a method of which `locality` has figures."""
+        rows = self.locality[self.locality["method"] == method]
+        return {int(k) for k in rows["topk"].unique()}
+
     def when(self, method: str, topk: int) -> str:
         """When a method was measured at a budget, as `2026-11-30T08:00:00Z`; empty if no run says
         so."""
@@ -250,7 +271,14 @@ class Figures:
             run,
             join(self.sequences, newer.sequences, "sequence"),
             join(self.positions, newer.positions, *BUCKET).astype(POSITION_COLUMNS),
+            join(self._not_measured_again(newer), newer.locality, *CACHE).astype(LOCALITY_COLUMNS),
         )
+
+    def _not_measured_again(self, newer: "Figures") -> pd.DataFrame:
+        """Locality of what newer figures, which may lack it, do not replace."""
+        replaced = set(zip(newer.metrics["method"], newer.metrics["topk"], strict=True))
+        ours = zip(self.locality["method"], self.locality["topk"], strict=True)
+        return self.locality[[at not in replaced for at in ours]]
 
     def _still_missing(self, newer: "Figures") -> list[dict[str, Any]]:
         """What is missing of these results after newer ones were added."""
@@ -275,6 +303,7 @@ class Figures:
             run,
             self.sequences[~self.sequences["method"].isin(methods)],
             self.positions[~self.positions["method"].isin(methods)],
+            self.locality[~self.locality["method"].isin(methods)],
         )
 
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from retrace.analyze.metrics.registry import BY_LAYER, BY_NAME, Metric
 from retrace.analyze.outputs.plots.files import save_picture
+from retrace.analyze.outputs.plots.locality import locality_figures
 from retrace.analyze.outputs.plots.positions import position_figures
 from retrace.analyze.outputs.plots.style import (
     Style,
@@ -44,6 +45,7 @@ PLOTS = (
     "error-by-bytes.png",
     "by-position.png",
     "by-distance.png",
+    "buffer-*.png",
     "sweep-*.png",
 )
 """Names of the pictures that are drawn of results."""
@@ -74,6 +76,7 @@ def draw_all(results: Figures, folder: Path) -> list[Path]:
     figures["error-by-bytes"] = error_by_bytes(results)
     for axis, figure in position_figures(results).items():
         figures[f"by-{axis}"] = figure
+    figures |= locality_figures(results)
     for (method, parameter), figure in sweep_figures(results).items():
         figures[f"sweep-{slug(method)}-{slug(parameter)}"] = figure
     files = []

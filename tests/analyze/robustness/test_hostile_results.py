@@ -17,7 +17,9 @@ from retrace.analyze import Results, analyze, merge
 from retrace.traces import RetraceError, Trace
 
 MakeTrace = Callable[..., Trace]
-TABLES = ("metrics.parquet", "curves.parquet", "sequences.parquet", "positions.parquet")
+TABLES = tuple(
+    f"{name}.parquet" for name in ("metrics", "curves", "sequences", "positions", "locality")
+)
 FILES = (*TABLES, "run.json", "table.md")
 
 
@@ -79,7 +81,7 @@ def test_facts_that_are_none(folder: Path, raw: bytes) -> None:
         Results.load(folder)
 
 
-@pytest.mark.parametrize("name", FILES[:5])
+@pytest.mark.parametrize("name", FILES[:6])
 def test_what_leads_out_of_the_folder_or_never_ends(folder: Path, name: str) -> None:
     elsewhere = folder.parent / name
     (folder / name).rename(elsewhere)
@@ -102,7 +104,7 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
     return {name: getattr(found, name) for name in names}
 
 
-@pytest.mark.parametrize("moment", range(8))
+@pytest.mark.parametrize("moment", range(9))
 def test_killed_while_it_saves(
     trace: Trace, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
@@ -133,9 +135,9 @@ def test_killed_while_it_saves(
         try:
             run(folder)
         except Killed:
-            assert moment < 7  # one move of the folder, six of files
+            assert moment < 8  # one move of the folder, seven of files
         else:
-            assert moment == 7
+            assert moment == 8
     left = Results.load(folder)
     assert set(left.run["methods"]) == set(left.methods())
     assert set(left.methods()) in ({"exact"}, {"exact", "window"})

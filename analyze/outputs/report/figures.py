@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from retrace.analyze.metrics.registry import AT_ALL, AT_BLOCKS, BUCKETED, BY_NAME, METRICS, Metric
+from retrace.analyze.outputs.locality import locality_summary
 from retrace.analyze.outputs.markdown import remarks
 from retrace.analyze.outputs.plots.style import DASHES, EXACT_STYLE, Style, styles_of
 from retrace.analyze.outputs.report.along import along, fit
@@ -77,7 +78,8 @@ def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]
              "heads": part.heads, "served": serving_words(run.run),
              "sequences": int(run.sequences["sequence"].nunique()),
              "intervals": own, "differences": less, "along": buckets,
-             "ends": ends_within(run, part.layers, part.heads, packed)}
+             "ends": ends_within(run, part.layers, part.heads, packed),
+             "locality": _locality(run)}
             for (name, run), part, own, less, buckets in zip(
                 results.items(), grids, intervals, differences, shared, strict=True
             )
@@ -89,6 +91,12 @@ def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]
             for entry, label in zip(entries, labels, strict=True)
         ],
     }  # fmt: skip
+
+
+def _locality(results: Figures) -> dict[str, list[Any]]:
+    """How keys move from query to query, as a table in words; no rows where nobody asked."""
+    table = locality_summary(results.locality)
+    return {"titles": list(table.columns), "rows": table.to_numpy().tolist()}
 
 
 def _of_page(metric: Metric) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import { at } from "./document.js";
  * @property {Record<string, Intervals>} differences of a method's means less another's
  * @property {{layer: Places, head: Places}} ends
  * @property {{heads: number, axes: Record<string, Buckets>}} along
+ * @property {{titles: string[], rows: string[][]}} locality a table in words
  */
 
 /** @typedef {{firsts: number[], queries: Record<string, number[]>}} Buckets */

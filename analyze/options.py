@@ -64,6 +64,10 @@ class RunOptions(AnalysisOptions, total=False):
     again: bool
     """Compute the methods named again at all budgets that the folder holds of them, and what they
     learn, though nothing that they depend on is known to have changed."""
+    locality: bool
+    """Follow how the keys of each method move from query to query: how many come again, which of
+    them a buffer of the keys read last holds, and what crosses the link to a cache that is kept
+    elsewhere."""
     skip_damaged: bool
     """Read all of the trace first, and leave out the sequences of which something is damaged in
     these layers; otherwise damage ends the run."""
@@ -83,6 +87,7 @@ DEFAULTS: RunOptions = {
     "part": None,
     "overwrite": False,
     "again": False,
+    "locality": False,
     "skip_damaged": False,
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from retrace.analyze.outputs import markdown
+from retrace.analyze.outputs.locality import locality_summary
 from retrace.analyze.tables.columns import COLUMNS_OF
 from retrace.analyze.tables.figures import Figures
 from retrace.analyze.tables.saved import SavedTables, Table
@@ -56,6 +57,13 @@ class Results(Figures, SavedTables):
     def summary_title(self) -> str:
         """What a summary shows, and what its brackets are."""
         return markdown.summary_title(self)
+
+    def locality_summary(
+        self, methods: Sequence[str] | None = None, topk: Sequence[int] | None = None
+    ) -> pd.DataFrame:
+        """How keys move from query to query, in words: means over layers and groups, a line for
+        each method and budget (all if None) of which `locality` has figures."""
+        return locality_summary(self.locality, methods, topk)
 
     def markdown(self) -> str:
         """The summary and the table of every method and budget, as Markdown; layers with the 95 %

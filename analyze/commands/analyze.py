@@ -103,7 +103,8 @@ def analyze(
             if not is_here(pool):
                 for spec in asked.specs:
                     spec.check_portable()
-            job = Job(settings, _ready(asked, settled, clock, pool), settled.device)
+            ready = _ready(asked, settled, clock, pool)
+            job = Job(settings, ready, settled.device, chosen["locality"])
             kept = None if folder is None else KeptParts(folder, job)
             tasks = job.tasks if part is None else share(job.tasks, *part)
             store = reference_store(asked.trace, chosen["keep_exact"])

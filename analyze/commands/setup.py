@@ -18,6 +18,7 @@ from retrace.analyze.exact.store import ReferenceStore, exact_answers
 from retrace.analyze.methods.specs import Methods, MethodSpec, parse_specs
 from retrace.analyze.options import RunOptions
 from retrace.analyze.replay.calibration_file import GivenCalibration
+from retrace.analyze.replay.consecutive import check_followed
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.kept import note_kept, outdated_among, outdated_besides
 from retrace.analyze.replay.parts import PARTS, counting_of_parts
@@ -130,7 +131,9 @@ def settle(asked: Asked) -> Settled:
         budgets = settings.count_alike(budgets)
     if folder is not None and before is not None:
         settings.check_same(before.run, folder)
-    wanted, before = _still_wanted(settings, asked.specs, budgets, before, options["again"])
+    if options["locality"]:
+        check_followed(settings, asked.specs, budgets)
+    wanted, before = _still_wanted(settings, asked.specs, budgets, before, options)
     return Settled(settings, wanted, before, noted, device)
 
 
@@ -238,10 +241,11 @@ def _still_wanted(
     specs: list[MethodSpec],
     budgets: tuple[int, ...],
     before: Results | None,
-    again: bool,
+    options: RunOptions,
 ) -> tuple[list[Replayed], Results | None]:
     """The methods and budgets that are not there yet, and what is there less what is outdated."""
     protocol = settings.counting.protocol
+    again = options["again"]
     if before is None:
         return [Replayed(spec, budgets, protocol=protocol) for spec in specs], None
     asked = {str(spec): spec for spec in specs}
@@ -254,6 +258,8 @@ def _still_wanted(
             missing = tuple(sorted({*budgets, *held}))
         else:
             there = set() if name in outdated else held - before.incomplete(name)
+            if options["locality"]:
+                there &= before.followed(name)
             missing = tuple(k for k in budgets if k not in there)
         if missing:
             wanted.append(Replayed(spec, missing, protocol=protocol))

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from retrace.analyze.metrics.locality import FIGURES
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.registry import BY_NAME
 
@@ -17,6 +18,8 @@ def most_of(metric: str) -> float:
 
 def end_of(metric: str) -> float:
     """Where the range of a metric ends, which begins at 0, rounding left aside."""
+    if metric in FIGURES:
+        return FIGURES[metric].most
     known = BY_NAME.get(metric)  # there may be other names in a file that anybody wrote
     return np.inf if known is None or known.most is None else known.most
 

@@ -20,9 +20,11 @@ STEPS = (
     "build",
     "search",
     "metrics",
+    "locality",
 )
 """What time is spent on, in the order in which a run comes to it. `build` makes a method's states,
-`search` chooses keys, and `metrics` compares them with exact attention."""
+`search` chooses keys, `metrics` compares them with exact attention, and `locality` follows them
+from query to query."""
 BEFORE = STEPS[:3]
 """What is done before the workers begin."""
 

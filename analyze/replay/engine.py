@@ -11,7 +11,8 @@ A task's walk from reading to the tally enters each room once:
 6. `selection` turns each method's answer into one list of keys for all its budgets;
 7. `metrics` walks the lists of all queries that count, into moments over queries;
 8. `replay.tally` adds them up block by block, and sets the heads of the layer side by side;
-   bytes of a cache that these share are counted over all of them (`metrics.shared_cache`);
+   bytes of a cache that these share are counted over all of them (`metrics.shared_cache`), and
+   where it is asked for, keys are followed from query to query (`metrics.recency`);
 9. `replay.parts` keeps the tallies, a part for each task, until all are there;
 10. `tables` merges the parts in the order of the plan, and makes rows of them.
 """
@@ -39,6 +40,7 @@ from retrace.analyze.methods.hooks import naming
 from retrace.analyze.metrics.buckets import buckets_of
 from retrace.analyze.metrics.measure import ExactBlock
 from retrace.analyze.metrics.patterns import BlockMasses
+from retrace.analyze.metrics.recency import RecentKeys
 from retrace.analyze.metrics.shared_cache import SharedCacheReads
 from retrace.analyze.metrics.tally import tally
 from retrace.analyze.replay.clock import Charge, Clock
@@ -159,6 +161,7 @@ def replay_unit(
     first = plan.counting.first(1 if any_curve else smallest, length)
     tallies = [Tally(m.ks, m.topk) for m in plan.methods]
     states = [States(m.spec.method, unit, protocol, m.calibration) for m in plan.methods]
+    recent = [RecentKeys(unit, m.topk) if plan.locality else None for m in plan.methods]
     # Answers that are kept for later runs must not depend on which queries this one counts.
     begin = 0 if fresh is not None else first
     ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS)
@@ -190,15 +193,16 @@ def replay_unit(
         for i, (method, found, state) in enumerate(zip(plan.methods, tallies, states, strict=True)):
             reads = None if shared is None else shared[i]
             with naming(method.spec):
-                _replay_method(method, exact, state, plan, found, reads, clock)
+                _replay_method(method, exact, state, plan, found, reads, recent[i], clock)
     patterns = None if masses is None else masses.moments()
-    for method, found, state in zip(plan.methods, tallies, states, strict=True):
+    for method, found, state, keys in zip(plan.methods, tallies, states, recent, strict=True):
         with naming(method.spec):
             state.check_calibration()
         found.cost = state.cost
         found.patterns = patterns
         clock.seconds[Charge("build", str(method.spec))] += found.cost.seconds
         fill_missing(found, unit.group.rules.group)
+        found.locality = None if keys is None else keys.found
     return tallies
 
 
@@ -231,6 +235,7 @@ def _replay_method(
     plan: Plan,
     found: Tally,
     reads: SharedCacheReads | None,
+    recent: RecentKeys | None,
     clock: Clock,
 ) -> None:
     """Add a block's queries to a method's tally.
@@ -264,16 +269,19 @@ def _replay_method(
                 if reads is None:  # nobody asks
                     selection = replace(selection, unread=None)
                 answers[selection.ks].append(_Answer(rows, selection))
-    with clock.charge("metrics", name):
-        for ks, parts in answers.items():
-            points = [i for i, k in enumerate(ks) if k in method.topk]
-            first = torch.tensor([plan.counting.first(k, length) for k in ks])
-            for _, alike in groupby(parts, lambda answer: answer.selection.kind):
+    for ks, parts in answers.items():
+        points = [i for i, k in enumerate(ks) if k in method.topk]
+        first = [plan.counting.first(k, length) for k in ks]
+        for _, alike in groupby(parts, lambda answer: answer.selection.kind):
+            with clock.charge("metrics", name):
                 answer = _Answer.of(list(alike))
                 part = exact.rows(answer.rows)
-                found.add(ks, points, tally(part, answer.selection, points, first))
+                found.add(ks, points, tally(part, answer.selection, points, torch.tensor(first)))
                 if reads is not None:
                     reads.add(part.block, answer.selection, points)
+            if recent is not None:
+                with clock.charge("locality", name):
+                    recent.add(part.block, answer.selection, points, first)
 
 
 def _answered_together(serves: Iterable[Served], shares: bool) -> Iterator[list[Served]]:

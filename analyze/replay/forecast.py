@@ -169,11 +169,11 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
     scores = max(1, _scores(some, begin))
     spent = {
         step: sum(seconds for charge, seconds in clock.seconds.items() if charge.step == step)
-        for step in ("exact pass", "build", "search", "metrics")
+        for step in ("exact pass", "build", "search", "metrics", "locality")
     }
     return _Rates(
         spent["exact pass"] / (scores * operations),
-        (spent["search"] + spent["metrics"]) / scores,
+        (spent["search"] + spent["metrics"] + spent["locality"]) / scores,
         spent["build"] / len(unit.keys),
         learning,
     )

@@ -19,6 +19,7 @@ import torch
 from retrace.analyze.methods.specs import recorded_spec
 from retrace.analyze.metrics.buckets import AXES, MOST_BUCKETS
 from retrace.analyze.metrics.histogram import Histogram
+from retrace.analyze.metrics.locality import Locality
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.patterns import checked_patterns
 from retrace.analyze.metrics.possible import impossible
@@ -33,11 +34,13 @@ from retrace.analyze.selection.states import Cost
 from retrace.analyze.storage.journal import Journal, Task, read_journals
 from retrace.analyze.storage.npz import Arrays
 from retrace.analyze.storage.untrusted import read_facts
-from retrace.traces import RetraceError, open_trace
+from retrace.traces import LayerRules, RetraceError, open_trace
 from retrace.traces.storage.durable import make_folder, this_process, within, written_whole
 
 PARTS = ".parts"
 """Where parts are, in a results folder."""
+KEPT_LOCALITY = ("counts", "missed_bytes")
+"""The arrays of a `Locality`."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,13 @@ class Job:
     settings: Settings
     methods: tuple[Replayed, ...]
     device: torch.device
+    locality: bool = False
+    """Whether it is followed how keys move from query to query."""
 
     @cached_property
     def plan(self) -> Plan:
         """What is replayed of every unit."""
-        return Plan(self.methods, self.settings.counting)
+        return Plan(self.methods, self.settings.counting, locality=self.locality)
 
     @property
     def tasks(self) -> list[Task]:
@@ -74,6 +79,7 @@ class Job:
             "device": self.device.type,
             **self.settings.facts(),
             "engine": self.settings.engine,
+            "locality": self.locality,
             "methods": [
                 [
                     str(method.spec),
@@ -101,6 +107,7 @@ class Job:
             "calibration_from": None if given is None else [str(given.path), given.digest],
             "methods": [[m.spec.place, m.topk] for m in self.plan.methods],
             "device": str(self.device),
+            "locality": self.locality,
         }
 
     @classmethod
@@ -124,7 +131,8 @@ class Job:
             Replayed(recorded_spec(text, named), tuple(topk), protocol=settings.counting.protocol)
             for text, *_, topk in facts["methods"]
         )
-        return cls(settings, methods, torch.device(facts["device"]))
+        device, locality = torch.device(facts["device"]), facts.get("locality") is True
+        return cls(settings, methods, device, locality)
 
 
 class KeptParts:
@@ -170,13 +178,12 @@ class KeptParts:
         for at, arrays in read_journals(self._folder):
             if at in wanted:
                 with suppress(ValueError, TypeError, LookupError, RecursionError):
-                    found[at] = self._part(
-                        arrays, self._job.settings.trace.layer(at[0]).rules.heads
-                    )
+                    found[at] = self._part(arrays, self._job.settings.trace.layer(at[0]).rules)
         return found
 
-    def _part(self, arrays: Arrays, heads: int) -> Part:
+    def _part(self, arrays: Arrays, rules: LayerRules) -> Part:
         """The part that these arrays hold."""
+        heads = rules.heads
         tallies = [Tally(method.ks, method.topk) for method in self._job.plan.methods]
         clock = Clock(self._job.device)
         facts = json.loads(arrays.pop("facts").tobytes())
@@ -189,6 +196,10 @@ class KeptParts:
             if (patterns is not None) != (self._job.settings.counting.protocol.block is not None):
                 raise ValueError("Patterns of heads are those of blocks of queries.")
             tally.patterns = None if patterns is None else checked_patterns(patterns, heads)
+            if self._job.locality:
+                nothing = Locality.empty(len(tally.topk), rules.kv_heads, rules.group)
+                counted = (arrays.pop(f"{i}.locality.{of}") for of in KEPT_LOCALITY)
+                tally.locality = Locality.checked(nothing, *counted)
         for name, array in arrays.items():
             index, kind, of = name.split(".")
             tally = tallies[int(index)]
@@ -224,6 +235,8 @@ class KeptParts:
             arrays[f"{i}.errors.counts"] = tally.errors.counts
             if (patterns := tally.patterns) is not None:
                 arrays[f"{i}.patterns"] = np.stack([*vars(patterns).values()])
+            for of in KEPT_LOCALITY if tally.locality is not None else ():
+                arrays[f"{i}.locality.{of}"] = getattr(tally.locality, of)
         facts = {
             "axes": list(AXES),
             "costs": [[t.cost.builds, t.cost.seconds, t.cost.state_bytes] for t in part.tallies],

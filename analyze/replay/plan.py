@@ -45,6 +45,8 @@ class Plan:
     counting: Counting
     block_elements: int | None = None
     """Scores held at once."""
+    locality: bool = False
+    """Whether it is followed how keys move from query to query."""
 
     @property
     def ranks(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from retrace.analyze.metrics.histogram import Histogram
+from retrace.analyze.metrics.locality import Locality
 from retrace.analyze.metrics.measure import Tallied
 from retrace.analyze.metrics.moments import Moments, empty
 from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, COMPARED
@@ -24,6 +25,8 @@ class Tally:
     """(buckets, topk, metrics of `BUCKETED`, heads), by axis; buckets as far as there are any."""
     errors: Histogram | None = None
     """Of the error norms (topk, heads); None of no queries."""
+    locality: Locality | None = None
+    """Of the budgets `topk`, kv head by kv head; None where nobody asked."""
     cost: Cost = field(default_factory=Cost)
     patterns: Moments | None = None
     """What each of `PATTERNS` holds (patterns, heads) of a sequence, where blocks of queries choose
@@ -64,6 +67,9 @@ class Tally:
         if other.patterns is not None:
             known = self.patterns
             self.patterns = other.patterns if known is None else known.merge(other.patterns)
+        if other.locality is not None:
+            moves = self.locality
+            self.locality = other.locality if moves is None else moves.merge(other.locality)
 
     def _merge_errors(self, errors: Histogram) -> None:
         self.errors = errors if self.errors is None else self.errors.merge(errors)
@@ -84,6 +90,8 @@ def whole_layer(heads: Sequence[Tally]) -> Tally:
         _side_by_side([head.by_bucket for head in heads]),
         Histogram.stack([head.errors for head in heads if head.errors is not None]),
     )
+    followed = [head.locality for head in heads if head.locality is not None]
+    layer.locality = Locality.stack(followed) if followed else None
     for head in heads:
         layer.cost.merge(head.cost)
     patterns = [head.patterns for head in heads if head.patterns is not None]

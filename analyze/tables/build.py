@@ -29,6 +29,7 @@ from retrace.analyze.tables.columns import (
     SEQUENCE_COLUMNS,
 )
 from retrace.analyze.tables.figures import Figures
+from retrace.analyze.tables.locality import tabulate_locality
 from retrace.analyze.units.protocol import Protocol
 from retrace.traces import RetraceError
 
@@ -123,8 +124,8 @@ def tabulate(
         ],
     }
     each, along = _by_sequence(job, parts), _by_bucket(job, tallies)
-    patterns = _head_patterns(job, tallies)
-    return Figures(join(points), join(curves), run, each, along, patterns)
+    patterns, moves = _head_patterns(job, tallies), tabulate_locality(job, tallies)
+    return Figures(join(points), join(curves), run, each, along, patterns, moves)
 
 
 def _looks_at(method: Method, protocol: Protocol) -> dict[str, str]:

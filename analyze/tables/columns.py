@@ -21,6 +21,14 @@ POSITION_COLUMNS = {
     **dict.fromkeys(["mean", "std"], "float32"),
 }
 """Those of the table of positions."""
+LOCALITY_COLUMNS = {
+    **dict.fromkeys(["method", "module", "cache", "metric"], "category"),
+    **dict.fromkeys(["layer", "head", "topk", "at", "count"], "int32"),
+    "mean": "float64",
+}
+"""Those of the table of locality."""
+CACHE = ["cache", "at"]
+"""Columns of that table that `KEYS` lacks."""
 BUCKET = ["axis", "first"]
 """Columns that name a bucket of queries."""
 PATTERN_COLUMNS = {
@@ -36,5 +44,6 @@ COLUMNS_OF = {
     "sequences": list(SEQUENCE_COLUMNS),
     "positions": list(POSITION_COLUMNS),
     "head_patterns": list(PATTERN_COLUMNS),
+    "locality": list(LOCALITY_COLUMNS),
 }
 """Columns of each table."""

@@ -11,7 +11,9 @@ from retrace.analyze.replay.clock import profile_table
 from retrace.analyze.replay.counting import Counting, number_of
 from retrace.analyze.tables.columns import (
     BUCKET,
+    CACHE,
     KEYS,
+    LOCALITY_COLUMNS,
     PATTERN_COLUMNS,
     POSITION_COLUMNS,
     SEQUENCE_COLUMNS,
@@ -30,6 +32,10 @@ def _no_positions() -> pd.DataFrame:
 
 def _no_patterns() -> pd.DataFrame:
     return pd.DataFrame(columns=list(PATTERN_COLUMNS)).astype(PATTERN_COLUMNS)
+
+
+def _no_locality() -> pd.DataFrame:
+    return pd.DataFrame(columns=list(LOCALITY_COLUMNS)).astype(LOCALITY_COLUMNS)
 
 
 @dataclass
@@ -54,6 +60,11 @@ class Figures:
     """One row per (layer, module, head, pattern of `PATTERNS`) under `prefill:B`: mean and std of
     the share of attention mass that it holds, over `count` sequences, and whether it is the `best`
     of its head, as docs/prefill.md defines it."""
+    locality: pd.DataFrame = field(default_factory=_no_locality)
+    """One row per (method, layer, module, cache, head, topk, metric, at), where it was asked for:
+    the mean over `count` queries of a figure of `retrace.analyze.metrics.locality.FIGURES`. The
+    cache is of a `head`, or of the `group` of a kv head, which `head` then counts; `at` is the keys
+    that it holds (hit_rate, misses, link_bytes), the queries of a working set, or 0."""
 
     def table(self, method: str | None = None, topk: int | None = None) -> pd.DataFrame:
         """Per layer: mean and standard deviation (ddof 0) across heads of recall and error norm.
@@ -215,6 +226,11 @@ class Figures:
         known = bool((self.metrics["metric"] == "compute_ratio").any())
         return "compute_ratio" if shared and known else "bytes_ratio"
 
+    def followed(self, method: str) -> set[int]:
+        """The budgets of a method of which `locality` has figures."""
+        rows = self.locality[self.locality["method"] == method]
+        return {int(k) for k in rows["topk"].unique()}
+
     def when(self, method: str, topk: int) -> str:
         """When a method was measured at a budget, as `2026-11-30T08:00:00Z`; empty if no run says
         so."""
@@ -273,7 +289,14 @@ class Figures:
             join(self.sequences, newer.sequences, "sequence"),
             join(self.positions, newer.positions, *BUCKET).astype(POSITION_COLUMNS),
             newer.head_patterns if len(newer.head_patterns) else self.head_patterns,
+            join(self._not_measured_again(newer), newer.locality, *CACHE).astype(LOCALITY_COLUMNS),
         )
+
+    def _not_measured_again(self, newer: "Figures") -> pd.DataFrame:
+        """Locality of what newer figures, which may lack it, do not replace."""
+        replaced = set(zip(newer.metrics["method"], newer.metrics["topk"], strict=True))
+        ours = zip(self.locality["method"], self.locality["topk"], strict=True)
+        return self.locality[[at not in replaced for at in ours]]
 
     def _still_missing(self, newer: "Figures") -> list[dict[str, Any]]:
         """What is missing of these results after newer ones were added."""
@@ -299,6 +322,7 @@ class Figures:
             self.sequences[~self.sequences["method"].isin(methods)],
             self.positions[~self.positions["method"].isin(methods)],
             self.head_patterns,
+            self.locality[~self.locality["method"].isin(methods)],
         )
 
 

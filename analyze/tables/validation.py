@@ -23,10 +23,9 @@ def _is_count(column: "pd.Series[Any]") -> bool:
 
 
 KINDS: dict[str, Callable[["pd.Series[Any]"], bool]] = {
-    **dict.fromkeys(
-        ("method", "module", "metric", "axis", "protocol", "min_context", "pattern"), _is_text
-    ),
-    **dict.fromkeys(("layer", "sequence", "head", "topk", "first", "count"), _is_count),
+    **dict.fromkeys(("method", "module", "metric", "axis", "cache", "pattern"), _is_text),
+    **dict.fromkeys(("protocol", "min_context"), _is_text),
+    **dict.fromkeys(("layer", "sequence", "head", "topk", "first", "at", "count"), _is_count),
     **dict.fromkeys(("mean", "std"), is_float_dtype),
     "best": is_bool_dtype,
 }

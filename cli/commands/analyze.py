@@ -55,7 +55,8 @@ MOST_TABLES = 12
 Example:
   retrace analyze traces/pythia-70m-wikitext.zarr --method quest:page=32 --topk 10,50
   retrace analyze --method 'quest:page={8,16,32}' --topk 10,50
-  retrace analyze --method exact --method ./mine.py:Mine --format json | jq '.[0]'""",
+  retrace analyze --method exact --method ./mine.py:Mine --format json | jq '.[0]'
+  retrace analyze --method exact --method quest --topk 16,64 --locality""",
 )
 @click.argument("trace", type=click.Path(), required=False)
 @click.option(
@@ -99,6 +100,7 @@ Example:
     help="Say on stderr where the time went: reading, exact attention, and each method's building, "
     "search and metrics.",
 )
+@analysis("--locality", is_flag=True)
 @analysis("--skip-damaged", is_flag=True)
 @click.option("--no-plots", is_flag=True, help="Draw no plots.")
 @click.option(
@@ -229,6 +231,7 @@ def print_results(
             say(rows.to_csv(index=False), nl=False)
         return
     pairs = [(method, k) for method in methods for k in topk if k in results.topk(method)]
+    from retrace.analyze.outputs.locality import LOCALITY_TITLE
     from retrace.analyze.outputs.markdown import remarks
 
     over = results.queries_words()
@@ -236,6 +239,8 @@ def print_results(
         table = results.layers(method, k)
         print_figures(f"{method}, top-k {k}", table, form, over[method, k])
     print_figures(results.summary_title(), results.summary(methods, topk), form)
+    if not (moves := results.locality_summary(methods, topk)).empty:
+        print_figures(LOCALITY_TITLE, moves, form)
     print_words(remarks(results.run))
 
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from retrace.analyze.metrics.registry import BY_LAYER, BY_NAME, Metric
 from retrace.analyze.outputs.plots.costs import error_by_cost
 from retrace.analyze.outputs.plots.files import save_picture
+from retrace.analyze.outputs.plots.locality import locality_figures
 from retrace.analyze.outputs.plots.patterns import pattern_map
 from retrace.analyze.outputs.plots.positions import position_figures
 from retrace.analyze.outputs.plots.style import (
@@ -47,6 +48,7 @@ PLOTS = (
     "head-patterns.png",
     "by-position.png",
     "by-distance.png",
+    "buffer-*.png",
     "sweep-*.png",
 )
 """Names of the pictures that are drawn of results."""
@@ -80,6 +82,7 @@ def draw_all(results: Figures, folder: Path) -> list[Path]:
         figures["head-patterns"] = pattern_map(results)
     for axis, figure in position_figures(results).items():
         figures[f"by-{axis}"] = figure
+    figures |= locality_figures(results)
     for (method, parameter), figure in sweep_figures(results).items():
         figures[f"sweep-{slug(method)}-{slug(parameter)}"] = figure
     files = []

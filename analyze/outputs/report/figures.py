@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from retrace.analyze.metrics.registry import AT_ALL, AT_BLOCKS, BUCKETED, BY_NAME, METRICS, Metric
+from retrace.analyze.outputs.locality import locality_summary
 from retrace.analyze.outputs.markdown import remarks
 from retrace.analyze.outputs.plots.style import DASHES, EXACT_STYLE, Style, styles_of
 from retrace.analyze.outputs.report.along import along, fit
@@ -80,7 +81,8 @@ def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]
              "sequences": int(run.sequences["sequence"].nunique()),
              "intervals": own, "differences": less, "along": buckets,
              "ends": ends_within(run, part.layers, part.heads, packed),
-             "patterns": patterns_of(run, part.layers, part.heads, packed)}
+             "patterns": patterns_of(run, part.layers, part.heads, packed),
+             "locality": _locality(run)}
             for (name, run), part, own, less, buckets in zip(
                 results.items(), grids, intervals, differences, shared, strict=True
             )
@@ -98,6 +100,12 @@ def _cost(runs: list[Figures]) -> str:
     """The metric of what methods take, if all runs have the same."""
     costs = {run.cost for run in runs}
     return costs.pop() if len(costs) == 1 else "bytes_ratio"
+
+
+def _locality(results: Figures) -> dict[str, list[Any]]:
+    """How keys move from query to query, as a table in words; no rows where nobody asked."""
+    table = locality_summary(results.locality)
+    return {"titles": list(table.columns), "rows": table.to_numpy().tolist()}
 
 
 def _of_page(metric: Metric) -> dict[str, Any]:

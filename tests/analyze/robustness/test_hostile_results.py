@@ -23,6 +23,7 @@ TABLES = (
     "sequences.parquet",
     "positions.parquet",
     "head_patterns.parquet",
+    "locality.parquet",
 )
 FILES = (*TABLES, "run.json", "table.md")
 MOVES = 1 + len(FILES)
@@ -87,7 +88,7 @@ def test_facts_that_are_none(folder: Path, raw: bytes) -> None:
         Results.load(folder)
 
 
-@pytest.mark.parametrize("name", FILES[:5])
+@pytest.mark.parametrize("name", FILES[:6])
 def test_what_leads_out_of_the_folder_or_never_ends(folder: Path, name: str) -> None:
     elsewhere = folder.parent / name
     (folder / name).rename(elsewhere)

@@ -49,6 +49,7 @@ def test_the_folder(run: Run, trace: Path) -> None:
         "sequences.parquet",
         "positions.parquet",
         "head_patterns.parquet",
+        "locality.parquet",
         "run.json",
         "table.md",
     }
@@ -190,3 +191,19 @@ def test_dry_run(run: Run, trace: Path) -> None:
 def test_dry_run_knows_no_cluster(run: Run, trace: Path) -> None:
     options = ["--dry-run", "--scheduler", "tcp://127.0.0.1:1"]
     assert "leave out --scheduler" in run("analyze", trace, *options, code=2).stderr
+
+
+def test_locality(run: Run, trace: Path) -> None:
+    result = run("analyze", trace, "--topk", "5", "--out", "here", "--no-plots", "--locality")
+    assert "### Keys from query to query" in result.stdout
+    assert "| Keys For 90% Hits |" in result.stdout
+    assert Results.load("here").followed("exact") == {5}
+    plain = run("analyze", trace, "--topk", "5", "--out", "there", "--no-plots")
+    assert "Keys from query to query" not in plain.stdout
+
+
+def test_locality_of_blocks_of_queries(run: Run, trace: Path) -> None:
+    method = ("--method", "a-shape:block=8", "--protocol", "prefill:8")
+    result = run("analyze", trace, *method, "--topk", "16", "--locality", code=2)
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert "under prefill:8 the queries of a block share those that a-shape:block=8 chose" in line

@@ -2,6 +2,7 @@
 import { listen, offer, show } from "./choosing.js";
 import { at } from "./document.js";
 import { readFigures } from "./figures.js";
+import { tabulateLocality } from "./locality.js";
 import { loadPlotly } from "./plot.js";
 import { describe, describeRuns } from "./runs.js";
 
@@ -11,6 +12,7 @@ async function begin() {
   offer();
   describe();
   describeRuns();
+  tabulateLocality();
   at("main").hidden = false;
   show();
   listen();

@@ -29,6 +29,7 @@ import { at } from "./document.js";
  * @property {{layer: Places, head: Places}} ends
  * @property {Patterns | null} patterns of its heads, where blocks of queries choose together
  * @property {{heads: number, axes: Record<string, Buckets>}} along
+ * @property {{titles: string[], rows: string[][]}} locality a table in words
  */
 
 /** @typedef {{firsts: number[], queries: Record<string, number[]>}} Buckets */

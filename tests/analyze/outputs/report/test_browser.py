@@ -706,3 +706,26 @@ def test_pictures(open_page: Open) -> None:
     picture("methods", "comparison", open_page(results, size), "sparq", "quest")
     dark = open_page(results, size, color_scheme="dark")
     picture("curves", "curves", dark, "sparq", "exact")
+
+
+def test_keys_from_query_to_query(open_page: Open, results: Results) -> None:
+    """A table where a run followed them; else nothing."""
+    columns = ["method", "layer", "module", "cache", "head", "topk", "metric", "at", "mean"]
+    rows = [
+        (method, layer, "m", "group", 0, 10, metric, at, mean + layer / 10)
+        for method, mean in (("exact", 0.25), ("quest", 0.625))
+        for layer in (0, 1)
+        for metric, at in (("repeated", 0), ("hit_rate", 512), ("hit_rate", 1024))
+    ]
+    followed = Results(results.metrics, results.curves, results.run)
+    followed.locality = pd.DataFrame(rows, columns=columns).assign(count=1234)
+    shown = open_page({"r": followed})
+    assert shown.is_visible("#locality") and shown.is_visible("#locality-link")
+    cells = rows_of(shown, "locality-0")
+    assert [row[:3] for row in cells] == [["exact, 10", "1,234", "0.3000"],
+                                          ["quest, 10", "1,234", "0.6750"]]  # fmt: skip
+    assert cells[0][-2:] == ["more than 1,024", "-"]
+    shown.click("#locality-0 thead th:nth-child(3) button")
+    assert [row[0] for row in rows_of(shown, "locality-0")] == ["quest, 10", "exact, 10"]
+    shown = open_page({"r": results})
+    assert not shown.is_visible("#locality") and not shown.is_visible("#locality-link")

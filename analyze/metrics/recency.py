@@ -161,7 +161,6 @@ def _follow(
     group, rows, _ = lists.shape
     sizes = line.oldest.shape[1]
     most = max(lists.shape[2], together.shape[2])
-    keys = np.empty(most + 1, np.int32)
     passed = np.empty(sizes + 1, np.int64)
     ago = np.empty(SPAN_COUNT + 1, np.int64)
     for cache in range(group + len(together)):
@@ -176,12 +175,13 @@ def _follow(
             passed[:] = 0
             ago[:] = 0
             read, written, first = 0, 0, 0
+            before = np.int32(-1)
             for known in of_all[row]:
                 if known == NONE:
                     break
-                if read and known == keys[read - 1]:
+                if known == before:
                     continue
-                keys[read] = known
+                before = known
                 read += 1
                 last = attended[known]
                 if last >= 0:
@@ -192,11 +192,17 @@ def _follow(
                 else:
                     first += 1
                 attended[known] = now
+                at = place[known]
                 if known != position:  # it is not looked up
-                    at, size = place[known], 0
+                    size = 0
                     for i in range(sizes):  # all of them: a guess of the first costs more
                         size += at < oldest[i]
                     passed[size] += 1
+                    if at >= 0:
+                        live[at] = False
+                # No other key of the query is looked up by what changes here.
+                place[known], key[end], live[end] = end, known, True
+                end += 1
             at_query[now] = read
             if now:
                 again = ago.sum()
@@ -219,16 +225,8 @@ def _follow(
                     tally[FIRST_WINDOW + span] += 1
             touched = read
             if not written:  # the query's own key is there though nobody attends it
-                keys[touched] = position
-                touched += 1
-            for i in range(touched):
-                known = keys[i]
-                if place[known] >= 0:
-                    live[place[known]] = False
-                place[known] = end
-                key[end] = known
-                live[end] = True
-                end += 1
+                place[position], key[end], live[end] = end, position, True
+                end, touched = end + 1, touched + 1
             outside = touched
             for size in range(sizes):
                 outside -= passed[size]  # those that a buffer of this size did not hold

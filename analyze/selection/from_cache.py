@@ -90,6 +90,7 @@ def _priced(
     group = block.unit.group
     few = _bytes(group, cache)
     aux = torch.as_tensor(selection.aux_bytes, device=block.positions.device).double()
+    aux = aux.expand(len(block.positions))
     if selection.unread is not None:
         start, stop = selection.unread
         first, end = block.first_visible, torch.minimum(in_full[0], block.positions + 1)

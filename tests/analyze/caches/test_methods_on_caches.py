@@ -18,7 +18,7 @@ from retrace.analyze.selection.states import States
 from retrace.analyze.units.protocol import Protocol
 from retrace.analyze.units.selection import Selection
 from retrace.analyze.units.unit import Block, HeadGroup, Unit, load_units
-from retrace.traces import LayerRules, RetraceError, Trace
+from retrace.traces import LayerRules, RetraceError, Rotation, Trace
 
 LEVELS = {
     "exact": "all",
@@ -366,6 +366,46 @@ def test_one_spec_for_each_cache() -> None:
     assert [str(spec) for spec in specs] == [
         f"quest:cache={cache},page=8" for cache in ("fp8", "int4:32", "k:kivi:2+v:int4:token")
     ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "keys", "values"),
+    [
+        ("exact", True, True),
+        ("quest:page=4", True, True),
+        ("snapkv:window=5", True, True),
+        ("dense", True, True),
+        ("think:window=8", False, True),  # it keeps keys of its own
+        ("shadowkv:chunk=2,rank=5,outliers=2,local=1", False, True),
+        ("kivi:size=8,residual=8", False, False),  # and these values too
+    ],
+)
+def test_only_what_the_cache_holds_is_cheaper(
+    spec: str,
+    keys: bool,
+    values: bool,
+    make_trace: Callable[..., Trace],
+    tmp_path: Any,
+    untried: None,
+) -> None:
+    """With everything attended, bytes fall by what the keys and values that are read save."""
+    held = with_cache(spec, "k:int4:32+v:fp8")
+    trace = make_trace(layer(value_dim=32, rotation=Rotation((1.0, 0.3, 0.1))), [88])
+    options = {"min_context": 40, "protocol": "prefix:40"}
+    found = analyze(trace, [spec, held], [88], out=tmp_path / "r", **options).metrics
+    ratio = found[found.metric == "bytes_ratio"].groupby("method")["mean"].mean()
+    saved = ratio[str(parse_spec(spec))] - ratio[str(parse_spec(held))]
+    expected = (keys * (64 - 32 * 4.5 / 8) + values * (64 - 32)) / 128
+    assert saved == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_layers_that_attend_everything(make_trace: Callable[..., Trace], tmp_path: Any) -> None:
+    """As some methods do in their first ones: the cache alone, and all of it is read."""
+    specs = ["lessismore:cache=int4:32", "dense:cache=int4:32"]
+    found = analyze(make_trace([layer()] * 2, [90]), specs, [4], out=tmp_path / "r").metrics
+    found = found[(found.layer == 0) & found.metric.isin(["error_norm", "bytes_ratio"])]
+    sparse, dense = (found[found.method == spec]["mean"].to_numpy() for spec in specs)
+    assert sparse == pytest.approx(dense, rel=1e-4)
 
 
 def test_a_function_on_a_cache(

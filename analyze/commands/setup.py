@@ -261,6 +261,12 @@ def _still_wanted(
             if options["locality"]:
                 there &= before.followed(name)
             missing = tuple(k for k in budgets if k not in there)
+        if not options["locality"] and (lost := before.followed(name) & set(missing)):
+            log.warning(
+                "%s at %s is measured again, and its locality is dropped: give --locality too.",
+                name,
+                ", ".join(map(str, sorted(lost))),
+            )
         if missing:
             wanted.append(Replayed(spec, missing, protocol=protocol))
     computed = {(str(method.spec), k) for method in wanted for k in method.topk}

@@ -173,7 +173,7 @@ def test_any_number_of_workers(make_trace: MakeTrace, rules: Any, tmp_path: Path
 
 
 def test_what_is_there_without_is_computed_with(
-    make_trace: MakeTrace, rules: Any, tmp_path: Path
+    make_trace: MakeTrace, rules: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trace, out = make_trace(rules(), LENGTHS, name="own"), tmp_path / "r"
     analyze(trace, ["exact", "window"], [2], out=out)
@@ -189,7 +189,9 @@ def test_what_is_there_without_is_computed_with(
     assert (out / "run.json").read_bytes() == before
     pd.testing.assert_frame_equal(again.locality, grown.locality)
     # Computed again without, what it was is nobody's figure any more.
+    caplog.clear()
     assert analyze(trace, ["exact"], [2], out=out, again=True).followed("exact") == set()
+    assert "exact at 2 is measured again, and its locality is dropped" in caplog.text
 
 
 def test_kept_parts_without_are_not_taken(

@@ -44,10 +44,11 @@ def select_from_cache(
     asked = [tuple(ks)] if cache.step is None else [(k,) for k in ks]
     found = [s for some in asked for s in select(method, serves, seen, some)]
     in_full = [f.first_full(block.positions) for f in (cache.keys, cache.values)]
-    own_output = isinstance(method, AttendMethod) and not method.plain
+    # Of values that slide a state sees only those that it was built with.
+    anew = isinstance(method, AttendMethod) and method.plain and cache.values.slides
     finished = []
     for selection in found:
-        if selection.output is None or not own_output:
+        if selection.output is None or anew:
             selection = _with_output(selection, seen, block, cache, points)
         finished.append(_priced(selection, method, block, cache, in_full))
     return finished
@@ -71,6 +72,7 @@ def _valued(
     """A block whose unit has every rounded value and behind them every value in full, and the
     selection by the places of those that each query finds."""
     few, full = rounded(block.unit, "values", cache.values), block.unit.values
+    # Keys are not looked at here: as many as values.
     both = replace(seen.unit, keys=seen.unit.keys.repeat(2, 1), values=torch.cat([few, full]))
     both.__dict__["mean_values"] = seen.unit.mean_values
     in_full = selection.ids >= cache.values.first_full(block.positions)[:, None]

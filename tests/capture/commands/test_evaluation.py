@@ -64,6 +64,18 @@ def test_a_point_is_what_a_captured_run_comes_to(exact: Trace, folder: str, tmp_
         assert few[name] == pytest.approx(mean, rel=1e-6), name
 
 
+def test_caches_in_few_bits(exact: Trace, folder: str, tmp_path: Path) -> None:
+    specs = [f"dense:cache={cache}" for cache in ("int8:token", "int4:token")]
+    found = evaluate(exact, specs, [LENGTH])
+    finer, few = (point(found, spec, LENGTH) for spec in specs)
+    run = capture(
+        folder, reference=exact.path, approximate=specs[1], topk=LENGTH, out=tmp_path / "run.zarr"
+    )
+    [told] = compare(exact, [run]).runs.to_dict("records")
+    assert few["kl"] == pytest.approx(told["kl"], rel=1e-4)
+    assert 0 < finer["kl"] < few["kl"] / 10
+
+
 def test_what_the_exact_model_reads_is_not_counted(
     exact: Trace, folder: str, tmp_path: Path
 ) -> None:

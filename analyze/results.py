@@ -13,12 +13,16 @@ from retrace.analyze.tables.saved import SavedTables, Table
 from retrace.analyze.tables.validation import checked_facts, checked_table
 
 
+ADDED = ("sequences", "positions", "tails")
+"""Tables that earlier versions did not write."""
+
+
 class Results(Figures, SavedTables):
     """The figures of one trace under one protocol, for any number of methods and budgets."""
 
     NONE = "is not a results folder"
     TABLES = tuple(
-        Table(name, f"{name}.parquet", columns, name not in ("sequences", "positions"))
+        Table(name, f"{name}.parquet", columns, name not in ADDED)
         for name, columns in COLUMNS_OF.items()
     )
     FACTS = "run", "run.json"

@@ -1,5 +1,7 @@
 """The columns of every table of results, and their types."""
 
+from retrace.analyze.metrics.tails import PERCENTILES
+
 KEYS = ["method", "layer", "module", "head", "topk", "metric"]
 COLUMNS = [*KEYS, "mean", "std", "count", "protocol", "min_context"]
 SEQUENCE_COLUMNS = {
@@ -21,6 +23,15 @@ POSITION_COLUMNS = {
     **dict.fromkeys(["mean", "std"], "float32"),
 }
 """Those of the table of positions."""
+PERCENTILE_COLUMNS = {f"p{percent}": percent for percent in PERCENTILES}
+"""Columns of percentiles, and which they are."""
+TAIL_FIGURES = [*PERCENTILE_COLUMNS, "worst"]
+TAIL_COLUMNS = {
+    **dict.fromkeys(["method", "module", "metric"], "category"),
+    **dict.fromkeys(["layer", "head", "topk", "worst_sequence", "worst_position", "count"], "int32"),
+    **dict.fromkeys(TAIL_FIGURES, "float32"),
+}
+"""Those of the table of tails."""
 BUCKET = ["axis", "first"]
 """Columns that name a bucket of queries."""
 COLUMNS_OF = {
@@ -28,5 +39,6 @@ COLUMNS_OF = {
     "curves": COLUMNS,
     "sequences": list(SEQUENCE_COLUMNS),
     "positions": list(POSITION_COLUMNS),
+    "tails": list(TAIL_COLUMNS),
 }
 """Columns of each table."""

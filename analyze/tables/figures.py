@@ -9,7 +9,13 @@ import pandas as pd
 from retrace.analyze.metrics.registry import AT_BLOCKS, COMPARED, MEDIAN, METRICS
 from retrace.analyze.replay.clock import profile_table
 from retrace.analyze.replay.counting import Counting, number_of
-from retrace.analyze.tables.columns import BUCKET, KEYS, POSITION_COLUMNS, SEQUENCE_COLUMNS
+from retrace.analyze.tables.columns import (
+    BUCKET,
+    KEYS,
+    POSITION_COLUMNS,
+    SEQUENCE_COLUMNS,
+    TAIL_COLUMNS,
+)
 from retrace.analyze.tables.intervals import OVER, differences, intervals
 from retrace.traces import RetraceError
 
@@ -20,6 +26,10 @@ def _no_sequences() -> pd.DataFrame:
 
 def _no_positions() -> pd.DataFrame:
     return pd.DataFrame(columns=list(POSITION_COLUMNS)).astype(POSITION_COLUMNS)
+
+
+def _no_tails() -> pd.DataFrame:
+    return pd.DataFrame(columns=list(TAIL_COLUMNS)).astype(TAIL_COLUMNS)
 
 
 @dataclass
@@ -40,6 +50,12 @@ class Figures:
     """One row per (method, layer, module, head, topk, metric of `BUCKETED`, axis, first) that some
     query counts for, at the budgets asked for: mean, std and count over the queries whose number on
     the axis (position or distance, as `AXES` says) is `first` or more and below twice that."""
+
+    tails: pd.DataFrame = field(default_factory=_no_tails)
+    """One row per (method, layer, module, head, topk, metric of `TAILED`) that some query counts
+    for, at the budgets asked for: 5th, 50th and 95th percentile over queries (`p5`, `p50`, `p95`,
+    to the resolution that `retrace.analyze.metrics.tails` states), the figure of the worst query
+    (`worst`), where that is (`worst_sequence`, `worst_position`), and count."""
 
     def table(self, method: str | None = None, topk: int | None = None) -> pd.DataFrame:
         """Per layer: mean and standard deviation (ddof 0) across heads of recall and error norm.
@@ -250,6 +266,7 @@ class Figures:
             run,
             join(self.sequences, newer.sequences, "sequence"),
             join(self.positions, newer.positions, *BUCKET).astype(POSITION_COLUMNS),
+            join(self.tails, newer.tails).astype(TAIL_COLUMNS),
         )
 
     def _still_missing(self, newer: "Figures") -> list[dict[str, Any]]:
@@ -275,6 +292,7 @@ class Figures:
             run,
             self.sequences[~self.sequences["method"].isin(methods)],
             self.positions[~self.positions["method"].isin(methods)],
+            self.tails[~self.tails["method"].isin(methods)],
         )
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 from pandas.api.types import is_float_dtype, is_integer_dtype, is_string_dtype
 
 from retrace.analyze.metrics.possible import most_of
+from retrace.analyze.tables.columns import TAIL_FIGURES
 
 
 def _is_text(column: "pd.Series[Any]") -> bool:
@@ -23,7 +24,8 @@ def _is_count(column: "pd.Series[Any]") -> bool:
 KINDS: dict[str, Callable[["pd.Series[Any]"], bool]] = {
     **dict.fromkeys(("method", "module", "metric", "axis", "protocol", "min_context"), _is_text),
     **dict.fromkeys(("layer", "sequence", "head", "topk", "first", "count"), _is_count),
-    **dict.fromkeys(("mean", "std"), is_float_dtype),
+    **dict.fromkeys(("worst_sequence", "worst_position"), _is_count),
+    **dict.fromkeys(("mean", "std", *TAIL_FIGURES), is_float_dtype),
 }
 """What the columns of all tables hold."""
 ENTRIES: tuple[tuple[str, type, dict[str, type]], ...] = (
@@ -41,14 +43,18 @@ def checked_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
             raise ValueError(f"its {name} holds something else in column {column}")
     if len(table) and "metric" in table:
         most = table["metric"].astype(str).map(most_of)
-        right = (table["mean"] >= 0) & (table["mean"] <= most)
+        figures = [name for name in ("mean", *TAIL_FIGURES) if name in table]
+        right = pd.Series(True, table.index)
+        for figure in figures:
+            right &= (table[figure] >= 0) & (table[figure] <= most)
         if "std" in table:
             right &= (table["std"] >= 0) | table["std"].isna()
         wrong = table[~right & (table["count"] > 0)]
         if len(wrong):
             row = wrong.iloc[0]
+            found = ", ".join(f"{row[figure]:.6g}" for figure in figures)
             raise ValueError(
-                f"its {name} holds a figure that cannot be, {row['metric']} of {row['mean']:.6g} "
+                f"its {name} holds a figure that cannot be, {row['metric']} of {found} "
                 f"of {row['method']} in layer {row['layer']}, head {row['head']}"
             )
     return table

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retrace.analyze.compiled import compiled, compiled_sums
-from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED, BY_NAME
+from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED, BY_NAME, TAILED
 from retrace.analyze.units.compiled_scores import score
 
 Bools = NDArray[np.bool_]
@@ -27,12 +27,15 @@ DENSITY = AT_POINTS.index("density")
 BYTES_RATIO = AT_POINTS.index("bytes_ratio")
 EVERY_QUERYS = tuple(i for i, metric in enumerate(AT_ALL) if BY_NAME[metric].every_query)
 """Of `AT_ALL`, those that every query has."""
-TOLD = tuple(
-    ((AT_ALL if at_all else AT_POINTS).index(metric), at_all)
-    for metric in BUCKETED
-    for at_all in (metric in AT_ALL,)
+TOLD, KEPT = (
+    tuple(
+        ((AT_ALL if at_all else AT_POINTS).index(metric), at_all)
+        for metric in metrics
+        for at_all in (metric in AT_ALL,)
+    )
+    for metrics in (BUCKETED, TAILED)
 )
-"""Where each of `BUCKETED` is found: its place, and whether that is in `AT_ALL`."""
+"""Where each of `BUCKETED` and of `TAILED` is found: its place, and whether that is in `AT_ALL`."""
 COUNT, MEAN, SQUARES = range(3)
 ALL, ATTENDED, TO_FIND = range(3)
 """Hits of recall, of `attended_recall` and of `candidate_recall`."""
@@ -134,8 +137,8 @@ class Summed(NamedTuple):
     """(group, `AT_POINTS`, 3, points)."""
     by_bucket: Doubles
     """Of the queries in each bucket of each axis (axes, buckets, group, `BUCKETED`, 3, points)."""
-    every_error: Floats
-    """The error norm of every query (group, points, queries), NaN where it does not count."""
+    every_query: Floats
+    """What every query comes to (points, `TAILED`, group, queries), NaN where it does not count."""
     limits: Doubles
     """The largest number that each metric can come to, of `AT_ALL` and of `AT_POINTS`."""
     wrong: Ids
@@ -164,7 +167,7 @@ def moments(
         np.zeros((group, len(AT_ALL), 3, budgets)),
         np.zeros((group, len(AT_POINTS), 3, points)),
         np.zeros((axes, size, group, len(BUCKETED), 3, points)),
-        np.full((group, points, queries), np.nan, np.float32),
+        np.full((points, len(TAILED), group, queries), np.nan, np.float32),
         np.array(limits),
         np.full(3, -1),
         np.zeros(1),
@@ -270,12 +273,17 @@ def _moments(asked: Any, listed: Any, exact: Any, answered: Any, summed: Any) ->
                 seen[BYTES_RATIO, p] = (
                     unions[p] * answered.bytes_each + answered.bytes_aux[q]
                 ) / whole
-                summed.every_error[h, p, q] = seen[ERROR_NORM, p]
             for metric in range(len(seen)):
                 _add(at_points[h, metric], seen[metric, :reads], one_in_points)
                 for p in range(reads):
                     at = len(found) + metric
                     _note_wrong(at, seen[metric, p], limits, h, q, wrong, wrong_number)
+            for i in range(len(KEPT)):
+                metric, at_budgets = KEPT[i]
+                for p in range(reads):
+                    summed.every_query[p, i, h, q] = (
+                        found[metric, points[p]] if at_budgets else seen[metric, p]
+                    )
             for i in range(len(TOLD)):
                 metric, at_budgets = TOLD[i]
                 for p in range(reads):

@@ -107,20 +107,35 @@ class Histogram:
         np.add.at(totals, self.places // BINS, self.counts)
         return totals.reshape(self.shape)
 
+    def around(
+        self, percent: float
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """The two samples of each stream that a percentile lies between, NaN of none, and the
+        weight of the second, as NumPy's `percentile` has them by default."""
+        totals = self.totals()
+        known = totals > 0
+        place = (totals[known] - 1) * (percent / 100)
+        lower = place.astype(np.int64)
+        until, before = self.counts.cumsum(), (totals.ravel().cumsum().reshape(self.shape) - totals)
+        samples = []
+        for number in (lower, np.minimum(lower + 1, totals[known] - 1)):
+            # The bin in which the sample of this number, counted over all streams, is.
+            bins = self.places[np.searchsorted(until, before[known] + number, side="right")] % BINS
+            samples.append(np.full(self.shape, np.nan))
+            samples[-1][known] = _middle(bins)
+        weight = np.zeros(self.shape)
+        weight[known] = place - lower
+        return samples[0], samples[1], weight
+
+    def percentile(self, percent: float) -> npt.NDArray[np.float64]:
+        """What so many per cent of each stream's samples do not exceed; NaN of none."""
+        lower, upper, weight = self.around(percent)
+        found: npt.NDArray[np.float64] = (1 - weight) * lower + weight * upper
+        return found
+
     def medians(self) -> npt.NDArray[np.float64]:
         """The median of each stream, or the mean of the two in its middle; NaN of none."""
-        totals = self.totals().ravel()
-        known = np.nonzero(totals)[0]
-        until = self.counts.cumsum()
-        before = totals.cumsum() - totals
-        medians = np.full(len(totals), np.nan)
-        lower, upper = (
-            # The bin in which the sample of this number, counted from 1 over all streams, is.
-            self.places[np.searchsorted(until, before[known] + number)] % BINS
-            for number in ((totals[known] + 1) // 2, totals[known] // 2 + 1)
-        )
-        medians[known] = (_middle(lower) + _middle(upper)) / 2
-        return medians.reshape(self.shape)
+        return self.percentile(50)
 
 
 def _middle(bins: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from retrace.analyze.exact.reference import Reference
 from retrace.analyze.metrics.buckets import AXES
-from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import ROUNDING, most_of
-from retrace.analyze.metrics.registry import BUCKETED
+from retrace.analyze.metrics.registry import BUCKETED, TAILED
+from retrace.analyze.metrics.tails import Tails
 from retrace.analyze.units.constants import constant
 from retrace.analyze.units.selection import ALL_READ, Selection, where
 from retrace.analyze.units.unit import Block, Unit
@@ -145,8 +145,8 @@ class Tallied(NamedTuple):
     """By metric, at those asked for (points, group)."""
     by_bucket: dict[str, Moments]
     """By axis, of the queries in each bucket (buckets, points, metrics of `BUCKETED`, group)."""
-    errors: Histogram
-    """Of the error norms (points, group)."""
+    tails: Tails
+    """Of what every query comes to (points, metrics of `TAILED`, group)."""
 
 
 def plain_tally(
@@ -178,7 +178,8 @@ def plain_tally(
         Moments.of(torch.stack(list(values.values())), mask)
         for values, mask in ((measured.at_all, counted), (measured.at_points, counted[points]))
     )
-    errors = measured.at_points["error_norm"].float().masked_fill(~counted[points], torch.nan)
+    every = torch.stack([asked[metric] for metric in TAILED], dim=1).float()
+    every = every.masked_fill(~counted[points][:, None], torch.nan)
     buckets = exact.own_buckets
     size = int(buckets.max()) + 1
     return Tallied(
@@ -188,7 +189,7 @@ def plain_tally(
             axis: Moments.of_buckets(told, counted[points][:, None], bucket, size)
             for axis, bucket in zip(AXES, buckets, strict=True)
         },
-        Histogram.of(errors.cpu().numpy()),
+        Tails.of(every.cpu().numpy(), block.positions.cpu().numpy(), block.unit.group.sequence),
     )
 
 

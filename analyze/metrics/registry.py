@@ -39,6 +39,8 @@ class Metric:
     """Whether it is of all queries that count, so that two methods are compared on the same."""
     bucketed: bool = False
     """Whether it is told apart by position and by distance."""
+    tailed: bool = False
+    """Whether its percentiles over queries are kept, and its worst query."""
     by_layer: bool = False
     """Whether there is a picture of it over layers."""
     swept: bool = False
@@ -64,6 +66,7 @@ ALL = (
         better=1,
         most=1.0,
         bucketed=True,
+        tailed=True,
         by_layer=True,
         swept=True,
         interval=True,
@@ -80,6 +83,7 @@ ALL = (
         better=1,
         most=1.0,
         bucketed=True,
+        tailed=True,
         swept=True,
         interval=True,
         in_summary=True,
@@ -138,6 +142,7 @@ ALL = (
         better=-1,
         full=0.0,
         bucketed=True,
+        tailed=True,
         by_layer=True,
         swept=True,
         interval=True,
@@ -240,6 +245,8 @@ AT_BLOCKS = _names(*(metric for metric in ALL if metric.level == "block"))
 """Measured at the budgets asked for, where blocks of queries choose together."""
 BUCKETED = _names(*(metric for metric in ALL if metric.bucketed))
 """Those whose means are kept bucket by bucket."""
+TAILED = _names(*(metric for metric in ALL if metric.tailed))
+"""Those whose percentiles and worst queries are kept."""
 BY_LAYER = _names(*(metric for metric in ALL if metric.by_layer))
 COMPARED = _names(*(metric for metric in ALL if metric.every_query))
 """Means over all queries, so that two methods are compared on the same ones."""

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from retrace.analyze.metrics.buckets import AXES
 from retrace.analyze.metrics.choices import choice_moments
-from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.measure import (
     ExactBlock,
     Tallied,
@@ -19,6 +18,7 @@ from retrace.analyze.metrics.measure import (
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import most_of
 from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS
+from retrace.analyze.metrics.tails import Tails
 from retrace.analyze.units import kernels
 from retrace.analyze.units.selection import Selection
 
@@ -123,8 +123,8 @@ def _compiled_tally(
     # (buckets, group, metrics, 3, points) of each axis
     parts = summed.by_bucket.transpose(0, 4, 1, 5, 3, 2)
     by_bucket = {axis: Moments(*part) for axis, part in zip(AXES, parts, strict=True)}
-    errors_of = Histogram.of(summed.every_error.transpose(1, 0, 2))
-    return Tallied(at_all, at_points, by_bucket, errors_of)
+    tails = Tails.of(summed.every_query, block.positions.numpy(), unit.group.sequence)
+    return Tallied(at_all, at_points, by_bucket, tails)
 
 
 def _first_given(selection: Selection) -> Tensor:

@@ -18,12 +18,12 @@ import torch
 
 from retrace.analyze.methods.specs import recorded_spec
 from retrace.analyze.metrics.buckets import AXES, MOST_BUCKETS
-from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.locality import Locality
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.patterns import checked_patterns
 from retrace.analyze.metrics.possible import impossible
-from retrace.analyze.metrics.registry import AT_ALL, AT_BLOCKS, AT_POINTS, BUCKETED
+from retrace.analyze.metrics.registry import AT_ALL, AT_BLOCKS, AT_POINTS, BUCKETED, TAILED
+from retrace.analyze.metrics.tails import Tails
 from retrace.analyze.replay.calibration_file import GivenCalibration
 from retrace.analyze.replay.clock import Charge, Clock
 from retrace.analyze.replay.counting import Counting
@@ -187,11 +187,13 @@ class KeptParts:
         tallies = [Tally(method.ks, method.topk) for method in self._job.plan.methods]
         clock = Clock(self._job.device)
         facts = json.loads(arrays.pop("facts").tobytes())
-        if facts["axes"] != list(AXES):  # of earlier versions there are none
-            raise ValueError("Queries are told apart by other axes.")
+        # Of earlier versions there are none.
+        if facts["axes"] != list(AXES) or facts["tailed"] != list(TAILED):
+            raise ValueError("Queries are told apart by other axes, or other metrics have tails.")
         for i, tally in enumerate(tallies):
-            parts = (arrays.pop(f"{i}.errors.{of}") for of in ("places", "counts"))
-            tally.errors = Histogram.checked((len(tally.topk), heads), *parts)
+            own = [name for name in arrays if name.startswith(f"{i}.tails.")]
+            tails = {name.rpartition(".")[2]: arrays.pop(name) for name in own}
+            tally.tails = Tails.checked(len(tally.topk), heads, tails)
             patterns = arrays.pop(f"{i}.patterns", None)
             if (patterns is not None) != (self._job.settings.counting.protocol.block is not None):
                 raise ValueError("Patterns of heads are those of blocks of queries.")
@@ -230,15 +232,15 @@ class KeptParts:
             for of, moments in getattr(tally, kind).items()
         }
         for i, tally in enumerate(part.tallies):
-            assert tally.errors is not None
-            arrays[f"{i}.errors.places"] = tally.errors.places
-            arrays[f"{i}.errors.counts"] = tally.errors.counts
+            assert tally.tails is not None
+            arrays |= {f"{i}.tails.{of}": part for of, part in tally.tails.arrays().items()}
             if (patterns := tally.patterns) is not None:
                 arrays[f"{i}.patterns"] = np.stack([*vars(patterns).values()])
             for of in KEPT_LOCALITY if tally.locality is not None else ():
                 arrays[f"{i}.locality.{of}"] = getattr(tally.locality, of)
         facts = {
             "axes": list(AXES),
+            "tailed": list(TAILED),
             "costs": [[t.cost.builds, t.cost.seconds, t.cost.state_bytes] for t in part.tallies],
             "spent": [[*charge, seconds] for charge, seconds in part.clock.seconds.items()],
         }

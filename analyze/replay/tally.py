@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.locality import Locality
 from retrace.analyze.metrics.measure import Tallied
 from retrace.analyze.metrics.moments import Moments, empty
 from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, COMPARED
+from retrace.analyze.metrics.tails import Tails
 from retrace.analyze.selection.states import Cost
 
 
@@ -23,8 +23,8 @@ class Tally:
     """(topk, heads), by metric."""
     by_bucket: dict[str, Moments] = field(default_factory=dict)
     """(buckets, topk, metrics of `BUCKETED`, heads), by axis; buckets as far as there are any."""
-    errors: Histogram | None = None
-    """Of the error norms (topk, heads); None of no queries."""
+    tails: Tails | None = None
+    """(topk, metrics of `TAILED`, heads); None of no queries."""
     locality: Locality | None = None
     """Of the budgets `topk`, kv head by kv head; None where nobody asked."""
     cost: Cost = field(default_factory=Cost)
@@ -44,16 +44,16 @@ class Tally:
                 if places is not None:
                     moments = moments.spread(places, len(budgets))
                 known[metric] = known[metric].merge(moments) if metric in known else moments
-        by_bucket, errors = tallied.by_bucket, tallied.errors
+        by_bucket, tails = tallied.by_bucket, tallied.tails
         if asked != self.topk:
             ours = [self.topk.index(k) for k in asked]
-            errors = errors.spread(ours, len(self.topk))
+            tails = tails.spread(ours, len(self.topk))
             by_bucket = {
                 axis: moments.spread(ours, len(self.topk), axis=1)
                 for axis, moments in by_bucket.items()
             }
         self._merge_buckets(by_bucket)
-        self._merge_errors(errors)
+        self._merge_tails(tails)
 
     def merge(self, other: "Tally") -> None:
         """Add another sequence's queries."""
@@ -62,8 +62,8 @@ class Tally:
             for metric, moments in theirs.items():
                 ours[metric] = ours[metric].merge(moments) if metric in ours else moments
         self._merge_buckets(other.by_bucket)
-        if other.errors is not None:
-            self._merge_errors(other.errors)
+        if other.tails is not None:
+            self._merge_tails(other.tails)
         if other.patterns is not None:
             known = self.patterns
             self.patterns = other.patterns if known is None else known.merge(other.patterns)
@@ -71,8 +71,8 @@ class Tally:
             moves = self.locality
             self.locality = other.locality if moves is None else moves.merge(other.locality)
 
-    def _merge_errors(self, errors: Histogram) -> None:
-        self.errors = errors if self.errors is None else self.errors.merge(errors)
+    def _merge_tails(self, tails: Tails) -> None:
+        self.tails = tails if self.tails is None else self.tails.merge(tails)
 
     def _merge_buckets(self, by_bucket: dict[str, Moments]) -> None:
         for axis, moments in by_bucket.items():
@@ -88,7 +88,7 @@ def whole_layer(heads: Sequence[Tally]) -> Tally:
         _side_by_side([head.at_all for head in heads]),
         _side_by_side([head.at_points for head in heads]),
         _side_by_side([head.by_bucket for head in heads]),
-        Histogram.stack([head.errors for head in heads if head.errors is not None]),
+        Tails.stack([head.tails for head in heads if head.tails is not None]),
     )
     followed = [head.locality for head in heads if head.locality is not None]
     layer.locality = Locality.stack(followed) if followed else None
@@ -109,5 +109,5 @@ def fill_missing(tally: Tally, group: int) -> None:
         tally.at_all.setdefault(metric, empty((len(tally.ks), group)))
     for metric in AT_POINTS:
         tally.at_points.setdefault(metric, empty((len(tally.topk), group)))
-    if tally.errors is None:
-        tally.errors = Histogram.empty((len(tally.topk), group))
+    if tally.tails is None:
+        tally.tails = Tails.empty(len(tally.topk), group)

@@ -13,11 +13,11 @@ import torch
 
 from retrace.analyze.methods.base import BlockMethod, Method
 from retrace.analyze.metrics.buckets import first_of
-from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.patterns import KINDS, PATTERNS, kinds
 from retrace.analyze.metrics.possible import impossible
-from retrace.analyze.metrics.registry import BUCKETED, MEDIAN
+from retrace.analyze.metrics.registry import BUCKETED, MEDIAN, TAILED
+from retrace.analyze.metrics.tails import Tails
 from retrace.analyze.replay.parts import Job
 from retrace.analyze.replay.tally import Tally
 from retrace.analyze.selection.states import Cost
@@ -25,8 +25,10 @@ from retrace.analyze.storage.journal import Task
 from retrace.analyze.tables.columns import (
     COLUMNS,
     PATTERN_COLUMNS,
+    PERCENTILE_COLUMNS,
     POSITION_COLUMNS,
     SEQUENCE_COLUMNS,
+    TAIL_COLUMNS,
 )
 from retrace.analyze.tables.figures import Figures
 from retrace.analyze.tables.locality import tabulate_locality
@@ -125,7 +127,8 @@ def tabulate(
     }
     each, along = _by_sequence(job, parts), _by_bucket(job, tallies)
     patterns, moves = _head_patterns(job, tallies), tabulate_locality(job, tallies)
-    return Figures(join(points), join(curves), run, each, along, patterns, moves)
+    ends = _tails(job, tallies)
+    return Figures(join(points), join(curves), run, each, along, patterns, moves, ends)
 
 
 def _looks_at(method: Method, protocol: Protocol) -> dict[str, str]:
@@ -221,6 +224,41 @@ def _head_patterns(job: Job, tallies: Mapping[int, list[Tally]]) -> pd.DataFrame
     return _joined(found)[list(PATTERN_COLUMNS)].astype(PATTERN_COLUMNS)
 
 
+def _tails(job: Job, tallies: Mapping[int, list[Tally]]) -> pd.DataFrame:
+    """Rows of percentiles and worst queries at the budgets asked for, less those of no query."""
+    found: list[Columns] = [{name: np.empty(0, object) for name in TAIL_COLUMNS}]
+    for i, method in enumerate(job.plan.methods):
+        for layer, of_layer in tallies.items():
+            tails = of_layer[i].tails
+            if tails is None:
+                continue
+            counts = tails.counts()
+            at = np.nonzero(counts)
+            budget, metric, head = at
+            labels = {
+                "method": str(method.spec),
+                "layer": layer,
+                "module": job.settings.trace.layer(layer).rules.module,
+            }
+            found.append(
+                {
+                    **_repeated(labels, len(head)),
+                    "head": head,
+                    "topk": np.array(of_layer[i].topk)[budget],
+                    "metric": np.array(TAILED, object)[metric],
+                    **{
+                        name: tails.percentile(percent)[at]
+                        for name, percent in PERCENTILE_COLUMNS.items()
+                    },
+                    "worst": tails.worst.figure[at],
+                    "worst_sequence": tails.worst.sequence[at],
+                    "worst_position": tails.worst.position[at],
+                    "count": counts[at],
+                }
+            )
+    return _joined(found).astype(TAIL_COLUMNS)
+
+
 def _columns(labels: dict[str, Any], metric: str, ks: tuple[int, ...], moments: Moments) -> Columns:
     """Rows of one metric for all budgets and heads; no query counted gives NaN."""
     budgets, heads = moments.mean.shape
@@ -246,10 +284,10 @@ def _medians(labels: dict[str, Any], tally: Tally) -> Columns:
     """Rows of the median error norms, where the means stand of other metrics."""
     moments = tally.at_points["error_norm"]
     none = np.full_like(moments.mean, np.nan)
-    errors = Histogram.empty(none.shape) if tally.errors is None else tally.errors
-    counts = errors.totals().astype(np.float64)
+    tails = Tails.empty(*none.shape) if tally.tails is None else tally.tails
+    counts = tails.counts()[:, TAILED.index("error_norm")].astype(np.float64)
     columns = _columns(labels, MEDIAN, tally.topk, Moments(counts, none, none))
-    return {**columns, "mean": errors.medians().ravel(), "std": none.ravel()}
+    return {**columns, "mean": tails.medians("error_norm").ravel(), "std": none.ravel()}
 
 
 def _repeated(labels: dict[str, Any], rows: int) -> Columns:

@@ -1,5 +1,7 @@
 """The columns of every table of results, and their types."""
 
+from retrace.analyze.metrics.tails import PERCENTILES
+
 KEYS = ["method", "layer", "module", "head", "topk", "metric"]
 COLUMNS = [*KEYS, "mean", "std", "count", "protocol", "min_context"]
 SEQUENCE_COLUMNS = {
@@ -29,6 +31,17 @@ LOCALITY_COLUMNS = {
 """Those of the table of locality."""
 CACHE = ["cache", "at"]
 """Columns of that table that `KEYS` lacks."""
+PERCENTILE_COLUMNS = {f"p{percent}": percent for percent in PERCENTILES}
+"""Columns of percentiles, and which they are."""
+TAIL_FIGURES = [*PERCENTILE_COLUMNS, "worst"]
+TAIL_COLUMNS = {
+    **dict.fromkeys(["method", "module", "metric"], "category"),
+    **dict.fromkeys(
+        ["layer", "head", "topk", "worst_sequence", "worst_position", "count"], "int32"
+    ),
+    **dict.fromkeys(TAIL_FIGURES, "float32"),
+}
+"""Those of the table of tails."""
 BUCKET = ["axis", "first"]
 """Columns that name a bucket of queries."""
 PATTERN_COLUMNS = {
@@ -45,5 +58,6 @@ COLUMNS_OF = {
     "positions": list(POSITION_COLUMNS),
     "head_patterns": list(PATTERN_COLUMNS),
     "locality": list(LOCALITY_COLUMNS),
+    "tails": list(TAIL_COLUMNS),
 }
 """Columns of each table."""

@@ -17,6 +17,7 @@ from retrace.analyze.tables.columns import (
     PATTERN_COLUMNS,
     POSITION_COLUMNS,
     SEQUENCE_COLUMNS,
+    TAIL_COLUMNS,
 )
 from retrace.analyze.tables.intervals import OVER, differences, intervals
 from retrace.traces import RetraceError
@@ -36,6 +37,10 @@ def _no_patterns() -> pd.DataFrame:
 
 def _no_locality() -> pd.DataFrame:
     return pd.DataFrame(columns=list(LOCALITY_COLUMNS)).astype(LOCALITY_COLUMNS)
+
+
+def _no_tails() -> pd.DataFrame:
+    return pd.DataFrame(columns=list(TAIL_COLUMNS)).astype(TAIL_COLUMNS)
 
 
 @dataclass
@@ -65,6 +70,12 @@ class Figures:
     the mean over `count` queries of a figure of `retrace.analyze.metrics.locality.FIGURES`. The
     cache is of a `head`, or of the `group` of a kv head, which `head` then counts; `at` is the keys
     that it holds (hit_rate, misses, link_bytes), the queries of a working set, or 0."""
+
+    tails: pd.DataFrame = field(default_factory=_no_tails)
+    """One row per (method, layer, module, head, topk, metric of `TAILED`) that some query counts
+    for, at the budgets asked for: 5th, 50th and 95th percentile over queries (`p5`, `p50`, `p95`,
+    to the resolution that `retrace.analyze.metrics.tails` states), the figure of the worst query
+    (`worst`), where that is (`worst_sequence`, `worst_position`), and count."""
 
     def table(self, method: str | None = None, topk: int | None = None) -> pd.DataFrame:
         """Per layer: mean and standard deviation (ddof 0) across heads of recall and error norm.
@@ -290,6 +301,7 @@ class Figures:
             join(self.positions, newer.positions, *BUCKET).astype(POSITION_COLUMNS),
             newer.head_patterns if len(newer.head_patterns) else self.head_patterns,
             join(self._not_measured_again(newer), newer.locality, *CACHE).astype(LOCALITY_COLUMNS),
+            join(self.tails, newer.tails).astype(TAIL_COLUMNS),
         )
 
     def _not_measured_again(self, newer: "Figures") -> pd.DataFrame:
@@ -323,6 +335,7 @@ class Figures:
             self.positions[~self.positions["method"].isin(methods)],
             self.head_patterns,
             self.locality[~self.locality["method"].isin(methods)],
+            self.tails[~self.tails["method"].isin(methods)],
         )
 
 

@@ -10,6 +10,7 @@ from pandas.api.types import is_bool_dtype, is_float_dtype, is_integer_dtype, is
 from retrace.analyze.metrics.patterns import KINDS as KINDS_OF_HEADS
 from retrace.analyze.metrics.patterns import PATTERNS
 from retrace.analyze.metrics.possible import ROUNDING, most_of
+from retrace.analyze.tables.columns import TAIL_FIGURES
 
 
 def _is_text(column: "pd.Series[Any]") -> bool:
@@ -26,7 +27,8 @@ KINDS: dict[str, Callable[["pd.Series[Any]"], bool]] = {
     **dict.fromkeys(("method", "module", "metric", "axis", "cache", "pattern"), _is_text),
     **dict.fromkeys(("protocol", "min_context"), _is_text),
     **dict.fromkeys(("layer", "sequence", "head", "topk", "first", "at", "count"), _is_count),
-    **dict.fromkeys(("mean", "std"), is_float_dtype),
+    **dict.fromkeys(("worst_sequence", "worst_position"), _is_count),
+    **dict.fromkeys(("mean", "std", *TAIL_FIGURES), is_float_dtype),
     "best": is_bool_dtype,
 }
 """What the columns of all tables hold."""
@@ -50,14 +52,18 @@ def checked_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
             raise ValueError(f"its {name} holds patterns that cannot be")
     if len(table) and "metric" in table:
         most = table["metric"].astype(str).map(most_of)
-        right = (table["mean"] >= 0) & (table["mean"] <= most)
+        figures = [name for name in ("mean", *TAIL_FIGURES) if name in table]
+        right = pd.Series(True, table.index)
+        for figure in figures:
+            right &= (table[figure] >= 0) & (table[figure] <= most)
         if "std" in table:
             right &= (table["std"] >= 0) | table["std"].isna()
         wrong = table[~right & (table["count"] > 0)]
         if len(wrong):
             row = wrong.iloc[0]
+            found = ", ".join(f"{row[figure]:.6g}" for figure in figures)
             raise ValueError(
-                f"its {name} holds a figure that cannot be, {row['metric']} of {row['mean']:.6g} "
+                f"its {name} holds a figure that cannot be, {row['metric']} of {found} "
                 f"of {row['method']} in layer {row['layer']}, head {row['head']}"
             )
     return table

@@ -1,4 +1,4 @@
-"""Sums over the queries of a block: moments, bucket by bucket too, and the histogram of errors."""
+"""Sums over the queries of a block: moments, bucket by bucket too, and histograms."""
 
 import torch
 import triton

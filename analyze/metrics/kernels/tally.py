@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.metrics.buckets import AXES
-from retrace.analyze.metrics.histogram import Histogram
 from retrace.analyze.metrics.kernels.lists import Lists
 from retrace.analyze.metrics.kernels.sums import NONE, bucketed, histogram, moments
 from retrace.analyze.metrics.kernels.unions import unions
@@ -16,7 +15,8 @@ from retrace.analyze.metrics.kernels.walk import walk
 from retrace.analyze.metrics.measure import ExactBlock, Tallied, bytes_ratio, error_norm, refused
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import most_of
-from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED, BY_NAME
+from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, BUCKETED, BY_NAME, TAILED
+from retrace.analyze.metrics.tails import Tails, odds_of_shares, worst_of
 from retrace.analyze.units.constants import constant
 from retrace.analyze.units.selection import Selection
 
@@ -55,20 +55,23 @@ def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Ten
         summed, wrong = moments(values, block.positions, since, plan.limit)
         size = int(exact.buckets.max()) + 1
         by_bucket = bucketed(values, plan.told, block.positions, since, exact.own_buckets, size)
-        errors = at_points[ERROR_NORM].reshape(-1, rows)
-        bins = histogram(errors, block.positions, since[plan.errors])
-        found = [t.to("cpu", non_blocking=True) for t in (wrong, summed, by_bucket, bins)]
+        every, start = values[plan.tails], since[plan.tails]
+        every = every.masked_fill(block.positions < start[..., None], torch.nan)
+        odds = odds_of_shares(every).view(-1, rows)
+        bins = histogram(odds, block.positions, start.flatten())
+        parts = wrong, summed, by_bucket, bins, *worst_of(every, block.positions)
+        found = [t.to("cpu", non_blocking=True) for t in parts]
         if values.is_cuda:  # which is waited for once
             torch.cuda.current_stream().synchronize()
-    wrong, summed, by_bucket, bins = found
+    wrong, summed, by_bucket, bins, worst, position = found
     place = int(wrong)
     if place != NONE:
         stream, row = divmod(place, rows)
         raise refused(plan.metric[stream], float(values[stream, row]), block, stream % group, row)
     # (3, metrics, budgets, group) and (axes, 3, buckets, points, `BUCKETED`, group)
-    parts = summed.T.numpy()
-    budgeted = parts[:, :split].reshape(3, len(AT_ALL), budgets, group)
-    pointed = parts[:, split:].reshape(3, len(AT_POINTS), len(points), group)
+    moved = summed.T.numpy()
+    budgeted = moved[:, :split].reshape(3, len(AT_ALL), budgets, group)
+    pointed = moved[:, split:].reshape(3, len(AT_POINTS), len(points), group)
     apart = by_bucket.permute(0, 3, 2, 1).numpy()
     apart = apart.reshape(*apart.shape[:3], len(points), len(BUCKETED), group)
     return Tallied(
@@ -79,7 +82,12 @@ def tally(exact: ExactBlock, selection: Selection, points: list[int], first: Ten
         },
         {metric: Moments(*pointed[:, i]) for i, metric in enumerate(AT_POINTS)},
         {axis: Moments(*of_axis) for axis, of_axis in zip(AXES, apart, strict=True)},
-        Histogram.of_bins(bins.view(len(points), group, -1).numpy()),
+        Tails.of_parts(
+            bins.view(*plan.tails.shape, -1).numpy(),
+            worst.numpy(),
+            position.numpy(),
+            block.unit.group.sequence,
+        ),
     )
 
 
@@ -95,8 +103,8 @@ class _Streams:
     """As `moments` has them."""
     told: Tensor
     """The streams that are told apart by bucket (points * `BUCKETED` * group,) int64."""
-    errors: Tensor
-    """Those of the error norm (points * group,) int64."""
+    tails: Tensor
+    """Those of which every query's counts (points, `TAILED`, group) int64."""
 
     @classmethod
     @cache
@@ -106,7 +114,7 @@ class _Streams:
         asked += [(metric, b) for metric in AT_POINTS for b in points]
         places = torch.arange(len(asked) * group).view(len(asked), group)
         told = [asked.index((metric, b)) for b in points for metric in BUCKETED]
-        errors = [asked.index(("error_norm", b)) for b in points]
+        tails = [[asked.index((metric, b)) for metric in TAILED] for b in points]
         metrics = tuple(metric for metric, _ in asked for _ in range(group))
         limits = [most_of(m) * (1 if BY_NAME[m].every_query else -1) for m in metrics]
         return cls(
@@ -114,5 +122,5 @@ class _Streams:
             torch.tensor([b for _, b in asked for _ in range(group)], device=device),
             torch.tensor(limits).clamp(max=torch.finfo(torch.float32).max).to(device),
             places[told].flatten().to(device),
-            places[errors].flatten().to(device),
+            places[torch.tensor(tails)].to(device),
         )

@@ -53,7 +53,7 @@ def both(
 
 def alike(*pair: Tallied) -> dict[str, list[Any]]:
     """Two tallies, metric by metric, which must be alike."""
-    medians = [one.errors.medians() for one in pair]
+    medians = [one.tails.medians("error_norm") for one in pair]
     assert_allclose(*medians, rtol=2.1 * RESOLUTION, atol=4e-6)
     found: dict[str, list[Any]] = {}
     for ours, theirs in zip(*(one[:3] for one in pair), strict=True):

@@ -24,6 +24,7 @@ TABLES = (
     "positions.parquet",
     "head_patterns.parquet",
     "locality.parquet",
+    "tails.parquet",
 )
 FILES = (*TABLES, "run.json", "table.md")
 MOVES = 1 + len(FILES)

@@ -50,6 +50,7 @@ def test_the_folder(run: Run, trace: Path) -> None:
         "positions.parquet",
         "head_patterns.parquet",
         "locality.parquet",
+        "tails.parquet",
         "run.json",
         "table.md",
     }

@@ -12,7 +12,7 @@ from retrace.analyze.metrics.buckets import AXES
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import ROUNDING, most_of
 from retrace.analyze.metrics.registry import BUCKETED, TAILED
-from retrace.analyze.metrics.tails import Tails
+from retrace.analyze.metrics.tails import EveryQuery, Tails
 from retrace.analyze.units.constants import constant
 from retrace.analyze.units.selection import ALL_READ, Selection, where
 from retrace.analyze.units.unit import Block, Unit
@@ -145,7 +145,7 @@ class Tallied(NamedTuple):
     """By metric, at those asked for (points, group)."""
     by_bucket: dict[str, Moments]
     """By axis, of the queries in each bucket (buckets, points, metrics of `BUCKETED`, group)."""
-    tails: Tails
+    tails: Tails | EveryQuery
     """Of what every query comes to (points, metrics of `TAILED`, group)."""
 
 
@@ -189,7 +189,7 @@ def plain_tally(
             axis: Moments.of_buckets(told, counted[points][:, None], bucket, size)
             for axis, bucket in zip(AXES, buckets, strict=True)
         },
-        Tails.of(every.cpu().numpy(), block.positions.cpu().numpy(), block.unit.group.sequence),
+        EveryQuery(every.cpu().numpy(), block.positions.cpu().numpy(), block.unit.group.sequence),
     )
 
 

@@ -169,6 +169,31 @@ class Tails:
         return self.percentile(50)[:, TAILED.index(metric)]
 
 
+@dataclass(frozen=True)
+class EveryQuery:
+    """What each of some queries of a sequence comes to. Tails are told of many at once: of a
+    block's few, going through the bins would take longer than counting."""
+
+    figures: npt.NDArray[np.float32]
+    """(budgets, `TAILED`, heads, queries); NaN is never counted."""
+    positions: npt.NDArray[np.int64]
+    """(queries,) ascending."""
+    sequence: int
+
+    def spread(self, places: Sequence[int], size: int) -> Self:
+        """The budgets at these places of more of them."""
+        figures = np.full((size, *self.figures.shape[1:]), np.nan, np.float32)
+        figures[list(places)] = self.figures
+        return type(self)(figures, self.positions, self.sequence)
+
+
+def tails_of(parts: Sequence[EveryQuery]) -> Tails:
+    """The tails of consecutive queries of one sequence."""
+    figures = np.concatenate([part.figures for part in parts], axis=-1)
+    positions = np.concatenate([part.positions for part in parts])
+    return Tails.of(figures, positions, parts[0].sequence)
+
+
 def odds_of_shares(figures: Tensor) -> Tensor:
     """What is counted in bins of figures (budgets, `TAILED`, heads, queries): `Tails.of` on any
     device."""

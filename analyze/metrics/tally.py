@@ -18,7 +18,7 @@ from retrace.analyze.metrics.measure import (
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.possible import most_of
 from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS
-from retrace.analyze.metrics.tails import Tails
+from retrace.analyze.metrics.tails import EveryQuery
 from retrace.analyze.units import kernels
 from retrace.analyze.units.selection import Selection
 
@@ -123,7 +123,7 @@ def _compiled_tally(
     # (buckets, group, metrics, 3, points) of each axis
     parts = summed.by_bucket.transpose(0, 4, 1, 5, 3, 2)
     by_bucket = {axis: Moments(*part) for axis, part in zip(AXES, parts, strict=True)}
-    tails = Tails.of(summed.every_query, block.positions.numpy(), unit.group.sequence)
+    tails = EveryQuery(summed.every_query, block.positions.numpy(), unit.group.sequence)
     return Tallied(at_all, at_points, by_bucket, tails)
 
 

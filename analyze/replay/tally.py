@@ -7,8 +7,11 @@ from retrace.analyze.metrics.locality import Locality
 from retrace.analyze.metrics.measure import Tallied
 from retrace.analyze.metrics.moments import Moments, empty
 from retrace.analyze.metrics.registry import AT_ALL, AT_POINTS, COMPARED
-from retrace.analyze.metrics.tails import Tails
+from retrace.analyze.metrics.tails import EveryQuery, Tails, tails_of
 from retrace.analyze.selection.states import Cost
+
+TOLD = 4096
+"""Queries that are held until their tails are counted."""
 
 
 @dataclass
@@ -28,6 +31,8 @@ class Tally:
     locality: Locality | None = None
     """Of the budgets `topk`, kv head by kv head; None where nobody asked."""
     cost: Cost = field(default_factory=Cost)
+    told: list[EveryQuery] = field(default_factory=list, repr=False)
+    """Queries that `tails` lacks until `count_tails` is called."""
     patterns: Moments | None = None
     """What each of `PATTERNS` holds (patterns, heads) of a sequence, where blocks of queries choose
     together: the trace's, whichever method."""
@@ -53,7 +58,18 @@ class Tally:
                 for axis, moments in by_bucket.items()
             }
         self._merge_buckets(by_bucket)
-        self._merge_tails(tails)
+        if isinstance(tails, Tails):
+            self._merge_tails(tails)
+            return
+        self.told.append(tails)
+        if sum(len(part.positions) for part in self.told) >= TOLD:
+            self.count_tails()
+
+    def count_tails(self) -> None:
+        """Count the queries that are told and not counted yet."""
+        if self.told:
+            self._merge_tails(tails_of(self.told))
+            self.told.clear()
 
     def merge(self, other: "Tally") -> None:
         """Add another sequence's queries."""
@@ -109,5 +125,6 @@ def fill_missing(tally: Tally, group: int) -> None:
         tally.at_all.setdefault(metric, empty((len(tally.ks), group)))
     for metric in AT_POINTS:
         tally.at_points.setdefault(metric, empty((len(tally.topk), group)))
+    tally.count_tails()
     if tally.tails is None:
         tally.tails = Tails.empty(len(tally.topk), group)

@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose
 from retrace.analyze.exact.reference import exact_pass
 from retrace.analyze.metrics.histogram import RESOLUTION
 from retrace.analyze.metrics.measure import ExactBlock, plain_tally
+from retrace.analyze.metrics.tails import EveryQuery, Tails, tails_of
 from retrace.analyze.units.selection import Selection, missing_last
 from retrace.analyze.units.unit import Block, HeadGroup, Unit
 from retrace.traces import LayerRules, RetraceError
@@ -61,8 +62,11 @@ def assert_alike(
 ) -> None:
     start = torch.tensor(first)
     ours, theirs = (way(exact, selection, points, start) for way in (tally, plain_tally))
-    medians = (one.tails.medians("error_norm") for one in (ours, theirs))
-    assert_allclose(*medians, rtol=2.1 * RESOLUTION, atol=4e-6)
+    assert isinstance(ours.tails, Tails) and isinstance(theirs.tails, EveryQuery)
+    tails = ours.tails, tails_of([theirs.tails])
+    assert_allclose(*(one.medians("error_norm") for one in tails), rtol=2.1 * RESOLUTION, atol=4e-6)
+    assert_allclose(*(one.counts() for one in tails))
+    assert_allclose(*(one.worst.figure for one in tails), rtol=2e-5, atol=4e-6)
     for found, wanted in zip(ours[:3], theirs[:3], strict=True):
         assert found.keys() == wanted.keys()
         for metric in found:

@@ -441,7 +441,7 @@ GROUP, LAYER = {"pool=sum-softmax"}, {"pool=sum-softmax", "pool=layer-sum"}
 IDLE = {
     **dict.fromkeys(("expected-attention", "keydiff", "knorm"), GROUP),
     **dict.fromkeys(("infllm-v2", "nsa", "pyramidkv", "q-filters"), GROUP),
-    **dict.fromkeys(("seerattention-r", "snapkv"), GROUP),
+    **dict.fromkeys(("r-kv", "random-eviction", "seerattention-r", "snapkv"), GROUP),
     **dict.fromkeys(("dsa-indexer", "tova", "window"), LAYER),
 }
 """What changes nothing of methods that score keys alike for all heads of a group or a layer."""

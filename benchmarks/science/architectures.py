@@ -5,7 +5,7 @@
 Builds a model of every family, captures it as a user would, recomputes the attention output of
 every recorded layer in float64 from the trace alone, and compares it with what the model's own
 plain ("eager") attention gave in a run that retrace takes no part in. Exits with 1 where one
-differs. `tests/capture` runs the same matrix.
+differs. `tests/capture` runs the same matrix, of every causal language model of transformers.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks import page
-from benchmarks.tiny_models import ARCHITECTURES, TEXT, model_class, save_tiny_model
+from benchmarks.tiny_architectures import ARCHITECTURES, NOT_TRIED
+from benchmarks.tiny_models import TEXT, model_class, save_tiny_model
 from retrace.analyze.units.attention import attend
 from retrace.capture import capture
 from retrace.traces import LayerRules, RetraceError, Trace, to_torch
@@ -124,7 +125,9 @@ def try_architecture(model_type: str, folder: Path) -> Outcome:
     save_tiny_model(model_type, folder / "model")
     text = folder / "birds.txt"
     text.write_text(TEXT, encoding="utf-8")
-    config = CONFIG_MAPPING[model_type].from_pretrained(folder / "model").get_text_config()
+    config = (
+        CONFIG_MAPPING[model_type].from_pretrained(folder / "model").get_text_config(decoder=True)
+    )
     layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
     try:
         trace = capture(
@@ -189,11 +192,11 @@ def main() -> int:
                 outcome = replace(outcome, decodes=can_decode(Path(folder)))
             outcomes.append(outcome)
         print(_row(outcomes[-1]), file=sys.stderr)
-    page.publish(_page(outcomes), arguments.out)
+    page.publish(_page(outcomes, {} if arguments.model_types else NOT_TRIED), arguments.out)
     return int(any(not outcome.refusal and not outcome.error <= TOLERANCE for outcome in outcomes))
 
 
-def _page(outcomes: list[Outcome]) -> str:
+def _page(outcomes: list[Outcome], not_tried: dict[str, str]) -> str:
     recorded = [outcome for outcome in outcomes if not outcome.refusal]
     refused = [outcome for outcome in outcomes if outcome.refusal]
     lines = [
@@ -214,9 +217,10 @@ def _page(outcomes: list[Outcome]) -> str:
         "are stored turned, and read back as they were before by `rotated=False`. "
         "*Decoding* says whether `--generate` records what the model decodes: retrace compares "
         "decoded logits with those of one pass, and refuses a model whose differ. "
-        "Other models of "
-        "transformers' attention interface are recorded as well: every capture checks itself in "
-        "the same way on its first sequence.",
+        "Every model type that transformers loads as a causal language model has a row, and some "
+        "vision-language models have one. Models whose code comes with their checkpoint are "
+        "recorded as well where it uses transformers' attention interface: every capture checks "
+        "itself in the same way on its first sequence.",
         "",
         f"## Recorded ({len(recorded)})",
         "",
@@ -233,11 +237,24 @@ def _page(outcomes: list[Outcome]) -> str:
             "Before anything is written, with this line. Models with attention code of their own "
             "cannot be observed; among them are all that bias scores by distance (ALiBi: bloom, "
             "mpt, falcon). The position bias of inkling is computed anew from each query's "
-            "hidden state, and is added to scores that queries and keys do not give.",
+            "hidden state, and is added to scores that queries and keys do not give. Models that "
+            "run their layers in a loop (dory, hrm_text) attend more than once for a token. The "
+            "decoder of bigbird_pegasus says that it is not causal, and is so only by the mask of "
+            "its plain attention. transformers' class for the language model of emu3 does not find "
+            "its weights in a whole checkpoint as transformers writes it.",
             "",
             "| Architecture | Refusal |",
             "|---|---|",
             *map(_row, refused),
+        ]
+    if not_tried:
+        lines += [
+            "",
+            f"## Not tried ({len(not_tried)})",
+            "",
+            "| Architecture | Reason |",
+            "|---|---|",
+            *(f"| {model_type} | {reason} |" for model_type, reason in not_tried.items()),
         ]
     return "\n".join(lines)
 

@@ -79,12 +79,12 @@ def observed_attention(
     Raises:
         RetraceError: the model's attention does not go through the interface.
     """
-    stock = model.config._attn_implementation
+    stock = implementations(model.config)
     AttentionInterface.register(NAME, _attention)
     # Without a mask builder of the same name there would be no masks, and windows would be lost.
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     paths = {module: path for path, module in model.named_modules()}
-    interception = _Interception(stock, paths, observer, answer)
+    interception = _Interception(stock[""], paths, observer, answer)
     token = _current.set(interception)
     _of_all_threads.append(interception)
     try:
@@ -100,6 +100,18 @@ def observed_attention(
         model.set_attn_implementation(stock)
         _of_all_threads.remove(interception)
         _current.reset(token)
+
+
+def implementations(config: Any, otherwise: str | None = None) -> dict[str, Any]:
+    """Which attention a configuration has, under "", and those within it have, by name: what
+    `set_attn_implementation` takes to set them again.
+
+    Each has its own: that of a tower for sound, say, may refuse what the language model has.
+    """
+    own = config._attn_implementation or otherwise
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    inside = {name: implementations(part, own) for name, part in parts.items() if part is not None}
+    return {"": own, **inside}
 
 
 @contextlib.contextmanager

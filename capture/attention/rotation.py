@@ -65,8 +65,9 @@ class LayerInputs:
             if mask is None:
                 continue
             # No query or key depends on it, but an indexer asks for it, as the recorder has it.
-            seen = mask if mask.dtype == torch.bool else mask == 0
-            arguments["attention_mask"] = seen if has_indexer(module) else None
+            arguments["attention_mask"] = None
+            if has_indexer(module) and isinstance(mask, Tensor):  # else one of each kind, by name
+                arguments["attention_mask"] = mask if mask.dtype == torch.bool else mask == 0
         self.bound[module] = bound
 
 

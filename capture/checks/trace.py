@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retrace.analyze.units.attention import attend
-from retrace.capture.attention.interface import observed_attention
+from retrace.capture.attention.interface import implementations, observed_attention
 from retrace.capture.attention.projection import Projected, find_projections
 from retrace.capture.attention.recorder import AttentionLayer, RulesObserver, dtype_of
 from retrace.capture.attention.rotation import LayerInputs, learn_rotations
@@ -207,7 +207,7 @@ def _stock_logits(
     options: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = rows
-    before = model.config._attn_implementation
+    before = implementations(model.config)
     if any(one.rules.softcap or one.rules.sinks for one in layers.values()):
         # Some versions of transformers run such models on a kernel that leaves both out.
         model.set_attn_implementation("eager")

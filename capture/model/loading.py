@@ -271,7 +271,8 @@ def _configured(base: str, options: dict[str, Any], overrides: ModelArguments) -
     """The configuration with what the user says otherwise of it.
 
     Raises:
-        RetraceError: it has no such fields, nor does anything else take them.
+        RetraceError: it has no such fields, nor does anything else take them; or it is of several
+            models, none of which is meant more than another.
     """
     methods = {name for name in overrides if hasattr(transformers.PreTrainedConfig, name)}
     fields = {name: value for name, value in overrides.items() if name not in methods}
@@ -285,6 +286,13 @@ def _configured(base: str, options: dict[str, Any], overrides: ModelArguments) -
             f"model_args has {name!r}, which neither retrace nor the configuration of a "
             f"{config.model_type} model knows.{guess}"
         )
+    try:
+        config.get_text_config()
+    except ValueError as error:  # MusicGen: one reads text, another writes sound
+        raise RetraceError(
+            f"{base} is made of several models ({', '.join(config.sub_configs)}), and is no causal "
+            "language model itself: it cannot be captured."
+        ) from error
     return config
 
 

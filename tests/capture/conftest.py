@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.tiny_models import ARCHITECTURES, TEXT, save_tiny_model
+from benchmarks.tiny_architectures import ARCHITECTURES
+from benchmarks.tiny_models import TEXT, save_tiny_model
 from retrace.capture.attention.interface import AttentionCall, observed_attention
 from retrace.traces import Trace
 

@@ -83,6 +83,18 @@ def test_stock_attention_is_restored(model_folder: Any) -> None:
     assert model.config._attn_implementation == before
 
 
+def test_each_part_of_a_model_gets_its_own_attention_back(model_folder: Any) -> None:
+    """The tower for sound has no other than the plain one, and refuses that of the others."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder("gemma4")).eval()
+    parts = {"": model.config} | {
+        name: getattr(model.config, name) for name in model.config.sub_configs
+    }
+    before = {name: part._attn_implementation for name, part in parts.items()}
+    assert before["audio_config"] == "eager" != before["text_config"]
+    examine(model, np.arange(40, dtype=np.int32))
+    assert {name: part._attn_implementation for name, part in parts.items()} == before
+
+
 def test_plain_attention_in_blocks(model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder("gpt_oss")).eval()
     tokens = torch.arange(3, 43)[None]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from torch import Tensor
 
 from retrace.capture import CaptureSettings, capture, evaluate
@@ -50,7 +51,10 @@ def test_what_is_recorded(
     tokens = torch.from_numpy(found.tokens(0)).long()[None]
     with torch.inference_mode():
         logits = model(input_ids=tokens).logits[0]
-    assert told["weights"] == weights_digest(model)  # it has run since
+    # It has run since: where a CPU multiplies bfloat16, bitsandbytes then packs 4 bits anew and
+    # rounds their scales.
+    packed = arguments == FOUR and has_avx512bf16()
+    assert (told["weights"] != weights_digest(model)) == packed
     nll = torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")
     np.testing.assert_allclose(found.nll(0)[:-1], nll.numpy(), rtol=1e-3, atol=1e-2)
     near, far = (np.abs(one.nll(0) - whole.nll(0))[:-1].mean() for one in (whole, found))

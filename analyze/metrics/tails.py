@@ -85,8 +85,8 @@ class Tails:
         """Of no queries."""
         nothing = np.empty((budgets, len(TAILED), heads, 0), np.float32)
         none = np.full(nothing.shape[:-1], np.nan, np.float32)
-        nowhere = np.full(none.shape, -1)
-        return cls(Histogram.of(nothing), Worst(none, nowhere, nowhere))
+        sequence, position = np.full((2, *none.shape), -1)
+        return cls(Histogram.of(nothing), Worst(none, sequence, position))
 
     def merge(self, other: Self) -> Self:
         """Of both parts together, in whatever order."""

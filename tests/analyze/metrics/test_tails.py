@@ -11,7 +11,7 @@ import pytest
 from retrace.analyze import Results, analyze
 from retrace.analyze.metrics.histogram import RESOLUTION
 from retrace.analyze.metrics.registry import TAILED
-from retrace.analyze.metrics.tails import PERCENTILES, Tails
+from retrace.analyze.metrics.tails import PERCENTILES, EveryQuery, Tails, tails_of
 from retrace.traces import Trace
 
 MakeTrace = Callable[..., Trace]
@@ -67,6 +67,18 @@ def test_the_worst_query_is_the_first_of_the_worst() -> None:
             assert at.figure[b, m, h] == figure
             assert (at.sequence[b, m, h], at.position[b, m, h]) == (-sequence, 100 - query)
         assert merged.worst.position[0, 0, 0] == 103 and merged.worst.position[0, ERROR, 0] == 102
+
+
+def test_budgets_among_more_of_them() -> None:
+    figures, positions = drawn(30, 2), np.arange(50, 80)
+    narrow = Tails.of(figures, positions, 4)
+    told = EveryQuery(figures, positions, 4).spread([0, 2], 3)
+    for wide in (narrow.spread([0, 2], 3), tails_of([told])):
+        assert (wide.counts()[1] == 0).all() and (wide.worst.sequence[1] == -1).all()
+        for part in ("figure", "sequence", "position"):
+            ours, theirs = (getattr(one.worst, part) for one in (wide, narrow))
+            np.testing.assert_array_equal(ours[[0, 2]], theirs)
+        np.testing.assert_array_equal(wide.percentile(95)[[0, 2]], narrow.percentile(95))
 
 
 def test_nothing_counts() -> None:

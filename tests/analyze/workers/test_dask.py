@@ -50,7 +50,7 @@ def test_the_same_bytes(
     for name, settings in (("one", {"workers": 1}), ("cluster", {"executor": scheduler})):
         results = analyze(trace, methods, [2, 5], out=tmp_path / name, keep_exact=False, **settings)
     assert results.run["history"][0]["profile"]["workers"] == 2
-    for table in ("metrics.parquet", "curves.parquet", "positions.parquet"):
+    for table in ("metrics.parquet", "curves.parquet", "positions.parquet", "tails.parquet"):
         bytes_of = [(tmp_path / name / table).read_bytes() for name in ("one", "cluster")]
         assert bytes_of[0] == bytes_of[1]
 

@@ -98,7 +98,7 @@ def run(trace: Trace, spec: str, out: Path | None, **settings: Any) -> Results:
 def figures(folder: Path) -> dict[str, bytes]:
     """The bytes of the tables of a results folder that is complete."""
     assert not (folder / ".parts").exists()
-    names = ("metrics.parquet", "curves.parquet", "positions.parquet")
+    names = ("metrics.parquet", "curves.parquet", "positions.parquet", "tails.parquet")
     return {name: (folder / name).read_bytes() for name in names}
 
 

@@ -30,7 +30,13 @@ def test_parts_come_to_what_one_run_does(run: Run, trace: Path) -> None:
     result = run("merge", "parts")
     assert result.stdout == "parts\n"
     assert Path("parts/plots").is_dir()
-    for name in ("metrics.parquet", "curves.parquet", "positions.parquet", "table.md"):
+    for name in (
+        "metrics.parquet",
+        "curves.parquet",
+        "positions.parquet",
+        "tails.parquet",
+        "table.md",
+    ):
         assert (Path("parts") / name).read_bytes() == (Path("whole") / name).read_bytes()
     assert not Path("parts/.parts").exists()
     assert Results.load("parts").run["missing"] == []

@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from benchmarks.page import origin, parser, publish
+from retrace.analyze import parse_specs
 from retrace.capture import evaluate
 from retrace.traces import Trace, open_trace
 
@@ -57,7 +58,10 @@ def main() -> None:
     arguments = options.parse_args()
     trace = open_trace(arguments.trace)
     longest = max(trace.length(s) for s in trace.sequences)
-    specs = {_spec(m, share): (m, share) for share in arguments.shares for m in arguments.methods}
+    asked = [(method, share) for share in arguments.shares for method in arguments.methods]
+    # Points name methods as retrace writes them, which need not be as they were asked for.
+    parsed, _ = parse_specs([_spec(*pair) for pair in asked])
+    specs = dict(zip(map(str, parsed), asked, strict=True))
     evaluation = evaluate(
         trace,
         list(specs),
@@ -83,7 +87,7 @@ def _spec(method: str, share: float) -> str:
 def page(trace: Trace, points: pd.DataFrame, held_out: Sequence[int], rows: int) -> str:
     """The tables, one for each share, the methods of most mass first."""
     lengths = [trace.length(s) for s in trace.sequences if s not in held_out]
-    learnt = f"Methods that learn do so from {len(held_out)} other sequences. " if held_out else ""
+    learnt = f"Sequences that methods learn from, apart from these: {len(held_out)}. "
     lines = [
         "# Prefill, measured",
         "",

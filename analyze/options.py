@@ -33,7 +33,9 @@ class AnalysisOptions(WorkOptions, total=False):
 
     protocol: str
     """Which queries are answered, from what state: all, all:R (fitted states are rebuilt every R
-    positions) or prefix:P (state built at P, queries from there on)."""
+    positions), prefix:P (state built at P, queries from there on), decode:R:from=P (as prefix:P,
+    and methods that evict drop keys at every R-th position since) or prefill:B (blocks of B queries
+    share their keys; prefill:B:chunk=C where prompts are read C queries at a time)."""
     min_context: int | str | None
     """First position whose query counts, for all budgets alike: 10 times the largest by default, or
     what the results in the folder began with; `each` counts from 10 k on for budget k, so that each

@@ -33,6 +33,15 @@ axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe
 sarvam_mla youtu
 """.split()
 """Those of latent attention."""
+KEYS_SHARED: dict[str, Any] = {
+    "sliding_window": 8,
+    "num_hidden_layers": 4,
+    "layer_types": SLIDING * 2,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 260,
+    "hidden_size_per_layer_input": 8,
+}
+"""Of models whose upper layers attend to keys of lower ones."""
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     **{model_type: {} for model_type in PLAIN},
     **{model_type: {"sliding_window": 8, "layer_types": SLIDING} for model_type in WINDOWED},
@@ -76,24 +85,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", *SLIDING],
     },
     "gemma3n_text": {
-        "sliding_window": 8,
-        "num_hidden_layers": 4,
-        "layer_types": SLIDING * 2,
-        "num_kv_shared_layers": 2,
-        "vocab_size_per_layer_input": 260,
-        "hidden_size_per_layer_input": 8,
+        **KEYS_SHARED,
         "laurel_rank": 8,
         "activation_sparsity_pattern": [0.0] * 4,
         "intermediate_size": [64] * 4,
         "altup_num_inputs": 2,
     },
     "gemma4_text": {
-        "sliding_window": 8,
-        "num_hidden_layers": 4,
-        "layer_types": SLIDING * 2,
-        "num_kv_shared_layers": 2,
-        "vocab_size_per_layer_input": 260,
-        "hidden_size_per_layer_input": 8,
+        **KEYS_SHARED,
         "global_head_dim": 32,
     },
     "gemma4_unified_text": {"sliding_window": 8, "global_head_dim": 32, "layer_types": SLIDING},

@@ -54,11 +54,6 @@ class Histogram:
         return cls(shape, places, counts[places])
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...]) -> Self:
-        """Of no samples."""
-        return cls.of(np.empty((*shape, 0), np.float32))
-
-    @classmethod
     def checked(
         cls, shape: tuple[int, ...], places: npt.NDArray[Any], counts: npt.NDArray[Any]
     ) -> Self:
@@ -126,16 +121,6 @@ class Histogram:
         weight = np.zeros(self.shape)
         weight[known] = place - lower
         return samples[0], samples[1], weight
-
-    def percentile(self, percent: float) -> npt.NDArray[np.float64]:
-        """What so many per cent of each stream's samples do not exceed; NaN of none."""
-        lower, upper, weight = self.around(percent)
-        found: npt.NDArray[np.float64] = (1 - weight) * lower + weight * upper
-        return found
-
-    def medians(self) -> npt.NDArray[np.float64]:
-        """The median of each stream, or the mean of the two in its middle; NaN of none."""
-        return self.percentile(50)
 
 
 def _middle(bins: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

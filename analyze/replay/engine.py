@@ -34,7 +34,7 @@ from retrace.analyze.exact.reference import (
     refuse_unheld,
 )
 from retrace.analyze.exact.store import KEPT_RANKS, KeptReferences, ReferenceStore
-from retrace.analyze.methods.base import BlockMethod, ScoreMethod
+from retrace.analyze.methods.base import AttendMethod, BlockMethod, ScoreMethod
 from retrace.analyze.methods.exact import Exact
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.metrics.buckets import buckets_of
@@ -247,12 +247,12 @@ def _replay_method(
     length = len(exact.block.unit.keys)
     # What shares one list, or what it is chosen from, is selected together; otherwise only what
     # counts for the budget.
-    shares = isinstance(method.spec.method, ScoreMethod)
+    together = isinstance(method.spec.method, ScoreMethod | AttendMethod)
     at_once = isinstance(method.spec.method, ScoreMethod | BlockMethod)
     answers: dict[tuple[int, ...], list[_Answer]] = defaultdict(list)
     asked = [method.ks] if at_once else [(k,) for k in method.topk]
     first_rows = [exact.block.row_of(plan.counting.first(min(ks), length)) for ks in asked]
-    for serves in _answered_together(states.serve(exact.block), shares):
+    for serves in _answered_together(states.serve(exact.block), together):
         for ks, first_row in zip(asked, first_rows, strict=True):
             counting = [_from_row(s, first_row) for s in serves if s.rows.stop > first_row]
             if not counting:
@@ -284,11 +284,10 @@ def _replay_method(
                     recent.add(part.block, answer.selection, points, first)
 
 
-def _answered_together(serves: Iterable[Served], shares: bool) -> Iterator[list[Served]]:
-    """What is asked for at once: one state's queries, or those of all where a method `shares` lists
-    among queries, apart from those that no state answers, and from those that find other keys
-    rounded in a cache."""
-    if shares:
+def _answered_together(serves: Iterable[Served], together: bool) -> Iterator[list[Served]]:
+    """What is asked for at once: one state's queries, or `together` those of all states, apart
+    from those that no state answers, and from those that find other keys rounded in a cache."""
+    if together:
         for _, alike in groupby(serves, lambda served: (served.state is None, served.shown_at)):
             yield list(alike)
     else:

@@ -1,13 +1,16 @@
 """Keys that a method says it attended, with its own output."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from retrace.analyze.exact.top_k import top
-from retrace.analyze.methods.base import (
-    AttendMethod,
-)
+from retrace.analyze.methods.base import AttendMethod
 from retrace.analyze.methods.hooks import calling, key_ids, numbers
 from retrace.analyze.selection.charges import aux_bytes
+from retrace.analyze.selection.served import Served, stretches
 from retrace.analyze.units.selection import (
     ALL_READ,
     Selection,
@@ -20,10 +23,41 @@ from retrace.analyze.units.unit import Block
 from retrace.traces import RetraceError
 
 
-def select_by_attend(method: AttendMethod, state: Any, block: Block, k: int) -> Selection:
-    """The method's own output, and the keys it says it attended."""
-    if state is None:
+def select_by_attend(
+    method: AttendMethod, serves: Sequence[Served], block: Block, k: int
+) -> Selection:
+    """The method's own output, and the keys it says it attended, for a block's queries, which one
+    state after another answers, or none does.
+
+    Answers are asked for state by state; they are looked at once for all.
+    """
+    if serves[0].state is None:
         return _exact_best(block, k)
+    parts = stretches(serves, block)
+    answers = [_answer(method, part.served.state, part.block, k) for part in parts]
+    listed = max(ids.shape[-1] for _, ids in answers)
+    pad = torch.nn.functional.pad
+    ids = torch.cat([pad(i, (0, listed - i.shape[-1]), value=-1) for _, i in answers], dim=1)
+    # A copy, since the method may use its tensor again.
+    output = torch.cat([own for own, _ in answers], dim=1)
+    check_finite(output, "attend()", block)
+    check_ids(ids, block)
+    ids = missing_last(ids)
+    states, group = [part.served.state for part in parts], block.unit.group
+    return Selection(
+        (k,),
+        ids,
+        (ids >= 0).sum(dim=-1)[None],
+        output=output[None],
+        aux_bytes=aux_bytes(method, [(part.served.state, part.block) for part in parts], block),
+        attended_bytes=method.attended_bytes(group),
+        unread=ALL_READ if all(method.reads_cache(state, group) for state in states) else None,
+    )
+
+
+def _answer(method: AttendMethod, state: Any, block: Block, k: int) -> tuple[Tensor, Tensor]:
+    """The output (group, queries, value channels) and ids (group, queries, any) of one state's
+    queries."""
     queries = block.queries * block.unit.group.rules.scale
     with calling("attend()", lambda: where(block)):
         answer = method.attend(state, queries, block.positions.clone(), k)
@@ -42,18 +76,7 @@ def select_by_attend(method: AttendMethod, state: Any, block: Block, k: int) -> 
             f"attend() gave ids of shape {tuple(ids.shape)} at {where(block)}; expected (group, "
             f"queries, any), with {expected[:2]} in front."
         )
-    check_finite(output, "attend()", block)
-    check_ids(ids, block)
-    ids = missing_last(ids)
-    return Selection(
-        (k,),
-        ids,
-        (ids >= 0).sum(dim=-1)[None],
-        output=output[None].clone(),  # the method may use its tensor again
-        aux_bytes=aux_bytes(method, [(state, block)], block),
-        attended_bytes=method.attended_bytes(block.unit.group),
-        unread=ALL_READ if method.reads_cache(state, block.unit.group) else None,
-    )
+    return output, ids
 
 
 def _exact_best(block: Block, k: int) -> Selection:

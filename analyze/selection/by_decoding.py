@@ -6,9 +6,8 @@ import torch
 
 from retrace.analyze.methods.base import EvictionMethod
 from retrace.analyze.selection.by_eviction import since_then
-from retrace.analyze.selection.by_score import stretches
 from retrace.analyze.selection.evictions import Evicted
-from retrace.analyze.selection.served import Served
+from retrace.analyze.selection.served import Served, stretches
 from retrace.analyze.units.selection import Selection, joined
 from retrace.analyze.units.unit import Block
 

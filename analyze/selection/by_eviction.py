@@ -14,10 +14,9 @@ from retrace.analyze.selection.by_score import (
     keys_in_pages,
     only_visible,
     select_by_score,
-    stretches,
 )
 from retrace.analyze.selection.charges import aux_bytes
-from retrace.analyze.selection.served import Served
+from retrace.analyze.selection.served import Served, stretches
 from retrace.analyze.units.attention import first_visible
 from retrace.analyze.units.selection import Selection
 from retrace.analyze.units.unit import Block, Unit

@@ -2,7 +2,7 @@
 and as many as a budget buys."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,32 +17,11 @@ from retrace.analyze.methods.options.pooling import MEAN_QUERY, pool
 from retrace.analyze.methods.toolkit.partial_attention import marked
 from retrace.analyze.selection.charges import aux_bytes
 from retrace.analyze.selection.joining import in_order_of_joining
-from retrace.analyze.selection.served import Served
+from retrace.analyze.selection.served import Served, Stretch, stretches
 from retrace.analyze.units.constants import constant
 from retrace.analyze.units.selection import ALL_READ, Selection, check_finite, missing_last, where
 from retrace.analyze.units.unit import Block
 from retrace.traces import RetraceError
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Consecutive queries of a block that one state answers."""
-
-    rows: slice
-    """Which of the block's."""
-    block: Block
-    """These alone."""
-    served: Served
-    """What answers them: its own rows and block are not looked at."""
-
-
-def stretches(serves: Sequence[Served], block: Block) -> list[Stretch]:
-    """A block's queries, cut where the state changes."""
-    if len(serves) == 1:
-        return [Stretch(slice(0, len(block.positions)), block, serves[0])]
-    begin = serves[0].rows.start
-    rows = [slice(served.rows.start - begin, served.rows.stop - begin) for served in serves]
-    return [Stretch(r, block.part(r), served) for r, served in zip(rows, serves, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -108,10 +87,10 @@ def _rank(method: ScoreMethod, parts: list[Stretch], block: Block, ks: tuple[int
     """The best units for some budgets, by the scores that the method's heads pool."""
     no_state = parts[0].served.state is None
     size = 1 if no_state else method.unit_size
-    scores = _one_after_another([visible_scores(method, p.served.state, p.block) for p in parts])
+    scores = _scores(method, parts, block)
     together = scores
     if parts[0].served.heads:
-        together = _one_after_another([_scores_of_layer(method, part) for part in parts])
+        together = _scores_of_layer(method, parts, block)
     if size > 1 or method.pool.endswith("softmax"):
         # What is kept anyway takes no page of the budget, and has no part in a softmax.
         together = together.masked_fill(_kept_pages(method, ks[0], size, block), -torch.inf)
@@ -136,19 +115,24 @@ def _rank(method: ScoreMethod, parts: list[Stretch], block: Block, ks: tuple[int
     return _Ranked(parts, ids, scores, size, first_new, aux, each, unread)
 
 
-def _one_after_another(scores: list[Tensor]) -> Tensor:
-    """Scores (heads, queries, units) of consecutive queries, -inf where a query has fewer units."""
-    if len(scores) == 1:
-        return scores[0]
-    units = max(part.shape[-1] for part in scores)
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(p, (0, units - p.shape[-1]), value=-torch.inf) for p in scores], dim=1)
+def _scores(method: ScoreMethod, parts: Sequence[Stretch], block: Block) -> Tensor:
+    """The method's scores of a block's queries, as `visible_scores` has them, of one state after
+    another."""
+    if parts[0].served.state is None:
+        return block.scores
+    return _only_visible(method, [_answer(method, p.served.state, p.block) for p in parts], block)
 
 
-def _scores_of_layer(method: ScoreMethod, part: Stretch) -> Tensor:
+def _scores_of_layer(method: ScoreMethod, parts: Sequence[Stretch], block: Block) -> Tensor:
     """Scores of every head of the layer (heads, queries, units)."""
-    heads = [(part.block.of(unit), state) for unit, state in part.served.heads]
-    return torch.cat([visible_scores(method, state, block) for block, state in heads])
+    of_heads = []
+    for i, (unit, _) in enumerate(parts[0].served.heads):
+        own = [
+            replace(part, block=part.block.of(unit), served=replace(part.served, state=state))
+            for part, (unit, state) in ((part, part.served.heads[i]) for part in parts)
+        ]
+        of_heads.append(_scores(method, own, block.of(unit)))
+    return torch.cat(of_heads)
 
 
 def _allowances(method: ScoreMethod, parts: list[Stretch], ks: Sequence[int]) -> Tensor:
@@ -202,6 +186,11 @@ def visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
     ones while there is no state."""
     if state is None:
         return block.scores
+    return _only_visible(method, [_answer(method, state, block)], block)
+
+
+def _answer(method: ScoreMethod, state: Any, block: Block) -> Tensor:
+    """What the method says of all units (group or 1, queries, units), visible or not."""
     queries = block.queries * block.unit.group.rules.scale
     if method.pool == MEAN_QUERY:
         queries = queries.mean(dim=0, keepdim=True)
@@ -216,13 +205,21 @@ def visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
             f"scores() gave shape {tuple(scores.shape)} at {where(block)}; expected (group, "
             f"queries, units) = {expected}, or more units."
         )
-    if scores.shape[-1] < units:
-        missing = (0, units - scores.shape[-1])
-        scores = torch.nn.functional.pad(scores, missing, value=-torch.inf)
     if scores.stride(0) == 0 and method.pool == "none":
         scores = scores[:1]  # all heads alike
+    return scores[..., :units]
+
+
+def _only_visible(method: ScoreMethod, answers: Sequence[Tensor], block: Block) -> Tensor:
+    """Scores of consecutive queries (heads, queries, units), -inf where a unit is not visible, or
+    a query has fewer of them."""
     hidden = ~_visible_pages(block, method.unit_size)
-    scores = scores[..., :units].masked_fill(hidden, -torch.inf)
+    units, pad = hidden.shape[-1], torch.nn.functional.pad
+    padded = [pad(own, (0, units - own.shape[-1]), value=-torch.inf) for own in answers]
+    if len(padded) == 1:  # which may be what the method keeps
+        scores = padded[0].masked_fill(hidden, -torch.inf)
+    else:
+        scores = torch.cat(padded, dim=1).masked_fill_(hidden, -torch.inf)
     check_finite(scores, "scores()", block)
     return scores
 

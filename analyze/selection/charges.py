@@ -41,5 +41,7 @@ def _read(method: Method, state: Any, block: Block) -> Tensor:
         return torch.zeros_like(block.visible_count)
     with calling("aux_bytes()", lambda: where(block)):
         read = method.aux_bytes(state, block.visible_count.clone(), block.unit.group)
+        if isinstance(read, int | float):  # which no copy has to bring to a GPU
+            return torch.full((len(block.positions),), read, device=block.positions.device)
         read = torch.as_tensor(read, device=block.positions.device)
         return read.expand(len(block.positions)).clone()

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retrace.analyze.compiled import compiled
+from retrace.analyze.units import kernels
 
 Ids = NDArray[np.int64]
 JOINED = 1 << 24
@@ -34,6 +35,11 @@ def in_order_of_joining(
         The list (group, queries, listed), -1 at its end, and how many of its keys each budget
         attends (budgets, group, queries).
     """
+    if kernels.usable(ranked):
+        from retrace.analyze.selection.kernels.joining import fits, join
+
+        if fits(ranked.shape[-1], kept.shape[-1]):
+            return join(ranked, kept, sink, first_given, left)
     if ranked.device.type != "cpu":
         return joined_together(ranked, kept, sink, first_given, left, positions)
     group, queries, _ = ranked.shape

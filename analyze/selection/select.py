@@ -42,9 +42,9 @@ def select_together(
     ks: Sequence[int],
     points: Collection[int] | None = None,
 ) -> list[Selection]:
-    """The same for queries that one state after another answers, or none does; only score methods
-    have more than one answered at once. Where the output is computed here, from a cache in few
-    bits, it is at those budgets that `points` name, or at all."""
+    """The same for queries that one state after another answers, or none does; only methods that
+    score or attend have more than one answered at once. Where the output is computed here, from a
+    cache in few bits, it is at those budgets that `points` name, or at all."""
     if method.cache is None:
         return _select(method, serves, block, ks)
     return select_from_cache(method, serves, block, ks, ks if points is None else points, _select)
@@ -59,11 +59,11 @@ def _select(
         return select_by_eviction(method, serves, block, ks)
     if isinstance(method, ScoreMethod):
         return select_by_score(method, serves, block, ks)
+    if isinstance(method, AttendMethod):
+        return [select_by_attend(method, serves, block, k) for k in ks]
     [served] = serves
     if isinstance(method, SearchMethod):
         return [select_by_search(method, served, block, k) for k in ks]
-    if isinstance(method, AttendMethod):
-        return [select_by_attend(method, served.state, block, k) for k in ks]
     if isinstance(method, BlockMethod):
         return select_by_blocks(method, served, block, ks)
     raise TypeError(

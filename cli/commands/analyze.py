@@ -78,6 +78,8 @@ Example:
 @analysis("--out", type=click.Path(path_type=Path), metavar="FOLDER")
 @PROTOCOL
 @analysis("--min-context", type=least_position, metavar="POSITION|each")
+@analysis("--where", metavar="PHASE|MARK")
+@analysis("--evidence", metavar="MARK")
 @LAYERS
 @CALIBRATION
 @CALIBRATION_FROM

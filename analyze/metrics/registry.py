@@ -231,8 +231,8 @@ ALL = (
         "Evidence recall",
         "share of the evidence's keys attended",
         "share of the marked keys that the query sees which the method attended",
-        r"\|R_k ∩ E(i)\| / \|E(i)\|, E(i) being the keys of the marked span (`--evidence`) "
-        "that the query sees; not of queries that see none",
+        r"of prompts with a marked span (`--evidence`): \|R_k ∩ E(i)\| / \|E(i)\|, E(i) being the "
+        "keys of the span that the query sees; not of queries that see none",
         "marked",
         better=1,
         most=1.0,

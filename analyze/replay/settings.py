@@ -41,11 +41,12 @@ class Settings:
                 f"{trace.path} has no finished sequence. Go on with the capture: "
                 "`retrace capture ... --resume`."
             )
-        if len(trace.sequences) < trace.planned:
+        finished = len(trace.sequences) + len(trace.left_out)
+        if finished < trace.planned:
             log.warning(
                 "%s is not complete: %d of %d sequences are finished, and only those are analyzed.",
                 trace.path,
-                len(trace.sequences),
+                finished,
                 trace.planned,
             )
         self.trace = trace

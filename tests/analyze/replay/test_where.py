@@ -262,3 +262,20 @@ def test_locality_of_one_span(trace: Trace) -> None:
     pd.testing.assert_frame_equal(
         results.locality.sort_values(columns), alone.locality.sort_values(columns)
     )
+
+
+@pytest.mark.parametrize("changes", [{}, {"cached_bytes": 24}], ids=["own", "shared cache"])
+@pytest.mark.usefixtures("untried")
+def test_the_end_of_each_sequence_is_what_min_context_counts(
+    make_trace: MakeTrace, rules: Callable[..., Any], changes: dict[str, Any]
+) -> None:
+    marks = [{"end": [range(30, n)]} for n in (53, 40)]
+    trace = make_trace(rules(heads=4, kv_heads=2, **changes), (53, 40), marks=marks)
+    methods = ["exact", "quest:page=4", "h2o"]
+    inside = analyze(trace, methods, [2, 5], where="end", min_context=0)
+    alone = analyze(trace, methods, [2, 5], min_context=30)
+    for table in ("metrics", "curves", "sequences", "positions", "tails"):
+        one, other = (getattr(of, table) for of in (inside, alone))
+        if "min_context" in one:
+            one, other = (of.drop(columns="min_context") for of in (one, other))
+        pd.testing.assert_frame_equal(one, other, check_exact=False, rtol=1e-5, atol=1e-7)

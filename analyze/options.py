@@ -70,6 +70,13 @@ class RunOptions(AnalysisOptions, total=False):
     """Follow how the keys of each method move from query to query: how many come again, which of
     them a buffer of the keys read last holds, and what crosses the link to a cache that is kept
     elsewhere."""
+    where: str | None
+    """Count only the queries at positions of this phase (context, continuation, generated) or of
+    this mark of the trace, such as answer; sequences without any are left out. Methods see all
+    queries as before."""
+    evidence: str | None
+    """Mark, or phase, whose keys the figures `evidence_recall` and `evidence_mass` are of; by
+    default `evidence`, where the trace has it."""
     skip_damaged: bool
     """Read all of the trace first, and leave out the sequences of which something is damaged in
     these layers; otherwise damage ends the run."""
@@ -90,6 +97,8 @@ DEFAULTS: RunOptions = {
     "overwrite": False,
     "again": False,
     "locality": False,
+    "where": None,
+    "evidence": None,
     "skip_damaged": False,
 }
 

@@ -10,19 +10,14 @@ last one.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import pandas as pd
-import torch
-from torch import Tensor
 
-from retrace.analyze import parse_spec
-from retrace.analyze.methods.specs import MethodSpec
-from retrace.analyze.selection.select import select
-from retrace.analyze.selection.states import States
-from retrace.analyze.units.protocol import Protocol
-from retrace.analyze.units.unit import Block, Unit, load_units
+from retrace.analyze import analyze
 from retrace.traces import Trace, open_trace
+
+FIGURES = ["evidence_recall", "evidence_mass", "evidence_attention"]
 
 
 def first_query(trace: Trace, sequence: int) -> int:
@@ -31,54 +26,41 @@ def first_query(trace: Trace, sequence: int) -> int:
     return (answer[0].start if answer else trace.length(sequence)) - 1
 
 
-def attended(unit: Unit, block: Block, spec: MethodSpec, k: int, start: int) -> Tensor:
-    """Which keys a method attends with a budget of k (group, queries, keys)."""
-    listed = []
-    for served in States(spec.method, unit, Protocol(prefix=start)).serve(block):
-        (selection,) = select(spec.method, served, block.part(served.rows), [k])
-        ids = selection.ids
-        counted = (
-            torch.arange(ids.shape[-1]) < selection.attended[0].expand(ids.shape[:2])[..., None]
+def figures(trace: Trace, methods: Sequence[str], k: int) -> pd.DataFrame:
+    """`FIGURES` of each method, layer, sequence and head, means over queries."""
+    begins = {sequence: first_query(trace, sequence) for sequence in trace.sequences}
+    parts = []
+    for start in sorted(set(begins.values())):
+        others = {s: "begins elsewhere" for s, begin in begins.items() if begin != start}
+        results = analyze(
+            trace.without(others),
+            methods,
+            [k],
+            protocol=f"prefix:{start}",
+            min_context=start,
+            evidence="evidence",
+            keep_exact=False,
         )
-        mark = torch.zeros(*ids.shape[:2], block.end + 1, dtype=torch.bool)
-        mark.scatter_(-1, torch.where(counted & (ids >= 0), ids, block.end), True)
-        listed.append(mark[..., :-1])
-    return torch.cat(listed, dim=1)
-
-
-def figures(trace: Trace, specs: list[MethodSpec], k: int) -> Iterator[dict[str, object]]:
-    """Of each layer, sequence, head and method: the share of the evidence's keys that it attends,
-    and of the attention that exact attention pays them; means over queries."""
-    for layer in trace.layers:
-        for sequence in trace.sequences:
-            start = first_query(trace, sequence)
-            keys = [key for span in trace.marks(sequence)["evidence"] for key in span]
-            for unit in load_units(trace.layer(layer), sequence, torch.device("cpu")):
-                (block,) = unit.blocks(start, sys.maxsize)
-                block = block.part(slice(int((block.positions < start).sum()), None))
-                paid = torch.softmax(block.scores.double(), dim=-1)[..., keys]
-                for spec in specs:
-                    found = attended(unit, block, spec, k, start)[..., keys]
-                    kept = (paid * found).sum(dim=-1)
-                    for head in range(unit.group.rules.group):
-                        yield {
-                            "layer": layer,
-                            "method": str(spec),
-                            "recall": float(found[head].double().mean()),
-                            "mass": float(paid[head].sum(dim=-1).mean()),
-                            "kept": float(kept[head].mean()),
-                        }
+        parts.append(results.sequences)
+    rows = pd.concat(parts)
+    rows["method"] = pd.Categorical(rows["method"], categories=rows["method"].unique())
+    keys = ["method", "layer", "sequence", "head"]
+    table = rows.pivot(index=keys, columns="metric", values="mean")[FIGURES]
+    return table.rename_axis(columns=None).reset_index()
 
 
 def main(path: str, k: str, *methods: str) -> None:
-    """Print a table of each layer, all heads and sequences together, and of the whole."""
-    specs = [parse_spec(method) for method in methods]
-    rows = pd.DataFrame(figures(open_trace(path), specs, int(k)))
+    """Print a table of each layer, all heads and sequences together, and of the whole. Of the
+    attention that is kept, each head counts by how much it pays the evidence."""
+    rows = figures(open_trace(path), methods, int(k))
+    rows["kept"] = rows["evidence_mass"] * rows["evidence_attention"]
     rows = pd.concat([rows, rows.assign(layer="all")])
-    sums = rows.groupby(["layer", "method"], sort=False)[["recall", "mass", "kept"]].mean()
-    sums["mass kept"] = sums["kept"] / sums["mass"]
-    table = sums[["recall", "mass kept"]].unstack("method", sort=False)
-    table.insert(0, ("evidence", "mass"), sums["mass"].groupby("layer", sort=False).first())
+    grouped = rows.groupby(["layer", "method"], sort=False, observed=True)
+    means = grouped[[*FIGURES, "kept"]].mean().rename(columns={"evidence_recall": "recall"})
+    means["mass kept"] = means["kept"] / means["evidence_attention"]
+    table = means[["recall", "mass kept"]].unstack("method", sort=False)
+    paid = means["evidence_attention"].groupby("layer", sort=False).first()
+    table.insert(0, ("evidence", "mass"), paid)
     print(table.to_string(float_format="{:.3f}".format))
 
 

@@ -24,6 +24,7 @@ from retrace.analyze.replay.kept import note_kept, outdated_among, outdated_besi
 from retrace.analyze.replay.parts import PARTS, counting_of_parts
 from retrace.analyze.replay.plan import Replayed
 from retrace.analyze.replay.settings import Settings
+from retrace.analyze.replay.spans import EVIDENCE, check_name
 from retrace.analyze.replay.trials import able_to_answer, able_to_learn
 from retrace.analyze.results import Results
 from retrace.analyze.storage.journal import Task
@@ -109,7 +110,7 @@ def settle(asked: Asked) -> Settled:
     device, min_context = choose_device(options["device"]), options["min_context"]
     settings = Settings(
         trace,
-        Counting.asked(options["protocol"], min_context),
+        _counting(trace, options),
         choose_layers(trace, options["layers"]),
         _held_out(asked, before),
         asked.given,
@@ -135,6 +136,18 @@ def settle(asked: Asked) -> Settled:
         check_followed(settings, asked.specs, budgets)
     wanted, before = _still_wanted(settings, asked.specs, budgets, before, options)
     return Settled(settings, wanted, before, noted, device)
+
+
+def _counting(trace: Trace, options: RunOptions) -> Counting:
+    """What counts, as it is asked for."""
+    where, evidence = options["where"], options["evidence"]
+    if where is not None:
+        check_name(trace, where, "--where")
+    if evidence is not None:
+        check_name(trace, evidence, "--evidence")
+    elif EVIDENCE in trace.mark_names:
+        evidence = EVIDENCE
+    return Counting.asked(options["protocol"], options["min_context"], where, evidence)
 
 
 def _begun(folder: Path, before: Results | None) -> Counting | None:

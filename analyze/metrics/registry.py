@@ -8,7 +8,7 @@ for any device, `retrace.analyze.metrics.compiled` for a CPU).
 from dataclasses import dataclass
 from typing import Literal
 
-Level = Literal["budget", "point", "median", "block"]
+Level = Literal["budget", "point", "median", "block", "marked"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Metric:
     level: Level
     """`budget`: measured at every budget on the way to the largest, and so has curves; `point`: at
     the budgets asked for; `median`: of another metric's queries, and so has no mean over them;
-    `block`: at the budgets asked for, where blocks of queries choose together (`prefill:B`)."""
+    `block`: at the budgets asked for, where blocks of queries choose together (`prefill:B`);
+    `marked`: at the budgets asked for, of queries that see keys of a marked span."""
     better: Literal[1, 0, -1]
     """1 where more is better, -1 where less is; 0 where it is the trace's, not the method's."""
     most: float | None = None
@@ -225,6 +226,42 @@ ALL = (
         better=-1,
         every_query=False,
     ),
+    Metric(
+        "evidence_recall",
+        "Evidence recall",
+        "share of the evidence's keys attended",
+        "share of the marked keys that the query sees which the method attended",
+        r"of prompts with a marked span (`--evidence`): \|R_k ∩ E(i)\| / \|E(i)\|, E(i) being the "
+        "keys of the span that the query sees; not of queries that see none",
+        "marked",
+        better=1,
+        most=1.0,
+        every_query=False,
+        in_summary=True,
+    ),
+    Metric(
+        "evidence_mass",
+        "Evidence mass",
+        "share of the evidence's attention kept",
+        "share of exact attention to the marked keys that is on those attended",
+        "sum of p over R_k ∩ E(i) / sum of p over E(i), likewise",
+        "marked",
+        better=1,
+        most=1.0,
+        every_query=False,
+        in_summary=True,
+    ),
+    Metric(
+        "evidence_attention",
+        "Evidence attention",
+        "share of attention mass",
+        "attention mass on the marked keys, whatever the method",
+        "sum of p over E(i): how much of `evidence_mass` there is to lose",
+        "marked",
+        better=0,
+        most=1.0,
+        every_query=False,
+    ),
 )
 BY_NAME = {metric.name: metric for metric in ALL}
 METRICS: dict[str, str] = {metric.name: metric.description for metric in ALL}
@@ -243,6 +280,8 @@ AT_POINTS = _names(*(metric for metric in ALL if metric.level == "point"))
 """Measured at the budgets asked for."""
 AT_BLOCKS = _names(*(metric for metric in ALL if metric.level == "block"))
 """Measured at the budgets asked for, where blocks of queries choose together."""
+AT_MARKED = _names(*(metric for metric in ALL if metric.level == "marked"))
+"""Measured at the budgets asked for, of queries that see keys of a marked span."""
 BUCKETED = _names(*(metric for metric in ALL if metric.bucketed))
 """Those whose means are kept bucket by bucket."""
 TAILED = _names(*(metric for metric in ALL if metric.tailed))

@@ -29,14 +29,14 @@ class SharedCacheReads:
     """What one method reads in a layer whose heads share a cache, over one sequence's queries."""
 
     def __init__(
-        self, rules: LayerRules, positions: Tensor, topk: Sequence[int], first: Sequence[int]
+        self, rules: LayerRules, positions: Tensor, topk: Sequence[int], counted: Tensor
     ) -> None:
-        """Positions are those of all the sequence's queries (queries,), ascending; `first` is the
-        first that counts for each budget of `topk`."""
+        """Positions are those of all the sequence's queries (queries,), ascending; `counted` says
+        which of them count for each budget of `topk` (budgets, queries) bool."""
         self._rules = rules
         self._topk = tuple(topk)
         self._positions = positions.cpu()
-        self._counted = self._positions >= torch.tensor(list(first))[:, None]
+        self._counted = counted
         self._visible = self._positions - first_visible(self._positions, rules) + 1
         row_bytes = (self._positions // 8 + 1).numpy()
         self._starts = np.concatenate([[0], row_bytes.cumsum()[:-1]])

@@ -28,7 +28,8 @@ def to_xarray(results: Figures) -> Any:
     dataset = dataset.assign_coords(module=("layer", modules[dataset["layer"].values].to_numpy()))
     run = results.run
     # Attributes of netCDF are text or numbers.
-    facts = {name: run.get(name) for name in ("retrace", "trace", "protocol", "min_context")}
+    known = ("retrace", "trace", "protocol", "min_context", "where", "evidence")
+    facts = {name: run.get(name) for name in known}
     facts |= {name: json.dumps(run.get(name)) for name in ("model", "task", "methods")}
     return dataset.assign_attrs({name: str(value) for name, value in facts.items()})
 

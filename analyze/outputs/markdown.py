@@ -96,8 +96,8 @@ def markdown(figures: Figures) -> str:
                 table[f"95 % of Mean {metric.replace('_', ' ').title()}"] = [
                     ends.get((method, k, metric, module), "") for module in table["Layer"]
                 ]
-            words = over[method, k].capitalize()
-            parts.append(f"### {method}, top-k {k}\n\n{words}.\n\n{markdown_table(table)}\n")
+            words = sentence(over[method, k])
+            parts.append(f"### {method}, top-k {k}\n\n{words}\n\n{markdown_table(table)}\n")
     return shown("\n".join(parts))
 
 
@@ -109,6 +109,15 @@ def _brackets(known: pd.DataFrame, keys: list[str]) -> dict[tuple[Any, ...], str
         place: f"[{low:.4f}, {high:.4f}]"
         for place, low, high in zip(places, found["low"], found["high"], strict=True)
     }
+
+
+def sentence(words: str) -> str:
+    """Words as a sentence, names in them as they are.
+
+    >>> sentence("over 24 queries of each head, in Needle-2")
+    'Over 24 queries of each head, in Needle-2.'
+    """
+    return f"{words[:1].upper()}{words[1:]}."
 
 
 def markdown_table(table: pd.DataFrame) -> str:

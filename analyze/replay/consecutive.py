@@ -6,6 +6,7 @@ import numpy as np
 
 from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.replay.settings import Settings
+from retrace.analyze.replay.spans import counted_positions
 from retrace.traces import RetraceError
 
 
@@ -25,13 +26,12 @@ def check_followed(settings: Settings, specs: Sequence[MethodSpec], budgets: Seq
     most = 0
     for sequence in settings.sequences:
         first = min(counting.first(k, trace.length(sequence)) for k in budgets)
-        positions = trace.query_positions(sequence)
-        counted = positions[positions >= first]
+        counted = counted_positions(trace, counting.where, sequence, first)
         [gaps] = np.nonzero(np.diff(counted) != 1)
         if len(gaps):
             raise RetraceError(
                 f"--locality takes a query of every position: of sequence {sequence}, "
-                f"{trace.path} has one of {counted[gaps[0]]} and the next of "
+                f"{_whose(settings)} has one of {counted[gaps[0]]} and the next of "
                 f"{counted[gaps[0] + 1]}. From {counted[gaps[-1] + 1]} on it has all, for "
                 "--min-context; `capture --queries all` keeps them."
             )
@@ -41,6 +41,12 @@ def check_followed(settings: Settings, specs: Sequence[MethodSpec], budgets: Seq
             "--locality takes two queries that count, one after another, and no sequence has them: "
             "lower the least position with --min-context."
         )
+
+
+def _whose(settings: Settings) -> str:
+    """What has the queries that count."""
+    where = settings.counting.where
+    return str(settings.trace.path) if where is None else f"--where {where}"
 
 
 def _names(specs: Sequence[MethodSpec]) -> str:

@@ -1,5 +1,5 @@
 """Which queries count: one set for all budgets of a run, so that more budget never looks worse
-because it was judged on other queries."""
+because it was judged on other queries; and which of their keys are told apart."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,13 +23,24 @@ class Counting:
     least: int | None = None
     """The first position that counts, whatever the budget; with None each budget has the one that
     the rule gives it, and so queries of its own."""
+    where: str | None = None
+    """The phase or mark whose positions alone count; None for all."""
+    evidence: str | None = None
+    """The mark whose keys `evidence_recall` and its like are of; None where there is none."""
 
     @classmethod
-    def asked(cls, protocol: str, least: int | str | None) -> Self:
+    def asked(
+        cls,
+        protocol: str,
+        least: int | str | None,
+        where: str | None = None,
+        evidence: str | None = None,
+    ) -> Self:
         """Read `min_context` as it is asked for; None, like `EACH`, leaves each budget its own.
 
         Raises:
-            RetraceError: it is neither a position nor `EACH`, or the protocol is unknown.
+            RetraceError: it is neither a position nor `EACH`, the protocol is unknown, or it has
+                whole blocks of queries and `where` parts them.
         """
         if isinstance(least, str) and least != EACH:
             raise RetraceError(f"min_context {least!r}: expected a position, or {EACH!r}.")
@@ -41,9 +52,14 @@ class Counting:
                 f"min_context {least}: {asked} counts whole blocks of queries, expected a multiple "
                 f"of {asked.block}."
             )
+        if where is not None and asked.block is not None:
+            raise RetraceError(
+                f"--where {where}: {asked} counts whole blocks of queries, and a span may hold "
+                "part of one: leave it out, or give another --protocol."
+            )
         if least is None and asked.block is not None:
             least = 0  # the operations of a prefill are those of whole prompts
-        return cls(asked, None if isinstance(least, str) else least)
+        return cls(asked, None if isinstance(least, str) else least, where, evidence)
 
     @classmethod
     def recorded(cls, facts: Mapping[str, Any]) -> Self:
@@ -55,7 +71,12 @@ class Counting:
         least = facts.get("min_context")
         if least is not None and type(least) is not int:
             raise RetraceError(f"min_context {least!r}: expected a position, 0 or more.")
-        return cls.asked(str(facts.get("protocol")), least)
+        # Of earlier versions there are none.
+        where, evidence = (facts.get(name) for name in ("where", "evidence"))
+        for name in (where, evidence):
+            if name is not None and not isinstance(name, str):
+                raise RetraceError(f"{str(name)[:80]!r} is no name of a phase or mark.")
+        return cls.asked(str(facts.get("protocol")), least, where, evidence)
 
     def for_all(self, budget: int) -> Self:
         """The same queries for all budgets: those that count for this one."""
@@ -75,19 +96,33 @@ class Counting:
 
     def facts(self) -> dict[str, Any]:
         """As `run.json` has it."""
-        return {"protocol": str(self.protocol), "min_context": self.least}
+        return {
+            "protocol": str(self.protocol),
+            "min_context": self.least,
+            "where": self.where,
+            "evidence": self.evidence,
+        }
 
     def column(self) -> str:
-        """As the column `min_context` of tables has it."""
-        return f"{CONTEXT_PER_KEY}k" if self.least is None else str(self.least)
+        """As the column `min_context` of tables has it: `320`, or `320 in answer`.
+
+        >>> Counting(Protocol(), 320, "answer").column(), Counting(Protocol()).column()
+        ('320 in answer', '10k')
+        """
+        least = f"{CONTEXT_PER_KEY}k" if self.least is None else str(self.least)
+        return least if self.where is None else f"{least} in {self.where}"
 
     def words(self) -> str:
-        """The position from which on queries count.
+        """Which queries count.
 
         >>> Counting(Protocol(), 500).words(), Counting(Protocol()).words()
-        ('position 500', 'position 10 k')
+        ('from position 500 on', 'from position 10 k on')
+        >>> Counting(Protocol(), 320, "answer").words()
+        'in answer, from position 320 on'
         """
-        return f"position {f'{CONTEXT_PER_KEY} k' if self.least is None else self.least}"
+        least = f"{CONTEXT_PER_KEY} k" if self.least is None else self.least
+        inside = "" if self.where is None else f"in {self.where}, "
+        return f"{inside}from position {least} on"
 
 
 def number_of(least: int, most: int) -> str:

@@ -9,7 +9,8 @@ A task's walk from reading to the tally enters each room once:
    and in a prefill adds up what blocks of keys hold (`BlockMasses`);
 5. `methods` build their state of what came before, as the protocol says (`selection.states`);
 6. `selection` turns each method's answer into one list of keys for all its budgets;
-7. `metrics` walks the lists of all queries that count, into moments over queries;
+7. `metrics` walks the lists of all queries that count, into moments over queries, and looks up
+   the keys that the trace marks (`MarkedKeys`);
 8. `replay.tally` adds them up block by block, and sets the heads of the layer side by side;
    bytes of a cache that these share are counted over all of them (`metrics.shared_cache`), and
    where it is asked for, keys are followed from query to query (`metrics.recency`);
@@ -38,6 +39,7 @@ from retrace.analyze.methods.base import AttendMethod, BlockMethod, ScoreMethod
 from retrace.analyze.methods.exact import Exact
 from retrace.analyze.methods.hooks import naming
 from retrace.analyze.metrics.buckets import buckets_of
+from retrace.analyze.metrics.evidence import MarkedKeys
 from retrace.analyze.metrics.measure import ExactBlock
 from retrace.analyze.metrics.patterns import BlockMasses
 from retrace.analyze.metrics.recency import RecentKeys
@@ -74,6 +76,7 @@ def replay(
     """
     with clock.charge("read"):
         units = load_units(trace.layer(layer), sequence, device)
+    plan = plan.of_sequence(trace, sequence)
     digest = trace.digest(sequence) if store.active else ""
     kept: KeptReferences | None = None
     fresh: KeptReferences | None = None
@@ -104,8 +107,11 @@ def replay(
 
 def _shared_reads(unit: Unit, plan: Plan, method: Replayed) -> SharedCacheReads:
     """Where what a method reads of a layer's cache is noted, unit after unit."""
-    first = [plan.counting.first(k, len(unit.keys)) for k in method.topk]
-    return SharedCacheReads(unit.group.rules, unit.positions, method.topk, first)
+    counted = torch.zeros(len(method.topk), len(unit.positions), dtype=torch.bool)
+    for own, k in zip(counted, method.topk, strict=True):
+        for rows in plan.counted(unit.positions, plan.counting.first(k, len(unit.keys))):
+            own[rows] = True
+    return SharedCacheReads(unit.group.rules, unit.positions, method.topk, counted)
 
 
 def _again(trace: Trace, unit: Unit) -> Unit:
@@ -172,28 +178,30 @@ def replay_unit(
         exact_answers = _exact_answers(unit, begin, ranks, kept, plan.block_elements)
     # One at a time: a block holds on to its scores.
     for block in unit.blocks(begin, plan.block_elements, protocol.block or 1):
+        counted = plan.counted(block.positions, first)
+        if not counted and fresh is None:
+            continue
         with clock.charge(answering):
             reference = exact_answers(block)
             if fresh is not None:
                 fresh.put(block, reference)
-        counted = int(torch.searchsorted(block.positions, first))
-        if counted == len(block.positions):
-            continue
-        with clock.charge("metrics"):
-            rows = slice(counted, len(block.positions))
-            exact = ExactBlock(block, reference, buckets[:, block.rows])
-            if kept is not None and not exact.rows(rows, exact.no_rank).is_possible:
-                # What is kept cannot be right.
-                exact = ExactBlock(block, exact_pass(block, ranks), exact.buckets)
-            # Kept or not, the same ranks: probabilities of further keys are taken otherwise.
-            exact = exact.rows(rows, plan.ranks)
-            refuse_unheld(exact.block, exact.reference)
-            if masses is not None:
-                masses.add(exact)
-        for i, (method, found, state) in enumerate(zip(plan.methods, tallies, states, strict=True)):
-            reads = None if shared is None else shared[i]
-            with naming(method.spec):
-                _replay_method(method, exact, state, plan, found, reads, recent[i], clock)
+        for rows in counted:
+            with clock.charge("metrics"):
+                exact = ExactBlock(block, reference, buckets[:, block.rows])
+                if kept is not None and not exact.rows(rows, exact.no_rank).is_possible:
+                    # What is kept cannot be right.
+                    exact = ExactBlock(block, exact_pass(block, ranks), exact.buckets)
+                # Kept or not, the same ranks: probabilities of further keys are taken otherwise.
+                exact = exact.rows(rows, plan.ranks)
+                refuse_unheld(exact.block, exact.reference)
+                if masses is not None:
+                    masses.add(exact)
+                marked = MarkedKeys(exact, plan.evidence) if plan.evidence else None
+            each = zip(plan.methods, tallies, states, recent, strict=True)
+            for i, (method, found, state, keys) in enumerate(each):
+                reads = None if shared is None else shared[i]
+                with naming(method.spec):
+                    _replay_method(method, exact, state, plan, found, reads, keys, marked, clock)
     patterns = None if masses is None else masses.moments()
     for method, found, state, keys in zip(plan.methods, tallies, states, recent, strict=True):
         with naming(method.spec):
@@ -236,6 +244,7 @@ def _replay_method(
     found: Tally,
     reads: SharedCacheReads | None,
     recent: RecentKeys | None,
+    marked: MarkedKeys | None,
     clock: Clock,
 ) -> None:
     """Add a block's queries to a method's tally.
@@ -276,7 +285,12 @@ def _replay_method(
             with clock.charge("metrics", name):
                 answer = _Answer.of(list(alike))
                 part = exact.rows(answer.rows)
-                found.add(ks, points, tally(part, answer.selection, points, torch.tensor(first)))
+                since = torch.tensor(first)
+                tallied = tally(part, answer.selection, points, since)
+                if marked is not None:
+                    of_marked = marked.moments(answer.selection, answer.rows, points, since)
+                    tallied.at_points.update(of_marked)
+                found.add(ks, points, tallied)
                 if reads is not None:
                     reads.add(part.block, answer.selection, points)
             if recent is not None:

@@ -109,21 +109,24 @@ def _work(plan: Plan, layer: Layer, sequence: int, store: ReferenceStore) -> _Wo
     )
     elements = length * rules.kv_heads * (rules.key_dim + rules.value_dim)
     elements += len(positions) * rules.heads * rules.key_dim
-    computed = 0
+    plan = plan.of_sequence(trace, sequence)
+    first, computed = _first(plan, length), 0
     if not store.holds(trace.digest(sequence), layer.index):
-        begin = 0 if store.active else _first(plan, length)
-        computed = _scores(unit, begin) * rules.kv_heads
+        everything = replace(plan, within=None)
+        computed = _scores(unit, everything, 0) if store.active else _scores(unit, plan, first)
+        computed *= rules.kv_heads
     return _Work(
         elements * trace.dtype.itemsize,
         computed * 2 * (rules.key_dim + rules.value_dim),
-        _scores(unit, _first(plan, length)) * rules.kv_heads,
+        _scores(unit, plan, first) * rules.kv_heads,
         length * rules.kv_heads,
     )
 
 
-def _scores(unit: Unit, first_position: int) -> int:
-    """Scores that a unit's blocks compute from a position on, those that are masked included."""
-    blocks = unit.blocks(first_position)
+def _scores(unit: Unit, plan: Plan, first: int) -> int:
+    """Scores that a unit's blocks compute with a query that counts from a position on, those that
+    are masked included."""
+    blocks = (block for block in unit.blocks(first) if plan.counted(block.positions, first))
     return sum(len(unit.queries) * len(block.positions) * block.end for block in blocks)
 
 
@@ -148,7 +151,7 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
     plan = replace(plan, methods=tuple(ready))
     begin = _first(plan, len(unit.keys))
     operations = 2 * (unit.group.rules.key_dim + unit.group.rules.value_dim)
-    whole = _scores(unit, begin)
+    whole = _scores(unit, plan, begin)
     step = max(1, int(whole * operations // MEASURED))
     together = plan.counting.protocol.block
     if together is None:
@@ -166,7 +169,7 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
             replay_unit(some, plan, None, None, clock)
     finally:
         torch.set_num_threads(before)
-    scores = max(1, _scores(some, begin))
+    scores = max(1, _scores(some, plan, begin))
     spent = {
         step: sum(seconds for charge, seconds in clock.seconds.items() if charge.step == step)
         for step in ("exact pass", "build", "search", "metrics", "locality")

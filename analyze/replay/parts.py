@@ -22,7 +22,14 @@ from retrace.analyze.metrics.locality import Locality
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.patterns import checked_patterns
 from retrace.analyze.metrics.possible import impossible
-from retrace.analyze.metrics.registry import AT_ALL, AT_BLOCKS, AT_POINTS, BUCKETED, TAILED
+from retrace.analyze.metrics.registry import (
+    AT_ALL,
+    AT_BLOCKS,
+    AT_MARKED,
+    AT_POINTS,
+    BUCKETED,
+    TAILED,
+)
 from retrace.analyze.metrics.tails import Tails
 from retrace.analyze.replay.calibration_file import GivenCalibration
 from retrace.analyze.replay.clock import Charge, Clock
@@ -202,12 +209,13 @@ class KeptParts:
                 nothing = Locality.empty(len(tally.topk), rules.kv_heads, rules.group)
                 counted = (arrays.pop(f"{i}.locality.{of}") for of in KEPT_LOCALITY)
                 tally.locality = Locality.checked(nothing, *counted)
+        optional = (*AT_POINTS, *AT_BLOCKS, *AT_MARKED)
         for name, array in arrays.items():
             index, kind, of = name.split(".")
             tally = tallies[int(index)]
             known, names, shape = {
                 "at_all": (tally.at_all, AT_ALL, (len(tally.ks),)),
-                "at_points": (tally.at_points, (*AT_POINTS, *AT_BLOCKS), (len(tally.topk),)),
+                "at_points": (tally.at_points, optional, (len(tally.topk),)),
                 "by_bucket": (tally.by_bucket, AXES, (-1, len(tally.topk), len(BUCKETED))),
             }[kind]
             if of not in names or array.dtype != np.float64:

@@ -1,13 +1,17 @@
 """What is replayed: methods at budgets, for the queries that count."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from retrace.analyze.methods.base import EvictionMethod, ScoreMethod
 from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.replay.counting import Counting
+from retrace.analyze.replay.spans import Spans, rows_within, spans_named
 from retrace.analyze.selection.states import Calibration
 from retrace.analyze.units.protocol import Protocol
+from retrace.traces import Trace
 
 EVERY_BUDGET_TO = 256
 """Curves have a point at every budget up to here, and further ones evenly on a log scale."""
@@ -39,7 +43,8 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is replayed, and under which rules; the same for every unit."""
+    """What is replayed, and under which rules; the same for every unit, but for what its sequence
+    has at which positions."""
 
     methods: tuple[Replayed, ...]
     counting: Counting
@@ -47,6 +52,24 @@ class Plan:
     """Scores held at once."""
     locality: bool = False
     """Whether it is followed how keys move from query to query."""
+    within: Spans | None = None
+    """Positions of the sequence that count; None for all."""
+    evidence: Spans = ()
+    """Positions of the sequence whose keys are told apart."""
+
+    def of_sequence(self, trace: Trace, sequence: int) -> "Plan":
+        """With what a sequence has at which positions."""
+        where, evidence = self.counting.where, self.counting.evidence
+        return replace(
+            self,
+            within=None if where is None else spans_named(trace, where, sequence),
+            evidence=() if evidence is None else spans_named(trace, evidence, sequence),
+        )
+
+    def counted(self, positions: Tensor, first: int) -> list[slice]:
+        """The rows of ascending query positions (queries,) that count, of those from `first` on."""
+        everywhere = (range(first, int(positions[-1]) + 1),)
+        return rows_within(positions, everywhere if self.within is None else self.within, first)
 
     @property
     def ranks(self) -> int:

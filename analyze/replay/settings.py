@@ -17,6 +17,7 @@ from retrace.analyze.replay.calibration import calibration, calibration_name
 from retrace.analyze.replay.calibration_file import GivenCalibration
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.plan import Replayed
+from retrace.analyze.replay.spans import counted_positions
 from retrace.analyze.storage.provenance import engine
 from retrace.analyze.units.costs import SERVING_DTYPE
 from retrace.traces import RetraceError, Trace
@@ -40,11 +41,12 @@ class Settings:
                 f"{trace.path} has no finished sequence. Go on with the capture: "
                 "`retrace capture ... --resume`."
             )
-        if len(trace.sequences) < trace.planned:
+        finished = len(trace.sequences) + len(trace.left_out)
+        if finished < trace.planned:
             log.warning(
                 "%s is not complete: %d of %d sequences are finished, and only those are analyzed.",
                 trace.path,
-                len(trace.sequences),
+                finished,
                 trace.planned,
             )
         self.trace = trace
@@ -54,6 +56,31 @@ class Settings:
         self.given = given
         """What methods have learnt elsewhere, in place of any sequences of this trace."""
         self.sequences = tuple(s for s in trace.sequences if s not in calibration)
+        if counting.where is not None:
+            self._leave_out(counting.where)
+
+    def _leave_out(self, where: str) -> None:
+        """Leave out the sequences without a query in the spans of this name, a warning naming them.
+
+        Raises:
+            RetraceError: that is all of them.
+        """
+        inside = {s: counted_positions(self.trace, where, s, 0) for s in self.sequences}
+        self._last_inside = {s: int(found[-1]) for s, found in inside.items() if len(found)}
+        if not self._last_inside:
+            raise RetraceError(
+                f"--where {where}: {self.trace.path} holds no query there of a sequence that is "
+                "analyzed: `capture --queries` says which are kept."
+            )
+        if without := [s for s in self.sequences if s not in self._last_inside]:
+            log.warning(
+                "%d of %d sequences have no query in %s and are left out: %s.",
+                len(without),
+                len(self.sequences),
+                where,
+                ", ".join(map(str, without)),
+            )
+        self.sequences = tuple(self._last_inside)
 
     def countable(self, budgets: Sequence[int]) -> tuple[int, ...]:
         """The budgets for which some query counts, a warning naming the others.
@@ -65,11 +92,12 @@ class Settings:
         if len(fit) < len(budgets):
             short = [k for k in budgets if k not in fit]
             needed = min(self._first(short[0], s) for s in self.sequences)
-            last = max(map(self._last, self.sequences))
+            last, where = max(map(self._last, self.sequences)), self.counting.where
+            ends = "the longest sequence ends" if where is None else f"{where} ends"
             line = (
                 f"No query counts for top-k {', '.join(map(str, short))}: "
                 f"{'it takes' if len(short) == 1 else f'{short[0]} takes'} a position of at least "
-                f"{needed}, and the longest sequence ends at {last}. Choose a smaller top-k, or "
+                f"{needed}, and {ends} at {last}. Choose a smaller top-k, or "
                 "lower the least position with --min-context."
             )
             if not fit:
@@ -91,9 +119,9 @@ class Settings:
         self.counting = replace(self.counting, least=begun.least)
         if [self.counting] != usual:
             asked = ", ".join(map(str, budgets))
-            other = [f"; top-k {asked} alone would have those from {c.words()} on" for c in usual]
+            other = [f"; top-k {asked} alone would have those {c.words()}" for c in usual]
             log.warning(
-                "%s counts the queries from %s on, as it began, and goes on so%s. For others "
+                "%s counts the queries %s, as it began, and goes on so%s. For others "
                 "choose another folder with --out, or replace it with --overwrite.",
                 folder,
                 self.counting.words(),
@@ -111,7 +139,9 @@ class Settings:
         return self.counting.first(k, self.trace.length(sequence))
 
     def _last(self, sequence: int) -> int:
-        """The last position that there is a query of."""
+        """The last position that there is a query of which may count."""
+        if self.counting.where is not None:
+            return self._last_inside[sequence]
         return int(self.trace.query_positions(sequence)[-1])
 
     def scores(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import pandas as pd
 
-from retrace.analyze.metrics.registry import AT_BLOCKS, COMPARED, MEDIAN, METRICS
+from retrace.analyze.metrics.registry import AT_BLOCKS, AT_MARKED, COMPARED, MEDIAN, METRICS
 from retrace.analyze.replay.clock import profile_table
 from retrace.analyze.replay.counting import Counting, number_of
 from retrace.analyze.tables.columns import (
@@ -257,10 +257,11 @@ class Figures:
         """How many queries the figures of a head are over: one row per (method, topk), `least` and
         `most` over layers and heads, which differ where layers of some sequences are missing.
 
-        Of `candidate_recall` they are those for which something had to be found, and ratios of sums
-        over pairs of queries and keys count these.
+        Of `candidate_recall` they are those for which something had to be found, of marked keys
+        those that see some, and ratios of sums over pairs of queries and keys count these.
         """
-        rows = self.metrics[~self.metrics["metric"].isin(["candidate_recall", *AT_BLOCKS])]
+        others = ["candidate_recall", *AT_BLOCKS, *AT_MARKED]
+        rows = self.metrics[~self.metrics["metric"].isin(others)]
         counts = rows.groupby(["method", "topk"], sort=False)["count"]
         return pd.DataFrame({"least": counts.min(), "most": counts.max()})
 
@@ -276,7 +277,7 @@ class Figures:
         rows = self.metrics[self.metrics["metric"] == "density"]
         density = rows.groupby(["method", "topk"])["mean"].mean().to_dict()
         return {
-            at: f"over {number} queries of each head, from {counted} on"
+            at: f"over {number} queries of each head, {counted}"
             + (f", which attend {density[at]:.1%} of the keys they see" if at in density else "")
             for at, number in self.numbers().items()
         }

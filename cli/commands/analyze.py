@@ -78,6 +78,8 @@ Example:
 @analysis("--out", type=click.Path(path_type=Path), metavar="FOLDER")
 @PROTOCOL
 @analysis("--min-context", type=least_position, metavar="POSITION|each")
+@analysis("--where", metavar="PHASE|MARK")
+@analysis("--evidence", metavar="MARK")
 @LAYERS
 @CALIBRATION
 @CALIBRATION_FROM
@@ -247,7 +249,7 @@ def print_results(
 def print_figures(title: str, table: "pd.DataFrame", form: str, over: str = "") -> None:
     """Print a table of figures and words, as a table or in Markdown; `over` says which
     queries."""
-    from retrace.analyze.outputs.markdown import markdown_table
+    from retrace.analyze.outputs.markdown import markdown_table, sentence
 
     texts = table.map(lambda cell: cell if isinstance(cell, str) else f"{cell:.4f}")
     if form == "table":
@@ -256,7 +258,7 @@ def print_figures(title: str, table: "pd.DataFrame", form: str, over: str = "") 
         return
     say(f"### {title}\n")
     if over:
-        say(f"{over.capitalize()}.\n")
+        say(f"{sentence(over)}\n")
     say(markdown_table(texts) + "\n")
 
 

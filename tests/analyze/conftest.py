@@ -92,8 +92,9 @@ def make_trace(
     """A function that writes a trace and opens it.
 
     Takes the rules of its layers, the lengths of its sequences, the positions of the kept queries
-    (all, if not given), tensors by (layer, sequence) in place of random ones, and a seed. With a
-    name the trace is the test's own; a nameless one of random tensors is shared.
+    (all, if not given), tensors by (layer, sequence) in place of random ones, a seed, and more that
+    `create_trace` is told, such as marks. With a name the trace is the test's own; a nameless one
+    of random tensors is shared.
     """
 
     def make(
@@ -105,13 +106,20 @@ def make_trace(
         tensors: dict[tuple[int, int], Tensors] | None = None,
         name: str | None = None,
         seed: int = 0,
+        **more: Any,
     ) -> Trace:
         if name is None and tensors is None:
-            asked = repr((rules, lengths, dtype, queries, seed))
+            asked = repr((rules, lengths, dtype, queries, seed, more))
             if asked not in shared_traces:
                 path = tmp_path_factory.mktemp("shared") / "trace"
                 shared_traces[asked] = make(
-                    rules, lengths, dtype=dtype, queries=queries, name=str(path), seed=seed
+                    rules,
+                    lengths,
+                    dtype=dtype,
+                    queries=queries,
+                    name=str(path),
+                    seed=seed,
+                    **more,
                 )
             return shared_traces[asked]
         layers = [rules] if isinstance(rules, LayerRules) else list(rules)
@@ -127,6 +135,7 @@ def make_trace(
             query_positions=positions,
             dtype=dtype,
             attributes={"model": "random", "task": "none"},
+            **more,
         )
         for sequence, length in enumerate(lengths):
             for layer, layer_rules in enumerate(layers):
@@ -298,18 +307,19 @@ def expected_figures(
     aux: Callable[[Query], float] = lambda query: 0.0,
     holds_keys: bool = False,
     output: Callable[[Query, Sequence[int]], Array] | None = None,
+    counts: Callable[[Query], bool] = lambda query: True,
 ) -> Expected:
     """Mean, std and count by (metric, head) of a method that attends `select(query, k)`.
 
-    `first` is the first position that counts (10 k if not given), `aux` the bytes of what a group
-    reads to find its keys, `holds_keys` whether those are the keys themselves, `output` the
-    method's own output.
+    `first` is the first position that counts (10 k if not given), and `counts` says which queries
+    do from there on; `aux` is the bytes of what a group reads to find its keys, `holds_keys`
+    whether those are the keys themselves, `output` the method's own output.
     """
     samples: dict[tuple[str, int], list[float]] = defaultdict(list)
     rules = trace.layer(layer).rules
     key_bytes, value_bytes = 2 * rules.key_dim, 2 * rules.value_dim  # as served
     for group in all_queries(trace, layer):
-        if group[0].position < (10 * k if first is None else first):
+        if group[0].position < (10 * k if first is None else first) or not counts(group[0]):
             continue
         chosen = [list(select(query, k)) for query in group]
         union = len(set().union(*chosen))

@@ -164,7 +164,7 @@ def counted_words(results: Figures) -> str:
     number = number_of(counts["least"].min(), counts["most"].max())
     each = "" if counting.alike else ", others for each k, so a curve may fall"
     return (
-        f"over {number} queries of each head, from {counting.words()} on{each}; "
+        f"over {number} queries of each head, {counting.words()}{each}; "
         f"protocol {counting.protocol}"
     )
 

@@ -7,7 +7,15 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from retrace.analyze.metrics.registry import AT_ALL, AT_BLOCKS, BUCKETED, BY_NAME, METRICS, Metric
+from retrace.analyze.metrics.registry import (
+    AT_ALL,
+    AT_BLOCKS,
+    AT_MARKED,
+    BUCKETED,
+    BY_NAME,
+    METRICS,
+    Metric,
+)
 from retrace.analyze.outputs.locality import locality_summary
 from retrace.analyze.outputs.markdown import remarks
 from retrace.analyze.outputs.plots.style import DASHES, EXACT_STYLE, Style, styles_of
@@ -70,8 +78,9 @@ def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]
         "metrics": {
             name: _of_page(metric)
             for name, metric in BY_NAME.items()
-            # Of other protocols there are none of blocks of queries.
-            if name not in AT_BLOCKS or any((run.metrics["metric"] == name).any() for run in runs)
+            # Of other protocols there are none of blocks of queries, nor are keys always marked.
+            if name not in (*AT_BLOCKS, *AT_MARKED)
+            or any((run.metrics["metric"] == name).any() for run in runs)
         },
         "cost": _cost(runs),
         "predicts": remarks(*(run.run for run in runs)),

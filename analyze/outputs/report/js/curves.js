@@ -14,7 +14,7 @@ import { at } from "./document.js";
 import { grid, gridAt } from "./figures.js";
 import { bandBetween, bandOfIntervals, figureWords, intervalWords, lineOf } from "./lines.js";
 import { draw, nothing } from "./plot.js";
-import { byBudgetAlone, countedFrom } from "./queries.js";
+import { byBudgetAlone, countedWords } from "./queries.js";
 import { COST, CURVED, METRICS, runOf } from "./results.js";
 import { mean, quantile } from "./statistics.js";
 /** @import { Ends, Entry, Run } from "./results.js" */
@@ -137,5 +137,5 @@ const budgetWords = (run) =>
   "markers are the budgets asked for; where a method's choices nest, its line goes through the " +
   "budgets between them. " +
   (byBudgetAlone(run)
-    ? `Each k has queries of its own, from ${countedFrom(run)} on, so a curve may fall.`
-    : `All budgets have the same queries, from ${countedFrom(run)} on.`);
+    ? `Each k has queries of its own, ${countedWords(run)}, so a curve may fall.`
+    : `All budgets have the same queries, ${countedWords(run)}.`);

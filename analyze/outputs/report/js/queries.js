@@ -6,7 +6,7 @@ import { extent } from "./statistics.js";
 
 export const OTHERS = "did not answer the same queries";
 /** Facts that say which queries there are. */
-const ASKED = ["trace", "protocol", "min_context", "layers", "calibration"];
+const ASKED = ["trace", "protocol", "min_context", "where", "layers", "calibration"];
 
 /**
  * The least and the most queries of any head of a method at a budget: none where not measured.
@@ -47,6 +47,7 @@ export const sameQueries = (some) =>
  */
 export const byBudgetAlone = ({ facts }) => (facts.min_context ?? null) === null;
 
-/** @param {Run} run */
-export const countedFrom = (run) =>
-  `position ${byBudgetAlone(run) ? "10 k" : run.facts.min_context}`;
+/** Which queries count. @param {Run} run */
+export const countedWords = (run) =>
+  `${run.facts.where ? `in ${run.facts.where}, ` : ""}from position ` +
+  `${byBudgetAlone(run) ? "10 k" : run.facts.min_context} on`;

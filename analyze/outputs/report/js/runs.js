@@ -1,7 +1,7 @@
 // What runs were of, as their run.json tells.
 import { at, element } from "./document.js";
 import { plotlyVersion } from "./plot.js";
-import { countedFrom, OTHERS, queriesOf, shownQueries, unlikeWords } from "./queries.js";
+import { countedWords, OTHERS, queriesOf, shownQueries, unlikeWords } from "./queries.js";
 import { index } from "./results.js";
 import { extent } from "./statistics.js";
 import { figureCell, tabulate } from "./tables.js";
@@ -35,7 +35,8 @@ function factsInWords(run, entries) {
     facts.sequences && counted(facts.sequences.length, "sequence"),
     facts.dtype,
     facts.protocol && `protocol ${facts.protocol}`,
-    `${queries} queries of each head, from ${countedFrom(run)} on`,
+    `${queries} queries of each head, ${countedWords(run)}`,
+    facts.evidence && facts.evidence !== "evidence" && `evidence: ${facts.evidence}`,
     counted(entries.length, "method"),
   ].filter(Boolean).join(" · ");
 }

@@ -645,6 +645,16 @@ def test_results_of_different_queries_are_told(open_page: Open, made: Make) -> N
     assert shown.locator("#subtitle span").all_text_contents()[1].startswith("b tiny")
 
 
+def test_queries_of_one_place_are_told(open_page: Open, made: Make) -> None:
+    everywhere, inside = (made([0], 2, ["exact"], [5], [5], seed=s) for s in (1, 2))
+    inside.run |= {"where": "answer", "evidence": "needle", "min_context": 320}
+    shown = open_page({"a": everywhere, "b": inside})
+    assert "differ in least position, where: " in (shown.text_content("#unlike") or "")
+    told = shown.locator("#subtitle span").all_text_contents()
+    assert ", from position 10 k on" in told[0] and "in answer" not in told[0]
+    assert ", in answer, from position 320 on" in told[1] and "evidence: needle" in told[1]
+
+
 def test_how_many_queries_there_are(open_page: Open, page_of_results: Path) -> None:
     shown = open_page(page_of_results)
     assert "7,792 queries of each head" in (shown.text_content("#subtitle") or "").replace(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from retrace.analyze import Results
-from retrace.analyze.metrics.registry import AT_BLOCKS
+from retrace.analyze.metrics.registry import AT_BLOCKS, AT_MARKED
 from retrace.analyze.outputs.report.page import page
 
 pytest.importorskip("plotly", reason="needs the report extra")
@@ -29,7 +29,8 @@ def test_size(made: Make, layers: int, heads: int, methods: int, megabytes: floa
     results = made(
         range(layers), heads, names, [10, 50, 100], [1, 2, 4, 8, 16, 32, 64, 100], **more
     )
-    # All of one protocol: those of blocks of queries come with other methods.
-    results.metrics = results.metrics[~results.metrics["metric"].isin(AT_BLOCKS)]
+    # All of one protocol: those of blocks of queries come with other methods. No keys are marked.
+    others = [*AT_BLOCKS, *AT_MARKED]
+    results.metrics = results.metrics[~results.metrics["metric"].isin(others)]
     text = page({"r": results})
     assert len(text) < megabytes * 1e6

@@ -51,6 +51,16 @@ class AnalysisOptions(WorkOptions, total=False):
     are computed once however often it is analyzed."""
 
 
+class ShowOptions(TypedDict, total=False):
+    """How methods are asked for a single query; each is one of `AnalysisOptions`."""
+
+    device: str
+    protocol: str
+    calibration_sequences: Sequence[int] | None
+    calibration_from: str | Path | None
+    keep_exact: bool
+
+
 class RunOptions(AnalysisOptions, total=False):
     """What becomes of the results, and how far a run goes."""
 

@@ -21,6 +21,8 @@ from retrace.traces import Location, RetraceError, Trace
 
 Texts = Callable[[Sequence[int]], Sequence[str]]
 """The text of each of some token ids."""
+TextsOf = Callable[[Trace], Texts]
+"""Finds that of a trace; raises `RetraceError` where there is none."""
 
 
 def show(

@@ -64,6 +64,7 @@ def test_the_folder(run: Run, trace: Path) -> None:
         "error-by-bytes.png",
         "error-norm-by-layer.png",
         "recall-by-layer.png",
+        "tails-by-layer.png",
         "top1-hit-by-layer.png",
     }
 

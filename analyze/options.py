@@ -80,6 +80,9 @@ class RunOptions(AnalysisOptions, total=False):
     """Follow how the keys of each method move from query to query: how many come again, which of
     them a buffer of the keys read last holds, and what crosses the link to a cache that is kept
     elsewhere."""
+    projected: bool
+    """Tell errors after the output projection W_o too, of all heads of a layer together, where the
+    trace holds it. It takes the memory of all kv heads of a layer at once."""
     skip_damaged: bool
     """Read all of the trace first, and leave out the sequences of which something is damaged in
     these layers; otherwise damage ends the run."""
@@ -100,6 +103,7 @@ DEFAULTS: RunOptions = {
     "overwrite": False,
     "again": False,
     "locality": False,
+    "projected": False,
     "skip_damaged": False,
 }
 

@@ -104,7 +104,7 @@ def analyze(
                 for spec in asked.specs:
                     spec.check_portable()
             ready = ready_methods(asked, settled, clock, pool)
-            job = Job(settings, ready, settled.device, chosen["locality"])
+            job = Job(settings, ready, settled.device, chosen["locality"], chosen["projected"])
             kept = None if folder is None else KeptParts(folder, job)
             tasks = job.tasks if part is None else share(job.tasks, *part)
             store = reference_store(asked.trace, chosen["keep_exact"])

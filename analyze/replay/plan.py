@@ -47,6 +47,8 @@ class Plan:
     """Scores held at once."""
     locality: bool = False
     """Whether it is followed how keys move from query to query."""
+    projected: bool = False
+    """Whether errors are told after the output projection too."""
 
     @property
     def ranks(self) -> int:

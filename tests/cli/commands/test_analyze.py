@@ -51,6 +51,7 @@ def test_the_folder(run: Run, trace: Path) -> None:
         "head_patterns.parquet",
         "locality.parquet",
         "tails.parquet",
+        "projected.parquet",
         "run.json",
         "table.md",
     }

@@ -6,6 +6,7 @@ from .commands.export import export as export
 from .commands.merge import merge as merge
 from .commands.recommend import recommend as recommend
 from .commands.report import report as report
+from .commands.show import show as show
 from .methods.base import AttendMethod as AttendMethod
 from .methods.base import BlockMethod as BlockMethod
 from .methods.base import EvictionMethod as EvictionMethod
@@ -23,5 +24,6 @@ from .recommendation.recommendation import Recommendation as Recommendation
 from .replay.forecast import Estimate as Estimate
 from .results import Results as Results
 from .tables.drift import Drift as Drift
+from .tables.one_query import OneQuery as OneQuery
 from .units.past import Past as Past
 from .units.unit import HeadGroup as HeadGroup

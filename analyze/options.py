@@ -51,6 +51,16 @@ class AnalysisOptions(WorkOptions, total=False):
     are computed once however often it is analyzed."""
 
 
+class ShowOptions(TypedDict, total=False):
+    """How methods are asked for a single query; each is one of `AnalysisOptions`."""
+
+    device: str
+    protocol: str
+    calibration_sequences: Sequence[int] | None
+    calibration_from: str | Path | None
+    keep_exact: bool
+
+
 class RunOptions(AnalysisOptions, total=False):
     """What becomes of the results, and how far a run goes."""
 
@@ -77,6 +87,9 @@ class RunOptions(AnalysisOptions, total=False):
     evidence: str | None
     """Mark, or phase, whose keys the figures `evidence_recall` and `evidence_mass` are of; by
     default `evidence`, where the trace has it."""
+    projected: bool
+    """Tell errors after the output projection W_o too, of all heads of a layer together, where the
+    trace holds it. It takes the memory of all kv heads of a layer at once."""
     skip_damaged: bool
     """Read all of the trace first, and leave out the sequences of which something is damaged in
     these layers; otherwise damage ends the run."""
@@ -99,6 +112,7 @@ DEFAULTS: RunOptions = {
     "locality": False,
     "where": None,
     "evidence": None,
+    "projected": False,
     "skip_damaged": False,
 }
 

@@ -8,6 +8,7 @@ import pandas as pd
 
 from retrace.analyze.outputs import markdown
 from retrace.analyze.outputs.locality import locality_summary
+from retrace.analyze.outputs.projected import projected_summary
 from retrace.analyze.tables.columns import COLUMNS_OF
 from retrace.analyze.tables.figures import Figures
 from retrace.analyze.tables.saved import SavedTables, Table
@@ -64,6 +65,13 @@ class Results(Figures, SavedTables):
         """How keys move from query to query, in words: means over layers and groups, a line for
         each method and budget (all if None) of which `locality` has figures."""
         return locality_summary(self.locality, methods, topk)
+
+    def projected_summary(
+        self, methods: Sequence[str] | None = None, topk: Sequence[int] | None = None
+    ) -> pd.DataFrame:
+        """Errors after the output projection, in words: means over layers, a line for each method
+        and budget (all if None) of which `projected` has figures."""
+        return projected_summary(self.projected, methods, topk)
 
     def markdown(self) -> str:
         """The summary and the table of every method and budget, as Markdown; layers with the 95 %

@@ -5,6 +5,7 @@ from .commands.evaluate import evaluate as evaluate
 from .commands.evaluate_tasks import evaluate_tasks as evaluate_tasks
 from .commands.record import Recording as Recording
 from .commands.record import record as record
+from .model.token_texts import token_texts as token_texts
 from .recording.ranks import Ranks as Ranks
 from .recording.record import Progress as Progress
 from .settings import CaptureSettings as CaptureSettings

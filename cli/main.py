@@ -18,6 +18,7 @@ COMMANDS = (
     "compare",
     "evaluate",
     "calibrate",
+    "show",
     "report",
     "export",
     "copy",

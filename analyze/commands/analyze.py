@@ -103,8 +103,8 @@ def analyze(
             if not is_here(pool):
                 for spec in asked.specs:
                     spec.check_portable()
-            ready = _ready(asked, settled, clock, pool)
-            job = Job(settings, ready, settled.device, chosen["locality"])
+            ready = ready_methods(asked, settled, clock, pool)
+            job = Job(settings, ready, settled.device, chosen["locality"], chosen["projected"])
             kept = None if folder is None else KeptParts(folder, job)
             tasks = job.tasks if part is None else share(job.tasks, *part)
             store = reference_store(asked.trace, chosen["keep_exact"])
@@ -153,7 +153,9 @@ def _name_missing_libraries() -> None:
         log.warning("Left out, since a library is missing: %s (%s).", names, command)
 
 
-def _ready(asked: Asked, settled: Settled, clock: Clock, pool: Executor) -> tuple[Replayed, ...]:
+def ready_methods(
+    asked: Asked, settled: Settled, clock: Clock, pool: Executor
+) -> tuple[Replayed, ...]:
     """The methods, calibrated and tried before any time is spent. A method that cannot run here is
     left out with a warning if it is optional, and so is one whose bytes are none, where there are
     others."""

@@ -32,7 +32,7 @@ def estimate(
     count = worker_count(settled.device, settings.scores() * len(wanted), chosen["workers"])
     if not wanted:
         return Estimate(0, 0, 0, 0, 0, count, 0.0)
-    job = Job(settings, tuple(wanted), settled.device, chosen["locality"])
+    job = Job(settings, tuple(wanted), settled.device, chosen["locality"], chosen["projected"])
     part, folder = chosen["part"], asked.folder
     tasks = job.tasks if part is None else share(job.tasks, *part)
     if folder is not None and not chosen["again"]:

@@ -3,14 +3,19 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from retrace.analyze.commands.show import TextsOf
+from retrace.analyze.commands.worst import worst_pictures
 from retrace.analyze.outputs.report.page import page
 from retrace.analyze.results import Results
 from retrace.traces.storage.durable import written_whole
 from retrace.traces.storage.lock import locked_file
 
 
-def report(folders: Sequence[str | Path], out: str | Path) -> Path:
+def report(folders: Sequence[str | Path], out: str | Path, texts_of: TextsOf | None = None) -> Path:
     """Write the page of results folders, whole or not at all; returns the file.
+
+    Their worst queries are drawn where their trace is on a local disk, with the tokens' texts that
+    `texts_of` finds, such as `retrace.capture.token_texts` does.
 
     Raises:
         RetraceError: a folder holds no results, the page cannot be written there, or plotly is not
@@ -20,7 +25,8 @@ def report(folders: Sequence[str | Path], out: str | Path) -> Path:
     with locked_file(out):  # refused before the work
         places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
         results = [Results.load(folder) for folder in places]
-        text = page(dict(zip(_names(places), results, strict=True)))
+        worst = [worst_pictures(part, texts_of) for part in results]
+        text = page(dict(zip(_names(places), results, strict=True)), worst)
         with written_whole(out) as file:
             file.write(text.encode())
     return out

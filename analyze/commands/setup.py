@@ -23,6 +23,7 @@ from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.kept import note_kept, outdated_among, outdated_besides
 from retrace.analyze.replay.parts import PARTS, counting_of_parts
 from retrace.analyze.replay.plan import Replayed
+from retrace.analyze.replay.projecting import check_projected
 from retrace.analyze.replay.settings import Settings
 from retrace.analyze.replay.spans import EVIDENCE, check_name
 from retrace.analyze.replay.trials import able_to_answer, able_to_learn
@@ -134,6 +135,8 @@ def settle(asked: Asked) -> Settled:
         settings.check_same(before.run, folder)
     if options["locality"]:
         check_followed(settings, asked.specs, budgets)
+    if options["projected"]:
+        check_projected(settings)
     wanted, before = _still_wanted(settings, asked.specs, budgets, before, options)
     return Settled(settings, wanted, before, noted, device)
 
@@ -273,10 +276,19 @@ def _still_wanted(
             there = set() if name in outdated else held - before.incomplete(name)
             if options["locality"]:
                 there &= before.followed(name)
+            if options["projected"]:
+                there &= before.with_projected(name)
             missing = tuple(k for k in budgets if k not in there)
         if not options["locality"] and (lost := before.followed(name) & set(missing)):
             log.warning(
                 "%s at %s is measured again, and its locality is dropped: give --locality too.",
+                name,
+                ", ".join(map(str, sorted(lost))),
+            )
+        if not options["projected"] and (lost := before.with_projected(name) & set(missing)):
+            log.warning(
+                "%s at %s is measured again, and its projected errors are dropped: give "
+                "--projected too.",
                 name,
                 ", ".join(map(str, sorted(lost))),
             )

@@ -7,6 +7,7 @@ import pandas as pd
 
 from retrace.analyze.metrics.registry import BY_NAME, SUMMARY, WITH_INTERVAL
 from retrace.analyze.outputs.locality import LOCALITY_TITLE, locality_summary
+from retrace.analyze.outputs.projected import PROJECTED_TITLE, projected_summary
 from retrace.analyze.outputs.shown import shown
 from retrace.analyze.tables.figures import Figures
 from retrace.analyze.units.costs import NOT_CHARGED, is_charged, serving_words
@@ -82,6 +83,8 @@ def markdown(figures: Figures) -> str:
     parts.append(f"### {summary_title(figures)}\n\n{means}\n\n{remarks(figures.run)}\n")
     if not (moves := locality_summary(figures.locality)).empty:
         parts.append(f"### {LOCALITY_TITLE}\n\n{markdown_table(moves)}\n")
+    if not (errors := projected_summary(figures.projected)).empty:
+        parts.append(f"### {PROJECTED_TITLE}\n\n{markdown_table(errors)}\n")
     shown_by_layer = ("recall", "error_norm")
     known = figures.intervals("layer", metrics=shown_by_layer)
     ends = _brackets(known, ["method", "topk", "metric", "module"])

@@ -13,13 +13,14 @@ A task's walk from reading to the tally enters each room once:
    the keys that the trace marks (`MarkedKeys`);
 8. `replay.tally` adds them up block by block, and sets the heads of the layer side by side;
    bytes of a cache that these share are counted over all of them (`metrics.shared_cache`), and
-   where it is asked for, keys are followed from query to query (`metrics.recency`);
+   where it is asked for, keys are followed from query to query (`metrics.recency`), and errors
+   projected, for which all heads answer block by block in step (`metrics.projection`);
 9. `replay.parts` keeps the tallies, a part for each task, until all are there;
 10. `tables` merges the parts in the order of the plan, and makes rows of them.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -42,6 +43,7 @@ from retrace.analyze.metrics.buckets import buckets_of
 from retrace.analyze.metrics.evidence import MarkedKeys
 from retrace.analyze.metrics.measure import ExactBlock
 from retrace.analyze.metrics.patterns import BlockMasses
+from retrace.analyze.metrics.projection import ProjectedErrors, projection_of
 from retrace.analyze.metrics.recency import RecentKeys
 from retrace.analyze.metrics.shared_cache import SharedCacheReads
 from retrace.analyze.metrics.tally import tally
@@ -82,27 +84,48 @@ def replay(
     fresh: KeptReferences | None = None
     heads: list[list[Tally]] = []
     shared: list[SharedCacheReads] | None = None
+    projected: list[ProjectedErrors] | None = None
+    weights = projection_of(trace.layer(layer), device) if plan.projected else None
+    together: list[Unit] = []
     while True:
         with clock.charge("read"):
             unit = next(units, None)
         if unit is None:
             break
-        if store.active and not heads:
+        if store.active and not heads and not together:
             with clock.charge("exact answers read"):
                 kept = store.load(digest, layer, unit, plan.ranks)
         if store.active and kept is None and fresh is None:
             fresh = KeptReferences.allocate(unit, max(plan.ranks, KEPT_RANKS))
         if shared is None and unit.group.rules.cached_bytes is not None:
             shared = [_shared_reads(unit, plan, method) for method in plan.methods]
+        if weights is not None:
+            together.append(unit)
+            continue
         again = partial(_again, trace, unit)
         heads.append(_replay_intact(unit, plan, kept, fresh, clock, again, shared))
+    if weights is not None:
+        projected = [_projected_errors(together[0], plan, own, weights) for own in plan.methods]
+        again_of = partial(_again, trace)
+        heads = _replay_in_step(together, plan, kept, fresh, clock, again_of, shared, projected)
     if fresh is not None:
         with clock.charge("exact answers kept"):
             store.save(digest, layer, fresh)
     layers = [whole_layer(tallies) for tallies in zip(*heads, strict=True)]
     for found, reads in zip(layers, shared or (), strict=shared is not None):
         found.at_points["bytes_ratio"] = reads.ratios(trace.layer(layer).rules.heads)
+    for found, errors in zip(layers, projected or (), strict=projected is not None):
+        found.projected = errors.moments
     return layers
+
+
+def _projected_errors(
+    unit: Unit, plan: Plan, method: Replayed, weights: torch.Tensor
+) -> ProjectedErrors:
+    """Where a method's errors after the output projection of a layer are noted."""
+    first = [plan.counting.first(k, len(unit.keys)) for k in method.topk]
+    heads = unit.group.rules.heads
+    return ProjectedErrors(weights, heads, unit.positions, method.topk, first)
 
 
 def _shared_reads(unit: Unit, plan: Plan, method: Replayed) -> SharedCacheReads:
@@ -151,6 +174,39 @@ def _replay_intact(
         raise RetraceError(f"{names} {error}") from None
 
 
+def _replay_in_step(
+    units: Sequence[Unit],
+    plan: Plan,
+    kept: KeptReferences | None,
+    fresh: KeptReferences | None,
+    clock: Clock,
+    again: Callable[[Unit], Unit],
+    shared: Sequence[SharedCacheReads] | None,
+    projected: Sequence[ProjectedErrors],
+) -> list[list[Tally]]:
+    """The tallies of all units of a layer, which answer each block of queries before the next."""
+    heads: list[list[Tally]] = []
+    try:
+        with intact(*units):
+            steps = [_steps(unit, plan, kept, fresh, clock, shared, projected) for unit in units]
+            while not heads:
+                # All have the same blocks, and so end together.
+                for step in steps:
+                    try:
+                        next(step)
+                    except StopIteration as done:
+                        heads.append(done.value)
+                for errors in projected:
+                    with clock.charge("metrics"):
+                        errors.finish()
+    except WrittenInto:
+        for unit in units:  # which names the method
+            own = again(unit)
+            _replay_intact(own, plan, None, None, clock.another(), partial(again, own), None)
+        raise
+    return heads
+
+
 def replay_unit(
     unit: Unit,
     plan: Plan,
@@ -161,6 +217,26 @@ def replay_unit(
 ) -> list[Tally]:
     """One tally per method, with the heads of this unit only; what they read of a cache that the
     layer's heads share is noted in `shared`, method by method."""
+    steps = _steps(unit, plan, kept, fresh, clock, shared, None)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            tallies: list[Tally] = done.value
+            return tallies
+
+
+def _steps(
+    unit: Unit,
+    plan: Plan,
+    kept: KeptReferences | None,
+    fresh: KeptReferences | None,
+    clock: Clock,
+    shared: Sequence[SharedCacheReads] | None,
+    projected: Sequence[ProjectedErrors] | None,
+) -> Generator[None, None, list[Tally]]:
+    """`replay_unit`, which stops after each block of queries that count; what all heads put out is
+    noted in `projected`, method by method."""
     length, protocol = len(unit.keys), plan.counting.protocol
     smallest = min(method.topk[0] for method in plan.methods)
     any_curve = any(method.ks != method.topk for method in plan.methods)
@@ -200,8 +276,11 @@ def replay_unit(
             each = zip(plan.methods, tallies, states, recent, strict=True)
             for i, (method, found, state, keys) in enumerate(each):
                 reads = None if shared is None else shared[i]
+                errors = None if projected is None else projected[i]
+                more = (reads, keys, marked)
                 with naming(method.spec):
-                    _replay_method(method, exact, state, plan, found, reads, keys, marked, clock)
+                    _replay_method(method, exact, state, plan, found, *more, clock, errors)
+            yield
     patterns = None if masses is None else masses.moments()
     for method, found, state, keys in zip(plan.methods, tallies, states, recent, strict=True):
         with naming(method.spec):
@@ -246,6 +325,7 @@ def _replay_method(
     recent: RecentKeys | None,
     marked: MarkedKeys | None,
     clock: Clock,
+    errors: ProjectedErrors | None = None,
 ) -> None:
     """Add a block's queries to a method's tally.
 
@@ -293,6 +373,8 @@ def _replay_method(
                 found.add(ks, points, tallied)
                 if reads is not None:
                     reads.add(part.block, answer.selection, points)
+                if errors is not None:
+                    errors.add(part, answer.selection, points)
             if recent is not None:
                 with clock.charge("locality", name):
                     recent.add(part.block, answer.selection, points, first)

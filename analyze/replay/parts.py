@@ -22,6 +22,7 @@ from retrace.analyze.metrics.locality import Locality
 from retrace.analyze.metrics.moments import Moments
 from retrace.analyze.metrics.patterns import checked_patterns
 from retrace.analyze.metrics.possible import impossible
+from retrace.analyze.metrics.projection import checked_projected
 from retrace.analyze.metrics.registry import (
     AT_ALL,
     AT_BLOCKS,
@@ -41,7 +42,7 @@ from retrace.analyze.selection.states import Cost
 from retrace.analyze.storage.journal import Journal, Task, read_journals
 from retrace.analyze.storage.npz import Arrays
 from retrace.analyze.storage.untrusted import read_facts
-from retrace.traces import LayerRules, RetraceError, open_trace
+from retrace.traces import Layer, RetraceError, open_trace
 from retrace.traces.storage.durable import make_folder, this_process, within, written_whole
 
 PARTS = ".parts"
@@ -67,11 +68,14 @@ class Job:
     device: torch.device
     locality: bool = False
     """Whether it is followed how keys move from query to query."""
+    projected: bool = False
+    """Whether errors are told after the output projection too."""
 
     @cached_property
     def plan(self) -> Plan:
         """What is replayed of every unit."""
-        return Plan(self.methods, self.settings.counting, locality=self.locality)
+        counting = self.settings.counting
+        return Plan(self.methods, counting, locality=self.locality, projected=self.projected)
 
     @property
     def tasks(self) -> list[Task]:
@@ -87,6 +91,7 @@ class Job:
             **self.settings.facts(),
             "engine": self.settings.engine,
             "locality": self.locality,
+            "projected": self.projected,
             "methods": [
                 [
                     str(method.spec),
@@ -115,6 +120,7 @@ class Job:
             "methods": [[m.spec.place, m.topk] for m in self.plan.methods],
             "device": str(self.device),
             "locality": self.locality,
+            "projected": self.projected,
         }
 
     @classmethod
@@ -139,7 +145,7 @@ class Job:
             for text, *_, topk in facts["methods"]
         )
         device, locality = torch.device(facts["device"]), facts.get("locality") is True
-        return cls(settings, methods, device, locality)
+        return cls(settings, methods, device, locality, facts.get("projected") is True)
 
 
 class KeptParts:
@@ -185,12 +191,13 @@ class KeptParts:
         for at, arrays in read_journals(self._folder):
             if at in wanted:
                 with suppress(ValueError, TypeError, LookupError, RecursionError):
-                    found[at] = self._part(arrays, self._job.settings.trace.layer(at[0]).rules)
+                    found[at] = self._part(arrays, self._job.settings.trace.layer(at[0]))
         return found
 
-    def _part(self, arrays: Arrays, rules: LayerRules) -> Part:
+    def _part(self, arrays: Arrays, layer: Layer) -> Part:
         """The part that these arrays hold."""
-        heads = rules.heads
+        rules, heads = layer.rules, layer.rules.heads
+        projected = self._job.projected and layer.has_output_projection
         tallies = [Tally(method.ks, method.topk) for method in self._job.plan.methods]
         clock = Clock(self._job.device)
         facts = json.loads(arrays.pop("facts").tobytes())
@@ -205,6 +212,9 @@ class KeptParts:
             if (patterns is not None) != (self._job.settings.counting.protocol.block is not None):
                 raise ValueError("Patterns of heads are those of blocks of queries.")
             tally.patterns = None if patterns is None else checked_patterns(patterns, heads)
+            if projected:
+                errors = arrays.pop(f"{i}.projected")
+                tally.projected = checked_projected(errors, len(tally.topk))
             if self._job.locality:
                 nothing = Locality.empty(len(tally.topk), rules.kv_heads, rules.group)
                 counted = (arrays.pop(f"{i}.locality.{of}") for of in KEPT_LOCALITY)
@@ -244,6 +254,8 @@ class KeptParts:
             arrays |= {f"{i}.tails.{of}": part for of, part in tally.tails.arrays().items()}
             if (patterns := tally.patterns) is not None:
                 arrays[f"{i}.patterns"] = np.stack([*vars(patterns).values()])
+            if (errors := tally.projected) is not None:
+                arrays[f"{i}.projected"] = np.stack([*vars(errors).values()])
             for of in KEPT_LOCALITY if tally.locality is not None else ():
                 arrays[f"{i}.locality.{of}"] = getattr(tally.locality, of)
         facts = {

@@ -71,6 +71,9 @@ class Plan:
         everywhere = (range(first, int(positions[-1]) + 1),)
         return rows_within(positions, everywhere if self.within is None else self.within, first)
 
+    projected: bool = False
+    """Whether errors are told after the output projection too."""
+
     @property
     def ranks(self) -> int:
         """Exact ranks that the largest budget needs."""

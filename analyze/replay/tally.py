@@ -30,6 +30,8 @@ class Tally:
     """(topk, metrics of `TAILED`, heads); None of no queries."""
     locality: Locality | None = None
     """Of the budgets `topk`, kv head by kv head; None where nobody asked."""
+    projected: Moments | None = None
+    """Errors after the output projection (topk,); None where nobody asked or there is none."""
     cost: Cost = field(default_factory=Cost)
     told: list[EveryQuery] = field(default_factory=list, repr=False)
     """Queries that `tails` lacks until `count_tails` is called."""
@@ -86,6 +88,10 @@ class Tally:
         if other.locality is not None:
             moves = self.locality
             self.locality = other.locality if moves is None else moves.merge(other.locality)
+
+        if other.projected is not None:
+            errors = self.projected
+            self.projected = other.projected if errors is None else errors.merge(other.projected)
 
     def _merge_tails(self, tails: Tails) -> None:
         self.tails = tails if self.tails is None else self.tails.merge(tails)

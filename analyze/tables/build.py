@@ -27,6 +27,7 @@ from retrace.analyze.tables.columns import (
     PATTERN_COLUMNS,
     PERCENTILE_COLUMNS,
     POSITION_COLUMNS,
+    PROJECTED_COLUMNS,
     SEQUENCE_COLUMNS,
     TAIL_COLUMNS,
 )
@@ -127,8 +128,8 @@ def tabulate(
     }
     each, along = _by_sequence(job, parts), _by_bucket(job, tallies)
     patterns, moves = _head_patterns(job, tallies), tabulate_locality(job, tallies)
-    ends = _tails(job, tallies)
-    return Figures(join(points), join(curves), run, each, along, patterns, moves, ends)
+    ends, projected = _tails(job, tallies), _projected(job, tallies)
+    return Figures(join(points), join(curves), run, each, along, patterns, moves, ends, projected)
 
 
 def _looks_at(method: Method, protocol: Protocol) -> dict[str, str]:
@@ -257,6 +258,32 @@ def _tails(job: Job, tallies: Mapping[int, list[Tally]]) -> pd.DataFrame:
                 }
             )
     return _joined(found).astype(TAIL_COLUMNS)
+
+
+def _projected(job: Job, tallies: Mapping[int, list[Tally]]) -> pd.DataFrame:
+    """Rows of errors after the output projection, less those of no query."""
+    found: list[Columns] = [{name: np.empty(0, object) for name in PROJECTED_COLUMNS}]
+    for i, method in enumerate(job.plan.methods):
+        for layer, of_layer in tallies.items():
+            moments = of_layer[i].projected
+            if moments is None:
+                continue
+            at = np.nonzero(moments.count)
+            labels = {
+                "method": str(method.spec),
+                "layer": layer,
+                "module": job.settings.trace.layer(layer).rules.module,
+            }
+            found.append(
+                {
+                    **_repeated(labels, len(at[0])),
+                    "topk": np.array(of_layer[i].topk)[at],
+                    "mean": moments.mean[at],
+                    "std": moments.std()[at],
+                    "count": moments.count[at],
+                }
+            )
+    return _joined(found)[list(PROJECTED_COLUMNS)].astype(PROJECTED_COLUMNS)
 
 
 def _columns(labels: dict[str, Any], metric: str, ks: tuple[int, ...], moments: Moments) -> Columns:

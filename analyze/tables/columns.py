@@ -42,6 +42,12 @@ TAIL_COLUMNS = {
     **dict.fromkeys(TAIL_FIGURES, "float32"),
 }
 """Those of the table of tails."""
+PROJECTED_COLUMNS = {
+    **dict.fromkeys(["method", "module"], "category"),
+    **dict.fromkeys(["layer", "topk", "count"], "int32"),
+    **dict.fromkeys(["mean", "std"], "float64"),
+}
+"""Those of the table of projected errors."""
 BUCKET = ["axis", "first"]
 """Columns that name a bucket of queries."""
 PATTERN_COLUMNS = {
@@ -59,5 +65,6 @@ COLUMNS_OF = {
     "head_patterns": list(PATTERN_COLUMNS),
     "locality": list(LOCALITY_COLUMNS),
     "tails": list(TAIL_COLUMNS),
+    "projected": list(PROJECTED_COLUMNS),
 }
 """Columns of each table."""

@@ -16,6 +16,7 @@ from retrace.analyze.tables.columns import (
     LOCALITY_COLUMNS,
     PATTERN_COLUMNS,
     POSITION_COLUMNS,
+    PROJECTED_COLUMNS,
     SEQUENCE_COLUMNS,
     TAIL_COLUMNS,
 )
@@ -41,6 +42,10 @@ def _no_locality() -> pd.DataFrame:
 
 def _no_tails() -> pd.DataFrame:
     return pd.DataFrame(columns=list(TAIL_COLUMNS)).astype(TAIL_COLUMNS)
+
+
+def _no_projected() -> pd.DataFrame:
+    return pd.DataFrame(columns=list(PROJECTED_COLUMNS)).astype(PROJECTED_COLUMNS)
 
 
 @dataclass
@@ -76,6 +81,10 @@ class Figures:
     for, at the budgets asked for: 5th, 50th and 95th percentile over queries (`p5`, `p50`, `p95`,
     to the resolution that `retrace.analyze.metrics.tails` states), the figure of the worst query
     (`worst`), where that is (`worst_sequence`, `worst_position`), and count."""
+    projected: pd.DataFrame = field(default_factory=_no_projected)
+    """One row per (method, layer, module, topk), where it was asked for and the trace holds the
+    layer's output projection W_o: mean, std and count over queries of
+    ||W_o (o - o')|| / ||W_o o||, o being the outputs of all heads side by side."""
 
     def table(self, method: str | None = None, topk: int | None = None) -> pd.DataFrame:
         """Per layer: mean and standard deviation (ddof 0) across heads of recall and error norm.
@@ -242,6 +251,11 @@ class Figures:
         rows = self.locality[self.locality["method"] == method]
         return {int(k) for k in rows["topk"].unique()}
 
+    def with_projected(self, method: str) -> set[int]:
+        """The budgets of a method of which `projected` has figures."""
+        rows = self.projected[self.projected["method"] == method]
+        return {int(k) for k in rows["topk"].unique()}
+
     def when(self, method: str, topk: int) -> str:
         """When a method was measured at a budget, as `2026-11-30T08:00:00Z`; empty if no run says
         so."""
@@ -301,15 +315,22 @@ class Figures:
             join(self.sequences, newer.sequences, "sequence"),
             join(self.positions, newer.positions, *BUCKET).astype(POSITION_COLUMNS),
             newer.head_patterns if len(newer.head_patterns) else self.head_patterns,
-            join(self._not_measured_again(newer), newer.locality, *CACHE).astype(LOCALITY_COLUMNS),
+            join(self._not_measured_again(self.locality, newer), newer.locality, *CACHE).astype(
+                LOCALITY_COLUMNS
+            ),
             join(self.tails, newer.tails).astype(TAIL_COLUMNS),
+            pd.concat(
+                [self._not_measured_again(self.projected, newer), newer.projected],
+                ignore_index=True,
+            ).astype(PROJECTED_COLUMNS),
         )
 
-    def _not_measured_again(self, newer: "Figures") -> pd.DataFrame:
-        """Locality of what newer figures, which may lack it, do not replace."""
+    @staticmethod
+    def _not_measured_again(table: pd.DataFrame, newer: "Figures") -> pd.DataFrame:
+        """What newer figures, which may lack such a table, do not replace of it."""
         replaced = set(zip(newer.metrics["method"], newer.metrics["topk"], strict=True))
-        ours = zip(self.locality["method"], self.locality["topk"], strict=True)
-        return self.locality[[at not in replaced for at in ours]]
+        ours = zip(table["method"], table["topk"], strict=True)
+        return table[[at not in replaced for at in ours]]
 
     def _still_missing(self, newer: "Figures") -> list[dict[str, Any]]:
         """What is missing of these results after newer ones were added."""
@@ -337,6 +358,7 @@ class Figures:
             self.head_patterns,
             self.locality[~self.locality["method"].isin(methods)],
             self.tails[~self.tails["method"].isin(methods)],
+            self.projected[~self.projected["method"].isin(methods)],
         )
 
 

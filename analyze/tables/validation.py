@@ -50,6 +50,8 @@ def checked_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
         right &= table["pattern"].isin(KINDS_OF_HEADS) | ~table["best"]
         if not right.all():
             raise ValueError(f"its {name} holds patterns that cannot be")
+    if len(table) and "metric" not in table and not (table["mean"] >= 0).all():
+        raise ValueError(f"its {name} holds a figure that cannot be")
     if len(table) and "metric" in table:
         most = table["metric"].astype(str).map(most_of)
         figures = [name for name in ("mean", *TAIL_FIGURES) if name in table]

@@ -350,7 +350,7 @@ class Block:
         self._whole = whole
         self.queries = unit.queries[:, rows]
         self.positions = unit.positions[rows]
-        self.end = unit.places[min(rows.stop, len(unit.places)) - 1] + 1
+        self.end: int = unit.places[min(rows.stop, len(unit.places)) - 1] + 1
         """One past the last key that is visible to any of the queries."""
 
     @cached_property

@@ -102,7 +102,7 @@ class Checkpoint:
         places = placing(self.config, self._arguments, self._device_map, device)
         with (
             _explained(self.pretrained, reachable=True),
-            _reading_gguf_with(self._read_gguf),
+            reading_gguf_with(self._read_gguf),
             adapters_left_aside(),
         ):
             load: Any = _class_of(self.config).from_pretrained
@@ -200,7 +200,7 @@ def open_checkpoint(settings: CaptureSettings) -> Checkpoint:
 
 def _open_checkpoint(settings: CaptureSettings) -> Checkpoint:
     arguments = settings.arguments
-    location, gguf_file = _locate(settings.pretrained, arguments.get("subfolder", ""))
+    location, gguf_file = located(settings.pretrained, arguments.get("subfolder", ""))
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     options |= {name: arguments[name] for name in OF_FILES if name in arguments}
     read_gguf = None
@@ -231,7 +231,7 @@ def _open_checkpoint(settings: CaptureSettings) -> Checkpoint:
         adapter = _named_adapter(arguments["peft"], location, options)
     base, base_options = location, options
     if adapter is not None and adapter.base != location:
-        base, gguf_base = _locate(adapter.base)
+        base, gguf_base = located(adapter.base)
         if gguf_base is not None:
             raise RetraceError(
                 f"{settings.pretrained} is an adapter of a .gguf file, which it cannot be put on: "
@@ -248,7 +248,7 @@ def _open_checkpoint(settings: CaptureSettings) -> Checkpoint:
         for name, value in arguments.items()
         if name not in {*QUANTIZING, *OF_FILES, *OF_PLACES, *NAMING}
     }
-    with _reading_gguf_with(read_gguf):
+    with reading_gguf_with(read_gguf):
         with _explained(settings.pretrained, reachable):
             config = _configured(base, base_options, overrides)
         with _explained(settings.pretrained, reachable, "tokenizer"):
@@ -298,7 +298,7 @@ def _configured(base: str, options: dict[str, Any], overrides: ModelArguments) -
 
 def _named_adapter(named: str, base: str, options: dict[str, Any]) -> Adapter:
     """The adapter that the user names besides its model."""
-    location, gguf_file = _locate(named)
+    location, gguf_file = located(named)
     where = {name: options[name] for name in OF_FILES if name in options}
     where |= _from_hub(location, None)  # a revision is the model's
     adapter = None
@@ -364,7 +364,7 @@ def quiet_libraries() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _locate(pretrained: str, subfolder: str = "") -> tuple[str, str | None]:
+def located(pretrained: str, subfolder: str = "") -> tuple[str, str | None]:
     """(folder or Hub id, name of a .gguf file in that folder) of a model, or of an adapter."""
     if pretrained.startswith("builtin:"):
         return _locate_builtin(pretrained.removeprefix("builtin:"))
@@ -412,7 +412,7 @@ def _require_gguf(pretrained: str) -> None:
 
 
 @contextlib.contextmanager
-def _reading_gguf_with(read: Any) -> Iterator[None]:
+def reading_gguf_with(read: Any) -> Iterator[None]:
     """transformers reads a .gguf file through this meanwhile: by itself it reads all fields anew,
     some seconds each time, for the configuration, for the tokenizer and twice for the weights."""
     if read is None:

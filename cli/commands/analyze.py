@@ -103,6 +103,7 @@ Example:
     "search and metrics.",
 )
 @analysis("--locality", is_flag=True)
+@analysis("--projected", is_flag=True)
 @analysis("--skip-damaged", is_flag=True)
 @click.option("--no-plots", is_flag=True, help="Draw no plots.")
 @click.option(
@@ -235,6 +236,7 @@ def print_results(
     pairs = [(method, k) for method in methods for k in topk if k in results.topk(method)]
     from retrace.analyze.outputs.locality import LOCALITY_TITLE
     from retrace.analyze.outputs.markdown import remarks
+    from retrace.analyze.outputs.projected import PROJECTED_TITLE
 
     over = results.queries_words()
     for method, k in pairs if len(pairs) <= MOST_TABLES else ():
@@ -243,6 +245,8 @@ def print_results(
     print_figures(results.summary_title(), results.summary(methods, topk), form)
     if not (moves := results.locality_summary(methods, topk)).empty:
         print_figures(LOCALITY_TITLE, moves, form)
+    if not (errors := results.projected_summary(methods, topk)).empty:
+        print_figures(PROJECTED_TITLE, errors, form)
     print_words(remarks(results.run))
 
 

@@ -36,6 +36,7 @@ from retrace.analyze.outputs.plots.style import (
     wrapped,
 )
 from retrace.analyze.outputs.plots.sweeps import sweep_figures
+from retrace.analyze.outputs.plots.tails import tails_by_layer
 from retrace.analyze.tables.figures import Figures
 
 DPI = 130
@@ -48,6 +49,7 @@ PLOTS = (
     "head-patterns.png",
     "by-position.png",
     "by-distance.png",
+    "tails-by-layer.png",
     "buffer-*.png",
     "sweep-*.png",
 )
@@ -82,6 +84,8 @@ def draw_all(results: Figures, folder: Path) -> list[Path]:
         figures["head-patterns"] = pattern_map(results)
     for axis, figure in position_figures(results).items():
         figures[f"by-{axis}"] = figure
+    if len(results.tails):
+        figures["tails-by-layer"] = tails_by_layer(results)
     figures |= locality_figures(results)
     for (method, parameter), figure in sweep_figures(results).items():
         figures[f"sweep-{slug(method)}-{slug(parameter)}"] = figure

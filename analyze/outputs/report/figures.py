@@ -23,6 +23,7 @@ from retrace.analyze.outputs.report.along import along, fit
 from retrace.analyze.outputs.report.intervals import ends_within, intervals_of
 from retrace.analyze.outputs.report.packed import Packed
 from retrace.analyze.outputs.report.patterns import patterns_of
+from retrace.analyze.outputs.report.tails import tails_of
 from retrace.analyze.tables.figures import Figures
 from retrace.analyze.units.costs import serving_words, with_charge
 
@@ -91,7 +92,7 @@ def figures_of(results: Mapping[str, Figures], packed: Packed) -> dict[str, Any]
              "intervals": own, "differences": less, "along": buckets,
              "ends": ends_within(run, part.layers, part.heads, packed),
              "patterns": patterns_of(run, part.layers, part.heads, packed),
-             "locality": _locality(run)}
+             "locality": _locality(run), "tails": tails_of(run)}
             for (name, run), part, own, less, buckets in zip(
                 results.items(), grids, intervals, differences, shared, strict=True
             )

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from string import Template
@@ -18,9 +18,13 @@ from retrace.analyze.outputs.shown import shown
 from retrace.analyze.tables.figures import Figures
 from retrace.traces import RetraceError
 
+Pictures = tuple[list[dict[str, Any]], str]
+"""Worst queries as `picture_of` has them, and why some are missing."""
 
-def page(results: Mapping[str, Figures]) -> str:
-    """The page of results, by the names that they have there, as HTML.
+
+def page(results: Mapping[str, Figures], worst: Sequence[Pictures] = ()) -> str:
+    """The page of results, by the names that they have there, as HTML; with pictures of the worst
+    queries of each, if given.
 
     It loads nothing from anywhere, and its policy lets the browser run its own two scripts alone:
     what comes from results is data.
@@ -33,6 +37,10 @@ def page(results: Mapping[str, Figures]) -> str:
             raise RetraceError(f"{name} holds no figures: its run measured nothing.")
     library, packed = _plotting_library(), Packed()
     index = figures_of(results, packed) | {"version": version("retrace-attention")}
+    for run, (pictures, missing) in zip(
+        index["runs"], worst or [([], "")] * len(results), strict=True
+    ):
+        run["worst"] = {"pictures": pictures, "missing": missing}
     return Template(_part("page.html")).substitute(
         title=html.escape(shown(", ".join(results))),
         hashes=" ".join(f"'sha256-{_digest(text)}'" for text in (script(), library)),

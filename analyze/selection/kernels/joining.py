@@ -12,7 +12,8 @@ WARPS = 1
 
 def fits(ranked: int, kept: int) -> bool:
     """Whether lists of so many keys can be joined here."""
-    return triton.next_power_of_2(ranked) * triton.next_power_of_2(kept) <= COMPARED
+    compared: int = triton.next_power_of_2(ranked) * triton.next_power_of_2(kept)
+    return compared <= COMPARED
 
 
 def join(

@@ -25,6 +25,7 @@ TABLES = (
     "head_patterns.parquet",
     "locality.parquet",
     "tails.parquet",
+    "projected.parquet",
 )
 FILES = (*TABLES, "run.json", "table.md")
 MOVES = 1 + len(FILES)

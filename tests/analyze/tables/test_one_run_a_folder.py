@@ -26,7 +26,9 @@ def test_a_second_run_is_refused(make_trace: MakeTrace, rules: Any, tmp_path: Pa
     analyze(trace, topk=[2], out=out, keep_exact=False)
     assert {path.name for path in out.iterdir()} == {
         "metrics.parquet", "curves.parquet", "sequences.parquet", "positions.parquet",
-        "head_patterns.parquet", "locality.parquet", "tails.parquet", "run.json", "table.md",
+        "head_patterns.parquet", "locality.parquet", "tails.parquet", "projected.parquet",
+        "run.json",
+        "table.md",
     }  # fmt: skip
 
 

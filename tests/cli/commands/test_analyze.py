@@ -51,6 +51,7 @@ def test_the_folder(run: Run, trace: Path) -> None:
         "head_patterns.parquet",
         "locality.parquet",
         "tails.parquet",
+        "projected.parquet",
         "run.json",
         "table.md",
     }
@@ -64,6 +65,7 @@ def test_the_folder(run: Run, trace: Path) -> None:
         "error-by-bytes.png",
         "error-norm-by-layer.png",
         "recall-by-layer.png",
+        "tails-by-layer.png",
         "top1-hit-by-layer.png",
     }
 

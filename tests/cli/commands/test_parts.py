@@ -35,6 +35,7 @@ def test_parts_come_to_what_one_run_does(run: Run, trace: Path) -> None:
         "curves.parquet",
         "positions.parquet",
         "tails.parquet",
+        "projected.parquet",
         "table.md",
     ):
         assert (Path("parts") / name).read_bytes() == (Path("whole") / name).read_bytes()

@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import LineCollection
 
 from retrace.analyze import Results
 from retrace.analyze.metrics.patterns import KINDS, PATTERNS
-from retrace.analyze.metrics.registry import BUCKETED, SWEPT
+from retrace.analyze.metrics.registry import BUCKETED, SWEPT, TAILED
 from retrace.analyze.outputs.plots.costs import error_by_cost
 from retrace.analyze.outputs.plots.patterns import pattern_map
 from retrace.analyze.outputs.plots.positions import position_figures
 from retrace.analyze.outputs.plots.results import PLOTS, draw_all, slug
 from retrace.analyze.outputs.plots.sweeps import sweep_figures
-from retrace.analyze.tables.columns import PATTERN_COLUMNS, POSITION_COLUMNS
+from retrace.analyze.outputs.plots.tails import tails_by_layer
+from retrace.analyze.tables.columns import PATTERN_COLUMNS, POSITION_COLUMNS, TAIL_COLUMNS
 
 PNG = b"\x89PNG"
 
@@ -88,6 +90,28 @@ def test_a_prefill_is_drawn_over_pairs(tmp_path: Path) -> None:
     names = {file.name for file in draw_all(prefill, tmp_path)}
     assert "error-by-pairs.png" in names and "error-by-bytes.png" not in names
     assert all(any(fnmatch(name, pattern) for pattern in PLOTS) for name in names)
+
+
+def test_tails_by_layer(tmp_path: Path) -> None:
+    results = some_results(2, 2, ["exact", "quest"], [5, 10])
+    places = itertools.product(["exact", "quest"], [0, 1], [0, 1], [5, 10], TAILED)
+    generator = np.random.default_rng(0)
+    rows = pd.DataFrame([*places], columns=["method", "layer", "head", "topk", "metric"])
+    rows[["p5", "p50", "p95", "worst"]] = generator.random((len(rows), 4))
+    others = {"module": "m", "worst_sequence": 0, "worst_position": 3, "count": 9}
+    results.tails = rows.assign(**others)[list(TAIL_COLUMNS)].astype(TAIL_COLUMNS)
+    tails = rows[rows["topk"] == 10].set_index(["metric", "method"])
+    for metric, axes in zip(TAILED, tails_by_layer(results).axes, strict=True):
+        bad, worst = ("p95", "max") if metric == "error_norm" else ("p5", "min")
+        for i, method in enumerate(["exact", "quest"]):
+            median, points = axes.lines[2 * i : 2 * i + 2]
+            by_layer = tails.loc[(metric, method)].groupby("layer")
+            np.testing.assert_allclose(np.asarray(median.get_ydata()), by_layer["p50"].mean())
+            np.testing.assert_allclose(np.asarray(points.get_ydata()), by_layer["worst"].agg(worst))
+            (bars,) = [c for c in axes.collections if isinstance(c, LineCollection)][i : i + 1]
+            ends = [segment[1][1] for segment in bars.get_segments()]
+            np.testing.assert_allclose(ends, by_layer[bad].mean())
+    assert "tails-by-layer.png" in {file.name for file in draw_all(results, tmp_path)}
 
 
 def test_the_map_of_patterns(tmp_path: Path) -> None:

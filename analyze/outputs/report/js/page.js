@@ -5,6 +5,7 @@ import { readFigures } from "./figures.js";
 import { tabulateLocality } from "./locality.js";
 import { loadPlotly } from "./plot.js";
 import { describe, describeRuns } from "./runs.js";
+import { tabulateTails } from "./tails.js";
 
 async function begin() {
   await loadPlotly();
@@ -12,6 +13,7 @@ async function begin() {
   offer();
   describe();
   describeRuns();
+  tabulateTails();
   tabulateLocality();
   at("main").hidden = false;
   show();

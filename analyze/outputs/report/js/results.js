@@ -30,6 +30,40 @@ import { at } from "./document.js";
  * @property {Patterns | null} patterns of its heads, where blocks of queries choose together
  * @property {{heads: number, axes: Record<string, Buckets>}} along
  * @property {{titles: string[], rows: string[][]}} locality a table in words
+ * @property {Tail[]} tails
+ * @property {{pictures: Picture[], missing: string}} worst its worst queries, and why some are missing
+ */
+
+/**
+ * @typedef {object} Tail of a method, a budget and a metric
+ * @property {string} method
+ * @property {number} topk
+ * @property {string} metric
+ * @property {number[]} percentiles
+ * @property {number} worst
+ * @property {number[]} at layer, head, sequence and position of the worst query
+ * @property {string} command that shows it; empty where there is none
+ */
+
+/**
+ * @typedef {object} Picture of a query
+ * @property {string} why it is one of the worst
+ * @property {string} place
+ * @property {string[]} tokens up to the query's own
+ * @property {string[]} methods
+ * @property {BestKey[]} keys the best, in order
+ * @property {number} more of them are not drawn
+ * @property {number[][]} figures of each method
+ */
+
+/**
+ * @typedef {object} BestKey
+ * @property {number} rank
+ * @property {number} key
+ * @property {string} token
+ * @property {string} around
+ * @property {number} probability
+ * @property {boolean[]} taken by each method
  */
 
 /** @typedef {{firsts: number[], queries: Record<string, number[]>}} Buckets */

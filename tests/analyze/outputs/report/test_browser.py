@@ -14,6 +14,7 @@ import pytest
 from retrace.analyze import Results
 from retrace.analyze.metrics.registry import METRICS, WITH_INTERVAL
 from retrace.analyze.outputs.report.page import page
+from retrace.analyze.tables.columns import TAIL_COLUMNS
 
 pytest.importorskip("plotly", reason="needs the report extra")
 pytest.importorskip("playwright", reason="needs the dev extra")
@@ -739,3 +740,36 @@ def test_keys_from_query_to_query(open_page: Open, results: Results) -> None:
     assert [row[0] for row in rows_of(shown, "locality-0")] == ["quest, 10", "exact, 10"]
     shown = open_page({"r": results})
     assert not shown.is_visible("#locality") and not shown.is_visible("#locality-link")
+
+
+def test_tails_and_a_worst_query(made: Make, open_page: Open, tmp_path: Path) -> None:
+    """Texts of tokens are shown as texts, and the command beside each worst query."""
+    results = made([0, 1], 2, ["exact", "quest"], [5], range(1, 6))
+    place = {"layer": [0, 1], "module": "m", "head": [1, 0], "topk": 5, "count": 9}
+    figures = {"p5": 0.25, "p50": 0.5, "p95": 0.75, "worst": [0.125, 0.0625]}
+    at = {"worst_sequence": [0, 1], "worst_position": [77, 88]}
+    rows = {"method": "quest", "metric": "recall", **place, **figures, **at}
+    results.tails = pd.DataFrame(rows)[list(TAIL_COLUMNS)].astype(TAIL_COLUMNS)
+    key = {"rank": 1, "key": 3, "token": "<b>x</b>", "around": "a\nb", "probability": 0.5}
+    picture = {
+        "why": "quest, top-k 5", "place": "layer 1", "tokens": ["one ", "<i>two</i>"],
+        "methods": ["quest", "exact"], "keys": [{**key, "taken": [False, True]}], "more": 2,
+        "figures": [[5, 0, 0.0, 0.125, 0.25], [5, 1, 1.0, 0.5, 0.125]],
+    }  # fmt: skip
+    file = tmp_path / "report.html"
+    file.write_text(page({"r": results}, [([picture], "no file")]), encoding="utf-8")
+    shown = open_page(file)
+    [row] = rows_of(shown, "tails-0")
+    assert row[:7] == ["quest", "5", "Recall", "0.2500", "0.5000", "0.7500", "0.0625"]
+    assert row[7:11] == ["1", "0", "1", "88"]
+    command = "--layer 1 --head 0 --sequence 1 --position 88 --topk 5 --method quest"
+    assert row[11].startswith(f"retrace show TRACE {command}")
+    words = shown.locator("#worst").inner_text()
+    assert "not drawn here: no file" in words and "one <i>two</i>" in words
+    assert "<b>x</b> in a↵b" in words and "And 2 more of the best." in words
+    cells = shown.locator("#worst tbody").first.locator("td").all_inner_texts()
+    assert cells[1:] == ["1", "3", "0.5000", "missed", "taken"]
+
+
+def test_no_tails(page_of_results: Path, open_page: Open) -> None:
+    assert not open_page(page_of_results).locator("#tails").is_visible()

@@ -96,9 +96,9 @@ def command(
 ) -> None:
     """Choose the cheapest method and budget for every kv head of TRACE that meets a target.
 
-    One half of the sequences choose, so that with 95 % probability all heads meet the target on the
-    other half, which verifies, under what the line `Assumes` says. Heads where nothing meets it
-    keep full attention. Without TRACE, the newest one here or in ./traces.
+    One half of the sequences choose, the other half verifies. With 95 % probability all heads meet
+    the target on the half that verifies, under what the line `Assumes` says. Heads where nothing
+    meets it keep full attention. Without TRACE, the newest one here or in ./traces.
     """
     from retrace.analyze import recommend
     from retrace.analyze.outputs.markdown import remarks

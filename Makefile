@@ -9,7 +9,7 @@ SCRIPTS := analyze/outputs/report/js
 
 COMMANDS := tests/cli tests/analyze/recommendation/test_recommendation.py tests/analyze/outputs/test_export.py
 
-.PHONY: demo prediction test lint types pytest oldest newest format clean
+.PHONY: demo prediction docs test lint types pytest oldest newest format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ prediction: $(VENV)/installed
 		--limit 5 --max-length 1024 --dtype float32 --out $(PREDICTION)/wikitext.zarr --resume
 	$(BIN)/python -m benchmarks.science.prediction --trace $(PREDICTION)/wikitext.zarr \
 		--results $(PREDICTION)/points --out docs/does-replay-predict.md
+
+## The site at http://127.0.0.1:8000, built anew as pages change.
+docs: $(VENV)/installed
+	$(BIN)/mkdocs serve
 
 ## Everything that continuous integration runs; types while tests wait for each other.
 test: lint

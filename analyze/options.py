@@ -38,17 +38,17 @@ class AnalysisOptions(WorkOptions, total=False):
     share their keys; prefill:B:chunk=C where prompts are read C queries at a time)."""
     min_context: int | str | None
     """First position whose query counts, for all budgets alike: 10 times the largest by default, or
-    what the results in the folder began with; `each` counts from 10 k on for budget k, so that each
-    budget has queries of its own."""
+    what the results in the folder began with; `each` counts from 10 k on for budget k, and each
+    budget then has queries of its own."""
     calibration_sequences: Sequence[int] | None
     """Sequences that methods are calibrated on, and none is evaluated on; by default those of the
     results in the folder, or the last quarter, if a method needs calibration."""
     calibration_from: str | Path | None
     """File that `retrace calibrate --out` wrote, of a method that learns: of another trace of the
-    same model, so that no sequence of this one is held out."""
+    same model. No sequence of this one is then held out."""
     keep_exact: bool
-    """Keep the exact answers, and what methods learn, beside a trace on a local disk, so that they
-    are computed once however often it is analyzed."""
+    """Keep the exact answers, and what methods learn, beside a trace on a local disk: they are
+    then computed once, however often it is analyzed."""
 
 
 class ShowOptions(TypedDict, total=False):

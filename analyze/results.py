@@ -1,5 +1,6 @@
 """Results: every figure of a run, and how it is kept in a folder and shown."""
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,16 @@ class Results(Figures, SavedTables):
     def text(self) -> str:
         """The same."""
         return self.markdown()
+
+    def __repr__(self) -> str:
+        place, protocol = (self.run.get(name) for name in ("trace_path", "protocol"))
+        topk = sorted({k for method in self.methods() for k in self.topk(method)})
+        return f"Results({place!r}, methods={self.methods()}, topk={topk}, protocol={protocol!r})"
+
+    def _repr_html_(self) -> str:
+        """The summary, where a notebook shows it."""
+        table: str = self.summary().to_html(index=False)
+        return f"<p>{html.escape(self.summary_title())}</p>{table}"
 
     @classmethod
     def checked_table(cls, table: pd.DataFrame, name: str) -> pd.DataFrame:

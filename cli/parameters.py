@@ -10,6 +10,7 @@ from click.shell_completion import CompletionItem
 
 from retrace.cli.completion import method_specs
 from retrace.cli.documented import documented
+from retrace.cli.screen import default_format
 
 MOST_NUMBERS = 1_000_000
 """Of one range: more are a slip of the finger, or a file that was made to fill the memory."""
@@ -149,7 +150,15 @@ FORMAT = click.option(
     show_default=True,
     help="What to print on stdout.",
 )
-"""Of the commands that answer what there is."""
+"""Of the commands that answer in facts."""
+ROWS_FORMAT = click.option(
+    "--format",
+    type=click.Choice(["table", "markdown", "json", "csv"]),
+    callback=lambda ctx, param, value: value or default_format(),
+    help="What to print on stdout: a table, as such or in Markdown, or all there is as JSON or "
+    "CSV. By default table on a terminal, else markdown.",
+)
+"""Of the commands that answer in rows."""
 
 analysis = documented(
     "retrace.analyze", "options.py", "WorkOptions", "AnalysisOptions", "RunOptions"

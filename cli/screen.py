@@ -1,11 +1,13 @@
 """Words and numbers as they are printed; rich is loaded only by what draws with it."""
 
+import csv
+import io
 import json
 import math
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -80,9 +82,33 @@ def _without_nan(content: Any) -> Any:
     return content
 
 
+def print_csv(rows: Sequence[Mapping[Any, Any]]) -> None:
+    """Print rows on stdout as comma-separated values with the names of their columns; what is not
+    known is empty, and what is no single value is JSON."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    file = io.StringIO()
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow(columns)
+    lines.writerows([_csv_cell(row.get(name)) for name in columns] for row in rows)
+    say(file.getvalue(), nl=False)
+
+
+def _csv_cell(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, dict | list | tuple):
+        return json.dumps(_without_nan(value), default=str)
+    return value
+
+
 def on_terminal() -> bool:
     """Whether stdout is read by a person."""
     return sys.stdout.isatty()
+
+
+def default_format() -> str:
+    """A table for people, Markdown for files."""
+    return "table" if on_terminal() else "markdown"
 
 
 def print_table(
@@ -92,12 +118,18 @@ def print_table(
     title: str | None = None,
     left: Sequence[str] = (),
     err: bool = False,
+    form: str = "table",
 ) -> None:
     """Print a table on stdout, or stderr, that fits the terminal; the first column and those named
     in `left` begin at the left, the others end at the right.
 
-    Where that is no terminal, the table is as wide as its contents.
+    Where that is no terminal, the table is as wide as its contents. With `markdown` as the form it
+    is a pipe table under a heading.
     """
+    if form == "markdown":
+        heading = "" if title is None else f"### {title}\n"
+        say(f"{heading}\n{_pipe_table([columns, ['---'] * len(columns), *rows])}\n", err=err)
+        return
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -126,6 +158,11 @@ def print_table(
     # Where figures would have to break, the terminal breaks the lines.
     console.width = max(console.width, edges + sum(widths) + gap * (len(widths) - 1))
     console.print(table)
+
+
+def _pipe_table(rows: Iterable[Sequence[str]]) -> str:
+    cells = ([" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _narrowed(cells: Sequence[Sequence[str]], room: int) -> list[int]:

@@ -1,6 +1,10 @@
-"""The notebooks run as they stand, over a real model, and hold no output; so do the scripts."""
+"""The notebooks run as they stand, over a real model, and hold no output; so do the scripts, and
+the package that offers a method can be installed."""
 
+import os
 import runpy
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,6 +53,36 @@ def test_the_evidence_that_methods_find(tmp_path: Path, capsys: pytest.CaptureFi
     for line in lines[-3:]:
         recall, kept = (line.split()[i : i + 3] for i in (2, 5))
         assert recall[:2] == kept[:2] == ["1.000", "0.000"] != recall[1:]
+
+
+def test_a_method_in_a_package_of_its_own(tmp_path: Path) -> None:
+    """Installed, it is known by its name, its parameter is read, and it leaks nothing."""
+    pytest.importorskip("hatchling", reason="needs the dev extra")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet",
+         "--no-build-isolation", "--disable-pip-version-check", "--target", tmp_path,
+         EXAMPLES / "retrace-mymethod"],
+        check=True,
+    )  # fmt: skip
+    script = (
+        "from retrace.analyze import method_names\n"
+        "from retrace.testing import check_method\n"
+        "assert 'mymethod' in method_names()\n"
+        "results = check_method('mymethod:channels=4', [8], layers=[{}])\n"
+        "rows = results.metrics.set_index('metric')['mean']\n"
+        "print(rows['recall'].mean(), rows['bytes_ratio'].mean(), rows['density'].mean())\n"
+    )
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stderr
+    recall, bytes_ratio, density = map(float, told.stdout.split())
+    # 4 of 16 channels of every key are an eighth of the bytes of all keys and values.
+    assert 0.1 < recall < 0.9 and 0.125 < bytes_ratio < 0.125 + 2 * density
 
 
 @needs_model

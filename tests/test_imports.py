@@ -1,5 +1,5 @@
-"""Imports run one way, cli -> capture -> analyze -> traces, and nowhere in a circle; those for
-types and those within functions count as well."""
+"""Imports run one way, cli -> capture -> analyze -> traces (and testing -> analyze), and nowhere
+in a circle; those for types and those within functions count as well."""
 
 import ast
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("traces", "analyze", "capture", "cli")
+FLOORS = ("traces", "analyze", "testing", "capture", "cli")
 """From the ground up."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("capture", "analyze", "cli", "traces")
+PACKAGES = ("capture", "analyze", "cli", "traces", "testing")
 
 pytest.importorskip("build", reason="needs the dev extra")
 pytest.importorskip("hatchling", reason="needs the dev extra")

@@ -1,6 +1,7 @@
 """Reading a trace: its plan, its finished sequences and their tensors, as NumPy arrays."""
 
 import hashlib
+import html
 import json
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
@@ -310,6 +311,20 @@ class Trace(SequenceArrays):
         path = self.path.absolute() if isinstance(self.path, Path) else self.path
         left_out = tuple(self.left_out.items())
         return _opened_before, (path, self.attributes.get("created"), self.sequences, left_out)
+
+    def _repr_html_(self) -> str:
+        """A table, where a notebook shows it."""
+        model, done = self.attributes.get("model"), self.sequences
+        facts = {
+            "Trace": self.path,
+            "Model": model.get("pretrained") if isinstance(model, dict) else model,
+            "Sequences": f"{len(done)} of {self.planned}",
+            "Tokens": f"{sum(map(self.length, done)):,}",
+            "Layers": _ranges(self.layers),
+            "Dtype": self.attributes["dtype"],
+        }
+        rows = (f"<tr><th>{k}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
+        return f"<table>{''.join(rows)}</table>"
 
     def __repr__(self) -> str:
         return (

@@ -26,8 +26,8 @@ from retrace.cli.parameters import (
 )
 from retrace.cli.progress import busy, progress_bar
 from retrace.cli.screen import (
+    default_format,
     note,
-    on_terminal,
     plural,
     print_facts,
     print_json,
@@ -278,11 +278,6 @@ def print_profile(results: "Results") -> None:
         f"({plural(run['profile']['workers'], 'worker')}, {run['device']})"
     )
     print_table(list(table.columns), rows, title=title, left=["Method"], err=True)
-
-
-def default_format() -> str:
-    """A table for people, Markdown for files."""
-    return "table" if on_terminal() else "markdown"
 
 
 def _note_kept_answers(trace: "Location") -> None:

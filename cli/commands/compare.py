@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from retrace.cli.command import Command
-from retrace.cli.parameters import DEVICE, FORMAT, LAYERS, LOOSE_METHODS, SCHEDULER, WORKERS
+from retrace.cli.parameters import DEVICE, LAYERS, LOOSE_METHODS, ROWS_FORMAT, SCHEDULER, WORKERS
 from retrace.cli.progress import busy, progress_bar
-from retrace.cli.screen import note, plural, print_json, print_table
+from retrace.cli.screen import note, plural, print_csv, print_json, print_table
 
 
 @click.command(
@@ -33,7 +33,7 @@ Example:
 @DEVICE
 @WORKERS
 @SCHEDULER
-@FORMAT
+@ROWS_FORMAT
 @click.option("--no-plots", is_flag=True, help="Draw no plots.")
 def command(
     exact: str,
@@ -70,6 +70,8 @@ def command(
         print_json(
             {"runs": drift.runs.to_dict("records"), "layers": drift.table().to_dict("records")}
         )
+    elif format == "csv":
+        print_csv(drift.table().merge(drift.runs, on="run").to_dict("records"))
     else:
         for run, rows in drift.table().groupby("run", sort=False):
             figures = rows[list(TENSORS)].to_numpy()
@@ -77,8 +79,9 @@ def command(
                 [module, *(f"{figure:.4f}" for figure in line)]
                 for module, line in zip(rows["module"], figures, strict=True)
             ]
-            print_table(["Layer", *map(str.title, TENSORS)], lines, title=f"Drift: {run}")
-        _print_runs(drift.runs.to_dict("records"))
+            columns = ["Layer", *map(str.title, TENSORS)]
+            print_table(columns, lines, title=f"Drift: {run}", form=format)
+        _print_runs(drift.runs.to_dict("records"), format)
     note(f"Results: {out}")
     if not no_plots:
         from retrace.analyze.outputs.plots.drift import draw_drift
@@ -90,7 +93,7 @@ def command(
         click.get_current_context().exit(1)
 
 
-def _print_runs(runs: list[dict[Any, Any]]) -> None:
+def _print_runs(runs: list[dict[Any, Any]], form: str) -> None:
     lines = [
         [
             run["run"],
@@ -103,4 +106,4 @@ def _print_runs(runs: list[dict[Any, Any]]) -> None:
         for run in runs
     ]
     columns = ["Run", "Exact perplexity", "Perplexity", "NLL difference", "95 % interval", "KL"]
-    print_table(columns, lines, title="Likelihood, in nats per token")
+    print_table(columns, lines, title="Likelihood, in nats per token", form=form)

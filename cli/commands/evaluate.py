@@ -9,9 +9,9 @@ import click
 from retrace.cli.command import Command
 from retrace.cli.commands.capture import setting
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import AGAIN, DEVICE, FORMAT, SPEC, names, numbers, text_or_mapping
+from retrace.cli.parameters import AGAIN, DEVICE, ROWS_FORMAT, SPEC, names, numbers, text_or_mapping
 from retrace.cli.progress import progress_bars
-from retrace.cli.screen import note, print_json, print_table
+from retrace.cli.screen import note, print_csv, print_json, print_table
 
 TASK_OPTIONS = (
     "pretrained", "include_path", "num_fewshot", "limit", "max_length", "dtype", "model_args",
@@ -88,7 +88,7 @@ Example:
 @setting("--device-map", type=text_or_mapping, metavar="auto|balanced|sequential|cpu|JSON")
 @AGAIN
 @click.option("--overwrite", is_flag=True, help="Throw away the results that --out holds.")
-@FORMAT
+@ROWS_FORMAT
 @click.option("--no-plots", is_flag=True, help="Draw no plot.")
 @CONFIG
 def command(
@@ -145,8 +145,10 @@ def _evaluate_trace(
     rows = evaluation.points.to_dict("records")
     if format == "json":
         print_json(rows)
+    elif format == "csv":
+        print_csv(rows)
     else:
-        _print(rows, evaluation.facts["counted_from"])
+        _print(rows, evaluation.facts["counted_from"], format)
     note(f"Results: {out}")
     if not no_plots:
         from retrace.capture.tables.plot import draw_evaluation
@@ -176,6 +178,8 @@ def _evaluate_tasks(
     rows = evaluation.table().to_dict("records")
     if format == "json":
         print_json(rows)
+    elif format == "csv":
+        print_csv(rows)
     else:
         lines = [
             [
@@ -192,11 +196,11 @@ def _evaluate_tasks(
         columns = ["Task, metric", "Method, top-k", "Exact attention", "Score", "Difference"]
         columns += ["95 % interval", "Documents"]
         title = "Scores with a method in the loop"
-        print_table(columns, lines, title=title, left=columns[1:2])
+        print_table(columns, lines, title=title, left=columns[1:2], form=format)
     note(f"Results: {out}")
 
 
-def _print(rows: list[dict[Any, Any]], first: int) -> None:
+def _print(rows: list[dict[Any, Any]], first: int, form: str) -> None:
     from retrace.analyze.units.costs import NOT_CHARGED, SERVING_DTYPE
 
     lines = [
@@ -218,4 +222,4 @@ def _print(rows: list[dict[Any, Any]], first: int) -> None:
         f"In the loop, and by replay{part} (exact perplexity {rows[0]['exact_perplexity']:.2f}; "
         f"bytes of a cache in {SERVING_DTYPE})"
     )
-    print_table(columns, lines, title=title)
+    print_table(columns, lines, title=title, form=form)

@@ -9,8 +9,17 @@ import click
 
 from retrace.cli.command import Command
 from retrace.cli.facts import model_name, task_names
-from retrace.cli.parameters import FORMAT
-from retrace.cli.screen import note, plural, print_facts, print_json, print_table, ranges, size
+from retrace.cli.parameters import ROWS_FORMAT
+from retrace.cli.screen import (
+    note,
+    plural,
+    print_csv,
+    print_facts,
+    print_json,
+    print_table,
+    ranges,
+    size,
+)
 
 if TYPE_CHECKING:
     from retrace.traces import Trace
@@ -32,7 +41,7 @@ Example:
     help="Write a dataset card for the Hugging Face Hub there, too; a file that is there is kept.",
 )
 @click.option("--license", metavar="NAME", help="License that the card names, such as apache-2.0.")
-@FORMAT
+@ROWS_FORMAT
 def command(trace: str, card: Path | None, license: str | None, format: str) -> None:
     """Print what TRACE holds: model, sequences, layers and their rules."""
     from retrace.traces import open_trace
@@ -45,8 +54,11 @@ def command(trace: str, card: Path | None, license: str | None, format: str) -> 
         raise click.UsageError("--license is the card's: name its file with --card.")
     if format == "json":
         print_json(facts)
+    elif format == "csv":
+        named = {"trace": facts["trace"]}
+        print_csv([{**named, **one, "layers": ranges(one["layers"])} for one in facts["layers"]])
     else:
-        _print(facts)
+        _print(facts, format)
 
 
 def _write_card(file: Path, facts: dict[str, Any], name: str, license: str | None) -> None:
@@ -113,7 +125,7 @@ def _layer_groups(trace: "Trace") -> list[dict[str, Any]]:
     return groups
 
 
-def _print(facts: dict[str, Any]) -> None:
+def _print(facts: dict[str, Any], form: str) -> None:
     model = facts["model"] if isinstance(facts["model"], dict) else {}
     parameters = model.get("parameters")
     finished, planned = facts["sequences"]["finished"], facts["sequences"]["planned"]
@@ -160,7 +172,7 @@ def _print(facts: dict[str, Any]) -> None:
     if facts["command"]:
         lines.append(("Command", str(facts["command"])))
     print_facts(lines)
-    _print_layers(facts["layers"])
+    _print_layers(facts["layers"], form)
 
 
 def _listed(arguments: object) -> str:
@@ -180,7 +192,7 @@ def _adapter(facts: Any) -> str:
     return f"{facts.get('adapter')} on {facts.get('base')}" + (f" ({told})" if told else "")
 
 
-def _print_layers(groups: list[dict[str, Any]]) -> None:
+def _print_layers(groups: list[dict[str, Any]], form: str) -> None:
     rules = {
         "window": "Window",
         "chunk": "Chunk",
@@ -206,7 +218,8 @@ def _print_layers(groups: list[dict[str, Any]]) -> None:
         for group in groups
     ]
     columns = ["Layers", "Module", "Heads", "Kv heads", "Channels", "Scale"]
-    print_table([*columns, *(rules[name] for name in shown)], rows, left=("Module",))
+    columns += [rules[name] for name in shown]
+    print_table(columns, rows, left=("Module",), form=form)
 
 
 def _rule(value: Any) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retrace.cli.command import Command
-from retrace.cli.commands.analyze import default_format, newest_trace, print_figures
+from retrace.cli.commands.analyze import newest_trace, print_figures
 from retrace.cli.config import CONFIG
 from retrace.cli.parameters import (
     CALIBRATION,
@@ -21,7 +21,7 @@ from retrace.cli.parameters import (
     numbers,
 )
 from retrace.cli.progress import progress_bar
-from retrace.cli.screen import note, print_facts, print_json, print_words, ranges
+from retrace.cli.screen import default_format, note, print_facts, print_json, print_words, ranges
 
 if TYPE_CHECKING:
     from retrace.analyze import Recommendation
@@ -96,9 +96,9 @@ def command(
 ) -> None:
     """Choose the cheapest method and budget for every kv head of TRACE that meets a target.
 
-    One half of the sequences choose, so that with 95 % probability all heads meet the target on the
-    other half, which verifies, under what the line `Assumes` says. Heads where nothing meets it
-    keep full attention. Without TRACE, the newest one here or in ./traces.
+    One half of the sequences choose, the other half verifies. With 95 % probability all heads meet
+    the target on the half that verifies, under what the line `Assumes` says. Heads where nothing
+    meets it keep full attention. Without TRACE, the newest one here or in ./traces.
     """
     from retrace.analyze import recommend
     from retrace.analyze.outputs.markdown import remarks

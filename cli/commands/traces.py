@@ -7,8 +7,8 @@ import click
 
 from retrace.cli.command import Command
 from retrace.cli.facts import model_name, task_names
-from retrace.cli.parameters import FORMAT
-from retrace.cli.screen import note, print_json, print_table, ranges, size
+from retrace.cli.parameters import ROWS_FORMAT
+from retrace.cli.screen import note, print_csv, print_json, print_table, ranges, size
 
 if TYPE_CHECKING:
     from retrace.traces import Location
@@ -23,7 +23,7 @@ Example:
   retrace traces /data/captures --format json""",
 )
 @click.argument("folder", type=click.Path(), default=".")
-@FORMAT
+@ROWS_FORMAT
 def command(folder: str, format: str) -> None:
     """List the traces in FOLDER and FOLDER/traces, the newest last; FOLDER is here by default."""
     from retrace.traces import DamageError, RetraceError, find_traces, locate
@@ -40,6 +40,9 @@ def command(folder: str, format: str) -> None:
     if format == "json":
         print_json(found)
         return
+    if format == "csv":
+        print_csv([one | _in_words(one) for one in found])
+        return
     if not found:
         note(
             f"There is no trace in {folder} or its sub-folder traces; `retrace capture` makes one."
@@ -50,9 +53,7 @@ def command(folder: str, format: str) -> None:
         [
             [
                 fact["trace"],
-                model_name(fact),
-                task_names(fact),
-                ranges(fact["layers"]),
+                *_in_words(fact).values(),
                 f"{fact['finished']}/{fact['planned']}",
                 f"{fact['tokens']:,}",
                 fact["dtype"],
@@ -61,7 +62,16 @@ def command(folder: str, format: str) -> None:
             for fact in found
         ],
         left=("Model", "Task", "Layers", "Dtype"),
+        form=format,
     )
+
+
+def _in_words(fact: dict[str, Any]) -> dict[str, str]:
+    return {
+        "model": model_name(fact),
+        "task": task_names(fact),
+        "layers": ranges(fact["layers"]),
+    }
 
 
 def _facts(path: "Location") -> dict[str, Any]:

@@ -7,7 +7,6 @@ import pytest
 from click.testing import Result
 
 from retrace.cli import screen
-from retrace.cli.commands import analyze
 from retrace.cli.screen import print_facts, print_table, print_words
 
 Run = Callable[..., Result]
@@ -23,8 +22,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A function that makes stdout a terminal of this width."""
 
     def make(width: int) -> None:
-        for module in (screen, analyze):
-            monkeypatch.setattr(module, "on_terminal", lambda: True)
+        monkeypatch.setattr(screen, "on_terminal", lambda: True)
         monkeypatch.setenv("COLUMNS", str(width))
 
     return make

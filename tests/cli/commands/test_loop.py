@@ -1,6 +1,8 @@
 """Methods in the loop, from the command line: `capture --approximate`, `compare`, `evaluate`."""
 
+import csv
 import importlib.util
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -23,6 +25,10 @@ def exact(run: Run, model: Path, text: Path) -> str:
     return "exact.zarr"
 
 
+def read_csv(text: str) -> list[dict[str, str]]:
+    return [*csv.DictReader(io.StringIO(text))]
+
+
 def test_compare(run: Run, exact: str) -> None:
     run(
         "capture", "--reference", exact, "--approximate", "window", "--topk", "4",
@@ -37,6 +43,9 @@ def test_compare(run: Run, exact: str) -> None:
     told = json.loads(run("compare", exact, "w.zarr", "--format", "json", "--no-plots").stdout)
     assert [row["layer"] for row in told["layers"]] == [0, 1]
     assert told["layers"][0]["query"] == 0 != told["layers"][1]["query"]
+    rows = read_csv(run("compare", exact, "w.zarr", "--format", "csv", "--no-plots").stdout)
+    assert [float(row["query"]) for row in rows] == [row["query"] for row in told["layers"]]
+    assert {row["perplexity"] for row in rows} == {str(told["runs"][0]["perplexity"])}
     assert "w.zarr is not the exact run" in run("compare", "w.zarr", "w.zarr", code=2).stderr
 
 
@@ -49,6 +58,10 @@ def test_evaluate(run: Run, exact: str) -> None:
     result = run("evaluate", exact, "--config", "run.yaml", "--format", "json")
     told = json.loads(result.stdout)  # what was there, and is not run again
     assert {row["method"] for row in told} == {"window", "quest:page=2"}
+    rows = read_csv(run("evaluate", exact, "--config", "run.yaml", "--format", "csv").stdout)
+    assert [float(row["perplexity"]) for row in rows] == [row["perplexity"] for row in told]
+    page = run("evaluate", exact, "--config", "run.yaml", "--format", "markdown").stdout
+    assert "### In the loop" in page and "| window, 4 |" in page
     assert "no attention in layer 7" in run(
         "evaluate", exact, "--method", "window", "--topk", "4", "--dense-layers", "7",
         "--out", "other", code=2,

@@ -1,5 +1,7 @@
 """`retrace info`, `traces` and `methods` answer what is there."""
 
+import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ def test_info(run: Run, trace: Path) -> None:
     page = run("info", trace).stdout
     for words in ("tiny", "text (tiny.txt)", "2 of 2 finished, 260 tokens, 130 each", "float32"):
         assert words in page
+    page = run("info", trace, "--format", "table").stdout
     rows = [line.split() for line in page.splitlines() if "model.layers.*.self_attn" in line]
     assert rows == [
         ["0-1", "model.layers.*.self_attn", "4", "2", "8", "0.353553", "-"],
@@ -32,6 +35,19 @@ def test_info_as_json(run: Run, trace: Path) -> None:
     assert [group["layers"] for group in facts["layers"]] == [[0, 1], [2]]
     assert facts["unrecorded_layers"] == [3]
     assert facts["perplexity"] == pytest.approx(open_trace(trace).perplexity())
+
+
+def test_info_in_markdown_and_as_csv(run: Run, trace: Path) -> None:
+    """Markdown is what goes into a pipe; a row of CSV is of layers with the same rules."""
+    page = run("info", trace).stdout
+    assert page == run("info", trace, "--format", "markdown").stdout
+    assert "\nDtype              float32\n" in page
+    assert "| 2 | model.layers.*.self_attn | 4 | 2 | 8 | 0.353553 | 16 |" in page
+    rows = [*csv.DictReader(io.StringIO(run("info", trace, "--format", "csv").stdout))]
+    assert [(row["layers"], row["window"], row["kv_heads"]) for row in rows] == [
+        ("0-1", "", "2"),
+        ("2", "16", "2"),
+    ]
 
 
 def test_info_of_an_unfinished_trace(run: Run, new_trace: Callable[..., None]) -> None:
@@ -51,6 +67,13 @@ def test_traces(run: Run, trace: Path, new_trace: Callable[..., None]) -> None:
         "cut.zarr": 1,
     }
     assert found[0]["tokens"] == 260 or found[1]["tokens"] == 260
+
+
+def test_traces_as_csv(run: Run, trace: Path) -> None:
+    (row,) = csv.DictReader(io.StringIO(run("traces", "--format", "csv").stdout))
+    wanted = {"trace": str(trace), "model": "tiny", "layers": "0-2", "finished": "2"}
+    assert wanted.items() <= row.items()
+    assert f"| {trace} | tiny |" in run("traces", "--format", "markdown").stdout
 
 
 def test_no_traces(run: Run, place: Path) -> None:

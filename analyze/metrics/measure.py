@@ -43,6 +43,8 @@ class ExactBlock:
         self.buckets = buckets
         self.no_rank = reference.ids.shape[-1]
         self._key_masses: dict[int, Tensor] = {}
+        self._within: tuple[ExactBlock, slice] | None = None
+        """The block of which this one is a part, with as many ranks, and which of its rows."""
 
     def selection(self, ks: tuple[int, ...]) -> Selection:
         """What exact attention over the k keys of largest score attends."""
@@ -75,6 +77,21 @@ class ExactBlock:
     def own_buckets(self) -> Tensor:
         """`buckets`, where the block is."""
         return self.buckets.to(self.block.positions.device)
+
+    @cached_property
+    def rank_table(self) -> Tensor:
+        """Exact rank of every key (group, queries, keys) int16 or int32; `no_rank` beyond those
+        known. For devices that look up faster than they search."""
+        if self._within is not None:
+            whole, rows = self._within
+            return whole.rank_table[:, rows]
+        ids, end = self.reference.ids, self.block.end
+        kind = torch.int16 if self.no_rank <= torch.iinfo(torch.int16).max else torch.int32
+        shape = (*ids.shape[:2], end + 1)  # the id -1 has the last place
+        table = torch.full(shape, self.no_rank, dtype=kind, device=ids.device)
+        ranks = torch.arange(self.no_rank, dtype=kind, device=ids.device)
+        table.scatter_(-1, torch.where(ids < 0, end, ids), ranks.expand(ids.shape))
+        return table[..., :end]
 
     def key_masses(self, rows: int) -> Tensor:
         """Attention mass on each key (group, blocks, keys) of blocks of so many queries together,
@@ -113,6 +130,7 @@ class ExactBlock:
                 "own_buckets",
             ):
                 part.__dict__[name] = getattr(self, name)[:, rows]
+            part._within = self, rows
         return part
 
     @cached_property

@@ -1,6 +1,6 @@
 """How long a whole trace takes on a GPU: one method beside the disk, and all methods together.
 
-    python -m benchmarks.speed.whole_trace_gpu --folder /tmp --workers 4
+    python -m benchmarks.speed.whole_trace_gpu --folder /tmp
 
 A trace of random tensors of all 32 layers of a Llama with 8 billion parameters is written, one
 sequence, every query. It is flushed and dropped from the system's memory before each run, and so it
@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         short, whole = Path(folder) / "short.zarr", Path(folder) / "whole.zarr"
         write_random(short, WARM_UP, np.arange(WARM_UP), device="cuda")
-        _run(short, [arguments.one], arguments.budgets, 1)
+        _run(short, [arguments.one], arguments.budgets, 1, 0)
         positions = arguments.positions
         write_random(whole, positions, np.arange(positions), layers=arguments.layers, device="cuda")
         size, disk = _read(whole)
@@ -71,7 +71,7 @@ def _parse() -> argparse.Namespace:
     ten = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
     parser.add_argument("--budgets", type=int, nargs="+", default=ten, help="of that method")
     parser.add_argument("--few", type=int, nargs="*", default=[16, 64, 256], help="of all methods")
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path(), help="for the trace, for a while")
     return parser.parse_args()
 
@@ -89,19 +89,23 @@ def _free() -> list[str]:
 def _works(path: Path, method: str, topk: list[int]) -> bool:
     """Whether a method needs nothing but the trace."""
     try:
-        _run(path, [method], topk, 1)
+        _run(path, [method], topk, 1, 0)
     except RetraceError as error:
         print(f"{method}: {error}", flush=True)
         return False
     return True
 
 
-def _run(path: Path, methods: list[str], topk: list[int], workers: int) -> float:
-    """Seconds of a run from the disk."""
+def _run(
+    path: Path, methods: list[str], topk: list[int], workers: int, least: int | None = None
+) -> float:
+    """Seconds of a run from the disk, of queries from a `least` position on."""
     trace: Trace = open_trace(path)
     _forget(path)
     start = time.perf_counter()
-    analyze(trace, methods, topk, device="cuda", workers=workers, keep_exact=False)
+    analyze(
+        trace, methods, topk, device="cuda", workers=workers, keep_exact=False, min_context=least
+    )
     return time.perf_counter() - start
 
 

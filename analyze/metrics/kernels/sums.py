@@ -57,7 +57,7 @@ def bucketed(
         streams,
         positions,
         first,
-        buckets,
+        buckets.contiguous(),  # which some of a block's queries are not
         summed,
         values.shape[1],
         size,

@@ -13,6 +13,8 @@ PLACES = 16
 """Places of a list that a program looks at together."""
 RANKS = 64
 """Best keys that they are compared with together."""
+COMPARED = 128
+"""Best keys up to which they are compared with all: of more, each is looked up in a table."""
 WARPS = 1
 """What a list needs is summed up within one: more of them would wait for each other."""
 
@@ -37,6 +39,8 @@ def walk(
     nothing = lists.ids  # in place of what there is none of, and never read
     given = nothing if lists.first_given is None else lists.first_given
     estimates = nothing if lists.estimates is None else lists.estimates
+    looks_up = exact.no_rank > COMPARED
+    table = exact.rank_table if looks_up else nothing
     _walk[rows, group](
         block.queries.contiguous(),
         keys,
@@ -49,6 +53,7 @@ def walk(
         lists.extra_keys,
         given,
         exact.reference.ids.contiguous(),
+        table,
         exact.reference.log_normalizer.contiguous(),
         exact.reference.output.contiguous(),
         lists.log_sink_mass,
@@ -67,6 +72,7 @@ def walk(
         *lists.attended.stride(),
         lists.extra_keys.stride(0) if len(lists.extra_keys) > 1 else 0,
         *(given.stride() if lists.first_given is not None else (0, 0)),
+        *table.stride()[:2],
         lists.sink,
         unit.group.rules.scale,
         unit.group.rules.softcap or 0.0,
@@ -90,6 +96,7 @@ def walk(
         OUTPUT=lists.own_output is None,
         RENORMALISED=lists.renormalised,
         FILLED=lists.estimates is not None,
+        LOOKS_UP=looks_up,
         num_warps=WARPS,
     )
 
@@ -107,6 +114,7 @@ def _walk(
     extra_keys,
     first_given,
     best,
+    table,
     log_normalizer,
     output,
     log_sink_mass,
@@ -129,6 +137,8 @@ def _walk(
     extra_row,
     given_budget,
     given_row,
+    table_head,
+    table_row,
     sink,
     scale,
     cap,
@@ -152,6 +162,7 @@ def _walk(
     OUTPUT: tl.constexpr,
     RENORMALISED: tl.constexpr,
     FILLED: tl.constexpr,
+    LOOKS_UP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -216,12 +227,17 @@ def _walk(
                 # tanh(x) = 1 - 2 / (1 + exp(2x)), right at both ends.
                 score = (1.0 - 2.0 / (1.0 + tl.exp(2.0 * score / cap))) * cap
             log = tl.where(there, score - normalizer, float("-inf"))
-            rank = tl.full([PLACES], 2147483647, tl.int32)
-            for first_rank in range(0, ranks, RANKS):
-                which = first_rank + tl.arange(0, RANKS)
-                one = tl.load(best + which, mask=which < ranks, other=-2).to(tl.int32)
-                same = key[:, None] == one[None, :]
-                rank = tl.minimum(rank, tl.min(tl.where(same, which[None, :], 2147483647), 1))
+            if LOOKS_UP:
+                known = table + head * table_head + row * table_row + key
+                rank = tl.load(known, mask=there, other=0).to(tl.int32)
+                rank = tl.where(there, rank, ranks)
+            else:
+                rank = tl.full([PLACES], 2147483647, tl.int32)
+                for first_rank in range(0, ranks, RANKS):
+                    which = first_rank + tl.arange(0, RANKS)
+                    one = tl.load(best + which, mask=which < ranks, other=-2).to(tl.int32)
+                    same = key[:, None] == one[None, :]
+                    rank = tl.minimum(rank, tl.min(tl.where(same, which[None, :], 2147483647), 1))
             from_rank = tl.load(from_ranks + tl.minimum(rank, ranks))
             from_limit = tl.sum((limit[:, None] <= here[None, :]).to(tl.int32), 0)
             from_reach = tl.sum((reach[:, None] <= here[None, :]).to(tl.int32), 0)

@@ -102,6 +102,19 @@ def test_an_output_of_its_own() -> None:
     assert_alike(exact, select_any(exact, output=output), [1, 4])
 
 
+def test_ranks_that_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrace.analyze.metrics.kernels.walk.COMPARED", 0)
+    exact = make_exact(window=30)  # fewer keys than ranks
+    assert (exact.reference.ids < 0).any()
+    assert_alike(exact, select_any(exact), [0, 4])
+    part = exact.rows(slice(1, QUERIES))
+    assert torch.equal(part.rank_table, exact.rank_table[:, 1:])
+    own = part.selection(KS)
+    assert_alike(part, own, [1, 3])
+    looked_up = part.rank_table.gather(-1, own.ids.clamp(min=0))
+    assert torch.equal(looked_up[own.ids >= 0].long(), part.ranks(own.ids)[own.ids >= 0])
+
+
 @pytest.mark.parametrize("alike", [True, False], ids=["one window", "a window each"])
 def test_what_is_given_and_what_comes_besides(alike: bool) -> None:
     exact = make_exact()

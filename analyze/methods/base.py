@@ -79,6 +79,10 @@ class Method:
     property, where parameters name them. What the file imports counts without being named."""
     across_layers: ClassVar[bool] = False
     """Whether `build` reads layers below its own."""
+    in_turn: ClassVar[bool] = False
+    """Whether the answer to a query follows from what was selected for those before it: the trace
+    must have all of them. `build` finds them in its past, and works out what they selected, so the
+    answer to a query is the same whichever others it is asked with."""
     learns: ClassVar[Learns] = "kv head"
     """What `calibrate` is asked for once: each kv head, each layer, given its first kv head, or the
     model, given the first of its first recorded layer. The others are found through the Past."""
@@ -106,7 +110,9 @@ class Method:
     @property
     def charged(self) -> bool:
         """Whether the method says what finding its keys reads."""
-        return self.reads_all_keys is not None or type(self).aux_bytes is not Method.aux_bytes
+        hooks = (type(self).aux_bytes, type(self).aux_bytes_at)
+        says = hooks != (Method.aux_bytes, Method.aux_bytes_at)
+        return self.reads_all_keys is not None or says
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -227,6 +233,17 @@ class Method:
             method that `holds_keys`, else nothing.
         """
         return keys * group.key_bytes if self.reads_all_keys else 0.0
+
+    def aux_bytes_at(
+        self,
+        state: Any,
+        positions: Int64[Tensor, "queries"],
+        keys: Int64[Tensor, "queries"],
+        group: HeadGroup,
+    ) -> Real[Tensor, "queries"] | float:
+        """The same of the queries at some positions, where what is read differs from one to
+        another by more than the keys that each sees. By default it does not."""
+        return self.aux_bytes(state, keys, group)
 
     def reads_cache(self, state: Any, group: HeadGroup) -> bool:
         """Whether `aux_bytes` counts every visible key of the model's own cache, read in full, and

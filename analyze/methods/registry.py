@@ -106,6 +106,18 @@ def make(method: type[Method], name: str, parameters: Mapping[str, str]) -> Meth
     return made
 
 
+def made_inside(text: str) -> Method:
+    """The method that another one names in a parameter, as
+    `name:parameter=value+parameter=value`.
+
+    Raises:
+        RetraceError: there is none of the name, or a parameter is none.
+    """
+    name, _, parameters = text.partition(":")
+    given = dict(part.partition("=")[::2] for part in parameters.split("+") if part)
+    return make(method_class(name), name, given)
+
+
 def check_complete(method: Method, name: str) -> None:
     """Refuse a method that lacks what its kind must have."""
     kind = type(method)

@@ -72,6 +72,7 @@ SMALL = {
     "nsa": "block=2,kernel=3,stride=2,keep=none",
     "pariskv": "keep=sink:1+recent:2",
     "quest": "page=2,least_pages=1",
+    "retopk": "held=6,alike=2,recent=3,refresh=5",
     "retrieval-attention": "sink=2,near=4,links=4,ef_construction=6,ef=8,step=4",
     "retroinfer": "size=3,sink=1,recent=4",
     "rocketkv": "window=5,kernel=3,prompt=0.5",
@@ -80,6 +81,7 @@ SMALL = {
     "shadowkv": "chunk=2,rank=5,outliers=2,local=1",
     "squeezed": "clusters=0.3,observed=6",
     "tidaldecode": "select=0",
+    "token-select": "similarity=0.3,keep=sink:1+recent:2",
     "think": "window=5,recent=4",
     "sparse-attention-hub": "maskers=SinkMasker:sink_size=2+LocalMasker:window_size=3+OracleTopK",
     "vattention": "sink=2,recent=3,base=0.2",
@@ -443,8 +445,10 @@ IDLE = {
     **dict.fromkeys(("infllm-v2", "nsa", "pyramidkv", "q-filters"), GROUP),
     **dict.fromkeys(("r-kv", "random-eviction", "seerattention-r", "snapkv"), GROUP),
     **dict.fromkeys(("dsa-indexer", "tova", "window"), LAYER),
+    "retopk": {"output=mean-fill"},
 }
-"""What changes nothing of methods that score keys alike for all heads of a group or a layer."""
+"""What changes nothing of methods that score keys alike for all heads of a group or a layer, or
+that estimate nothing of keys which they do not rank."""
 
 
 @pytest.mark.parametrize(

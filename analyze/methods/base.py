@@ -6,7 +6,8 @@
 2. `SearchMethod` returns ranked key ids, as an index does.
 3. `AttendMethod` computes the output itself.
 
-`BlockMethod` is the level of prefill, in which blocks of queries share the keys that they attend.
+`BlockMethod` is the level of prefill, in which blocks of queries share the keys that they attend,
+and `PolicyMethod` leaves each kv head to a method of another level.
 
 The fields of the dataclass are the method's hyperparameters, with the published defaults; each of
 them can be set in a spec (`quest:page=32`). A method keeps nothing between calls: what `build`
@@ -467,6 +468,23 @@ class AttendMethod(Method):
             The output, and the ids of the keys attended, in the method's own order, of which recall
             takes the first k; -1 where there are fewer. `partial_attention.attended_ids` of the
             toolkit makes such ids.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyMethod(Method):
+    """A method that leaves each kv head to another one, such as all keys to some heads and recent
+    keys alone to others."""
+
+    def answering(self, state: Any | None) -> tuple[Method, Any]:
+        """Say which method answers a kv head's queries.
+
+        Args:
+            state: what `build` or `extend` gave for the head; None while there is none.
+
+        Returns:
+            The method, which runs on this one's cache, and its state; None where it has none yet.
         """
         raise NotImplementedError
 

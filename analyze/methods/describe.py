@@ -9,6 +9,7 @@ from retrace.analyze.methods.base import (
     BlockMethod,
     EvictionMethod,
     Method,
+    PolicyMethod,
     ScoreMethod,
     SearchMethod,
 )
@@ -21,6 +22,7 @@ LEVELS = {
     "search": SearchMethod,
     "attend": AttendMethod,
     "block": BlockMethod,
+    "policy": PolicyMethod,
 }
 """By name, the more special first."""
 LOOKS = {

@@ -12,6 +12,7 @@ from retrace.analyze.methods.base import (
     BlockMethod,
     EvictionMethod,
     Method,
+    PolicyMethod,
     ScoreMethod,
     SearchMethod,
 )
@@ -29,6 +30,7 @@ LEVELS: tuple[tuple[type[Method], str], ...] = (
     (ScoreMethod, "scores"),
     (SearchMethod, "search"),
     (AttendMethod, "attend"),
+    (PolicyMethod, "answering"),
 )
 """Kinds of method, and what each must define."""
 
@@ -130,8 +132,8 @@ def check_complete(method: Method, name: str) -> None:
         needed.append((BlockMethod, "block_scores"))
     if not needed and not isinstance(method, BlockMethod):
         raise RetraceError(
-            f"{name} must be a ScoreMethod, a SearchMethod, an AttendMethod or a BlockMethod, and "
-            "not a Method alone."
+            f"{name} must be a ScoreMethod, a SearchMethod, an AttendMethod, a BlockMethod or a "
+            "PolicyMethod, and not a Method alone."
         )
     keeps_new = isinstance(method, ScoreMethod) and method.keeps_new
     needed += [(Method, "extend")] if method.fitted and not keeps_new else []

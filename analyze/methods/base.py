@@ -31,6 +31,7 @@ from retrace.analyze.methods.hooks import calling, numbers
 from retrace.analyze.methods.options.budget import Budget
 from retrace.analyze.methods.options.cache import Cache
 from retrace.analyze.methods.options.keep import Keep
+from retrace.analyze.methods.options.merge import RULES as MERGE_RULES
 from retrace.analyze.methods.options.pooling import RULES
 from retrace.analyze.optional import optional
 from retrace.analyze.units.past import Past, last_of
@@ -52,6 +53,11 @@ KEEP = {
     "of it, recent:0.5r of what sinks leave, sink:32<0.25k for at most a share"
 }
 BUDGET = {"help": "which of the k best: k, fraction:0.25, top-p:0.95 or threshold:2.5"}
+MERGE = {
+    "help": "what is dropped under decode:R goes into what is kept: d2o, keys and values into "
+    "those of the most similar key; cam, values into those of the next keys",
+    "choices": MERGE_RULES,
+}
 OUTPUT = {
     "help": "renorm; mean-fill: the mean value in place of what was left out; true-denominator: "
     "divided by the sum over all visible keys",
@@ -358,6 +364,8 @@ class EvictionMethod(ScoreMethod):
     fitted: ClassVar[bool] = True
     keeps_new: ClassVar[bool] = True
     holds_keys: ClassVar[bool | None] = False
+
+    merge: str = field(default="none", metadata=MERGE)
 
     @property
     def accumulates(self) -> bool:

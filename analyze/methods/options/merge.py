@@ -6,6 +6,6 @@ AIoT-MLSys-Lab/D2O). `cam`: values into those of the next keys kept (CaM, ICML 2
 zyxxmu/cam).
 """
 MERGED = 16
-"""Kept values that a dropped one is shared out among by `cam`, as in the authors' streaming code."""
+"""Kept values that `cam` shares a dropped one out among, as in the authors' streaming code."""
 SEED = 0
 """Of the random numbers by which `cam` merges."""

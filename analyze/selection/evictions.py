@@ -131,7 +131,7 @@ class Evictions:
         assert position is not None
         first_given = self.end(number)
         if selection.first_given is not None:
-            given = int(selection.first_given[0, 0])
+            given = max(0, int(selection.first_given[0, 0]))  # more are kept than there are
             first_given = int(position[given]) if given < count else first_given
         kept = chosen.sort().values
         importance = state[:, kept] if method.accumulates else None

@@ -11,6 +11,7 @@ from .methods.base import AttendMethod as AttendMethod
 from .methods.base import BlockMethod as BlockMethod
 from .methods.base import EvictionMethod as EvictionMethod
 from .methods.base import Method as Method
+from .methods.base import PolicyMethod as PolicyMethod
 from .methods.base import ScoreMethod as ScoreMethod
 from .methods.base import SearchMethod as SearchMethod
 from .methods.options.budget import Budget as Budget

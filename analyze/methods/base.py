@@ -6,7 +6,8 @@
 2. `SearchMethod` returns ranked key ids, as an index does.
 3. `AttendMethod` computes the output itself.
 
-`BlockMethod` is the level of prefill, in which blocks of queries share the keys that they attend.
+`BlockMethod` is the level of prefill, in which blocks of queries share the keys that they attend,
+and `PolicyMethod` leaves each kv head to a method of another level.
 
 The fields of the dataclass are the method's hyperparameters, with the published defaults; each of
 them can be set in a spec (`quest:page=32`). A method keeps nothing between calls: what `build`
@@ -30,6 +31,7 @@ from retrace.analyze.methods.hooks import calling, numbers
 from retrace.analyze.methods.options.budget import Budget
 from retrace.analyze.methods.options.cache import Cache
 from retrace.analyze.methods.options.keep import Keep
+from retrace.analyze.methods.options.merge import RULES as MERGE_RULES
 from retrace.analyze.methods.options.pooling import RULES
 from retrace.analyze.optional import optional
 from retrace.analyze.units.past import Past, last_of
@@ -51,6 +53,11 @@ KEEP = {
     "of it, recent:0.5r of what sinks leave, sink:32<0.25k for at most a share"
 }
 BUDGET = {"help": "which of the k best: k, fraction:0.25, top-p:0.95 or threshold:2.5"}
+MERGE = {
+    "help": "what is dropped under decode:R goes into what is kept: d2o, keys and values into "
+    "those of the most similar key; cam, values into those of the next keys",
+    "choices": MERGE_RULES,
+}
 OUTPUT = {
     "help": "renorm; mean-fill: the mean value in place of what was left out; true-denominator: "
     "divided by the sum over all visible keys",
@@ -79,6 +86,10 @@ class Method:
     property, where parameters name them. What the file imports counts without being named."""
     across_layers: ClassVar[bool] = False
     """Whether `build` reads layers below its own."""
+    in_turn: ClassVar[bool] = False
+    """Whether the answer to a query follows from what was selected for those before it: the trace
+    must have all of them. `build` finds them in its past, and works out what they selected, so the
+    answer to a query is the same whichever others it is asked with."""
     learns: ClassVar[Learns] = "kv head"
     """What `calibrate` is asked for once: each kv head, each layer, given its first kv head, or the
     model, given the first of its first recorded layer. The others are found through the Past."""
@@ -106,7 +117,9 @@ class Method:
     @property
     def charged(self) -> bool:
         """Whether the method says what finding its keys reads."""
-        return self.reads_all_keys is not None or type(self).aux_bytes is not Method.aux_bytes
+        hooks = (type(self).aux_bytes, type(self).aux_bytes_at)
+        says = hooks != (Method.aux_bytes, Method.aux_bytes_at)
+        return self.reads_all_keys is not None or says
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -228,6 +241,17 @@ class Method:
         """
         return keys * group.key_bytes if self.reads_all_keys else 0.0
 
+    def aux_bytes_at(
+        self,
+        state: Any,
+        positions: Int64[Tensor, "queries"],
+        keys: Int64[Tensor, "queries"],
+        group: HeadGroup,
+    ) -> Real[Tensor, "queries"] | float:
+        """The same of the queries at some positions, where what is read differs from one to
+        another by more than the keys that each sees. By default it does not."""
+        return self.aux_bytes(state, keys, group)
+
     def reads_cache(self, state: Any, group: HeadGroup) -> bool:
         """Whether `aux_bytes` counts every visible key of the model's own cache, read in full, and
         not what the method keeps beside it.
@@ -341,6 +365,8 @@ class EvictionMethod(ScoreMethod):
     keeps_new: ClassVar[bool] = True
     holds_keys: ClassVar[bool | None] = False
 
+    merge: str = field(default="none", metadata=MERGE)
+
     @property
     def accumulates(self) -> bool:
         """Whether importance adds up over time, so that under `decode:R` that of a key which is
@@ -450,6 +476,23 @@ class AttendMethod(Method):
             The output, and the ids of the keys attended, in the method's own order, of which recall
             takes the first k; -1 where there are fewer. `partial_attention.attended_ids` of the
             toolkit makes such ids.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyMethod(Method):
+    """A method that leaves each kv head to another one, such as all keys to some heads and recent
+    keys alone to others."""
+
+    def answering(self, state: Any | None) -> tuple[Method, Any]:
+        """Say which method answers a kv head's queries.
+
+        Args:
+            state: what `build` or `extend` gave for the head; None while there is none.
+
+        Returns:
+            The method, which runs on this one's cache, and its state; None where it has none yet.
         """
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retrace.analyze.methods.base import BlockMethod, LearnedLike, ScoreMethod
 from retrace.analyze.methods.options.pooling import LAYER, MEAN_QUERY, pool
-from retrace.analyze.methods.registry import make, method_class
+from retrace.analyze.methods.registry import made_inside
 from retrace.analyze.methods.toolkit.blocks import logs, sums
 from retrace.analyze.units.attention import visible
 from retrace.analyze.units.past import Past
@@ -55,10 +55,9 @@ class Blocks(BlockMethod):
         Raises:
             RetraceError: there is none of the name, or it scores no keys.
         """
-        name, _, text = self.of.partition(":")
-        parameters = dict(part.partition("=")[::2] for part in text.split("+") if part)
-        method = make(method_class(name), name, parameters)
+        method = made_inside(self.of)
         if not isinstance(method, ScoreMethod):
+            name = self.of.partition(":")[0]
             raise RetraceError(
                 f"of={self.of}: {name} scores no keys, so that nothing can be pooled."
             )

@@ -9,6 +9,7 @@ from retrace.analyze.methods.base import (
     BlockMethod,
     EvictionMethod,
     Method,
+    PolicyMethod,
     ScoreMethod,
     SearchMethod,
 )
@@ -21,6 +22,7 @@ LEVELS = {
     "search": SearchMethod,
     "attend": AttendMethod,
     "block": BlockMethod,
+    "policy": PolicyMethod,
 }
 """By name, the more special first."""
 LOOKS = {
@@ -80,6 +82,8 @@ def _reads(method: Method) -> str | None:
     """What a method reads to find keys; None if nothing."""
     if not method.charged:
         return "what it does not say"
+    if type(method).aux_bytes_at is not Method.aux_bytes_at:
+        return inspect.getdoc(type(method).aux_bytes_at)
     if type(method).aux_bytes is not Method.aux_bytes:
         return inspect.getdoc(type(method).aux_bytes)
     return "All keys, which are read to rank them." if method.reads_all_keys else None

@@ -12,6 +12,7 @@ from retrace.analyze.methods.base import (
     BlockMethod,
     EvictionMethod,
     Method,
+    PolicyMethod,
     ScoreMethod,
     SearchMethod,
 )
@@ -29,6 +30,7 @@ LEVELS: tuple[tuple[type[Method], str], ...] = (
     (ScoreMethod, "scores"),
     (SearchMethod, "search"),
     (AttendMethod, "attend"),
+    (PolicyMethod, "answering"),
 )
 """Kinds of method, and what each must define."""
 
@@ -106,6 +108,18 @@ def make(method: type[Method], name: str, parameters: Mapping[str, str]) -> Meth
     return made
 
 
+def made_inside(text: str) -> Method:
+    """The method that another one names in a parameter, as
+    `name:parameter=value+parameter=value`.
+
+    Raises:
+        RetraceError: there is none of the name, or a parameter is none.
+    """
+    name, _, parameters = text.partition(":")
+    given = dict(part.partition("=")[::2] for part in parameters.split("+") if part)
+    return make(method_class(name), name, given)
+
+
 def check_complete(method: Method, name: str) -> None:
     """Refuse a method that lacks what its kind must have."""
     kind = type(method)
@@ -118,8 +132,8 @@ def check_complete(method: Method, name: str) -> None:
         needed.append((BlockMethod, "block_scores"))
     if not needed and not isinstance(method, BlockMethod):
         raise RetraceError(
-            f"{name} must be a ScoreMethod, a SearchMethod, an AttendMethod or a BlockMethod, and "
-            "not a Method alone."
+            f"{name} must be a ScoreMethod, a SearchMethod, an AttendMethod, a BlockMethod or a "
+            "PolicyMethod, and not a Method alone."
         )
     keeps_new = isinstance(method, ScoreMethod) and method.keeps_new
     needed += [(Method, "extend")] if method.fitted and not keeps_new else []

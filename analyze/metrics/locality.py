@@ -30,7 +30,9 @@ WORKING = slice(DISTANCES.stop, DISTANCES.stop + len(SPANS))
 """Distinct keys of all spans of queries of each length together."""
 WINDOWS = slice(WORKING.stop, WORKING.stop + len(SPANS))
 """How many such spans there are."""
-FIELDS = WINDOWS.stop
+SHARED = WINDOWS.stop
+"""Keys that two heads of a group attend, pair by pair."""
+FIELDS = SHARED + 1
 
 
 class Figure(NamedTuple):
@@ -79,6 +81,12 @@ FIGURES = {
     "distinct": Figure(
         "Distinct",
         "distinct keys that the heads of a group attend, over the sum of what each attends",
+        most=1.0,
+    ),
+    "overlap": Figure(
+        "Overlap",
+        "share of the keys that a head attends which another head of its group attends too, on "
+        "average over the others",
         most=1.0,
     ),
 }

@@ -26,6 +26,7 @@ from retrace.analyze.metrics.locality import (
     QUERIES,
     REPEATED,
     RETURNED,
+    SHARED,
     SIZES,
     SPANS,
     WINDOWS,
@@ -174,14 +175,16 @@ def _follow(
                 end = _close_ranks(place, key, live, oldest, end)
             passed[:] = 0
             ago[:] = 0
-            read, written, first = 0, 0, 0
+            read, written, first, shared, heads = 0, 0, 0, 0, 0
             before = np.int32(-1)
             for known in of_all[row]:
                 if known == NONE:
                     break
                 if known == before:
+                    shared += heads  # with each of the heads that attend it so far
+                    heads += 1
                     continue
-                before = known
+                before, heads = known, 1
                 read += 1
                 last = attended[known]
                 if last >= 0:
@@ -212,6 +215,7 @@ def _follow(
                 tally[FIRST] += first
                 tally[REPEATED] += ago[0]
                 tally[RETURNED] += again - ago[0]
+                tally[SHARED] += shared
                 for size in range(sizes):
                     tally[FIRST_DISTANCE + size] += passed[size]
             within = 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.base import LearnedLike, Method, ScoreMethod
+from retrace.analyze.methods.base import EvictionMethod, LearnedLike, Method
 from retrace.analyze.methods.hooks import calling, naming
 from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.selection.states import Calibration
@@ -141,7 +141,7 @@ def calibration_name(trace: Trace, spec: MethodSpec, sequences: Sequence[int], l
 
 def learned_parameters(spec: MethodSpec) -> dict[str, Any]:
     """The parameters that what a method learns follows from: not how it selects afterwards."""
-    afterwards = {f.name for f in fields(ScoreMethod)}
+    afterwards = {f.name for f in fields(EvictionMethod)}
     return {k: v for k, v in spec.parameters.items() if k not in afterwards}
 
 

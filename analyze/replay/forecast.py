@@ -154,7 +154,12 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
     whole = _scores(unit, plan, begin)
     step = max(1, int(whole * operations // MEASURED))
     together = plan.counting.protocol.block
-    if together is None:
+    if any(method.spec.method.in_turn for method in plan.methods):  # queries with all before them
+        some, few = (
+            _beginning(unit, begin + 1 + (len(unit.keys) - begin) // part, together or 1)
+            for part in (step, max(step, 8))
+        )
+    elif together is None:
         protocol, fewer = plan.counting.protocol, max(step, len(unit.positions) // 8)
         some, few = _some(unit, step, protocol), _some(unit, fewer, protocol)
     else:  # whole blocks of queries, with what comes before them

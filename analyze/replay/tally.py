@@ -122,7 +122,14 @@ def whole_layer(heads: Sequence[Tally]) -> Tally:
 
 
 def _side_by_side(parts: list[dict[str, Moments]]) -> dict[str, Moments]:
-    return {name: Moments.stack([part[name] for part in parts], -1) for name in parts[0]}
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: Moments.stack([_found(part, name) for part in parts], -1) for name in names}
+
+
+def _found(part: dict[str, Moments], name: str) -> Moments:
+    """A head's moments of a metric; of no samples where it has none, as one that keeps no keys has
+    no recall of others."""
+    return part[name] if name in part else empty(next(iter(part.values())).count.shape)
 
 
 def fill_missing(tally: Tally, group: int) -> None:

@@ -87,6 +87,11 @@ def check_answers(spec: MethodSpec, protocol: Protocol) -> None:
             f"{spec} keeps the prompt, which there is only for methods that evict, and where they "
             "do so while a model decodes: give --protocol decode:R:from=P."
         )
+    if not evicts and getattr(spec.method, "merge", "none") != "none":
+        raise RetraceError(
+            f"{spec} merges what it drops into what it keeps, which it does only where it drops "
+            "keys while a model decodes: give --protocol decode:R:from=P."
+        )
     if by_blocks and protocol.block is None:
         raise RetraceError(
             f"{spec} chooses keys for whole blocks of queries, and the protocol {protocol} asks "

@@ -40,7 +40,8 @@ def _read(method: Method, state: Any, block: Block) -> Tensor:
     if state is None:
         return torch.zeros_like(block.visible_count)
     with calling("aux_bytes()", lambda: where(block)):
-        read = method.aux_bytes(state, block.visible_count.clone(), block.unit.group)
+        positions, seen = block.positions.clone(), block.visible_count.clone()
+        read = method.aux_bytes_at(state, positions, seen, block.unit.group)
         if isinstance(read, int | float):  # which no copy has to bring to a GPU
             return torch.full((len(block.positions),), read, device=block.positions.device)
         read = torch.as_tensor(read, device=block.positions.device)

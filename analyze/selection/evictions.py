@@ -11,6 +11,7 @@ from retrace.analyze.methods.base import EvictionMethod, Method
 from retrace.analyze.methods.options.pooling import LAYER
 from retrace.analyze.selection.by_eviction import ends_of_pasts
 from retrace.analyze.selection.by_score import select_by_score
+from retrace.analyze.selection.merging import RULES, Held
 from retrace.analyze.selection.served import Served
 from retrace.analyze.units.past import Past
 from retrace.analyze.units.protocol import Protocol
@@ -28,6 +29,8 @@ class Left:
     """From this position on keys did not have to be found: they are kept as recent ones."""
     importance: Tensor | None
     """Of each key (group or 1, keys), by ascending position, where importance accumulates."""
+    held: Held | None
+    """What the cache holds of them, where dropped ones are merged into them."""
 
 
 class Evictions:
@@ -62,6 +65,11 @@ class Evictions:
             )
         if method.output != "renorm":
             raise RetraceError(f"output={method.output} is not defined where keys are gone.")
+        if method.merge != "none" and rules.cached_bytes is not None:
+            raise RetraceError(
+                f"merge={method.merge}: the heads of layer {unit.group.layer} share one cache, in "
+                "which keys and values cannot be merged head by head. Name other layers."
+            )
         self._unit = unit
         self._protocol = protocol
         self._build = build
@@ -123,10 +131,21 @@ class Evictions:
         assert position is not None
         first_given = self.end(number)
         if selection.first_given is not None:
-            given = int(selection.first_given[0, 0])
+            given = max(0, int(selection.first_given[0, 0]))  # more are kept than there are
             first_given = int(position[given]) if given < count else first_given
-        importance = state[:, chosen.sort().values] if method.accumulates else None
-        return Left(position[chosen], first_given, importance)
+        kept = chosen.sort().values
+        importance = state[:, kept] if method.accumulates else None
+        held = None
+        if method.merge != "none":
+            before = self._held(unit, number - 1, k)
+            memory = None if before is None else before.memory
+            held = RULES[method.merge](Past(judged, 0, count), kept, memory)
+        return Left(position[chosen], first_given, importance, held)
+
+    def _held(self, unit: Unit, number: int, k: int) -> Held | None:
+        """What the cache holds of what an eviction left; None before the first, and where nothing
+        is merged."""
+        return None if number < 0 else self._left(unit, number, k).held
 
     def _state(self, unit: Unit, number: int, k: int) -> Any:
         """The method's state of what an eviction judges."""
@@ -147,12 +166,15 @@ class Evictions:
         positions = torch.cat([kept, torch.arange(since, end, device=device)])
         bounds = torch.tensor([since, end], device=unit.positions.device)
         rows = slice(*torch.searchsorted(unit.positions, bounds).tolist())
+        keys, values = unit.keys[positions], unit.values[positions]
+        if (held := self._held(unit, number - 1, k)) is not None:
+            keys[: len(kept)], values[: len(kept)] = held.keys, held.values
         return replace(
             unit,
             queries=unit.queries[:, rows],
             positions=unit.positions[rows] - since + len(kept),
-            keys=unit.keys[positions],
-            values=unit.values[positions],
+            keys=keys,
+            values=values,
             chosen=None,
             key_positions=positions,
         )

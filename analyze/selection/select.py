@@ -1,12 +1,14 @@
 """How each level of method turns its answer into a selection."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from retrace.analyze.methods.base import (
     AttendMethod,
     BlockMethod,
     EvictionMethod,
     Method,
+    PolicyMethod,
     ScoreMethod,
     SearchMethod,
 )
@@ -45,6 +47,10 @@ def select_together(
     """The same for queries that one state after another answers, or none does; only methods that
     score or attend have more than one answered at once. Where the output is computed here, from a
     cache in few bits, it is at those budgets that `points` name, or at all."""
+    if isinstance(method, PolicyMethod):
+        [served] = serves
+        method, state = method.answering(served.state)
+        serves = [replace(served, state=state)]
     if method.cache is None:
         return _select(method, serves, block, ks)
     return select_from_cache(method, serves, block, ks, ks if points is None else points, _select)

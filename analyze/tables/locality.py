@@ -11,6 +11,7 @@ from retrace.analyze.metrics.locality import (
     QUERIES,
     REPEATED,
     RETURNED,
+    SHARED,
     SIZES,
     SPANS,
     WINDOWS,
@@ -74,7 +75,11 @@ def _rows(found: Locality, topk: Sequence[int], rules: LayerRules, sizes: int) -
             if cache == GROUP:
                 heads = found.counts[budget, head, : rules.group, ATTENDED].sum()
                 distinct = _share(counts[ATTENDED], heads)
-                figures.append(("distinct", 0, distinct, counts[QUERIES] if heads else 0))
+                count = counts[QUERIES] if heads else 0
+                figures.append(("distinct", 0, distinct, count))
+                if rules.group > 1:  # each key that a head attends makes as many pairs
+                    overlap = _share(2 * counts[SHARED], heads * (rules.group - 1))
+                    figures.append(("overlap", 0, overlap, count))
             for metric, at, mean, count in figures:
                 if count:
                     row = (cache, head, k, metric, at, mean, count)

@@ -22,6 +22,7 @@ from retrace.analyze import (
     BlockMethod,
     EvictionMethod,
     Method,
+    PolicyMethod,
     ScoreMethod,
     SearchMethod,
     analyze,
@@ -58,6 +59,7 @@ SMALL = {
     "arkvale": "page=4",
     "clusterkv": "size=4",
     "dsa-indexer": "heads=2,channels=5,steps=3",
+    "duo-attention": "sink=1,recent=3,positions=20",
     "hashattention": "hidden=8,steps=3",
     "hata": "bits=16,steps=3",
     "infllm": "block=4,representatives=2,local=9,keep=sink:2+recent:4",
@@ -72,6 +74,7 @@ SMALL = {
     "nsa": "block=2,kernel=3,stride=2,keep=none",
     "pariskv": "keep=sink:1+recent:2",
     "quest": "page=2,least_pages=1",
+    "retopk": "held=6,alike=2,recent=3,refresh=5",
     "retrieval-attention": "sink=2,near=4,links=4,ef_construction=6,ef=8,step=4",
     "retroinfer": "size=3,sink=1,recent=4",
     "rocketkv": "window=5,kernel=3,prompt=0.5",
@@ -80,7 +83,9 @@ SMALL = {
     "shadowkv": "chunk=2,rank=5,outliers=2,local=1",
     "squeezed": "clusters=0.3,observed=6",
     "tidaldecode": "select=0",
+    "token-select": "similarity=0.3,keep=sink:1+recent:2",
     "think": "window=5,recent=4",
+    "simlayerkv": "sink=1,recent=4,threshold=0.3",
     "sparse-attention-hub": "maskers=SinkMasker:sink_size=2+LocalMasker:window_size=3+OracleTopK",
     "vattention": "sink=2,recent=3,base=0.2",
 }
@@ -92,9 +97,9 @@ SPECS = [
     if name != "native"  # of traces of other models; tests/capture/test_natively_sparse.py tries it
     and not issubclass(method_class(name), BlockMethod)  # test_every_block_method.py tries those
 ]
-LEVELS = (EvictionMethod, ScoreMethod, SearchMethod, AttendMethod)
+LEVELS = (EvictionMethod, ScoreMethod, SearchMethod, AttendMethod, PolicyMethod)
 """A method is of the first that it is a kind of."""
-THOROUGH = ("snapkv", "quest", "flat", "kivi")
+THOROUGH = ("snapkv", "quest", "flat", "kivi", "duo-attention")
 """A method of each level, for every kind of layer and every protocol."""
 
 
@@ -443,8 +448,10 @@ IDLE = {
     **dict.fromkeys(("infllm-v2", "nsa", "pyramidkv", "q-filters"), GROUP),
     **dict.fromkeys(("r-kv", "random-eviction", "seerattention-r", "snapkv"), GROUP),
     **dict.fromkeys(("dsa-indexer", "tova", "window"), LAYER),
+    "retopk": {"output=mean-fill"},
 }
-"""What changes nothing of methods that score keys alike for all heads of a group or a layer."""
+"""What changes nothing of methods that score keys alike for all heads of a group or a layer, or
+that estimate nothing of keys which they do not rank."""
 
 
 @pytest.mark.parametrize(

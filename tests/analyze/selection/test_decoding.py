@@ -125,6 +125,22 @@ def test_the_prompt_is_kept_besides(make_trace: MakeTrace, rules: Any) -> None:
     np.testing.assert_allclose(found, np.mean(density), rtol=1e-6)
 
 
+def test_more_recent_keys_may_be_kept_than_there_are(make_trace: MakeTrace, rules: Any) -> None:
+    """Sinks and the newest keys are what a window attends, however early evicting begins."""
+    trace = make_trace(rules(), [LENGTH])
+    spec = "random-eviction:keep=sink:2+recent:6"
+    results = analyze(trace, [spec], [8], protocol="decode:1", min_context=20, keep_exact=False)
+    window = analyze(trace, ["window:keep=sink:2"], [9], min_context=20, keep_exact=False)
+    ours, theirs = (
+        found.metrics.query(f"topk == {k}").pivot_table(
+            index="head", columns="metric", values="mean"
+        )
+        for found, k in ((results, 8), (window, 9))
+    )
+    for metric in ("error_norm", "attention_fraction", "density"):
+        assert ours[metric].to_numpy() == pytest.approx(theirs[metric].to_numpy(), abs=1e-6)
+
+
 def test_the_distance_is_from_the_first_eviction() -> None:
     protocol = Protocol.parse("decode:8:from=20")
     assert [protocol.since(position, 100) for position in (5, 20, 27, 28, 60)] == [

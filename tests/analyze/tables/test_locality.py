@@ -1,5 +1,6 @@
 """The table of locality, from whole runs, against the definitions in sets and dictionaries."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +82,11 @@ METHODS: dict[str, tuple[Callable[[Any, int], list[int]], int]] = {
 """What they attend, and the bytes of what they read of one key: the values alone after ranking."""
 
 
-@pytest.mark.parametrize("changes", [{"heads": 4, "kv_heads": 2}, {"window": 13}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"heads": 4, "kv_heads": 2}, {"heads": 3, "kv_heads": 1}, {"window": 13}],
+    ids=str,
+)
 def test_as_defined(make_trace: MakeTrace, rules: Any, queries_of: Any, changes: Any) -> None:
     trace = make_trace(rules(**changes), LENGTHS)
     layer = trace.layer(0).rules
@@ -124,6 +129,16 @@ def test_as_defined(make_trace: MakeTrace, rules: Any, queries_of: Any, changes:
                     share = found.loc[("group", head, k, "distinct", 0), "mean"]
                     assert share == pytest.approx(whole / parts)
                     seen += 1
+                    shared = [
+                        len(a & b)
+                        for one, other in itertools.permutations(together, 2)
+                        for theirs in zip(one, other, strict=True)
+                        for a, b in zip(*(part[1:] for part in theirs), strict=True)
+                    ]
+                    if layer.group > 1:
+                        share = found.loc[("group", head, k, "overlap", 0), "mean"]
+                        assert share == pytest.approx(sum(shared) / parts / (layer.group - 1))
+                        seen += 1
         assert seen == len(found)
 
 

@@ -246,7 +246,14 @@ def test_the_trace_tells_what_ran(captured: Capture) -> None:
 
 def test_methods_that_read_other_heads_and_layers(captured: Capture, tmp_path: Path) -> None:
     exact = captured("llama")
-    for spec in ("tova", "quest:page=2,pool=layer-sum", "tidaldecode:select=0,correct=1"):
+    for spec in (
+        "tova",
+        "quest:page=2,pool=layer-sum",
+        "tidaldecode:select=0,correct=1",
+        "token-select",
+        "retopk",
+        "simlayerkv:recent=4,threshold=0.5",
+    ):
         found = captured(
             "llama", "found", reference=exact.path, approximate=spec, topk=3, overwrite=True
         )

@@ -260,9 +260,11 @@ def _setting(entry: Mapping[str, Any], place: str) -> Setting:
     own = Setting(entry["method"], entry.get("topk", 0), entry.get("fraction"))
     if own.full:
         return Setting(FULL)
-    if ("topk" in entry) == ("fraction" in entry) or own.budget(1) < 1:
+    if own.fraction is not None:  # beside it may stand what that comes to
+        own = Setting(own.method, 0, own.fraction)
+    if own.budget(1) < 1:
         raise RetraceError(
-            f"{place}, kv head {entry['kv_head']} has {own.method}, and needs one budget: a topk "
-            "of 1 or more, or a fraction."
+            f"{place}, kv head {entry['kv_head']} has {own.method}, and needs a budget: a topk of "
+            "1 or more, or a fraction."
         )
     return own

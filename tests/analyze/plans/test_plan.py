@@ -64,9 +64,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
 UNSCHEMED: list[tuple[dict[str, Any], str]] = [
     (changed("layers", 1, "layer", to=0), "layer 0 stands there twice"),
     (changed(*HEAD, "kv_head", to=1), "layer 0 names 2 kv heads: expected each of 0 to 1 once"),
-    (changed(*HEAD, "topk"), "kv head 0 has quest:page=8, and needs one budget"),
-    (changed(*HEAD, "topk", to=0), "needs one budget"),
-    (changed(*HEAD, "fraction", to=0.5), "needs one budget"),
+    (changed(*HEAD, "topk"), "kv head 0 has quest:page=8, and needs a budget"),
+    (changed(*HEAD, "topk", to=0), "needs a budget"),
     (changed(*HEAD, "heads", to=[{}]), "kv heads of .* query heads"),
 ]
 """What no schema can say."""

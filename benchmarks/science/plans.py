@@ -143,19 +143,20 @@ def _section(
     dense = sum(setting.full for setting in plan.settings.values())
     counts = ", ".join(f"{n} times {what}" for what, n in list(plan.counts().items())[:6])
     lines = [
-        f"SmolLM2-135M, all {len(plan.layers)} layers, float32; {found.facts['target']['metric']} "
-        f"of at most {found.target.value:g} in every head, chosen on "
-        f"{len(found.facts['choose'])} + {len(found.facts['verify'])} sequences of {LENGTH:,} "
-        f"tokens of WikiText-2's validation text, and run on {len(text.sequences)} of its test "
-        f"text, queries from position {FIRST} on. Made by `python -m benchmarks.science.plans "
-        "--data FOLDER --page docs/recommend.md`.",
+        f"SmolLM2-135M, all {len(plan.layers)} layers in float32. The target is "
+        f"{found.facts['target']['metric']} of at most {found.target.value:g} in every head. The "
+        f"plan is chosen on {len(found.facts['choose'])} + {len(found.facts['verify'])} sequences "
+        f"of {LENGTH:,} tokens of WikiText-2's validation text. It runs on {len(text.sequences)} "
+        f"of the test text, with queries from position {FIRST} on. "
+        "`python -m benchmarks.science.plans --data FOLDER --page docs/recommend.md` makes this "
+        "section.",
         "",
         f"![The plan](plan.png) The plan's {len(plan.settings)} kv heads: {dense} keep full "
         f"attention; most frequent are {counts}.",
         "",
         f"Of {len(heads)} heads, {met[0]} keep to the target in replay of the test text, and "
-        f"{met[1]} in the loop, where lower layers' errors reach the upper ones (the local error: "
-        "of each layer, for the inputs that it had).",
+        f"{met[1]} in the loop. There the error is each layer's own, for the inputs that errors of "
+        "lower layers leave it.",
         "",
         "| layer | bound, worst head | promised, mean | replay, mean | worst head | in the loop, "
         "mean | worst head |",

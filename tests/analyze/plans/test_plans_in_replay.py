@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from retrace.analyze import Plan, analyze, merge
+from retrace.analyze import Plan, analyze, merge, show
 from retrace.analyze.plans.plan import PlannedLayer, Setting
 from retrace.traces import RetraceError, Trace
 
@@ -139,5 +139,45 @@ def test_what_cannot_be_right_is_refused(trace: Trace) -> None:
         analyze(trace, small, min_context="each", keep_exact=False)
     with pytest.raises(RetraceError, match="prefill:8 asks for whole blocks"):
         analyze(trace, plan, protocol="prefill:8", keep_exact=False)
+    with pytest.raises(RetraceError, match="name those of this one"):
+        show(trace, plan, layer=0, head=0, position=30)
     with pytest.raises(RetraceError, match=r"names ./mine.py:Mine, and plans run installed"):
         analyze(trace, planned(trace, [Setting("./mine.py:Mine", 3)] * 8), keep_exact=False)
+
+
+LATENT: dict[str, Any] = {
+    "heads": 8, "kv_heads": 4, "key_dim": 24, "value_dim": 16, "cached_bytes": (16 + 8) * 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["quest:page=4", "exact", "window"])
+def test_one_method_everywhere_is_that_method(
+    make_trace: MakeTrace, rules: Any, method: str
+) -> None:
+    """Also where the heads of a layer share one cache, whose bytes are counted over all of them."""
+    trace = make_trace([rules(**LATENT)] * 2, [60, 40, 50])
+    plan = planned(trace, [Setting(method, 5)] * 8)
+    options: dict[str, Any] = {"min_context": 22, "keep_exact": False}
+    found, alone = (analyze(trace, m, [5], **options) for m in (plan, method))
+    for name in ("metrics", "sequences", "positions", "tails"):
+        ours, theirs = (
+            getattr(one, name).drop(columns="method").reset_index(drop=True)
+            for one in (found, alone)
+        )
+        pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+
+
+def test_mixed_heads_of_a_shared_cache(make_trace: MakeTrace, rules: Any) -> None:
+    """Budgets other than the plan's largest are counted too: full attention in one head reads all
+    of the cache."""
+    trace = make_trace(rules(**LATENT), [60, 40])
+    options: dict[str, Any] = {"min_context": 22, "keep_exact": False}
+    few = planned(trace, [Setting("window", 5), *[Setting("window", 4)] * 3])
+    ratios = {}
+    for name, plan in (
+        ("few", few),
+        ("one full", planned(trace, [Setting("dense"), *[Setting("window", 4)] * 3])),
+    ):
+        rows = analyze(trace, plan, **options).metrics
+        ratios[name] = rows.loc[rows["metric"] == "bytes_ratio", "mean"].mean()
+    assert 0.05 < ratios["few"] < 0.3 and ratios["one full"] == pytest.approx(1)

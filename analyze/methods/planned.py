@@ -30,6 +30,11 @@ class Planned(Method):
         return any(method.across_layers for method in self.methods.values())
 
     @property
+    def in_turn(self) -> bool:  # type: ignore[override]
+        """Whether any of them answers queries by those before them."""
+        return any(method.in_turn for method in self.methods.values())
+
+    @property
     def charged(self) -> bool:
         """Whether all of them say what finding their keys reads."""
         return all(method.charged for method in self.methods.values())

@@ -21,6 +21,8 @@ from .methods.registry import method_names as method_names
 from .methods.specs import parse_spec as parse_spec
 from .methods.specs import parse_specs as parse_specs
 from .metrics.registry import METRICS as METRICS
+from .outputs.plots.plans import draw_plan as draw_plan
+from .plans.plan import Plan as Plan
 from .recommendation.recommendation import Recommendation as Recommendation
 from .replay.forecast import Estimate as Estimate
 from .results import Results as Results

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retrace.analyze.plans.plan import PLAN
 from retrace.analyze.units.protocol import Protocol
 from retrace.capture.model.arguments import (
     DeviceMap,
@@ -109,7 +110,8 @@ class CaptureSettings:
     """Queries to keep: all, last:N of each sequence, or stride:N (every N-th, the last included).
     The last 64 of the prompt are kept besides, keys and values always whole."""
     approximate: str | None = None
-    """A method, such as quest:page=32, that computes attention in place of exact attention."""
+    """A method, such as quest:page=32, that computes attention in place of exact attention; or
+    plan:FILE, a method and budget for every kv head, as recommend writes it."""
     topk: int | None = None
     """Budget of the method: keys per query and head."""
     protocol: str | None = None
@@ -228,7 +230,7 @@ class CaptureSettings:
                     "batch_size must be 1 with protocol: where the end of a prompt is looked at, "
                     "that is its own, not that of the longest of a batch."
                 )
-        if self.topk is None:
+        if self.topk is None and not self.approximate.startswith(PLAN):
             raise RetraceError(f"How many keys may {self.approximate} attend? Say so with topk.")
 
     def _check_data(self) -> None:
@@ -335,7 +337,10 @@ class CaptureSettings:
         if self.reference is not None:
             name = _slug(locate(self.reference).stem)
         if self.approximate is not None:
-            name += f"-{_slug(f'{self.approximate}-{self.topk}')}"
+            named = f"{self.approximate}-{self.topk}"
+            if self.approximate.startswith(PLAN):
+                named = f"plan-{Path(self.approximate.removeprefix(PLAN)).stem}"
+            name += f"-{_slug(named)}"
             name += "" if self.protocol is None else f"-{_slug(self.protocol)}"
         return Path("traces") / f"{name}.zarr"
 

@@ -15,6 +15,7 @@ COMMANDS = (
     "sweep",
     "merge",
     "recommend",
+    "plan",
     "compare",
     "evaluate",
     "calibrate",

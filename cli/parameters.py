@@ -179,6 +179,15 @@ NO_CACHE = click.option(
     "compute them again.",
 )
 
+PLANS = click.option(
+    "--plan",
+    "plans",
+    type=click.Path(dir_okay=False),
+    multiple=True,
+    metavar="FILE",
+    help="A method and budget for every kv head, as `retrace recommend --out FILE` writes it; may "
+    "be repeated.",
+)
 LOOSE_METHODS = click.option(
     "--method",
     "methods",

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks.tiny_models import save_tiny_model
-from retrace.analyze import Results
+from retrace.analyze import Plan, Results
+from retrace.analyze.plans.plan import PlannedLayer, Setting
 from retrace.capture import capture
 from retrace.traces import open_trace
 
@@ -83,6 +84,22 @@ def test_a_method_in_a_package_of_its_own(tmp_path: Path) -> None:
     recall, bytes_ratio, density = map(float, told.stdout.split())
     # 4 of 16 channels of every key are an eighth of the bytes of all keys and values.
     assert 0.1 < recall < 0.9 and 0.125 < bytes_ratio < 0.125 + 2 * density
+
+
+def test_a_plan_as_a_stack_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = Setting("quest:page=16", fraction=0.1)
+    layers = {0: PlannedLayer("a", (head, Setting("dense"))), 1: PlannedLayer("b", (head, head))}
+    Plan(layers).save(tmp_path / "p.json")
+    main = runpy.run_path(str(EXAMPLES / "serve_plan.py"))["main"]
+    main(str(tmp_path / "p.json"), "999")
+    assert capsys.readouterr().out.splitlines() == [
+        "a: quest:page=16 (100, all)",
+        "b: quest:page=16 (100, 100)",
+    ]
+    layers[1] = PlannedLayer("b", (head, Setting("window", 8)))
+    Plan(layers).save(tmp_path / "p.json")
+    with pytest.raises(ValueError, match="Choose with --share layer"):
+        main(str(tmp_path / "p.json"), "999")
 
 
 @needs_model

@@ -18,7 +18,7 @@ from retrace.analyze.options import RunOptions, with_defaults
 from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.forecast import Estimate, forecast
 from retrace.analyze.replay.parts import PARTS, Job, KeptParts, clear_finished
-from retrace.analyze.replay.plan import Replayed
+from retrace.analyze.replay.plan import Replayed, names_of
 from retrace.analyze.replay.tasks import replay_all
 from retrace.analyze.replay.trials import Trials
 from retrace.analyze.results import Results
@@ -120,8 +120,8 @@ def analyze(
                 with clock.charge("forecast"):
                     announce(forecast(job, left, store, count))
             parts, missing = replay_all(job, tasks, store, clock, pool, there, kept, progress)
-        wall, names = time.perf_counter() - start, [str(method.spec) for method in wanted]
-        spent = clock.facts(wall, count, names)
+        wall = time.perf_counter() - start
+        spent = clock.facts(wall, count, names_of(wanted))
         results = Results(**vars(tabulate(job, parts, missing, spent)))
         if part is not None:
             return results
@@ -136,7 +136,7 @@ def analyze(
 
 
 def _name_uncharged(specs: Sequence[MethodSpec]) -> None:
-    for spec in specs:
+    for spec in dict.fromkeys(one for asked in specs for one in asked.each):
         if not spec.method.charged:
             log.warning(
                 "%s: index not charged. Its bytes are those of the keys and values that it "

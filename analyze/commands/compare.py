@@ -23,7 +23,6 @@ from retrace.analyze.replay.approximation import (
     model_weights,
     transformers_release,
 )
-from retrace.analyze.selection.states import of_layer
 from retrace.analyze.tables.drift import Drift, Place
 from retrace.analyze.tables.intervals import interval_of_mean
 from retrace.analyze.units.unit import Unit, load_units
@@ -146,9 +145,7 @@ class _Run:
 
     def of_layer(self, index: int) -> "_Run":
         """Without what the method learned of other layers."""
-        chosen = self.approximation
-        chosen = replace(chosen, calibration=of_layer(chosen.calibration, index))
-        return replace(self, approximation=chosen)
+        return replace(self, approximation=self.approximation.of_layer(index))
 
     @cached_property
     def _prompts(self) -> dict[int, int | None]:
@@ -323,8 +320,9 @@ def _answer(run: _Run, index: int, sequence: int) -> Answer:
     def answer(unit: Unit) -> Tensor:
         output = _exact(unit)
         row = int(torch.searchsorted(unit.positions, first))
-        if row < output.shape[1]:
-            output[:, row:] = chosen.output(chosen.states(unit, prefix), unit, first)
+        own = chosen.of_head(unit.group, first or len(unit.keys))
+        if own is not None and row < output.shape[1]:
+            output[:, row:] = own.output(own.states(unit, prefix), unit, first)
         return output
 
     return answer

@@ -6,6 +6,7 @@ from pathlib import Path
 from retrace.analyze.commands.setup import earlier
 from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.parts import KeptParts, Part, finished_runs
+from retrace.analyze.replay.plan import names_of
 from retrace.analyze.results import Results
 from retrace.analyze.storage.journal import Task
 from retrace.analyze.tables.build import tabulate
@@ -79,9 +80,7 @@ def _whole(everywhere: Sequence[KeptParts]) -> Results:
     for part in parts.values():
         clock.add(part.clock)
     # Nobody knows how long it would have taken in one go: as long as the work itself.
-    spent = clock.facts(
-        sum(clock.seconds.values()), 1, [str(method.spec) for method in job.plan.methods]
-    )
+    spent = clock.facts(sum(clock.seconds.values()), 1, names_of(job.plan.methods))
     return Results(**vars(tabulate(job, {at: p.tallies for at, p in parts.items()}, {}, spent)))
 
 

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ from retrace.analyze.methods.specs import Methods, listed, parse_specs
 from retrace.analyze.metrics.registry import BY_NAME
 from retrace.analyze.options import AnalysisOptions, with_defaults
 from retrace.analyze.recommendation.bounds import ASSUMES, CONFIDENCE, ENOUGH, upper_bounds
+from retrace.analyze.recommendation.choice import Budgets, Share, check_shared
+from retrace.analyze.recommendation.choice import choose as choose_settings
 from retrace.analyze.recommendation.head_classes import (
     BUDGET,
     CLASSES,
@@ -43,14 +45,18 @@ from retrace.analyze.recommendation.recommendation import (
     Recommendation,
     Target,
 )
+from retrace.analyze.recommendation.whole_model import choose_together
 from retrace.analyze.replay.trials import able_to_learn
 from retrace.analyze.results import Results
 from retrace.analyze.units.costs import SERVING_ITEMSIZE
+from retrace.analyze.units.protocol import Protocol
 from retrace.traces import LayerRules, Location, RetraceError, Trace, open_trace
 from retrace.traces.progress import ShowDone
 
 log = logging.getLogger("retrace")
 
+Over = Literal["head", "model"]
+"""Whose figure meets the target."""
 METHODS = ("window", "quest", "sparq")
 TOPK = (16, 32, 64, 128, 256)
 FIGURES = ("error_norm", "attention_fraction", "recall", "density", "bytes_ratio")
@@ -65,6 +71,10 @@ def recommend(
     methods: Methods = METHODS,
     topk: Sequence[int] = TOPK,
     *,
+    share: Share = "head",
+    budgets: Budgets = "head",
+    over: Over = "head",
+    fractions: bool = False,
     progress: ShowDone | None = None,
     **options: Unpack[AnalysisOptions],
 ) -> Recommendation:
@@ -83,6 +93,13 @@ def recommend(
         methods: those to choose from, as in `analyze`. Those that share a choice between the heads
             of a layer are judged as if all of them used it.
         topk: budgets to choose from.
+        share: which kv heads have one method: each its own (`head`), those of a `layer`, or all of
+            the `model`.
+        budgets: which have one budget: each its own (`head`), or those of a `layer`.
+        over: whose figure meets the target: every `head`'s, or the mean over all heads of the
+            `model`, at the least bytes of the whole: heads that gain most by a byte get it.
+            `bytes_ratio` then is that of the model, whose mean error norm is least.
+        fractions: write budgets as fractions of the context; the sequences must be of one length.
         progress: told how far it is.
         options: `retrace.analyze.options.AnalysisOptions` says what each is. `min_context` is half
             of the shortest sequence by default; sequences without queries from there on are in
@@ -93,6 +110,12 @@ def recommend(
             nearest figure), and what `analyze` raises.
     """
     wanted = Target.parse(target)
+    check_shared(share, budgets)
+    if over not in get_args(Over) or (over == "model" and (share, budgets) != ("head", "head")):
+        raise RetraceError(
+            f"over {over!r}: expected head or model, and over the model each kv head has its own "
+            "method and budget."
+        )
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     specs, optional = parse_specs(methods)
     chosen = with_defaults(options, AnalysisOptions)
@@ -115,6 +138,7 @@ def recommend(
     if min_context is None:
         min_context = min(map(trace.length, free), default=0) // 2
     choose, verify = _halves(trace, free, min_context, len(held_out))
+    context = _context(trace, [*choose, *verify], chosen["protocol"]) if fractions else None
     if len(choose) < ENOUGH:
         log.warning(
             "Only %d sequences choose: with fewer than %d all heads meet the target somewhat less "
@@ -130,7 +154,20 @@ def recommend(
     # Of `all`, not every method runs on every trace.
     ran = set(results.methods())
     able = [str(s) for s in specs if str(s) in ran and not s.method.across_layers]
-    return choose_and_verify(results, trace, wanted, choose, verify, able)
+    found = choose_and_verify(results, trace, wanted, choose, verify, able, share, budgets, over)
+    return found if context is None else found.in_fractions(context)
+
+
+def _context(trace: Trace, sequences: Sequence[int], protocol: str) -> int:
+    """The context that budgets of these sequences are fractions of."""
+    contexts = {Protocol.parse(protocol).context(trace.length(s)) for s in sequences}
+    if len(contexts) > 1:
+        raise RetraceError(
+            f"Fractions are of one context, and the sequences have from {min(contexts)} to "
+            f"{max(contexts)} positions: capture sequences of one length, or take a protocol that "
+            "begins at one position (prefix:P)."
+        )
+    return contexts.pop()
 
 
 def _halves(
@@ -155,6 +192,9 @@ def choose_and_verify(
     choose: Sequence[int],
     verify: Sequence[int],
     methods: Sequence[str],
+    share: Share = "head",
+    budgets: Budgets = "head",
+    over: Over = "head",
 ) -> Recommendation:
     """A recommendation from results that hold `PROBE` and these methods, over these sequences."""
     rows = results.sequences
@@ -168,7 +208,14 @@ def choose_and_verify(
     }
     tried = rows[rows["method"].isin(list(methods))]
     bounds = _bounds(tried, target, choose, verify, over=[*GROUP, "head"])
-    choice = _chosen(_candidates(halves["choose"], bounds, target), target)
+    candidates = _candidates(halves["choose"], bounds, target)
+    sizes = {i: _kv_bytes(r) for i, r in rules.items()}
+    candidates = candidates.assign(weight=candidates["layer"].map(sizes))
+    together: dict[str, float] | None = None
+    if over == "model":
+        choice, together = choose_together(tried, target, choose, verify, sizes)
+    else:
+        choice = choose_settings(candidates, target, share, budgets)
     mixed = {half: replace(part, sequences=_as_one(part, choice)) for half, part in halves.items()}
     heads = _heads(results, mixed, bounds, choice, target, rules)
     modules = rows.drop_duplicates("layer").set_index("layer")["module"]
@@ -180,6 +227,9 @@ def choose_and_verify(
         "trace": {"path": str(trace.path), "digests": results.run["trace"]},
         **{name: results.run[name] for name in ("model", "task", "natively_sparse")},
         "target": {"metric": target.metric, "value": target.value},
+        "share": {"methods": share, "budgets": budgets},
+        "over": over,
+        "together": together,
         "confidence": CONFIDENCE,
         "assumes": ASSUMES,
         **{name: results.run[name] for name in ("protocol", "min_context", "serving_dtype")},
@@ -195,17 +245,19 @@ def choose_and_verify(
         },
         "topk": results.topk(PROBE),
         "classes": {"share": SHARE, "budget": BUDGET, "sinks": SINKS, "keys": CLASSES},
-        "kv_bytes_per_position": {
-            str(i): (r.key_dim + r.value_dim) * SERVING_ITEMSIZE
-            if r.cached_bytes is None
-            else r.cached_bytes / r.kv_heads
-            for i, r in rules.items()
-        },
+        "kv_bytes_per_position": {str(i): _kv_bytes(r) for i, r in rules.items()},
         "mean": {half: _model(part) for half, part in mixed.items()},
         **_met(heads, target),
         "one_setting": _one_setting(halves, target, tried, choose, verify),
     }
     return Recommendation(facts, kv_heads, heads)
+
+
+def _kv_bytes(rules: LayerRules) -> float:
+    """Bytes of a position of one kv head."""
+    if rules.cached_bytes is None:
+        return (rules.key_dim + rules.value_dim) * SERVING_ITEMSIZE
+    return rules.cached_bytes / rules.kv_heads
 
 
 def _bounds(
@@ -306,42 +358,6 @@ def _candidates(choose: Results, bounds: pd.DataFrame, target: Target) -> pd.Dat
     sums = rows.groupby([*keys, "metric"])[["total", "count"]].sum()
     means = (sums["total"] / sums["count"]).unstack("metric")
     return worst.join(means).reset_index()
-
-
-def _chosen(candidates: pd.DataFrame, target: Target) -> pd.DataFrame:
-    """The setting of each kv head (layer, kv_head): method, topk, chosen, bytes_ratio.
-
-    Raises:
-        RetraceError: nothing meets the target anywhere, or saves bytes.
-    """
-    budgeted = target.metric == "bytes_ratio"
-    cheaper = candidates[candidates["bytes_ratio"] < 1]
-    if cheaper.empty:
-        raise RetraceError(
-            "Nothing tried reads fewer bytes than full attention in any head: try other methods, "
-            "or smaller budgets with --topk."
-        )
-    meets = cheaper[target.met(cheaper["bound"])]
-    if meets.empty:
-        nearest = cheaper.sort_values("bound", ascending=target.at_most).iloc[0]
-        raise RetraceError(
-            f"Nothing tried meets {target} in any head: nearest is {nearest['method']}, top-k "
-            f"{nearest['topk']} in layer {nearest['layer']}, kv head {nearest['kv_head']}, with "
-            f"{nearest['figure']:.4g} (bound {nearest['bound']:.4g}). Ask for less, try other "
-            "methods or budgets with --method and --topk, or capture more sequences."
-        )
-    cost = ["error_norm", "bytes_ratio"] if budgeted else ["bytes_ratio", "error_norm"]
-    best = meets.sort_values(cost, kind="stable").drop_duplicates(GROUP).set_index(GROUP)
-    if budgeted:
-        least = candidates.sort_values("bytes_ratio", kind="stable").drop_duplicates(GROUP)
-        others = least.set_index(GROUP)
-    else:
-        others = candidates.drop_duplicates(GROUP).set_index(GROUP)
-        others = others.assign(method="dense", topk=0, bytes_ratio=1.0)
-    others = others[~others.index.isin(best.index)]
-    both = pd.concat([best.assign(chosen=True), others.assign(chosen=False)]).sort_index()
-    choice: pd.DataFrame = both[[*SETTING, "chosen", "bytes_ratio"]]
-    return choice.astype({"topk": int, "bytes_ratio": float})
 
 
 def _as_one(half: Results, choice: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,20 +124,27 @@ def settle(asked: Asked) -> Settled:
             asked.given.digest,
             trace.path,
         )
-    budgets = _budgets(asked.topk)
+    for spec in asked.specs:
+        settings.check_fits(spec)
+    own = _budgets(asked, settings)
+    budgets = tuple(sorted({k for ks in own.values() for k in ks}))
     if min_context is not None:
         budgets = settings.countable(budgets)
     elif folder is not None and (begun := _begun(folder, before)) is not None:
         budgets = settings.count_as(begun, budgets, folder)
     else:
         budgets = settings.count_alike(budgets)
+    if not settings.counting.alike:
+        for spec in asked.specs:
+            spec.check_alike()
     if folder is not None and before is not None:
         settings.check_same(before.run, folder)
     if options["locality"]:
         check_followed(settings, asked.specs, budgets)
     if options["projected"]:
         check_projected(settings)
-    wanted, before = _still_wanted(settings, asked.specs, budgets, before, options)
+    own = {name: tuple(k for k in ks if k in budgets) for name, ks in own.items()}
+    wanted, before = _still_wanted(settings, asked.specs, own, before, options)
     return Settled(settings, wanted, before, noted, device)
 
 
@@ -158,12 +165,16 @@ def _begun(folder: Path, before: Results | None) -> Counting | None:
     return counting_of_parts(folder) if before is None else Counting.recorded(before.run)
 
 
-def _budgets(topk: Sequence[int]) -> tuple[int, ...]:
-    if not topk or min(topk) < 1:
-        raise RetraceError(f"top-k {', '.join(map(str, topk)) or 'missing'}: expected 1 or more.")
-    if max(topk) > MOST_KEYS:
-        raise RetraceError(f"top-k {max(topk)}: expected at most {MOST_KEYS:,} keys.")
-    return tuple(sorted(set(topk)))
+def _budgets(asked: Asked, settings: Settings) -> dict[str, tuple[int, ...]]:
+    """The budgets, ascending, of each method; a plan says itself."""
+    topk, context = asked.topk, settings.context
+    found = {str(spec): spec.budgets(topk, context) for spec in asked.specs}
+    for ks in found.values():
+        if not ks or min(ks) < 1:
+            raise RetraceError(f"top-k {', '.join(map(str, ks)) or 'missing'}: expected 1 or more.")
+        if max(ks) > MOST_KEYS:
+            raise RetraceError(f"top-k {max(ks)}: expected at most {MOST_KEYS:,} keys.")
+    return {name: tuple(sorted(set(ks))) for name, ks in found.items()}
 
 
 def _given(
@@ -178,7 +189,7 @@ def _given(
             "calibration_from takes the place of calibration_sequences: leave one out."
         )
     given = GivenCalibration.read(file)
-    learn = [spec for spec in specs if spec.method.calibrated]
+    learn = [one for spec in specs for one in spec.each if one.method.calibrated]
     if not learn:
         raise RetraceError(f"No method here learns anything: leave {given.path} out.")
     for spec in learn:
@@ -192,8 +203,9 @@ def _fitting(specs: Sequence[MethodSpec], given: GivenCalibration) -> list[Metho
     able = []
     for spec in specs:
         try:
-            if spec.method.calibrated:
-                given.check_method(spec)
+            for one in spec.each:
+                if one.method.calibrated:
+                    given.check_method(one)
         except RetraceError as error:
             log.warning("Left out: %s", error)
         else:
@@ -255,7 +267,7 @@ def share(tasks: list[Task], index: int, count: int) -> list[Task]:
 def _still_wanted(
     settings: Settings,
     specs: list[MethodSpec],
-    budgets: tuple[int, ...],
+    budgets: Mapping[str, tuple[int, ...]],
     before: Results | None,
     options: RunOptions,
 ) -> tuple[list[Replayed], Results | None]:
@@ -263,7 +275,8 @@ def _still_wanted(
     protocol = settings.counting.protocol
     again = options["again"]
     if before is None:
-        return [Replayed(spec, budgets, protocol=protocol) for spec in specs], None
+        new = [(spec, budgets[str(spec)]) for spec in specs]
+        return [Replayed(spec, ks, protocol=protocol) for spec, ks in new if ks], None
     asked = {str(spec): spec for spec in specs}
     made = {name: settings.made_by(spec) for name, spec in asked.items()}
     outdated = outdated_among(made, before.run["methods"])
@@ -271,14 +284,14 @@ def _still_wanted(
     for name, spec in asked.items():
         held = set(before.topk(name))
         if again:
-            missing = tuple(sorted({*budgets, *held}))
+            missing = tuple(sorted({*budgets[name], *held}))
         else:
             there = set() if name in outdated else held - before.incomplete(name)
             if options["locality"]:
                 there &= before.followed(name)
             if options["projected"]:
                 there &= before.with_projected(name)
-            missing = tuple(k for k in budgets if k not in there)
+            missing = tuple(k for k in budgets[name] if k not in there)
         if not options["locality"] and (lost := before.followed(name) & set(missing)):
             log.warning(
                 "%s at %s is measured again, and its locality is dropped: give --locality too.",
@@ -298,7 +311,7 @@ def _still_wanted(
     note_kept(
         (name, k, before.when(name, k))
         for name in asked
-        for k in budgets
+        for k in budgets[name]
         if (name, k) not in computed
     )
     before = before.without(asked.keys() if again else outdated)

@@ -8,7 +8,7 @@ import torch
 
 from retrace.analyze.commands.analyze import ready_methods
 from retrace.analyze.commands.setup import Asked, settle
-from retrace.analyze.methods.specs import Methods
+from retrace.analyze.methods.specs import Methods, PlanSpec
 from retrace.analyze.options import ShowOptions, with_defaults
 from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.one_query import Attended, QueryAnswers, answer_one
@@ -58,6 +58,12 @@ def show(
     """
     chosen = with_defaults(options, ShowOptions) | {"layers": [layer], "min_context": 0}
     asked = Asked.of(trace, methods, (topk,), chosen)
+    for spec in asked.specs:
+        if isinstance(spec, PlanSpec):
+            raise RetraceError(
+                f"{spec} has a method and budget for each kv head: name those of this one, as "
+                "`retrace plan` lists them."
+            )
     settled = settle(asked)
     settings, device = settled.settings, settled.device
     place = find_query(settings, layer, head, sequence, position)

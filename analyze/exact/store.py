@@ -105,6 +105,11 @@ class KeptReferences:
             np.empty((rules.heads, queries, rules.value_dim), np.float32),
         )
 
+    @property
+    def ranks(self) -> int:
+        """How many ranks there is room for."""
+        return int(self.ids.shape[-1])
+
     def answers(self, unit: Unit, ranks: int) -> bool:
         """Whether these are answers of the layer and sequence that `unit` is of, with at least so
         many ranks, or as many as there are keys."""

@@ -15,10 +15,11 @@ from typing import Any
 
 from retrace.analyze.methods.base import Method
 from retrace.analyze.methods.function import AttentionFunction, Function
-from retrace.analyze.methods.hooks import own_lines
+from retrace.analyze.methods.hooks import naming, own_lines
 from retrace.analyze.methods.options.budget import Budget
 from retrace.analyze.methods.options.cache import Cache
 from retrace.analyze.methods.options.keep import Keep
+from retrace.analyze.methods.planned import Planned
 from retrace.analyze.methods.registry import (
     check_complete,
     default_of,
@@ -29,6 +30,7 @@ from retrace.analyze.methods.registry import (
     parameter_fields,
     plain,
 )
+from retrace.analyze.plans.plan import FULL, PLAN, Plan
 from retrace.analyze.storage.provenance import LOOSE, Code, code_of_method
 from retrace.traces import RetraceError
 from retrace.traces.errors import did_you_mean
@@ -41,8 +43,8 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _LOOSE = re.compile(r"(?P<path>.+\.py):(?P<name>\w+)(?::(?P<parameters>.*))?")
 
 
-Methods = str | Method | type[Method] | AttentionFunction | Sequence[Any] | Mapping[str, Any]
-"""One method or several, or methods by the labels that they go by in results."""
+Methods = str | Method | Plan | type[Method] | AttentionFunction | Sequence[Any] | Mapping[str, Any]
+"""One method or plan, or several, or methods by the labels that they go by in results."""
 
 
 class MethodSpec:
@@ -89,6 +91,19 @@ class MethodSpec:
         )
 
     @property
+    def each(self) -> tuple["MethodSpec", ...]:
+        """The methods that answer queries: itself, or those of a plan's kv heads."""
+        return (self,)
+
+    def layers_of(self, spec: "MethodSpec", layers: Sequence[int]) -> tuple[int, ...]:
+        """The layers, of these, in which one of `each` answers queries."""
+        return tuple(layers)
+
+    def budgets(self, topk: Sequence[int], context: int) -> tuple[int, ...]:
+        """Those at which it stands in results, where these are asked for: all of them."""
+        return tuple(topk)
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """Every parameter with its value, as text or number."""
         return {
@@ -122,6 +137,9 @@ class MethodSpec:
         """The method as it is before anything was asked of it: of a loose file, by loading it
         again."""
         return replace(self.method) if self.file is None else parse_spec(self.place).method
+
+    def check_alike(self) -> None:
+        """Refuse a plan where each budget has queries of its own."""
 
     def check_named(self) -> None:
         """Refuse a method that no spec names, and that so cannot be found again.
@@ -158,12 +176,115 @@ class MethodSpec:
         return same_spec, (self.place, self.code.sources_digest, self.label)
 
 
+class PlanSpec(MethodSpec):
+    """A plan by the name it stands for in results: `plan:` and its digest.
+
+    Its one budget there is the largest that a kv head has.
+    """
+
+    def __init__(self, plan: Plan, text: str | None = None, label: str | None = None) -> None:
+        self.plan = plan
+        names = dict.fromkeys(setting.method for setting in plan.settings.values())
+        for name in names:
+            if is_loose(name) or name.startswith(PLAN):
+                raise RetraceError(
+                    f"names {name}, and plans run installed methods only: register it as an entry "
+                    "point of the group retrace.methods."
+                )
+        self._own = {name: parse_spec(name) for name in names}
+        methods = {name: spec.method for name, spec in self._own.items()}
+        label = label or f"{PLAN}{plan.digest}"
+        super().__init__("plan", Planned(plan=plan, methods=methods), label=label, text=text)
+
+    @property
+    def each(self) -> tuple[MethodSpec, ...]:
+        """The methods of its kv heads."""
+        return tuple(self._own.values())
+
+    def of_head(self, layer: int, kv_head: int, context: int) -> tuple[MethodSpec, int]:
+        """The method and budget of a kv head; full attention has the largest budget of all."""
+        setting = self.plan.of(layer, kv_head)
+        k = self.largest(context) if setting.full else setting.budget(context)
+        return self._own[setting.method], k
+
+    def budgets_of(self, spec: MethodSpec, context: int) -> tuple[int, ...]:
+        """The budgets, ascending, that one of its methods has in some kv head."""
+        settings = self.plan.settings.items()
+        found = [self.of_head(*at, context) for at, _ in settings]
+        return tuple(sorted({k for own, k in found if own is spec}))
+
+    def layers_of(self, spec: MethodSpec, layers: Sequence[int]) -> tuple[int, ...]:
+        """The layers, of these, in which one of its methods has a kv head."""
+        settings = self.plan.settings.items()
+        own = {at[0] for at, setting in settings if self._own[setting.method] is spec}
+        return tuple(i for i in layers if i in own)
+
+    def largest(self, context: int) -> int:
+        """The largest budget of a kv head."""
+        settings = self.plan.settings.values()
+        return max([1, *(setting.budget(context) for setting in settings)])
+
+    def budgets(self, topk: Sequence[int], context: int) -> tuple[int, ...]:
+        """The largest of its own, whatever is asked for."""
+        return (self.largest(context),)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What it holds, in short."""
+        settings = self.plan.settings.values()
+        return {"kv_heads": len(settings), "full": sum(s.method == FULL for s in settings)}
+
+    @cached_property
+    def code(self) -> Code:
+        """That of its methods, and what the plan says."""
+        codes = [spec.code for spec in self.each]
+        sources = {name: digest for code in codes for name, digest in code.sources.items()}
+        packages = {name: number for code in codes for name, number in code.packages.items()}
+        known = all(code.known for code in codes)
+        return Code({**sources, "": self.plan.digest}, packages, known)
+
+    def labelled(self, label: str | None) -> "PlanSpec":
+        """The same by another name."""
+        return PlanSpec(self.plan, self.text, label)
+
+    def check_alike(self) -> None:
+        """Refuse it.
+
+        Raises:
+            RetraceError: always.
+        """
+        raise RetraceError(
+            f"{self} has a budget for each kv head, and min_context each counts other queries for "
+            "each budget: name a position."
+        )
+
+    def check_named(self) -> None:
+        """Refuse a plan that is in no file.
+
+        Raises:
+            RetraceError: it was given as an object.
+        """
+        if self.text is None:
+            raise RetraceError(f"{self}: parts are merged by the files of their plans: save it.")
+
+    def check_portable(self) -> None:
+        """It may be handed to any process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlanSpec, (self.plan, self.text, self.label)
+
+
 def parse_spec(text: str) -> MethodSpec:
-    """The method that a spec names.
+    """The method that a spec names, or the plan that `plan:FILE` does.
 
     Raises:
         RetraceError: no such method or parameter (with the nearest name), or a bad value.
     """
+    if text.startswith(PLAN):
+        file = Path(text.removeprefix(PLAN)).absolute()
+        plan = Plan.load(file)
+        with naming(file):
+            return PlanSpec(plan, f"{PLAN}{file}")
     if loose := _LOOSE.fullmatch(text):
         return _loose_method(Path(loose["path"]), loose["name"], loose["parameters"] or "")
     name, _, parameters = text.partition(":")
@@ -179,6 +300,8 @@ def given_spec(given: Any, label: str | None = None) -> MethodSpec:
     """
     if isinstance(given, MethodSpec):
         return given
+    if isinstance(given, Plan):
+        return PlanSpec(given, label=label)
     if isinstance(given, type) and issubclass(given, Method):
         given = make(given, given.__name__, {})
     elif callable(given) and not isinstance(given, Method | type):
@@ -259,7 +382,7 @@ def listed(methods: Methods) -> list[Any]:
     """
     if isinstance(methods, Mapping):
         return [_labelled(label, given) for label, given in methods.items()]
-    if isinstance(methods, str | Method | type) or not isinstance(methods, Iterable):
+    if isinstance(methods, str | Method | Plan | type) or not isinstance(methods, Iterable):
         return [methods]
     return list(methods)
 

@@ -59,7 +59,9 @@ class ProjectedErrors:
         else:
             logs = exact.log_probabilities(selection.ids)
             output = outputs(block, selection, logs, reference.log_normalizer, [*points])
-        budgets = [self._topk.index(selection.ks[point]) for point in points]
+        # The one budget of a plan stands for what each kv head has.
+        alone = len(self._topk) == 1
+        budgets = [0 if alone else self._topk.index(selection.ks[point]) for point in points]
         heads = block.unit.group.heads
         self._answers.append((block.rows, heads, budgets, output, reference.output))
 

@@ -48,7 +48,9 @@ class SharedCacheReads:
         """Note what the heads of one unit read for a block's queries, at the budgets of the
         selection that `points` name."""
         group, rows = block.unit.group, block.rows
-        budgets = [self._topk.index(selection.ks[point]) for point in points]
+        # The one budget of a plan stands for what each kv head has.
+        alone = len(self._topk) == 1
+        budgets = [0 if alone else self._topk.index(selection.ks[point]) for point in points]
         listed = (selection.ids >= 0).sum(dim=-1)
         attended = torch.minimum(selection.attended[list(points)], listed)
         positions = self._positions[rows]

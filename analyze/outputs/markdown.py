@@ -23,12 +23,20 @@ AGAINST_FULL = (
     "does not compute itself (docs/natively-sparse.md)."
 )
 """What they are measured against, likewise, of a natively sparse model."""
+OF_PLANS = "The top-k of a plan is its largest: each kv head has a method and budget of its own."
+"""What the budget is that stands beside a plan."""
 
 
 def remarks(*runs: Mapping[str, Any]) -> str:
     """What is said where figures of these runs stand."""
     against = [AGAINST_FULL] if any(run.get("natively_sparse") for run in runs) else []
-    return " ".join([PREDICTS, *against])
+    planned = any(entry.get("name") == "plan" for run in runs for entry in _methods(run))
+    return " ".join([PREDICTS, *against, *([OF_PLANS] if planned else [])])
+
+
+def _methods(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    held = run.get("methods", {})
+    return [entry for entry in held.values() if isinstance(entry, Mapping)]
 
 
 def summary(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -79,7 +79,8 @@ class Recommendation:
     """Of the whole: see `docs/recommend.md`."""
     kv_heads: pd.DataFrame
     """One row per (layer, module, kv_head): method, topk (0 for full attention), chosen (whether
-    it meets the target), and bytes_ratio."""
+    it meets the target), and bytes_ratio; where budgets are fractions of the context, `fraction`
+    (NaN for full attention)."""
     heads: pd.DataFrame
     """One row per (layer, kv_head, head): class, the mass on each class's keys (sink, local,
     retrieval), and `<half>_<figure>` for the halves choose and verify; `bound` is what had to meet
@@ -90,6 +91,12 @@ class Recommendation:
         """What was asked for."""
         return Target(**self.facts["target"])
 
+    def in_fractions(self, context: int) -> Self:
+        """The same, with budgets as fractions of a context of so many positions."""
+        known = self.kv_heads["topk"].where(self.kv_heads["topk"] > 0)
+        kv_heads = self.kv_heads.assign(fraction=known / context)
+        return replace(self, facts={**self.facts, "context": context}, kv_heads=kv_heads)
+
     def to_json(self) -> dict[str, Any]:
         """All of it, as the file has it."""
         layers: list[dict[str, Any]] = []
@@ -97,7 +104,13 @@ class Recommendation:
         for (_, module), rows in self.kv_heads.groupby(["layer", "module"], sort=False):
             groups = [
                 {
-                    **{name: row[name] for name in ("kv_head", *SETTING, "chosen", "bytes_ratio")},
+                    **{name: row[name] for name in ("kv_head", *SETTING)},
+                    **(
+                        {}
+                        if pd.isna(row.get("fraction", float("nan")))
+                        else {"fraction": row["fraction"]}
+                    ),
+                    **{name: row[name] for name in ("chosen", "bytes_ratio")},
                     "heads": heads[row["layer"], row["kv_head"]]
                     .drop(columns=GROUP)
                     .to_dict("records"),

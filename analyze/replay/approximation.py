@@ -10,15 +10,16 @@ from torch import Tensor
 
 from retrace.analyze.arguments import choose_calibration
 from retrace.analyze.methods.hooks import naming
-from retrace.analyze.methods.specs import MethodSpec, recorded_spec
+from retrace.analyze.methods.specs import MethodSpec, PlanSpec, recorded_spec
 from retrace.analyze.metrics.attention_output import attention_output
+from retrace.analyze.plans.plan import FULL, Plan
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.selection.block_causality import check_every_query
 from retrace.analyze.selection.select import select
-from retrace.analyze.selection.states import Calibration, States
+from retrace.analyze.selection.states import Calibration, States, of_layer
 from retrace.analyze.storage.provenance import code_digest
 from retrace.analyze.units.protocol import Protocol
-from retrace.analyze.units.unit import Unit, intact
+from retrace.analyze.units.unit import HeadGroup, Unit, intact
 from retrace.traces import RetraceError, Trace, noted
 
 
@@ -28,7 +29,7 @@ class Approximation:
 
     spec: MethodSpec
     topk: int
-    """Keys per query and head."""
+    """Keys per query and head; of a plan the most that a kv head has."""
     from_position: int | None = None
     """Queries before it attend exactly, and a fitted state is built from what precedes it; None:
     all are approximate, and fitted states are rebuilt as the protocol `all` says."""
@@ -40,6 +41,8 @@ class Approximation:
     calibration_sequences: tuple[int, ...] = ()
     """Sequences of the exact run that the method has learnt from."""
     calibration: Calibration = field(default_factory=dict, compare=False)
+    learned: Mapping[str, Calibration] = field(default_factory=dict, compare=False)
+    """What each method of a plan has learnt."""
 
     @classmethod
     def of_run(cls, run: Trace, named: Sequence[str]) -> "Approximation":
@@ -69,8 +72,11 @@ class Approximation:
                 raise RetraceError(
                     f"{run.path}: its method's {name} is {told[name]}, not 1 or more."
                 )
+        plan = run.attributes["capture"]["approximation"].get("plan")
         return cls(
-            recorded_spec(told["method"], named),
+            recorded_spec(told["method"], named)
+            if plan is None
+            else PlanSpec(Plan.from_json(plan), label=told["method"]),
             told["topk"],
             told["from_position"],
             None if prefill is None else Protocol.parse(str(prefill)),
@@ -84,6 +90,11 @@ class Approximation:
         return {
             "method": str(self.spec),
             "parameters": self.spec.parameters,
+            **(
+                {"plan": self.spec.plan.to_json() | {"model": None}}
+                if isinstance(self.spec, PlanSpec)
+                else {}
+            ),
             "topk": self.topk,
             "from_position": self.from_position,
             **({} if self.prefill is None else {"protocol": str(self.prefill)}),
@@ -128,8 +139,57 @@ class Approximation:
             )
         sequences = self.calibration_sequences or choose_calibration(exact, None)
         approximate = tuple(i for i in layers if i not in self.dense_layers)
-        learnt = calibration(exact, self.spec, sequences, approximate, device, True, pool)
-        return replace(self, calibration_sequences=sequences, calibration=learnt)
+        learned = {
+            str(spec): calibration(
+                exact, spec, sequences, self.spec.layers_of(spec, approximate), device, True, pool
+            )
+            for spec in self.spec.each
+            if spec.method.calibrated
+        }
+        own = learned.get(str(self.spec), {})
+        return replace(self, calibration_sequences=sequences, calibration=own, learned=learned)
+
+    def joined(self, other: "Approximation") -> "Approximation":
+        """With what the same has learnt of other layers."""
+        learned = {
+            name: {**self.learned.get(name, {}), **own} for name, own in other.learned.items()
+        }
+        calibration = {**self.calibration, **other.calibration}
+        return replace(other, calibration=calibration, learned=learned)
+
+    def of_layer(self, layer: int) -> "Approximation":
+        """Without what was learned of other layers."""
+        return replace(
+            self,
+            calibration=of_layer(self.calibration, layer),
+            learned={name: of_layer(own, layer) for name, own in self.learned.items()},
+        )
+
+    def each(self, context: int) -> tuple["Approximation", ...]:
+        """The methods that answer queries: itself, or those of a plan, each at its largest budget
+        in a context of so many positions; full attention is none of them."""
+        if not isinstance(self.spec, PlanSpec):
+            return (self,)
+        return tuple(
+            self._alone(spec, self.spec.budgets_of(spec, context)[-1])
+            for spec in self.spec.each
+            if str(spec) != FULL
+        )
+
+    def of_head(self, group: HeadGroup, context: int) -> "Approximation | None":
+        """What answers the queries of a kv head, where so many positions are the context; None
+        where that is exact attention."""
+        if group.layer in self.dense_layers:
+            return None
+        if not isinstance(self.spec, PlanSpec):
+            return self
+        if self.spec.plan.of(group.layer, group.kv_head).full:
+            return None
+        return self._alone(*self.spec.of_head(group.layer, group.kv_head, context))
+
+    def _alone(self, spec: MethodSpec, topk: int) -> "Approximation":
+        learned = self.learned.get(str(spec), {})
+        return replace(self, spec=spec, topk=topk, calibration=learned, learned={})
 
     def first_position(self, prompt: int | None) -> int | None:
         """The first approximate position of a sequence whose first `prompt` positions are read at

@@ -103,11 +103,16 @@ def replay(
             together.append(unit)
             continue
         again = partial(_again, trace, unit)
-        heads.append(_replay_intact(unit, plan, kept, fresh, clock, again, shared))
+        own = plan.of_unit(unit)
+        heads.append(_replay_intact(unit, own, kept, fresh, clock, again, shared))
     if weights is not None:
         projected = [_projected_errors(together[0], plan, own, weights) for own in plan.methods]
         again_of = partial(_again, trace)
         heads = _replay_in_step(together, plan, kept, fresh, clock, again_of, shared, projected)
+    heads = [
+        [t.standing_for(m.ks, m.topk) for t, m in zip(tallies, plan.methods, strict=True)]
+        for tallies in heads
+    ]
     if fresh is not None:
         with clock.charge("exact answers kept"):
             store.save(digest, layer, fresh)
@@ -188,7 +193,8 @@ def _replay_in_step(
     heads: list[list[Tally]] = []
     try:
         with intact(*units):
-            steps = [_steps(unit, plan, kept, fresh, clock, shared, projected) for unit in units]
+            more = (kept, fresh, clock, shared, projected)
+            steps = [_steps(unit, plan.of_unit(unit), *more) for unit in units]
             while not heads:
                 # All have the same blocks, and so end together.
                 for step in steps:
@@ -202,7 +208,9 @@ def _replay_in_step(
     except WrittenInto:
         for unit in units:  # which names the method
             own = again(unit)
-            _replay_intact(own, plan, None, None, clock.another(), partial(again, own), None)
+            _replay_intact(
+                own, plan.of_unit(own), None, None, clock.another(), partial(again, own), None
+            )
         raise
     return heads
 
@@ -246,7 +254,7 @@ def _steps(
     recent = [RecentKeys(unit, m.topk) if plan.locality else None for m in plan.methods]
     # Answers that are kept for later runs must not depend on which queries this one counts.
     begin = 0 if fresh is not None else first
-    ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS)
+    ranks = plan.ranks if fresh is None else max(plan.ranks, KEPT_RANKS, fresh.ranks)
     buckets = buckets_of(unit.positions, length, protocol)
     masses = None if protocol.block is None else BlockMasses(unit, protocol.block)
     answering = "exact pass" if kept is None else "exact answers read"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from retrace.analyze.exact.store import ReferenceStore
+from retrace.analyze.methods.specs import MethodSpec
 from retrace.analyze.replay.calibration import calibration
 from retrace.analyze.replay.clock import Clock
 from retrace.analyze.replay.engine import replay_unit
@@ -143,10 +144,12 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
     ready, learning = [], 0.0
     for method in plan.methods:
         ready.append(method)
-        if method.spec.method.calibrated and not method.calibration:
+        for one in method.each(len(unit.keys)):
+            if not one.spec.method.calibrated or one.calibration:
+                continue
             start = time.perf_counter()
-            ready[-1] = _calibrated(settings, method, layer, device)
-            once = method.spec.method.learns == "model"
+            ready[-1] = _calibrated(settings, ready[-1], one.spec, layer, device)
+            once = one.spec.method.learns == "model"
             learning += (time.perf_counter() - start) * (1 if once else len(settings.layers))
     plan = replace(plan, methods=tuple(ready))
     begin = _first(plan, len(unit.keys))
@@ -169,6 +172,7 @@ def _measure(settings: Settings, plan: Plan, device: torch.device) -> _Rates:
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
+            plan = plan.of_unit(unit)
             replay_unit(few, plan, None, None, Clock(device))  # compiles what is compiled
             clock = Clock(device, wait=True)
             replay_unit(some, plan, None, None, clock)
@@ -219,12 +223,14 @@ def _beginning(unit: Unit, positions: int, together: int) -> Unit:
     )
 
 
-def _calibrated(settings: Settings, method: Replayed, layer: int, device: torch.device) -> Replayed:
-    """With what it learns of one layer."""
+def _calibrated(
+    settings: Settings, method: Replayed, spec: MethodSpec, layer: int, device: torch.device
+) -> Replayed:
+    """With what it, or one of a plan's methods, learns of one layer."""
     if settings.given is not None:
-        learnt = settings.given.of(settings.trace, method.spec, (layer,))
-        return replace(method, calibration=learnt)
-    given = calibration(
-        settings.trace, method.spec, settings.calibration, (layer,), device, keep=False
-    )
-    return replace(method, calibration=given)
+        learnt = settings.given.of(settings.trace, spec, (layer,))
+    else:
+        learnt = calibration(
+            settings.trace, spec, settings.calibration, (layer,), device, keep=False
+        )
+    return method.having_learned(spec, learnt)

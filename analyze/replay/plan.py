@@ -1,16 +1,17 @@
 """What is replayed: methods at budgets, for the queries that count."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from retrace.analyze.methods.base import EvictionMethod, ScoreMethod
-from retrace.analyze.methods.specs import MethodSpec
+from retrace.analyze.methods.specs import MethodSpec, PlanSpec
 from retrace.analyze.replay.counting import Counting
 from retrace.analyze.replay.spans import Spans, rows_within, spans_named
-from retrace.analyze.selection.states import Calibration
+from retrace.analyze.selection.states import Calibration, of_layer
 from retrace.analyze.units.protocol import Protocol
+from retrace.analyze.units.unit import Unit
 from retrace.traces import Trace
 
 EVERY_BUDGET_TO = 256
@@ -26,6 +27,44 @@ class Replayed:
     """Ascending."""
     calibration: Calibration = field(default_factory=dict, compare=False)
     protocol: Protocol = field(default_factory=Protocol, compare=False)
+    learned: Mapping[str, Calibration] = field(default_factory=dict, compare=False)
+    """What each method of a plan has learnt."""
+
+    def each(self, length: int) -> tuple["Replayed", ...]:
+        """The methods that answer queries, each at all its budgets: itself, or those of a plan
+        over sequences of up to this length."""
+        if not isinstance(self.spec, PlanSpec):
+            return (self,)
+        context = self.protocol.context(length)
+        return tuple(
+            self._alone(spec, self.spec.budgets_of(spec, context)) for spec in self.spec.each
+        )
+
+    def of_unit(self, unit: Unit) -> "Replayed":
+        """What answers the queries of a kv head: itself, or its method and budget in a plan."""
+        if not isinstance(self.spec, PlanSpec):
+            return self
+        context = self.protocol.context(len(unit.keys))
+        spec, k = self.spec.of_head(unit.group.layer, unit.group.kv_head, context)
+        return self._alone(spec, (k,))
+
+    def _alone(self, spec: MethodSpec, topk: tuple[int, ...]) -> "Replayed":
+        learned = self.learned.get(str(spec), {})
+        return Replayed(spec, topk, learned, self.protocol)
+
+    def having_learned(self, spec: MethodSpec, learnt: Calibration) -> "Replayed":
+        """With what it, or one of a plan's methods, has learnt."""
+        if spec is self.spec:
+            return replace(self, calibration=learnt)
+        return replace(self, learned={**self.learned, str(spec): learnt})
+
+    def of_layer(self, layer: int) -> "Replayed":
+        """Without what was learned of other layers."""
+        return replace(
+            self,
+            calibration=of_layer(self.calibration, layer),
+            learned={name: of_layer(own, layer) for name, own in self.learned.items()},
+        )
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -39,6 +78,13 @@ class Replayed:
         if method.cache is not None and method.cache.step is not None:
             return self.topk  # each charged by itself for the newest keys that it attends
         return curve_budgets(self.topk)
+
+
+def names_of(methods: Sequence[Replayed]) -> list[str]:
+    """The names that what they take is noted by: each's own, and those of a plan's methods."""
+    return [
+        *dict.fromkeys(str(spec) for m in methods for spec in dict.fromkeys([m.spec, *m.spec.each]))
+    ]
 
 
 @dataclass(frozen=True)
@@ -73,6 +119,10 @@ class Plan:
 
     projected: bool = False
     """Whether errors are told after the output projection too."""
+
+    def of_unit(self, unit: Unit) -> "Plan":
+        """What is replayed of a kv head."""
+        return replace(self, methods=tuple(method.of_unit(unit) for method in self.methods))
 
     @property
     def ranks(self) -> int:

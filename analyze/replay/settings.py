@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from retrace.analyze.arguments import scores
-from retrace.analyze.methods.specs import MethodSpec
+from retrace.analyze.methods.hooks import naming
+from retrace.analyze.methods.specs import MethodSpec, PlanSpec
 from retrace.analyze.replay.calibration import calibration, calibration_name
 from retrace.analyze.replay.calibration_file import GivenCalibration
 from retrace.analyze.replay.counting import Counting
@@ -144,6 +145,22 @@ class Settings:
             return self._last_inside[sequence]
         return int(self.trace.query_positions(sequence)[-1])
 
+    @property
+    def context(self) -> int:
+        """The longest context, which budgets may be fractions of."""
+        return self.counting.protocol.context(max(map(self.trace.length, self.sequences)))
+
+    def check_fits(self, spec: MethodSpec) -> None:
+        """Refuse a plan that is for another model.
+
+        Raises:
+            RetraceError: it is.
+        """
+        if isinstance(spec, PlanSpec):
+            rules = {i: self.trace.layer(i).rules for i in self.layers}
+            with naming(spec):
+                spec.plan.check_fits(rules, str(self.trace.path))
+
     def scores(self) -> int:
         """How many exact scores the queries of all layers and sequences have."""
         return scores(self.trace, self.layers, self.sequences)
@@ -180,14 +197,20 @@ class Settings:
         pool: Executor,
         again: bool = False,
     ) -> Replayed:
-        """The method with what it learns of every layer, by the workers of the pool."""
-        if self.given is not None:
-            learnt = self.given.of(self.trace, method.spec, self.layers)
-        else:
-            learnt = calibration(
-                self.trace, method.spec, self.calibration, self.layers, device, keep, pool, again
-            )
-        return replace(method, calibration=learnt)
+        """The method with what it, or each of a plan's methods, learns of every layer that it is
+        used in, by the workers of the pool."""
+        for spec in method.spec.each:
+            if not spec.method.calibrated:
+                continue
+            layers = method.spec.layers_of(spec, self.layers)
+            if self.given is not None:
+                learnt = self.given.of(self.trace, spec, layers)
+            else:
+                learnt = calibration(
+                    self.trace, spec, self.calibration, layers, device, keep, pool, again
+                )
+            method = method.having_learned(spec, learnt)
+        return method
 
     @cached_property
     def engine(self) -> str:
@@ -207,6 +230,10 @@ class Settings:
         """Names what a method learnt, and from what."""
         if not spec.method.calibrated:
             return None
+        if len(spec.each) > 1:
+            digests = [str(self.calibration_digest(one)) for one in spec.each]
+            return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
+        (spec,) = spec.each
         if self.given is not None:
             return self.given.digest
         names = [calibration_name(self.trace, spec, self.calibration, i) for i in self.layers]

@@ -1,7 +1,7 @@
 """What methods came to: moments over queries, block by block, head by head, then layer by layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from retrace.analyze.metrics.locality import Locality
 from retrace.analyze.metrics.measure import Tallied
@@ -38,6 +38,15 @@ class Tally:
     patterns: Moments | None = None
     """What each of `PATTERNS` holds (patterns, heads) of a sequence, where blocks of queries choose
     together: the trace's, whichever method."""
+
+    def standing_for(self, ks: tuple[int, ...], topk: tuple[int, ...]) -> "Tally":
+        """The same, if these are its budgets; of a kv head that has one of its own in a plan, its
+        figures at that, in the place of the plan's."""
+        if (ks, topk) == (self.ks, self.topk):
+            return self
+        place = [self.ks.index(k) for k in self.topk]
+        at_all = {metric: moments.take(place) for metric, moments in self.at_all.items()}
+        return replace(self, ks=ks, topk=topk, at_all=at_all)
 
     def add(self, ks: tuple[int, ...], points: list[int], tallied: Tallied) -> None:
         """Add a block's queries, at budgets `ks` and at those of them that `points` name."""

@@ -13,7 +13,6 @@ from retrace.analyze.replay.engine import replay
 from retrace.analyze.replay.parts import Job, KeptParts, Part
 from retrace.analyze.replay.plan import Plan
 from retrace.analyze.replay.tally import Tally
-from retrace.analyze.selection.states import of_layer
 from retrace.analyze.storage.journal import Task
 from retrace.analyze.workers.retry import finished, name_missing, none_left
 from retrace.traces import Trace
@@ -87,5 +86,4 @@ def replay_all(
 
 def _of_layer(plan: Plan, layer: int) -> Plan:
     """The plan without what methods learned of other layers."""
-    methods = (replace(m, calibration=of_layer(m.calibration, layer)) for m in plan.methods)
-    return replace(plan, methods=tuple(methods))
+    return replace(plan, methods=tuple(method.of_layer(layer) for method in plan.methods))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -79,6 +80,10 @@ def check_answers(spec: MethodSpec, protocol: Protocol) -> None:
     Raises:
         RetraceError: it answers whole blocks of queries and is asked one by one, or the other way.
     """
+    if len(spec.each) > 1 or spec.each[0] is not spec:
+        for one in spec.each:
+            check_answers(one, protocol)
+        return
     by_blocks = isinstance(spec.method, BlockMethod)
     keep = getattr(spec.method, "keep", None)
     evicts = protocol.evict is not None and isinstance(spec.method, EvictionMethod)
@@ -119,28 +124,38 @@ class Trials:
         self._settings = settings
         self._device = device
         self._sequence = max(settings.sequences, key=settings.trace.length)
-        self._units: list[Unit] = []
+        self._units: dict[tuple[int, ...], list[Unit]] = {}
 
     def check(self, method: Replayed) -> None:
-        """Refuse a method that cannot run, or that sees what it must not."""
-        self._units = self._units or [*self._read()]
+        """Refuse a method that cannot run, or that sees what it must not; of a plan all of them."""
+        for one in method.each(self._settings.trace.length(self._sequence)):
+            layers = method.spec.layers_of(one.spec, self._settings.layers)
+            if layers:
+                with naming(one.spec) if one is not method else nullcontext():
+                    self._check(one, layers)
+
+    def _check(self, method: Replayed, layers: tuple[int, ...]) -> None:
+        """The same of a method that is used in these layers."""
+        if layers not in self._units:
+            self._units[layers] = [*self._read(layers)]
+        units = self._units[layers]
         asked = set()
         try:
-            for unit in self._units:
+            for unit in units:
                 assert unit.neighbours is not None
                 unit.neighbours.asked.clear()
                 self._check_unit(method, unit)
                 asked |= unit.neighbours.asked
         except RetraceError:
-            self._units = []  # whatever it did to them
+            self._units.clear()  # whatever it did to them
             raise
         if asked or method.spec.method.across_layers:
-            self._check_layers(method)
+            self._check_layers(method, layers)
 
-    def _read(self) -> Iterator[Unit]:
+    def _read(self, layers: tuple[int, ...]) -> Iterator[Unit]:
         """The first kv head of the first layer of each kind."""
         known = set()
-        for index in self._settings.layers:
+        for index in layers:
             layer = self._settings.trace.layer(index)
             if kind_of(layer.rules) not in known:
                 known.add(kind_of(layer.rules))
@@ -162,9 +177,9 @@ class Trials:
             method.spec.anew,
         )
 
-    def _check_layers(self, method: Replayed) -> None:
+    def _check_layers(self, method: Replayed, layers: tuple[int, ...]) -> None:
         """Ask for one query in every layer."""
-        for index in self._settings.layers:
+        for index in layers:
             unit, protocol = self._stand_in(index), self._settings.counting.protocol
             rows = slice(SHORT - 1, SHORT)
             if protocol.block is None:
@@ -178,7 +193,7 @@ class Trials:
                     for served in states.serve(block):
                         select(method.spec.method, served, block, [method.topk[0]])
             except RetraceError:
-                if index == self._settings.layers[0]:
+                if index == layers[0]:
                     return  # real tensors were no hindrance there: these tell nothing
                 raise
 

@@ -67,6 +67,11 @@ class Protocol:
             return 0
         return int(self.prefix * length) if isinstance(self.prefix, float) else self.prefix
 
+    def context(self, length: int) -> int:
+        """The positions that a share of the context is of: those before the first that is answered,
+        or all of a sequence of this length where all are answered."""
+        return self.first_query(length) or length
+
     def built_at(self, position: int, length: int) -> int:
         """How many keys a fitted state is built from, for the query at this position; in a prefill,
         how many come before the query's block."""

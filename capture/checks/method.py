@@ -1,6 +1,7 @@
 """A method that is to be in the loop is tried first, on what the model's own layers see."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,21 @@ def check_method(
         RetraceError: its answer to a query depends on later keys, on other queries or on what was
             asked before, or it writes into what it is handed.
     """
-    first = approximation.from_position
     units = _units(model, layers, tokens[: max(POSITIONS, 2 * approximation.topk)])
+    for one in approximation.each(len(tokens)):
+        own = approximation.spec.layers_of(one.spec, tuple(layers))
+        with naming(approximation.spec) if one is not approximation else nullcontext():
+            _check(one, {i: layers[i] for i in own}, units, decodes)
+
+
+def _check(
+    approximation: Approximation,
+    layers: Mapping[int, AttentionLayer],
+    units: Callable[[int], Iterator[Unit]],
+    decodes: bool,
+) -> None:
+    """The same of one method, in the layers that it is used in."""
+    first = approximation.from_position
     known = set()
     for index, layer in layers.items():
         if index in approximation.dense_layers or kind_of(layer.rules) in known:

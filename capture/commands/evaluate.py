@@ -12,7 +12,7 @@ import torch
 
 from retrace.analyze import Results, analyze, parse_specs
 from retrace.analyze.arguments import choose_calibration
-from retrace.analyze.methods.specs import Methods, MethodSpec
+from retrace.analyze.methods.specs import Methods, MethodSpec, PlanSpec
 from retrace.analyze.metrics.registry import AT_BLOCKS
 from retrace.analyze.replay.approximation import check_exact, model_weights
 from retrace.analyze.replay.kept import (
@@ -139,11 +139,14 @@ def evaluate(
     }
     found = _earlier(folder, facts, overwrite)
     check_files(folder, Evaluation.files())
-    found, budgets = _still_good(found, specs, topk, again)
+    if not topk and not all(isinstance(spec, PlanSpec) for spec in specs):
+        raise RetraceError("How many keys may a method attend? Say so with topk.")
+    asked = {str(spec): spec.budgets(topk, first or longest) for spec in specs}
+    found, budgets = _still_good(found, specs, asked, again)
     replayed = analyze(
         exact,
         methods,
-        sorted({*topk, *(k for held in budgets.values() for k in held)}),
+        sorted({k for spec in specs if not isinstance(spec, PlanSpec) for k in budgets[str(spec)]}),
         out=None if folder is None else within(folder, "replay"),
         protocol=protocol or ("all" if first is None else f"prefix:{first}"),
         min_context=first or 0,
@@ -205,7 +208,10 @@ def _made_by(spec: MethodSpec) -> dict[str, str | None]:
 
 
 def _still_good(
-    found: Evaluation, specs: Sequence[MethodSpec], topk: Sequence[int], again: bool
+    found: Evaluation,
+    specs: Sequence[MethodSpec],
+    topk: Mapping[str, Sequence[int]],
+    again: bool,
 ) -> tuple[Evaluation, dict[str, list[int]]]:
     """The points that the code of now would give too, and the budgets wanted of each method."""
     noted = found.facts.get("methods", {})
@@ -213,10 +219,10 @@ def _still_good(
     asked = {str(spec): _made_by(spec) for spec in specs}
     outdated = outdated_among(asked, known)
     points = found.points
-    budgets = {name: sorted(set(topk)) for name in asked}
+    budgets = {name: sorted(set(topk[name])) for name in asked}
     for name in asked if again else ():
         held = map(int, points.loc[points["method"] == name, "topk"])
-        budgets[name] = sorted({*topk, *held})
+        budgets[name] = sorted({*topk[name], *held})
     found = found.without(asked if again else outdated)
     note_kept(
         (name, k, when_made(known[name], k))

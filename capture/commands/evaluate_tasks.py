@@ -11,7 +11,7 @@ import pandas as pd
 
 from retrace.analyze import parse_specs
 from retrace.analyze.arguments import choose_calibration
-from retrace.analyze.methods.specs import Methods, MethodSpec
+from retrace.analyze.methods.specs import Methods, MethodSpec, PlanSpec
 from retrace.analyze.replay.approximation import check_exact
 from retrace.analyze.replay.kept import (
     made_now,
@@ -111,7 +111,7 @@ def evaluate_tasks(
         check_exact(exact)
     specs, _ = parse_specs(methods)
     budgets = sorted(set(topk))
-    if not budgets:
+    if not budgets and not all(isinstance(spec, PlanSpec) for spec in specs):
         raise RetraceError("How many keys may a method attend? Say so with topk.")
     own = [name for name in tasks if name in TASKS]
     if own:
@@ -134,7 +134,7 @@ def evaluate_tasks(
         limit=limit,
         max_length=max_length,
         approximate=str(specs[0]),
-        topk=budgets[0],
+        topk=min(budgets, default=1),
         from_position=from_position,
         dense_layers=dense_layers,
         dtype=dtype,
@@ -163,7 +163,9 @@ def evaluate_tasks(
     folder = None if out is None else Path(out)
     found = _earlier(folder, facts, overwrite)
     check_files(folder, TaskEvaluation.files())
-    found, points = _still_good(found, specs, budgets, again)
+    context = from_position or max_length or DEFAULT_MAX_LENGTH
+    asked = {str(spec): spec.budgets(budgets, context) for spec in specs}
+    found, points = _still_good(found, specs, asked, again)
     wanted = [(spec, k) for spec, k in points if not found.has(_name(spec), k)]
     if wanted:
         check_leave(folder)
@@ -204,7 +206,10 @@ def _made_by(spec: MethodSpec | None) -> dict[str, str | None]:
 
 
 def _still_good(
-    found: TaskEvaluation, specs: Sequence[MethodSpec], budgets: Sequence[int], again: bool
+    found: TaskEvaluation,
+    specs: Sequence[MethodSpec],
+    budgets: Mapping[str, Sequence[int]],
+    again: bool,
 ) -> tuple[TaskEvaluation, list[tuple[MethodSpec | None, int]]]:
     """The scores that the code of now would give too, and all points that are wanted."""
     noted = found.facts.get("methods", {})
@@ -215,7 +220,7 @@ def _still_good(
     points: list[tuple[MethodSpec | None, int]] = [(None, 0)]
     for name in chosen:
         held = set(map(int, found.scores.loc[found.scores["method"] == name, "topk"]))
-        ks = {*budgets, *held} if again else set(budgets)
+        ks = {*budgets[name], *held} if again else set(budgets[name])
         points += [(asked[name], k) for k in sorted(ks)]
     found = found.without({*outdated, *chosen} if again else outdated)
     note_kept(

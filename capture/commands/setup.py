@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrace.analyze.methods.specs import MethodSpec, parse_spec
+from retrace.analyze.methods.specs import MethodSpec, PlanSpec, parse_spec
 from retrace.analyze.replay.approximation import Approximation
 from retrace.capture.attention.recorder import AttentionLayer, dtype_of
 from retrace.capture.checks.method import check_method
@@ -60,6 +60,8 @@ def settle(settings: CaptureSettings) -> Asked:
     known = None if settings.reference is None else open_trace(settings.reference)
     settings = settings if known is None else like_reference(known, settings)
     spec = None if settings.approximate is None else parse_spec(settings.approximate)
+    if isinstance(spec, PlanSpec) and settings.topk is not None:
+        raise RetraceError(f"{settings.approximate} has budgets of its own: leave topk out.")
     find_device(settings.device)
     return Asked(settings, known, spec, ranks)
 

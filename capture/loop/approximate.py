@@ -1,12 +1,13 @@
 """The closed loop: a running model whose attention is a method's."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from retrace.analyze.methods.specs import MethodSpec
+from retrace.analyze.methods.hooks import naming
+from retrace.analyze.methods.specs import MethodSpec, PlanSpec
 from retrace.analyze.replay.approximation import Approximation
 from retrace.analyze.replay.trials import check_answers
 from retrace.analyze.selection.states import States
@@ -15,7 +16,7 @@ from retrace.analyze.units.unit import Neighbours, Unit, make_units
 from retrace.capture.attention.interface import AttentionCall
 from retrace.capture.attention.recorder import AttentionLayer
 from retrace.capture.attention.selected import joined_choices
-from retrace.capture.settings import CaptureSettings
+from retrace.capture.settings import DEFAULT_MAX_LENGTH, CaptureSettings
 from retrace.traces import RetraceError, Trace
 
 
@@ -31,7 +32,6 @@ def prepare(
         RetraceError: a dense layer that is none, nothing to calibrate on, or a method of another
             protocol.
     """
-    assert settings.topk is not None
     unknown = [index for index in settings.dense_layers if index not in layers]
     if unknown:
         raise RetraceError(
@@ -40,14 +40,18 @@ def prepare(
     dense = frozenset(settings.dense_layers)
     prefill = settings.prefill
     check_answers(spec, prefill or Protocol())
-    chosen = Approximation(spec, settings.topk, settings.from_position, prefill, dense)
+    if isinstance(spec, PlanSpec):
+        rules = {i: layer.rules for i, layer in layers.items() if i not in dense}
+        with naming(spec):
+            spec.plan.check_fits(rules, settings.pretrained)
+    (topk,) = spec.budgets((settings.topk or 0,), settings.max_length or DEFAULT_MAX_LENGTH)
+    chosen = Approximation(spec, topk, settings.from_position, prefill, dense)
     # What a layer has learnt is where the layer computes.
     learnt = chosen
     for device in dict.fromkeys(layer.device for layer in layers.values()):
         there = tuple(index for index, layer in layers.items() if layer.device == device)
         part = chosen.calibrated(reference, there, device)
-        both = {**learnt.calibration, **part.calibration}
-        learnt = replace(part, calibration=both)
+        learnt = learnt.joined(part)
     return learnt
 
 
@@ -63,8 +67,9 @@ class _Seen:
     """(batch, kv_heads, positions, value channels)"""
     selected: Tensor | None = None
     """(batch, choices, positions, kept) of a natively sparse layer"""
-    states: dict[tuple[int, int], States] = field(default_factory=dict)
-    """By row of the batch and kv head."""
+    states: dict[tuple[int, int], tuple[Approximation, States] | None] = field(default_factory=dict)
+    """By row of the batch and kv head: what answers there, and its states; None where attention is
+    exact."""
 
     def add(self, call: AttentionCall) -> None:
         """Take what is new in a call: its cache may have dropped what it holds no longer."""
@@ -117,8 +122,9 @@ class Approximator:
         for row, sequence in enumerate(self._sequences):
             for unit in self._units(index, row, sequence):
                 approximated = self._approximate(seen, row, unit, first)
-                own = output[row, first - start :, unit.group.heads]
-                own.copy_(approximated.transpose(0, 1))
+                if approximated is not None:
+                    own = output[row, first - start :, unit.group.heads]
+                    own.copy_(approximated.transpose(0, 1))
         return output
 
     def _take(self, call: AttentionCall, index: int) -> _Seen:
@@ -136,14 +142,19 @@ class Approximator:
             )
         return self._seen[index]
 
-    def _approximate(self, seen: _Seen, row: int, unit: Unit, first: int) -> Tensor:
-        """The method's output (group, queries, value channels) for the queries from `first` on."""
+    def _approximate(self, seen: _Seen, row: int, unit: Unit, first: int) -> Tensor | None:
+        """The method's output (group, queries, value channels) for the queries from `first` on;
+        None where a plan leaves the kv head exact."""
         place = row, unit.group.kv_head
         if place in seen.states:
-            seen.states[place].grow(unit)
+            held = seen.states[place]
+            if held is not None:
+                held[1].grow(unit)
         else:
-            seen.states[place] = self._approximation.states(unit, self._first)
-        return self._approximation.output(seen.states[place], unit, first)
+            own = self._approximation.of_head(unit.group, self._first or len(unit.keys))
+            held = None if own is None else (own, own.states(unit, self._first))
+            seen.states[place] = held
+        return None if held is None else held[0].output(held[1], unit, first)
 
     def _units(self, index: int, row: int, sequence: int) -> Iterator[Unit]:
         """Every kv head of a layer in one row of the batch, as far as the model has come."""

@@ -15,6 +15,7 @@ from retrace.cli.parameters import (
     DEVICE,
     LAYERS,
     NO_CACHE,
+    PLANS,
     PROTOCOL,
     SCHEDULER,
     SPEC,
@@ -56,17 +57,19 @@ Example:
   retrace analyze traces/pythia-70m-wikitext.zarr --method quest:page=32 --topk 10,50
   retrace analyze --method 'quest:page={8,16,32}' --topk 10,50
   retrace analyze --method exact --method ./mine.py:Mine --format json | jq '.[0]'
-  retrace analyze --method exact --method quest --topk 16,64 --locality""",
+  retrace analyze --method exact --method quest --topk 16,64 --locality
+  retrace analyze traces/other-text.zarr --plan budgets.json""",
 )
 @click.argument("trace", type=click.Path(), required=False)
 @click.option(
     "--method",
     type=SPEC,
     multiple=True,
-    default=("exact",),
     help="Method to replay, such as quest, quest:page=32 or ./mine.py:Mine; may be repeated; "
-    "exact by default. `retrace methods` lists them; `all` is every one of them.",
+    "exact by default, unless there is a plan. `retrace methods` lists them; `all` is every one "
+    "of them.",
 )
+@PLANS
 @click.option(
     "--topk",
     type=numbers,
@@ -116,6 +119,7 @@ Example:
 def command(
     trace: str | None,
     method: tuple[str, ...],
+    plans: tuple[str, ...],
     topk: tuple[int, ...],
     out: Path | None,
     format: str | None,
@@ -134,6 +138,7 @@ def command(
     from retrace.traces import locate
     from retrace.traces.storage.durable import within
 
+    method = (*method, *(f"plan:{file}" for file in plans)) or ("exact",)
     specs, every = parse_specs(method)
     place = newest_trace() if trace is None else locate(trace)
     out = Path("results", place.stem) if out is None else out
@@ -162,7 +167,8 @@ def command(
         note(f"Part {part[0]} of {part[1]} is in {out}: `retrace merge {out}` when all are.")
         return
     there = [name for name in map(str, specs) if name in results.methods()]
-    print_results(results, there, sorted(set(topk)), format or default_format())
+    budgets = {k for spec in specs if spec.name == "plan" for k in results.topk(str(spec))}
+    print_results(results, there, sorted({*topk, *budgets}), format or default_format())
     if profile:
         print_profile(results)
     note(f"Results: {out}")

@@ -34,6 +34,7 @@ Example:
   retrace capture --pretrained builtin:smollm2 --tasks needle --lengths 2048,4096
   retrace capture --pretrained Qwen/Qwen3-8B --prompts chats.jsonl --generate 128 --temperature 0.7
   retrace capture --reference traces/notes.zarr --approximate quest:page=32 --topk 64
+  retrace capture --reference traces/notes.zarr --approximate plan:budgets.json
   retrace capture --reference traces/notes.zarr --approximate xattention --topk 512 \
     --protocol prefill:128
   torchrun --nproc-per-node 8 -m retrace.cli capture --pretrained Qwen/Qwen3-8B --tasks wikitext""",

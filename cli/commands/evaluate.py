@@ -9,7 +9,16 @@ import click
 from retrace.cli.command import Command
 from retrace.cli.commands.capture import setting
 from retrace.cli.config import CONFIG
-from retrace.cli.parameters import AGAIN, DEVICE, ROWS_FORMAT, SPEC, names, numbers, text_or_mapping
+from retrace.cli.parameters import (
+    AGAIN,
+    DEVICE,
+    PLANS,
+    ROWS_FORMAT,
+    SPEC,
+    names,
+    numbers,
+    text_or_mapping,
+)
 from retrace.cli.progress import progress_bars
 from retrace.cli.screen import note, print_csv, print_json, print_table
 
@@ -27,6 +36,7 @@ TASK_OPTIONS = (
 Example:
   retrace evaluate traces/notes.zarr --method quest --method sparq --topk 16,64
   retrace evaluate traces/notes.zarr --method h2o --topk 64 --from-position 512
+  retrace evaluate traces/notes.zarr --plan budgets.json
   retrace evaluate traces/notes.zarr --method xattention --topk 512 --protocol prefill:128
   retrace evaluate --pretrained Qwen/Qwen3-8B --tasks hellaswag --limit 99 --method h2o --topk 9""",
 )
@@ -35,13 +45,13 @@ Example:
     "--method",
     type=SPEC,
     multiple=True,
-    required=True,
     help="Method to put in the loop, such as quest:page=32; may be repeated.",
 )
+@PLANS
 @click.option(
     "--topk",
     type=numbers,
-    required=True,
+    default=(),
     metavar="16,64,256",
     help="Budgets: keys per query and head.",
 )
@@ -94,6 +104,7 @@ Example:
 def command(
     exact: str | None,
     method: tuple[str, ...],
+    plans: tuple[str, ...],
     topk: tuple[int, ...],
     tasks: tuple[str, ...],
     out: Path | None,
@@ -109,6 +120,9 @@ def command(
     an interval over documents; there EXACT names the model in place of --pretrained, and is what
     methods that learn do so from.
     """
+    method = (*method, *(f"plan:{file}" for file in plans))
+    if not method:
+        raise click.UsageError("Name a method (--method) and a budget (--topk), or a plan.")
     given = {name: value for name, value in settings.items() if value is not None}
     if tasks:
         if given.pop("protocol", None) is not None:

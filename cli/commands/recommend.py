@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     epilog="""\b
 Example:
   retrace recommend traces/notes.zarr --target attention_fraction=0.9 --method quest --method sparq
-  retrace recommend --target bytes_ratio=0.2 --topk 16,64,256 --out budgets.json""",
+  retrace recommend --target bytes_ratio=0.2 --topk 16,64,256 --out budgets.json
+  retrace recommend --target error_norm=0.2 --share layer --budgets layer --out backends.json""",
 )
 @click.argument("trace", type=click.Path(), required=False)
 @click.option(
@@ -61,6 +62,32 @@ Example:
     show_default=True,
     metavar="16,32,64",
     help="Budgets to choose from: keys per query and head.",
+)
+@click.option(
+    "--share",
+    type=click.Choice(["head", "layer", "model"]),
+    default="head",
+    show_default=True,
+    help="Which kv heads have one method: each its own, all of a layer, or all of the model, as a "
+    "stack that serves it takes them.",
+)
+@click.option(
+    "--budgets",
+    type=click.Choice(["head", "layer"]),
+    default="head",
+    show_default=True,
+    help="Which kv heads have one budget.",
+)
+@click.option(
+    "--over",
+    type=click.Choice(["head", "model"]),
+    default="head",
+    show_default=True,
+    help="Whose figure meets the target: every head's, or the mean over the model's heads, at the "
+    "least bytes of the whole.",
+)
+@click.option(
+    "--fractions", is_flag=True, help="Write budgets as fractions of the context, for any length."
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Where to write it as JSON."
@@ -134,7 +161,7 @@ def _in_words(found: "Recommendation") -> list[tuple[str, str]]:
     kept = int((found.kv_heads["method"] == "dense").sum())
     classes = found.heads["class"].value_counts()
     lines = [
-        ("Target", f"{found.target}, in every head"),
+        ("Target", f"{found.target}, {_whose(facts)}"),
         ("Assumes", facts["assumes"]),
         (
             "Chosen on",
@@ -160,6 +187,18 @@ def _in_words(found: "Recommendation") -> list[tuple[str, str]]:
         ("Head classes", ", ".join(f"{n} {name}" for name, n in classes.items())),
     ]
     return [line for line in lines if line[0] != "Full attention" or kept]
+
+
+def _whose(facts: dict[str, Any]) -> str:
+    """Whose figure meets the target; and how near the choice is to the best of all."""
+    known = facts["together"]
+    if known is None:
+        return "in every head"
+    what = "error norm" if facts["target"]["metric"] == "bytes_ratio" else "bytes ratio"
+    return (
+        f"in the mean over all heads (bound {known['bound']:.4f}); of the settings tried no choice "
+        f"that does has a {what} below {known['least']:.4f}"
+    )
 
 
 def _one_setting(facts: dict[str, Any], metric: str) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from retrace.analyze import Results, analyze, merge
+from retrace.analyze import Plan, Results, analyze, merge
+from retrace.analyze.plans.plan import PlannedLayer, Setting
 from retrace.traces import LayerRules, OutputProjection, RetraceError, Trace, create_trace
 from retrace.traces import open_trace as opened
 
@@ -213,3 +214,21 @@ def test_who_writes_into_keys_is_named(
     trace = make([own], [60], [weights_of(own)])
     with pytest.raises(RetraceError, match=r"Writes .*wrote into"):
         analyze(trace, [f"{write_methods(body)}:Writes", "exact"], [3], projected=True)
+
+
+def test_a_plan_of_one_method_is_that_method(make: Make, rules: Any) -> None:
+    """And a plan whose heads differ is neither of them, though both are in it."""
+    layers = [rules(heads=4, kv_heads=2)]
+    trace = make(layers, [40, 30], [weights_of(layers[0])])
+    options: dict[str, Any] = {"min_context": 12, "projected": True, "keep_exact": False}
+
+    def errors(*settings: Setting) -> pd.DataFrame:
+        plan = Plan({0: PlannedLayer(trace.layer(0).rules.module, settings)})
+        return analyze(trace, plan, **options).projected.drop(columns="method")
+
+    window, exact = Setting("window", 6), Setting("exact", 4)
+    alone = analyze(trace, "window", [6], **options).projected.drop(columns="method")
+    pd.testing.assert_frame_equal(errors(window, window), alone, check_exact=True)
+    [mixed], [full] = (errors(window, one)["mean"] for one in (exact, Setting("dense")))
+    [whole] = alone["mean"]
+    assert 0 < full < whole and mixed not in (full, whole)

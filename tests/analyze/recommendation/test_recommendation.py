@@ -1,5 +1,6 @@
 """A recommendation is what trying every setting comes to, on sequences that verify nothing."""
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 from scipy import special, stats
 
-from retrace.analyze import Recommendation, recommend
+from retrace.analyze import Plan, Recommendation, recommend
 from retrace.analyze.recommendation.head_classes import CLASSES
 from retrace.analyze.recommendation.recommendation import AT_MOST, Target
 from retrace.traces import RetraceError, Trace
@@ -293,3 +294,83 @@ def test_classes_of_heads(make_trace: MakeTrace, rules: Any) -> None:
     found = recommend(trace, "recall=0.001", ["exact"], [64], keep_exact=False)
     assert list(found.heads["class"]) == list(CLASSES)
     assert set(AT_MOST) >= {found.target.metric}
+
+
+@pytest.mark.parametrize("target", ["error_norm=0.5", "attention_fraction=0.8", "bytes_ratio=0.6"])
+def test_the_whole_model_against_trying_everything(
+    queries_of: Any, trace: Trace, target: str
+) -> None:
+    """Every choice of a setting for each kv head, full attention among them, is tried."""
+    wanted = Target.parse(target)
+    found = recommend(trace, target, METHODS, TOPK, over="model", keep_exact=False)
+    settings = tried(queries_of, trace)
+    budgeted = wanted.metric == "bytes_ratio"
+    loss_metric = "error_norm" if budgeted else wanted.metric
+    options: dict[Any, list[Any]] = defaultdict(list)
+    for (layer, kv_head, method, k), figures in settings.items():
+
+        def of(metric: str, figures: Any = figures) -> Any:
+            heads = [[head[s] for s in HALVES["choose"]] for head in figures[metric].values()]
+            return np.mean(heads, axis=0)
+
+        loss = of(loss_metric)
+        loss = loss if budgeted else np.clip(wanted.loss(loss), 0, None)
+        if of("bytes_ratio").mean() < 1:
+            options[layer, kv_head].append((method, k, of("bytes_ratio"), loss))
+    for own in options.values():
+        own.append(("dense", 0, np.ones(2), np.zeros(2)))
+    choices: dict[str, Any] = {}
+    for chosen in itertools.product(*(options[at] for at in sorted(options))):
+        read, lost = (np.mean([one[i] for one in chosen], axis=0) for i in (2, 3))
+        [bound] = plain_bounds([[*(read if budgeted else lost)]], len(HALVES["verify"]))
+        choices[str([one[:2] for one in chosen])] = read.mean(), lost.mean(), bound
+    rows = found.kv_heads[["method", "topk"]].itertuples(index=False, name=None)
+    read, lost, bound = choices[str([*rows])]
+    told, almost = found.facts["together"], 1 - 1e-5
+    assert 0 < lost and read < 1
+    limit = wanted.value if budgeted else float(wanted.loss(wanted.value))
+    reached = told["bound"] if budgeted else float(wanted.loss(told["bound"]))
+    assert reached == pytest.approx(bound, rel=1e-4) and bound <= limit
+    # Nothing is better that loses, or reads, no more on the half that chooses.
+    assert min(r for r, x, _ in choices.values() if x <= lost) > read * almost
+    assert min(x for r, x, _ in choices.values() if r <= read) > lost * almost
+    if budgeted:
+        assert told["least"] <= min(x for r, x, _ in choices.values() if r <= limit) / almost
+    else:
+        allowed = lost * limit / bound
+        best = min(r for r, x, _ in choices.values() if x <= allowed)
+        assert told["least"] <= best / almost and best <= read
+        assert found.kv_heads["bytes_ratio"].mean() == pytest.approx(read, rel=1e-4)
+
+
+def test_one_method_for_a_layer(trace: Trace, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"keep_exact": False}
+    found = recommend(
+        trace, "error_norm=0.9", METHODS, TOPK, share="layer", budgets="layer", **shared
+    )
+    assert (found.kv_heads.groupby("layer")[["method", "topk"]].nunique() == 1).all(axis=None)
+    assert found.facts["share"] == {"methods": "layer", "budgets": "layer"}
+    with pytest.raises(RetraceError, match="over 'model': expected head or model, and over"):
+        recommend(trace, "error_norm=0.9", METHODS, TOPK, share="layer", over="model", **shared)
+
+
+def test_budgets_as_fractions(
+    make_trace: MakeTrace, rules: Any, trace: Trace, tmp_path: Any
+) -> None:
+    """They come to the budgets that were tried, on sequences as long as those."""
+    found = recommend(trace, "error_norm=0.9", METHODS, TOPK, fractions=True, keep_exact=False)
+    found.save(tmp_path / "r.json")
+    plan = Plan.load(tmp_path / "r.json")
+    assert found.facts["context"] == LENGTH
+    for row in found.kv_heads.to_dict("records"):
+        setting = plan.of(row["layer"], row["kv_head"])
+        if not setting.full:
+            assert setting.fraction == row["topk"] / LENGTH
+            assert setting.budget(LENGTH) == row["topk"]
+            assert setting.budget(2 * LENGTH) == 2 * row["topk"]
+    pd.testing.assert_frame_equal(
+        Recommendation.load(tmp_path / "r.json").kv_heads, found.kv_heads, check_like=True
+    )
+    uneven = make_trace(rules(), [40, 50, 40, 40])
+    with pytest.raises(RetraceError, match="the sequences have from 40 to 50 positions"):
+        recommend(uneven, "recall=0.1", ["exact"], [8], fractions=True, keep_exact=False)

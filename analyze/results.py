@@ -1,9 +1,9 @@
 """Results: every figure of a run, and how it is kept in a folder and shown."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -14,6 +14,10 @@ from retrace.analyze.tables.columns import COLUMNS_OF
 from retrace.analyze.tables.figures import Figures
 from retrace.analyze.tables.saved import SavedTables, Table
 from retrace.analyze.tables.validation import checked_facts, checked_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class Results(Figures, SavedTables):
@@ -27,11 +31,45 @@ class Results(Figures, SavedTables):
     FACTS = "run", "run.json"
     TEXT = "table.md"
 
-    def plot(self, folder: str | Path) -> list[Path]:
-        """Draw every plot into a folder; returns the files."""
+    def plot(self, name: str, axes: "Axes | Iterable[Axes] | None" = None) -> "Figure":
+        """Draw one plot.
+
+        Args:
+            name: `attention-fraction-curves`, `recall-by-layer`, `error-by-bytes` or another of the
+                names, less their format, that `draw` gives files.
+            axes: one of Matplotlib's Axes for each panel, row by row, as `plt.subplots` returns
+                them. Titles over all panels and legends are then left to you.
+
+        Returns:
+            The Matplotlib figure; that of `axes` if they are given.
+
+        Raises:
+            RetraceError: these results have no such plot, or it has another number of panels.
+        """
+        from matplotlib.axes import Axes
+
+        from retrace.analyze.outputs.plots.results import draw_one
+
+        panels: Any = [axes] if isinstance(axes, Axes) else axes
+        if hasattr(panels, "flat"):  # the array of a grid
+            panels = panels.flat
+        return draw_one(self, name, None if panels is None else list(panels))
+
+    def draw(self, folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+        """Draw every plot into a folder, in each of the formats: png, svg, pdf.
+
+        The same figures give the same bytes. Files that the folder holds of these plots in other
+        formats are removed, since they may be of earlier figures.
+
+        Returns:
+            The files.
+
+        Raises:
+            RetraceError: another format.
+        """
         from retrace.analyze.outputs.plots.results import draw_all
 
-        return draw_all(self, Path(folder))
+        return draw_all(self, Path(folder), formats)
 
     def to_xarray(self) -> Any:
         """An xarray Dataset with dimensions spec, layer, head, topk and k, and each layer's

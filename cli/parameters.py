@@ -188,6 +188,14 @@ PLANS = click.option(
     help="A method and budget for every kv head, as `retrace recommend --out FILE` writes it; may "
     "be repeated.",
 )
+NO_PLOTS = click.option("--no-plots", is_flag=True, help="Draw no plots.")
+PLOT_FORMAT = click.option(
+    "--plot-format",
+    type=click.Choice(["png", "svg", "pdf"]),
+    multiple=True,
+    default=("png",),
+    help="Format of the plots: png (the default), or svg or pdf for papers; may be repeated.",
+)
 LOOSE_METHODS = click.option(
     "--method",
     "methods",

@@ -188,10 +188,9 @@ def ready_methods(
 
 def _clear_plots(folder: Path) -> None:
     """Remove the pictures of earlier results, and nothing else that may lie there."""
-    from retrace.analyze.outputs.plots.results import PLOTS  # draws: not wanted before
+    from retrace.analyze.outputs.plots.files import remove_picture  # draws: not wanted before
+    from retrace.analyze.outputs.plots.results import PLOTS
 
     pictures = within(folder, "plots")
     for pattern in PLOTS:
-        for plot in pictures.glob(pattern):
-            if not plot.is_dir():
-                plot.unlink()
+        remove_picture(pictures, pattern)

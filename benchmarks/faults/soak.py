@@ -92,7 +92,7 @@ def cycle(folder: Path, workers: int) -> None:
     for part in (1, 2):
         analyze(trace, ["window"], [2], out=parts, workers=1, part=(part, 2))
     merge([parts])
-    found.plot(work / "plots")
+    found.draw(work / "plots")
     report([results, parts], work / "report.html")
     recommend(trace, "error_norm=0.9", ["window", "exact"], [4, 16], workers=1)
     evaluate(trace, ["window"], [4], out=work / "e")

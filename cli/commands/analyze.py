@@ -15,7 +15,9 @@ from retrace.cli.parameters import (
     DEVICE,
     LAYERS,
     NO_CACHE,
+    NO_PLOTS,
     PLANS,
+    PLOT_FORMAT,
     PROTOCOL,
     SCHEDULER,
     SPEC,
@@ -108,7 +110,8 @@ Example:
 @analysis("--locality", is_flag=True)
 @analysis("--projected", is_flag=True)
 @analysis("--skip-damaged", is_flag=True)
-@click.option("--no-plots", is_flag=True, help="Draw no plots.")
+@NO_PLOTS
+@PLOT_FORMAT
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -125,6 +128,7 @@ def command(
     format: str | None,
     profile: bool,
     no_plots: bool,
+    plot_format: tuple[str, ...],
     part: tuple[int, int] | None,
     dry_run: bool,
     no_cache: bool,
@@ -174,7 +178,7 @@ def command(
     note(f"Results: {out}")
     if not no_plots:
         with busy("Drawing"):
-            plots = results.plot(within(out, "plots"))
+            plots = results.draw(within(out, "plots"), plot_format)
         note(f"Plots: {out / 'plots'} ({plural(len(plots), 'picture')})")
     _note_kept_answers(place)
     named = {str(spec) for spec in specs} - every

@@ -7,7 +7,16 @@ from typing import Any
 import click
 
 from retrace.cli.command import Command
-from retrace.cli.parameters import DEVICE, LAYERS, LOOSE_METHODS, ROWS_FORMAT, SCHEDULER, WORKERS
+from retrace.cli.parameters import (
+    DEVICE,
+    LAYERS,
+    LOOSE_METHODS,
+    NO_PLOTS,
+    PLOT_FORMAT,
+    ROWS_FORMAT,
+    SCHEDULER,
+    WORKERS,
+)
 from retrace.cli.progress import busy, progress_bar
 from retrace.cli.screen import note, plural, print_csv, print_json, print_table
 
@@ -34,13 +43,15 @@ Example:
 @WORKERS
 @SCHEDULER
 @ROWS_FORMAT
-@click.option("--no-plots", is_flag=True, help="Draw no plots.")
+@NO_PLOTS
+@PLOT_FORMAT
 def command(
     exact: str,
     approximate: tuple[str, ...],
     out: Path | None,
     format: str,
     no_plots: bool,
+    plot_format: tuple[str, ...],
     **settings: Any,
 ) -> None:
     """Compare runs of a model with a method in the loop (APPROXIMATE) with the EXACT run.
@@ -87,7 +98,7 @@ def command(
         from retrace.analyze.outputs.plots.drift import draw_drift
 
         with busy("Drawing"):
-            plots = draw_drift(drift, pictures)
+            plots = draw_drift(drift, pictures, plot_format)
         note(f"Plots: {pictures} ({plural(len(plots), 'picture')})")
     if drift.missing:
         click.get_current_context().exit(1)

@@ -12,7 +12,9 @@ from retrace.cli.config import CONFIG
 from retrace.cli.parameters import (
     AGAIN,
     DEVICE,
+    NO_PLOTS,
     PLANS,
+    PLOT_FORMAT,
     ROWS_FORMAT,
     SPEC,
     names,
@@ -99,7 +101,8 @@ Example:
 @AGAIN
 @click.option("--overwrite", is_flag=True, help="Throw away the results that --out holds.")
 @ROWS_FORMAT
-@click.option("--no-plots", is_flag=True, help="Draw no plot.")
+@NO_PLOTS
+@PLOT_FORMAT
 @CONFIG
 def command(
     exact: str | None,
@@ -110,6 +113,7 @@ def command(
     out: Path | None,
     format: str,
     no_plots: bool,
+    plot_format: tuple[str, ...],
     **settings: Any,
 ) -> None:
     """Run a model with each method and budget in place of exact attention.
@@ -135,7 +139,8 @@ def command(
             raise click.UsageError(f"{flag} is for tasks: name them with --tasks.")
     if exact is None:
         raise click.UsageError("Name a trace (EXACT), or tasks (--tasks) and a model.")
-    _evaluate_trace(exact, method, topk, out, format, no_plots, given)
+    drawn = () if no_plots else plot_format
+    _evaluate_trace(exact, method, topk, out, format, drawn, given)
 
 
 def _evaluate_trace(
@@ -144,7 +149,7 @@ def _evaluate_trace(
     topk: tuple[int, ...],
     out: Path | None,
     format: str,
-    no_plots: bool,
+    plot_format: tuple[str, ...],
     settings: dict[str, Any],
 ) -> None:
     from retrace.capture import evaluate
@@ -164,10 +169,11 @@ def _evaluate_trace(
     else:
         _print(rows, evaluation.facts["counted_from"], format)
     note(f"Results: {out}")
-    if not no_plots:
+    if plot_format:
         from retrace.capture.tables.plot import draw_evaluation
 
-        note(f"Plot: {draw_evaluation(evaluation, pictures)}")
+        for plot in draw_evaluation(evaluation, pictures, plot_format):
+            note(f"Plot: {plot}")
 
 
 def _evaluate_tasks(

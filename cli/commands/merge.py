@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from retrace.cli.command import Command
-from retrace.cli.parameters import LOOSE_METHODS
+from retrace.cli.parameters import LOOSE_METHODS, NO_PLOTS, PLOT_FORMAT
 from retrace.cli.progress import busy
 from retrace.cli.screen import note, plural, say
 
@@ -21,8 +21,14 @@ Example:
 )
 @click.argument("folders", type=click.Path(path_type=Path), nargs=-1, required=True)
 @LOOSE_METHODS
-@click.option("--no-plots", is_flag=True, help="Draw no plots.")
-def command(folders: tuple[Path, ...], methods: tuple[str, ...], no_plots: bool) -> None:
+@NO_PLOTS
+@PLOT_FORMAT
+def command(
+    folders: tuple[Path, ...],
+    methods: tuple[str, ...],
+    no_plots: bool,
+    plot_format: tuple[str, ...],
+) -> None:
     """Put the parts in FOLDERS together to the results of one run, in the first of them."""
     from retrace.analyze import merge
     from retrace.traces.storage.durable import within
@@ -33,5 +39,5 @@ def command(folders: tuple[Path, ...], methods: tuple[str, ...], no_plots: bool)
     note(f"Results: {folders[0]} ({plural(len(results.methods()), 'method')})")
     if not no_plots:
         with busy("Drawing"):
-            plots = results.plot(within(folders[0], "plots"))
+            plots = results.draw(within(folders[0], "plots"), plot_format)
         note(f"Plots: {folders[0] / 'plots'} ({plural(len(plots), 'picture')})")

@@ -4,9 +4,9 @@ from matplotlib.figure import Figure
 
 from retrace.analyze.metrics.registry import BY_NAME
 from retrace.analyze.outputs.plots.style import (
+    Onto,
     counted_words,
-    label_outer,
-    legend,
+    from_zero,
     panel_grid,
     plain_numbers,
     say_nothing_counts,
@@ -17,7 +17,7 @@ from retrace.analyze.tables.figures import Figures
 from retrace.analyze.units.costs import serving_words, with_charge
 
 
-def error_by_cost(results: Figures) -> Figure:
+def error_by_cost(results: Figures, onto: Onto = None) -> Figure:
     """Error norm and lost attention mass against bytes read, or under `prefill:B` against pairs
     computed, a curve through a method's budgets: means over heads and layers, which is how methods
     compare at equal cost."""
@@ -26,20 +26,19 @@ def error_by_cost(results: Figures) -> Figure:
     means = rows.pivot_table("mean", ["method", "topk"], "metric").reindex(columns=wanted)
     means = means.dropna(subset=cost).sort_values(cost).reset_index()
     of_bytes = cost == "bytes_ratio"
-    figure, panels = panel_grid(2, width=4.2, height=3.4)
-    figure.suptitle(
+    sheet = panel_grid(2, width=4.2, height=3.4, onto=onto)
+    sheet.title(
         f"What {'bytes' if of_bytes else 'pairs'} buy, mean over heads and layers\n"
-        f"{counted_words(results)}",
-        fontsize="medium",
+        f"{counted_words(results)}"
     )
     styles = styles_of(results.methods())
     for method in results.methods():
         points = means[means["method"] == method]
-        for axes, figures in zip(
-            panels, (points["error_norm"], 1 - points["attention_fraction"]), strict=True
+        for panel, figures in zip(
+            sheet.panels, (points["error_norm"], 1 - points["attention_fraction"]), strict=True
         ):
             style = styles[method]
-            axes.plot(
+            panel.plot(
                 points[cost],
                 figures,
                 **style.line,
@@ -47,17 +46,17 @@ def error_by_cost(results: Figures) -> Figure:
                 linewidth=1.3,
                 label=wrapped(with_charge(results.run, method) if of_bytes else method, 34),
             )
-    for axes, label in zip(
-        panels, (BY_NAME["error_norm"].axis, "attention mass lost"), strict=True
+    from_zero(sheet.panels)
+    for panel, label in zip(
+        sheet.panels, (BY_NAME["error_norm"].axis, "attention mass lost"), strict=True
     ):
-        axes.set_title(label, fontsize="small")
-        axes.set_ylim(bottom=0.0)
-        axes.set_xlim(left=0.0)
-        plain_numbers(axes)
-        axes.grid(alpha=0.25)
+        panel.set_title(label, fontsize="small")
+        panel.set_xlim(left=0.0)
+        plain_numbers(panel)
+        panel.grid(alpha=0.25)
         if means.empty:
-            say_nothing_counts(axes)
+            say_nothing_counts(panel)
     read = f"bytes read over those of full attention,\n{serving_words(results.run)}"
-    label_outer(panels, read if of_bytes else wrapped(BY_NAME[cost].description, 40), "mean")
-    legend(figure, *panels)
-    return figure
+    sheet.label_outer(read if of_bytes else wrapped(BY_NAME[cost].description, 40), "mean")
+    sheet.legend()
+    return sheet.figure

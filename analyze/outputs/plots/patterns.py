@@ -3,17 +3,16 @@
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from retrace.analyze.metrics.patterns import KINDS, SHARE
-from retrace.analyze.outputs.plots.style import space
+from retrace.analyze.outputs.plots.style import Onto, Sheet
 from retrace.analyze.tables.figures import Figures
 
-COLOURS = dict(zip(KINDS, ("#56B4E9", "#E69F00", "#009E73", "#CC79A7"), strict=True))
-"""Of Okabe and Ito, as the report has them."""
+COLOURS = dict(zip(KINDS, ("#56B4E9", "#F0E442", "#009E73", "#0072B2"), strict=True))
+"""Of Okabe and Ito, in the report too; each has a lightness of its own, for grey."""
 
 
-def pattern_map(results: Figures) -> Figure:
+def pattern_map(results: Figures, onto: Onto = None) -> Figure:
     """Layers by heads, a colour for each pattern."""
     rows = results.head_patterns
     best = rows[rows["best"]].assign(place=lambda own: own["pattern"].astype(str).map(KINDS.index))
@@ -23,14 +22,12 @@ def pattern_map(results: Figures) -> Figure:
         float(np.clip(0.3 * heads + 2.4, 4.5, 9.0)),
         float(np.clip(0.17 * layers + 1.8, 3.0, 11.0)),
     )
-    figure = Figure(figsize=size, layout="constrained")
-    space(figure)
-    figure.suptitle(
+    sheet = Sheet.of(size, 1, 1, onto)
+    sheet.title(
         f"Pattern that covers each head best, {results.run['protocol']},\n"
-        f"with {SHARE:.0%} of the pairs of blocks besides the first and the own",
-        fontsize="medium",
+        f"with {SHARE:.0%} of the pairs of blocks besides the first and the own"
     )
-    axes = figure.subplots()
+    [axes] = sheet.panels
     axes.imshow(
         np.ma.masked_invalid(cells.to_numpy(dtype=float)),
         aspect="auto",
@@ -46,14 +43,7 @@ def pattern_map(results: Figures) -> Figure:
         axis.set_ticks(range(0, len(names), step), [str(name) for name in names[::step]])
         axis.set_tick_params(labelsize="small")
     counts = best["pattern"].astype(str).value_counts()
-    figure.legend(
-        handles=[
-            Patch(color=colour, label=f"{kind} ({counts.get(kind, 0):,})")
-            for kind, colour in COLOURS.items()
-        ],
-        loc="outside lower center",
-        ncols=len(KINDS),
-        fontsize="small",
-        frameon=False,
-    )
-    return figure
+    for kind, colour in COLOURS.items():
+        axes.scatter([], [], marker="s", color=colour, label=f"{kind} ({counts.get(kind, 0):,})")
+    sheet.legend()
+    return sheet.figure

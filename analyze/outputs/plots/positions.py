@@ -1,6 +1,7 @@
 """Pictures of figures by position, and by distance from the prefix that a state was built from."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from retrace.analyze.metrics.buckets import AXES
 from retrace.analyze.metrics.registry import BUCKETED, BY_NAME
 from retrace.analyze.outputs.plots.style import (
+    Onto,
+    Picture,
+    Sheet,
     counted_words,
-    legend,
+    from_zero,
     plain_numbers,
     say_nothing_counts,
-    space,
     styles_of,
     wrapped,
 )
@@ -27,13 +30,13 @@ TICKS = 8
 LABELS = {"position": "position", "distance": "distance from the prefix"}
 
 
-def position_figures(results: Figures) -> dict[str, Figure]:
-    """A figure for each axis that queries are told apart by, if the results hold any figure."""
+def position_figures(results: Figures) -> dict[str, Picture]:
+    """A picture for each axis that queries are told apart by, if the results hold any figure."""
     held = set(results.positions["axis"])
-    return {axis: _along(results, axis) for axis in AXES if axis in held}
+    return {axis: partial(_along, results, axis) for axis in AXES if axis in held}
 
 
-def _along(results: Figures, axis: str) -> Figure:
+def _along(results: Figures, axis: str, onto: Onto = None) -> Figure:
     """Panels of metrics by budgets; in each a line for every method, a point for every bucket."""
     rows = results.positions[results.positions["axis"] == axis]
     means: Any = rows.groupby(["metric", "topk", "method", "first"], observed=True)["mean"].mean()
@@ -42,16 +45,13 @@ def _along(results: Figures, axis: str) -> Figure:
         budgets = [budgets[0], budgets[len(budgets) // 2], budgets[-1]]
     methods = results.methods()
     styles = styles_of(methods)
-    figure = Figure(figsize=(max(3.4 * len(budgets), 5.0), 6.0), layout="constrained")
-    space(figure)
-    figure.suptitle(
+    size = (max(3.4 * len(budgets), 5.0), 6.0)
+    sheet = Sheet.of(size, len(BUCKETED), len(budgets), onto, sharex=True, sharey="row")
+    sheet.title(
         f"By {LABELS[axis]}, in buckets that double: mean over heads and layers\n"
-        f"{counted_words(results)}",
-        fontsize="medium",
+        f"{counted_words(results)}"
     )
-    panels: Any = figure.subplots(
-        len(BUCKETED), len(budgets), sharex=True, sharey="row", squeeze=False
-    )
+    panels = np.array(sheet.panels).reshape(len(BUCKETED), len(budgets))
     for (row, metric), (column, k) in itertools.product(enumerate(BUCKETED), enumerate(budgets)):
         axes = panels[row, column]
         drawn = [method for method in methods if (metric, k, method) in means.index]
@@ -76,13 +76,14 @@ def _along(results: Figures, axis: str) -> Figure:
         if row == len(BUCKETED) - 1:
             axes.set_xlabel(LABELS[axis], fontsize="small")
     # When all panels of a row have their lines: limits that are set no longer follow them.
-    for metric, axes in zip(BUCKETED, panels[:, 0], strict=True):
+    for metric, axes in zip(BUCKETED, panels, strict=True):
         most = BY_NAME[metric].most
-        axes.set_ylim(0.0, None if most is None else 1.02 * most)
-        plain_numbers(axes)
-    _label_buckets(panels[0, 0], sorted(int(first) for first in rows["first"].unique()))
-    legend(figure, *panels.flat)
-    return figure
+        from_zero(axes, None if most is None else 1.02 * most)
+        plain_numbers(*axes)
+    for axes in sheet.panels:
+        _label_buckets(axes, sorted(int(first) for first in rows["first"].unique()))
+    sheet.legend()
+    return sheet.figure
 
 
 def _middle(first: int) -> float:

@@ -7,6 +7,7 @@ needed. What is drawn is what `Figures.metrics` and `Figures.curves` hold.
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,41 +20,45 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from retrace.analyze.metrics.registry import BY_LAYER, BY_NAME, Metric
 from retrace.analyze.outputs.plots.costs import error_by_cost
-from retrace.analyze.outputs.plots.files import save_picture
+from retrace.analyze.outputs.plots.files import PNG, save_pictures
 from retrace.analyze.outputs.plots.locality import locality_figures
 from retrace.analyze.outputs.plots.patterns import pattern_map
 from retrace.analyze.outputs.plots.positions import position_figures
 from retrace.analyze.outputs.plots.style import (
+    DIVERGING,
+    SEQUENTIAL,
+    Onto,
+    Picture,
+    Sheet,
     Style,
     counted_words,
-    label_outer,
-    legend,
+    from_zero,
     panel_grid,
     plain_numbers,
     say_nothing_counts,
-    space,
     styles_of,
     wrapped,
 )
 from retrace.analyze.outputs.plots.sweeps import sweep_figures
 from retrace.analyze.outputs.plots.tails import tails_by_layer
 from retrace.analyze.tables.figures import Figures
+from retrace.traces import RetraceError
+from retrace.traces.errors import did_you_mean
 
-DPI = 130
 PLOTS = (
-    "attention-fraction-*.png",
-    "recall-by-layer.png",
-    "error-norm-by-layer.png",
-    "error-by-bytes.png",
-    "error-by-pairs.png",
-    "head-patterns.png",
-    "by-position.png",
-    "by-distance.png",
-    "tails-by-layer.png",
-    "buffer-*.png",
-    "sweep-*.png",
+    "attention-fraction-*",
+    "recall-by-layer",
+    "error-norm-by-layer",
+    "error-by-bytes",
+    "error-by-pairs",
+    "head-patterns",
+    "by-position",
+    "by-distance",
+    "tails-by-layer",
+    "buffer-*",
+    "sweep-*",
 )
-"""Names of the pictures that are drawn of results."""
+"""Names of the pictures that are drawn of results, without their formats."""
 
 PANELS = 6
 """Most budgets that a figure over layers shows."""
@@ -64,37 +69,59 @@ BANDS = 4
 LONGEST_SLUG = 120
 
 
-def draw_all(results: Figures, folder: Path) -> list[Path]:
-    """Draw every plot of the results into a folder; returns the files, in the order drawn."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Figure] = {}
+def draw_all(results: Figures, folder: Path, formats: Sequence[str] = (PNG,)) -> list[Path]:
+    """Draw every plot of the results into a folder, in each of the formats; returns the files, in
+    the order drawn.
+
+    Raises:
+        RetraceError: a format that is none of `FORMATS`.
+    """
+    return save_pictures(pictures(results), folder, formats)
+
+
+def draw_one(results: Figures, name: str, onto: Onto) -> Figure:
+    """Draw one plot, onto the caller's panels or a figure of its own.
+
+    Raises:
+        RetraceError: these results have no such plot, or it has another number of panels.
+    """
+    known = pictures(results)
+    if name not in known:
+        raise RetraceError(
+            f"These results have no plot {name!r}.{did_you_mean(name, known)} They have: "
+            f"{', '.join(known)}."
+        )
+    return known[name](onto)
+
+
+def pictures(results: Figures) -> dict[str, Picture]:
+    """What draws each plot of the results, by its name."""
+    found: dict[str, Picture] = {}
     for method in results.methods():
         budgets = results.topk(method)
         for k in budgets if len(budgets) <= 3 else budgets[-1:]:
             name = f"attention-fraction-heatmap-{slug(method)}-k{k}"
-            figures[name] = attention_fraction_heatmap(results, method, k)
-    figures["attention-fraction-curves"] = attention_fraction_curves(results)
-    figures["attention-fraction-curves-by-layer"] = attention_fraction_curves_by_layer(results)
+            found[name] = partial(attention_fraction_heatmap, results, method, k)
+    found["attention-fraction-curves"] = partial(attention_fraction_curves, results)
+    found["attention-fraction-curves-by-layer"] = partial(
+        attention_fraction_curves_by_layer, results
+    )
     for metric in BY_LAYER:
         if (results.metrics["metric"] == metric).any():  # earlier results have fewer
-            figures[f"{metric.replace('_', '-')}-by-layer"] = by_layer(results, BY_NAME[metric])
+            name = f"{metric.replace('_', '-')}-by-layer"
+            found[name] = partial(by_layer, results, BY_NAME[metric])
     by_pairs = results.cost == "compute_ratio"
-    figures["error-by-pairs" if by_pairs else "error-by-bytes"] = error_by_cost(results)
+    found["error-by-pairs" if by_pairs else "error-by-bytes"] = partial(error_by_cost, results)
     if len(results.head_patterns):
-        figures["head-patterns"] = pattern_map(results)
-    for axis, figure in position_figures(results).items():
-        figures[f"by-{axis}"] = figure
+        found["head-patterns"] = partial(pattern_map, results)
+    for axis, picture in position_figures(results).items():
+        found[f"by-{axis}"] = picture
     if len(results.tails):
-        figures["tails-by-layer"] = tails_by_layer(results)
-    figures |= locality_figures(results)
-    for (method, parameter), figure in sweep_figures(results).items():
-        figures[f"sweep-{slug(method)}-{slug(parameter)}"] = figure
-    files = []
-    for name, figure in figures.items():
-        file = folder / f"{name}.png"
-        save_picture(figure, file, DPI)
-        files.append(file)
-    return files
+        found["tails-by-layer"] = partial(tails_by_layer, results)
+    found |= locality_figures(results)
+    for (method, parameter), picture in sweep_figures(results).items():
+        found[f"sweep-{slug(method)}-{slug(parameter)}"] = picture
+    return found
 
 
 def slug(method: str) -> str:
@@ -110,7 +137,9 @@ def slug(method: str) -> str:
     return name
 
 
-def attention_fraction_heatmap(results: Figures, method: str, topk: int) -> Figure:
+def attention_fraction_heatmap(
+    results: Figures, method: str, topk: int, onto: Onto = None
+) -> Figure:
     """Exact and approximate attention fraction of every layer and head, and their difference."""
     rows = results.metrics
     rows = rows[(rows["method"] == method) & (rows["topk"] == topk)]
@@ -119,67 +148,58 @@ def attention_fraction_heatmap(results: Figures, method: str, topk: int) -> Figu
     layers, heads = exact.shape
     height = float(np.clip(0.17 * layers + 1.5, 3.0, 11.0))
     width = 3 * float(np.clip(0.2 * heads + 1.6, 2.8, 5.5)) + 1.0
-    figure = Figure(figsize=(width, height), layout="constrained")
-    space(figure)
-    figure.suptitle(
-        f"Attention fraction of each layer and head: {wrapped(method, 60)}, k = {topk}",
-        fontsize="medium",
-    )
-    panels: Any = figure.subplots(1, 3, sharex=True, sharey=True, squeeze=False)[0]
+    sheet = Sheet.of((width, height), 1, 3, onto, sharex=True, sharey=True)
+    panels = sheet.panels
+    sheet.title(f"Attention fraction of each layer and head: {wrapped(method, 60)}, k = {topk}")
     fractions = Normalize(0.0, 1.0)
     for axes, part, title in (
         (panels[0], exact, f"exact top {topk}"),
         (panels[1], found, wrapped(method, 28)),
     ):
-        image = _draw_cells(axes, part, title, fractions, "viridis")
-    figure.colorbar(image, ax=panels[:2], label="share of attention mass", pad=0.02)
+        image = _draw_cells(axes, part, title, fractions, SEQUENTIAL)
+    sheet.figure.colorbar(image, ax=panels[:2], label="share of attention mass", pad=0.02)
     lost = exact - found
     largest = lost.abs().max().max()
     # Never less than one per cent, or rounding would be painted as if it were a difference.
     bound = max(0.01, float(largest)) if np.isfinite(largest) else 0.01
     image = _draw_cells(
-        panels[2], lost, "difference\n(exact less approximate)", Normalize(-bound, bound), "RdBu_r"
+        panels[2], lost, "difference\n(exact less approximate)", Normalize(-bound, bound), DIVERGING
     )
-    figure.colorbar(image, ax=panels[2], label="share of attention mass", pad=0.04)
+    sheet.figure.colorbar(image, ax=panels[2], label="share of attention mass", pad=0.04)
     panels[0].set_ylabel("layer")
-    return figure
+    return sheet.figure
 
 
-def attention_fraction_curves(results: Figures) -> Figure:
+def attention_fraction_curves(results: Figures, onto: Onto = None) -> Figure:
     """Attention fraction over budgets: means over heads and layers, with a band across layers."""
     curves = _Curves.of(results)
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-    axes = figure.subplots()
+    sheet = Sheet.of((7.2, 4.8), 1, 1, onto)
+    [axes] = sheet.panels
     _draw_curves(axes, curves, banded=True)
     shaded = "; shaded: 10 to 90 % of layers" if curves.shaded else ""
-    axes.set_title(
-        f"Attention fraction, mean over heads and layers{shaded}\n{counted_words(results)}",
-        fontsize="medium",
-    )
+    sheet.title(f"Attention fraction, mean over heads and layers{shaded}\n{counted_words(results)}")
     _label_budgets(axes, results)
     axes.set_xlabel("budget k (keys per query and head)")
     axes.set_ylabel("share of attention mass on the keys attended")
-    legend(figure, axes)
-    return figure
+    sheet.legend()
+    return sheet.figure
 
 
-def attention_fraction_curves_by_layer(results: Figures) -> Figure:
+def attention_fraction_curves_by_layer(results: Figures, onto: Onto = None) -> Figure:
     """Attention fraction over budgets, a panel for each layer or group of consecutive layers."""
     curves = _Curves.of(results)
     groups = _layer_groups(sorted(results.curves["layer"].unique()))
-    figure, panels = panel_grid(len(groups), width=2.7, height=2.1)
-    figure.suptitle(
-        f"Attention fraction by layer, mean over heads\n{counted_words(results)}",
-        fontsize="medium",
-    )
-    for axes, group in zip(panels, groups, strict=True):
+    sheet = panel_grid(len(groups), width=2.7, height=2.1, onto=onto)
+    sheet.title(f"Attention fraction by layer, mean over heads\n{counted_words(results)}")
+    for axes, group in zip(sheet.panels, groups, strict=True):
         _draw_curves(axes, curves.within(group), banded=False)
         axes.set_title(_layer_words(group), fontsize="small")
         axes.tick_params(labelsize="small")
-    _label_budgets(panels[0], results)
-    label_outer(panels, "budget k", "share of attention mass\non the keys attended")
-    legend(figure, panels[0])
-    return figure
+    for axes in sheet.panels:
+        _label_budgets(axes, results)
+    sheet.label_outer("budget k", "share of attention mass\non the keys attended")
+    sheet.legend()
+    return sheet.figure
 
 
 class _Curves(NamedTuple):
@@ -263,7 +283,7 @@ def _label_budgets(axes: Axes, results: Figures) -> None:
         axes.set_xlim(least / 2, least * 2)
 
 
-def by_layer(results: Figures, metric: Metric) -> Figure:
+def by_layer(results: Figures, metric: Metric, onto: Onto = None) -> Figure:
     """A metric of every method over layers: mean and standard deviation across heads."""
     rows = results.metrics[results.metrics["metric"] == metric.name]
     known = results.intervals("layer", metrics=[metric.name]).dropna(subset="low")
@@ -272,14 +292,13 @@ def by_layer(results: Figures, metric: Metric) -> Figure:
     methods = results.methods()
     styles = styles_of(methods)
     width = float(np.clip(0.09 * len(layers) + 2.2, 3.2, 5.4))
-    figure, panels = panel_grid(len(budgets), width=width, height=2.9, columns=3)
+    sheet = panel_grid(len(budgets), width=width, height=2.9, columns=3, onto=onto)
     bars = "; bars: 95 % over sequences" if len(known) else ""
-    figure.suptitle(
+    sheet.title(
         f"{metric.title} by layer: mean and standard deviation across heads{bars}\n"
-        f"{counted_words(results)}",
-        fontsize="medium",
+        f"{counted_words(results)}"
     )
-    for axes, k in zip(panels, budgets, strict=True):
+    for axes, k in zip(sheet.panels, budgets, strict=True):
         drawn = False
         for number, method in enumerate(methods):
             of_method = rows[(rows["method"] == method) & (rows["topk"] == k)]
@@ -302,11 +321,11 @@ def by_layer(results: Figures, metric: Metric) -> Figure:
             axes.set_xticks(layers)
         if not drawn:
             say_nothing_counts(axes)
-    panels[0].set_ylim(bottom=0.0, top=None if metric.most is None else 1.03 * metric.most)
-    plain_numbers(panels[0])
-    label_outer(panels, "layer", metric.axis)
-    legend(figure, *panels)
-    return figure
+    from_zero(sheet.panels, None if metric.most is None else 1.03 * metric.most)
+    plain_numbers(*sheet.panels)
+    sheet.label_outer("layer", metric.axis)
+    sheet.legend()
+    return sheet.figure
 
 
 def _draw_layers(

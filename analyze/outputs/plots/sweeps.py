@@ -1,8 +1,10 @@
 """Pictures of sweeps: figures over the values of a method's parameter."""
 
 import itertools
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -11,11 +13,13 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from retrace.analyze.metrics.registry import BY_NAME, SWEPT
 from retrace.analyze.outputs.plots.style import (
+    SEQUENTIAL,
+    Onto,
+    Picture,
+    Sheet,
     counted_words,
-    legend,
     plain_numbers,
     say_nothing_counts,
-    space,
     wrapped,
 )
 from retrace.analyze.tables.figures import Figures
@@ -25,10 +29,10 @@ ROWS = 6
 """Most combinations of the other parameters that one figure shows."""
 
 
-def sweep_figures(results: Figures) -> dict[tuple[str, str], Figure]:
-    """A figure for each method and parameter of which the results hold several values, other
+def sweep_figures(results: Figures) -> dict[tuple[str, str], Picture]:
+    """A picture for each method and parameter of which the results hold several values, other
     parameters being equal."""
-    figures = {}
+    figures: dict[tuple[str, str], Picture] = {}
     for name in results.names():
         table = results.parameters(name)
         swept = [p for p in table.columns if table[p].map(repr).nunique() > 1]
@@ -36,7 +40,9 @@ def sweep_figures(results: Figures) -> dict[tuple[str, str], Figure]:
             others = [p for p in swept if p != parameter]
             rows = [rows for rows in _alike(table, others).values() if len(rows) > 1]
             if rows:
-                figures[name, parameter] = _over_values(results, name, parameter, others, rows)
+                figures[name, parameter] = partial(
+                    _over_values, results, name, parameter, others, rows
+                )
     return figures
 
 
@@ -50,7 +56,12 @@ def _alike(table: pd.DataFrame, others: list[str]) -> dict[str, pd.DataFrame]:
 
 
 def _over_values(
-    results: Figures, name: str, parameter: str, others: list[str], rows: list[pd.DataFrame]
+    results: Figures,
+    name: str,
+    parameter: str,
+    others: list[str],
+    rows: list[pd.DataFrame],
+    onto: Onto = None,
 ) -> Figure:
     """A row of panels for each combination of the other parameters, a line for each budget."""
     shown = rows[:ROWS]
@@ -60,16 +71,14 @@ def _over_values(
     known: Any = results.intervals("model", methods=methods, metrics=SWEPT)
     known = known.dropna(subset="low").set_index(["method", "topk", "metric"])
     budgets = sorted({k for method in methods for k in results.topk(method)})
-    figure = Figure(figsize=(2.9 * len(SWEPT), 2.3 * len(shown) + 1.0), layout="constrained")
-    space(figure)
+    size = (2.9 * len(SWEPT), 2.3 * len(shown) + 1.0)
+    sheet = Sheet.of(size, len(shown), len(SWEPT), onto, sharex=True, sharey="col")
     bars = "; bars: 95 % over sequences" if len(known) else ""
     less = f"; {len(shown)} of {len(rows)} combinations" if len(shown) < len(rows) else ""
-    figure.suptitle(
-        f"{name} over {parameter}: mean over heads and layers{bars}{less}\n"
-        f"{counted_words(results)}",
-        fontsize="medium",
+    sheet.title(
+        f"{name} over {parameter}: mean over heads and layers{bars}{less}\n{counted_words(results)}"
     )
-    panels: Any = figure.subplots(len(shown), len(SWEPT), sharex=True, sharey="col", squeeze=False)
+    panels = np.array(sheet.panels).reshape(len(shown), len(SWEPT))
     places = _places(rows, parameter)
     for (number, table), (column, metric) in itertools.product(enumerate(shown), enumerate(SWEPT)):
         axes = panels[number, column]
@@ -84,7 +93,7 @@ def _over_values(
             if not line:
                 continue
             drawn = True
-            colour = colormaps["viridis"](0.9 * i / max(1, len(budgets) - 1))
+            colour = colormaps[SEQUENTIAL](0.9 * i / max(1, len(budgets) - 1))
             figures = [means[found[place]] for place in line]
             axes.plot(line, figures, "o-", color=colour, markersize=3, label=f"k = {k}")
             bounds = [
@@ -112,10 +121,11 @@ def _over_values(
             axes.set_xlabel(parameter)
     for axes, table in zip(panels[:, 0], shown, strict=True):
         axes.set_ylabel("\n".join(f"{p}={table[p].iloc[0]}" for p in others), fontsize="small")
-    plain_numbers(*panels[0])
-    _label_values(panels[0, 0], places)
-    legend(figure, *panels.flat)
-    return figure
+    plain_numbers(*sheet.panels)
+    for axes in sheet.panels:
+        _label_values(axes, places)
+    sheet.legend()
+    return sheet.figure
 
 
 def _places(rows: list[pd.DataFrame], parameter: str) -> dict[Any, float]:

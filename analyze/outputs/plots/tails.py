@@ -5,10 +5,10 @@ from matplotlib.ticker import MaxNLocator
 
 from retrace.analyze.metrics.registry import BY_NAME, TAILED
 from retrace.analyze.outputs.plots.style import (
+    Onto,
+    Sheet,
     counted_words,
-    legend,
     plain_numbers,
-    space,
     styles_of,
     wrapped,
 )
@@ -18,7 +18,7 @@ BANDS = 4
 """Most methods whose bars are joined by a shade: more would hide each other."""
 
 
-def tails_by_layer(results: Figures) -> Figure:
+def tails_by_layer(results: Figures, onto: Onto = None) -> Figure:
     """A panel for each metric that has tails, at the largest budget: for every method the median
     over queries and a bar to its bad percentile, both means over heads, and the worst query of any
     head as a point."""
@@ -28,16 +28,13 @@ def tails_by_layer(results: Figures) -> Figure:
     layers = sorted(int(layer) for layer in rows["layer"].unique())
     methods = [m for m in results.methods() if (rows["method"] == m).any()]
     styles = styles_of(results.methods())
-    figure = Figure(figsize=(11.0, 3.9), layout="constrained")
-    space(figure)
-    figure.suptitle(
+    sheet = Sheet.of((11.0, 3.9), 1, len(TAILED), onto)
+    sheet.title(
         f"Tails by layer, k = {k}: median over queries, bars to the 5th percentile of shares and "
         f"the 95th of errors\n(means over heads); points: the worst query of any head; "
-        f"{counted_words(results)}",
-        fontsize="medium",
+        f"{counted_words(results)}"
     )
-    panels = [*figure.subplots(1, len(TAILED), squeeze=False)[0]]
-    for axes, name in zip(panels, TAILED, strict=True):
+    for axes, name in zip(sheet.panels, TAILED, strict=True):
         metric = BY_NAME[name]
         of_metric = rows[rows["metric"] == name]
         bad = "p5" if metric.better > 0 else "p95"
@@ -78,6 +75,6 @@ def tails_by_layer(results: Figures) -> Figure:
         if len(layers) == 1:
             axes.set_xlim(layers[0] - 1, layers[0] + 1)
             axes.set_xticks(layers)
-    plain_numbers(*panels)
-    legend(figure, *panels)
-    return figure
+    plain_numbers(*sheet.panels)
+    sheet.legend()
+    return sheet.figure

@@ -199,6 +199,6 @@ def test_pictures_and_pages_take_it(trace: Trace, tmp_path: Any) -> None:
     results = run(trace, ["block-oracle:block=4", "a-shape:block=4"])
     assert "Compute Ratio" in markdown(results) and "Block Recall" in markdown(results)
     assert results.numbers()["a-shape:block=4", 16] == "77"
-    results.plot(tmp_path / "plots")
+    results.draw(tmp_path / "plots")
     results.save(tmp_path / "results")
     assert report([tmp_path / "results"], out=tmp_path / "page.html")

@@ -278,10 +278,10 @@ def test_in_words_and_pictures(make_trace: MakeTrace, rules: Any, tmp_path: Path
     assert lines.loc["exact, 5", "Link Bytes Then"] == f"{means['link_bytes', size]:,.0f}"
     assert list(results.locality_summary(["exact"], [5])["Method, top-k"]) == ["exact, 5"]
     assert "| window, 5 | 51 |" in results.markdown()
-    drawn = {file.name for file in results.plot(tmp_path / "with")}
+    drawn = {file.name for file in results.draw(tmp_path / "with")}
     without = analyze(trace, ["exact"], [1], min_context=20, keep_exact=False)
     assert without.locality_summary().empty and "Repeated" not in without.markdown()
-    assert drawn - {file.name for file in without.plot(tmp_path / "without")} >= {
+    assert drawn - {file.name for file in without.draw(tmp_path / "without")} >= {
         "buffer-hits.png",
         "buffer-link.png",
     }

@@ -7,18 +7,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import colormaps
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
 
 from retrace.analyze import Results
 from retrace.analyze.metrics.patterns import KINDS, PATTERNS
 from retrace.analyze.metrics.registry import BUCKETED, SWEPT, TAILED
 from retrace.analyze.outputs.plots.costs import error_by_cost
+from retrace.analyze.outputs.plots.patterns import COLOURS as PATTERN_COLOURS
 from retrace.analyze.outputs.plots.patterns import pattern_map
 from retrace.analyze.outputs.plots.positions import position_figures
-from retrace.analyze.outputs.plots.results import PLOTS, draw_all, slug
+from retrace.analyze.outputs.plots.results import PLOTS, draw_all, pictures, slug
+from retrace.analyze.outputs.plots.style import COLOURS, DIVERGING, SEQUENTIAL, styles_of
 from retrace.analyze.outputs.plots.sweeps import sweep_figures
 from retrace.analyze.outputs.plots.tails import tails_by_layer
 from retrace.analyze.tables.columns import PATTERN_COLUMNS, POSITION_COLUMNS, TAIL_COLUMNS
+from retrace.traces import RetraceError
 
 PNG = b"\x89PNG"
 
@@ -89,7 +95,7 @@ def test_a_prefill_is_drawn_over_pairs(tmp_path: Path) -> None:
             np.testing.assert_allclose(np.asarray(lines[method].get_ydata()), figures[method])
     names = {file.name for file in draw_all(prefill, tmp_path)}
     assert "error-by-pairs.png" in names and "error-by-bytes.png" not in names
-    assert all(any(fnmatch(name, pattern) for pattern in PLOTS) for name in names)
+    assert all(any(fnmatch(name, f"{pattern}.png") for pattern in PLOTS) for name in names)
 
 
 def test_tails_by_layer(tmp_path: Path) -> None:
@@ -150,7 +156,7 @@ def test_figures_over_a_parameter() -> None:
     assert list(table.loc["quest:page=8,pool=sum"]) == [8, "sum", "none"]
     figures = sweep_figures(results)
     assert list(figures) == [("quest", "page"), ("quest", "pool")]
-    panels = figures["quest", "page"].axes
+    panels = figures["quest", "page"](None).axes
     assert len(panels) == 2 * len(SWEPT)  # a row for each way to pool
     line = panels[SWEPT.index("error_norm")].get_lines()[0]
     rows = results.metrics
@@ -162,7 +168,7 @@ def test_figures_over_a_parameter() -> None:
     ]
     assert line.get_label() == "k = 5"
     assert panels[0].get_xscale() == "log"
-    assert figures["quest", "pool"].axes[0].get_xscale() == "linear"
+    assert figures["quest", "pool"](None).axes[0].get_xscale() == "linear"
 
 
 def test_bars_over_sequences() -> None:
@@ -171,7 +177,7 @@ def test_bars_over_sequences() -> None:
     rows = results.metrics.drop(columns=["std", "protocol", "min_context"])
     each = pd.concat([rows.assign(sequence=s, mean=rows["mean"] + s / 10) for s in range(4)])
     results = Results(results.metrics, results.curves, results.run, each)
-    axes = sweep_figures(results)["quest", "page"].axes[SWEPT.index("error_norm")]
+    axes = sweep_figures(results)["quest", "page"](None).axes[SWEPT.index("error_norm")]
     drawn = [path.vertices[0, 1] for bars in axes.collections for path in bars.get_paths()]
     known = results.intervals("model", metrics=["error_norm"])
     assert len(drawn) == 4  # a bar for each page and budget
@@ -211,7 +217,7 @@ def test_figures_over_positions(tmp_path: Path) -> None:
     ).astype(POSITION_COLUMNS)
     figures = position_figures(results)
     assert list(figures) == ["position", "distance"]
-    panels = figures["distance"].axes
+    panels = figures["distance"](None).axes
     assert len(panels) == 9  # three metrics, three of the budgets
     means = results.positions.groupby(["axis", "metric", "topk", "method", "first"], observed=True)
     of = means["mean"].mean()
@@ -222,3 +228,83 @@ def test_figures_over_positions(tmp_path: Path) -> None:
             assert max(line.get_ydata()) <= axes.get_ylim()[1]
     names = {file.name for file in draw_all(results, tmp_path / "plots")}
     assert {"by-position.png", "by-distance.png"} <= names
+
+
+@pytest.fixture
+def swept() -> Results:
+    """Results of which most kinds of plots are drawn."""
+    return swept_results({f"quest:page={p}": {"page": p} for p in (8, 16)})
+
+
+def test_formats_for_papers(swept: Results, tmp_path: Path) -> None:
+    """Each plot in each format, of letters that can be searched, and the same bytes again."""
+    names = {file.stem for file in swept.draw(tmp_path / "png")}
+    files = swept.draw(tmp_path / "all", ["png", "svg", "pdf", "pdf"])
+    assert {file.name for file in files} == {
+        f"{n}.{form}" for n in names for form in ("png", "svg", "pdf")
+    }
+    for file in files:
+        begins = {".png": PNG, ".svg": b"<?xml", ".pdf": b"%PDF-"}[file.suffix]
+        assert file.read_bytes().startswith(begins)
+        if file.suffix == ".pdf":
+            held = file.read_bytes()  # letters of TrueType, not drawings of them
+            assert b"/FontFile2" in held and b"/Subtype /Type3" not in held
+    before = {file.name: file.read_bytes() for file in files}
+    again = swept.draw(tmp_path / "again", ["svg", "pdf"])
+    assert all(file.read_bytes() == before[file.name] for file in again)
+
+
+def test_no_picture_of_earlier_figures_stays(swept: Results, tmp_path: Path) -> None:
+    swept.draw(tmp_path, ["svg", "pdf"])
+    (tmp_path / "mine.svg").write_text("of somebody else")
+    files = swept.draw(tmp_path, ["pdf"])
+    assert {*tmp_path.iterdir()} == {*files, tmp_path / "mine.svg"}
+    with pytest.raises(RetraceError, match="'eps': choose png, svg, pdf"):
+        swept.draw(tmp_path, ["eps"])
+
+
+def test_every_plot_is_drawn_onto_given_axes(swept: Results) -> None:
+    """The same lines in the same panels; the caller's figure keeps its own title and legend."""
+    for name, draw in pictures(swept).items():
+        whole = draw(None)
+        panels = [axes for axes in whole.axes if axes.get_label() != "<colorbar>"]
+        panels = [axes for axes in panels if axes.axison]
+        assert whole.get_suptitle()
+        own = Figure()
+        given = own.subplots(1, len(panels) + 1, squeeze=False)
+        assert swept.plot(name, given[0, :-1]) is own
+        assert not own.get_suptitle() and not own.legends
+        assert not given[0, -1].has_data()
+        for axes, expected in zip(given[0], panels, strict=False):
+            assert len(axes.lines) == len(expected.lines)
+            for line, other in zip(axes.lines, expected.lines, strict=True):
+                np.testing.assert_array_equal(line.get_xydata(), other.get_xydata())
+            assert axes.get_ylim()[0] == expected.get_ylim()[0]
+            assert axes.get_xlabel() or name.startswith("sweep")
+        with pytest.raises(RetraceError, match=f"has {len(panels)} panels"):
+            swept.plot(name, given)
+    assert isinstance(swept.plot("attention-fraction-curves", Figure().subplots()), Figure)
+    with pytest.raises(RetraceError, match=r"no plot 'error-by-byte'\. Did you mean"):
+        swept.plot("error-by-byte")
+
+
+def lightness(colour: str) -> float:
+    """CIE L* of an sRGB colour, 0 to 100."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return float(116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance)
+
+
+def test_methods_are_told_apart_in_grey() -> None:
+    methods = [str(i) for i in range(140)]
+    styles = styles_of(methods)
+    assert len(set(styles.values())) == len(methods) + 1
+    # Dash and marker alone, without any colour, as long as there are pairs of them.
+    plain = [(styles[m].dashes, styles[m].marker) for m in methods[:24]]
+    assert len(set(plain)) == 24
+    for these in (COLOURS[:3], [*PATTERN_COLOURS.values()]):
+        tones = sorted(lightness(colour) for colour in these)
+        assert min(np.diff(tones)) > 9
+    for name in (SEQUENTIAL, DIVERGING):
+        tones = [lightness(to_hex(colormaps[name](x))) for x in np.linspace(0, 1, 20)]
+        assert min(np.diff(tones)) > 0

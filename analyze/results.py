@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from retrace.analyze.outputs import markdown
+from retrace.analyze.outputs.equal_bytes import equal_bytes_summary
 from retrace.analyze.outputs.locality import locality_summary
 from retrace.analyze.outputs.projected import projected_summary
 from retrace.analyze.tables.columns import COLUMNS_OF
@@ -111,6 +112,14 @@ class Results(Figures, SavedTables):
         """Errors after the output projection, in words: means over layers, a line for each method
         and budget (all if None) of which `projected` has figures."""
         return projected_summary(self.projected, methods, topk)
+
+    def equal_bytes_summary(
+        self, share: float, methods: Sequence[str] | None = None
+    ) -> pd.DataFrame:
+        """`at_bytes` of one share in words: a line for each method (all if None) that reads this
+        share at some budget, those that keep most attention mass first, each held against the
+        first by its paired interval."""
+        return equal_bytes_summary(self, share, methods)
 
     def markdown(self) -> str:
         """The summary and the table of every method and budget, as Markdown; layers with the 95 %

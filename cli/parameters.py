@@ -1,6 +1,7 @@
 """Types of options, which take text from the command line and lists from a configuration file."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -87,6 +88,24 @@ def _range(text: str) -> Iterator[int]:
     if last - first >= MOST_NUMBERS:
         raise click.BadParameter(f"The range {text!r} has more than {MOST_NUMBERS:,} numbers.")
     yield from range(first, last + 1)
+
+
+def shares(value: Any) -> tuple[float, ...]:
+    """Shares separated by commas.
+
+    >>> shares("0.125,0.25")
+    (0.125, 0.25)
+    """
+    found = []
+    for text in names(str(value) if isinstance(value, float | int) else value):
+        try:
+            share = float(text)
+        except ValueError:
+            share = math.nan
+        if not 0 < share < math.inf:
+            raise click.BadParameter(f"{text[:80]!r} is no share of the bytes, such as 0.125.")
+        found.append(share)
+    return tuple(found)
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from retrace.analyze.tables.columns import (
     SEQUENCE_COLUMNS,
     TAIL_COLUMNS,
 )
-from retrace.analyze.tables.intervals import OVER, differences, intervals
+from retrace.analyze.tables.equal_bytes import BYTES, figures_at
+from retrace.analyze.tables.intervals import OVER, check_same_queries, differences, intervals
+from retrace.analyze.units.costs import is_charged
 from retrace.traces import RetraceError
 
 
@@ -183,11 +185,50 @@ class Figures:
                 there = ", ".join(self.sequences["method"].unique()) or "none"
                 raise RetraceError(f"{name} has no figures per sequence here; there are: {there}.")
         ours, theirs = (side[side["metric"].isin(list(metrics))] for side in sides)
-        _check_same_queries(ours, theirs, f"{method} and {other}")
+        check_same_queries(ours, theirs, f"{method} and {other}")
         found = differences(ours, theirs, ["topk", "metric"], _known_level(over))
         if found.empty:
             raise RetraceError(f"{method} and {other} have no budget in common.")
         return found
+
+    def at_bytes(
+        self,
+        shares: Sequence[float],
+        *,
+        methods: Sequence[str] | None = None,
+        against: str | None = None,
+        metrics: Sequence[str] = COMPARED,
+    ) -> pd.DataFrame:
+        """Figures where methods read the same share of full attention's bytes, with 95 % intervals
+        over sequences: read off between a method's budgets as `retrace.analyze.tables.equal_bytes`
+        says, never beyond them.
+
+        Args:
+            shares: of full attention's bytes, such as 0.125.
+            methods: those of these results; all if None.
+            against: a method whose figures at the same share are taken off those of the others.
+                Both answered the same queries, and sequences are drawn in pairs.
+            metrics: names of metrics.
+
+        Returns:
+            Columns: share, method, topk (the budget in between), metric, mean over layers and
+            heads, low, high, sequences, least and most (the shares that the method reads at its
+            budgets), charged (whether it says what its index costs). Where a share is outside of
+            those of a method, or of the one it is held against, the figures are NaN.
+
+        Raises:
+            RetraceError: a method that is not there, or budgets that were judged on different
+                queries; results of blocks of queries, which are compared by pairs.
+        """
+        if self.cost != BYTES:
+            raise RetraceError(
+                "Methods of blocks of queries are compared by the pairs that they compute, as "
+                "error-by-pairs draws them: of a decoding protocol bytes can be read off."
+            )
+        names = list(self.sequences["method"].unique()) if methods is None else list(methods)
+        table = figures_at(self.sequences, names, shares, against, metrics)
+        charged = {name: is_charged(self.run, name) for name in names}
+        return table.assign(charged=table["method"].map(charged))
 
     def profile(self) -> pd.DataFrame:
         """Where the time of the newest run of these results went: see `profile_table`.
@@ -359,20 +400,6 @@ class Figures:
             self.locality[~self.locality["method"].isin(methods)],
             self.tails[~self.tails["method"].isin(methods)],
             self.projected[~self.projected["method"].isin(methods)],
-        )
-
-
-def _check_same_queries(ours: pd.DataFrame, theirs: pd.DataFrame, names: str) -> None:
-    """Refuse to compare figures of other queries, where both have some."""
-    keys = ["layer", "head", "sequence", "topk", "metric"]
-    both = ours.merge(theirs, on=keys, suffixes=("", "_other"))
-    unlike = both[both["count"] != both["count_other"]]
-    if len(unlike):
-        first = unlike.iloc[0]
-        raise RetraceError(
-            f"{names} did not answer the same queries: {first['metric']} at top-k {first['topk']} "
-            f"is over {first['count']} and {first['count_other']} in sequence {first['sequence']}, "
-            f"layer {first['layer']}, head {first['head']}. Choose other metrics, or analyze anew."
         )
 
 

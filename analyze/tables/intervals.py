@@ -30,6 +30,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from retrace.analyze.metrics.possible import end_of
+from retrace.traces import RetraceError
 
 Array = npt.NDArray[np.float64]
 
@@ -78,6 +79,20 @@ def differences(rows: pd.DataFrame, other: pd.DataFrame, by: list[str], over: st
         figures, parts = ours.figures - theirs.figures, ours.parts - theirs.parts
         pieces.append(_tabulated(ours, figures, parts))
     return _within_range(_joined(pieces, by, over), lambda end: -end)
+
+
+def check_same_queries(ours: pd.DataFrame, theirs: pd.DataFrame, names: str) -> None:
+    """Refuse to compare figures of other queries, where both have some."""
+    keys = ["layer", "head", "sequence", "topk", "metric"]
+    both = ours.merge(theirs, on=keys, suffixes=("", "_other"))
+    unlike = both[both["count"] != both["count_other"]]
+    if len(unlike):
+        first = unlike.iloc[0]
+        raise RetraceError(
+            f"{names} did not answer the same queries: {first['metric']} at top-k {first['topk']} "
+            f"is over {first['count']} and {first['count_other']} in sequence {first['sequence']}, "
+            f"layer {first['layer']}, head {first['head']}. Choose other metrics, or analyze anew."
+        )
 
 
 def interval_of_mean(totals: Array, counts: Array) -> tuple[float, float]:

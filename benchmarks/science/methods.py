@@ -4,22 +4,20 @@
 
 Replays every installed method with its defaults at the budgets of `--topk`, for queries that see at
 least `--min-context` keys, in all layers, since some methods select in few of them for the others,
-and interpolates each figure at the share of full attention's bytes that
-`--bytes` names. A method that reads more than that at the smallest budget has no place in the
-table; one that reads less at the largest stands with its largest. Results are kept in `--results`,
-so that a run that was cut short goes on.
+and reads each figure off at the share of full attention's bytes that
+`--bytes` names (`Results.at_bytes`). A method that reads more than that at its smallest budget, or
+less at its largest, has no place in the table. Results are kept in `--results`, so a run that was
+cut short goes on.
 """
 
 import argparse
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 from retrace.analyze import Results, analyze
+from retrace.analyze.outputs.equal_bytes import outside_words
 from retrace.traces import Trace, open_trace
 
-METRICS = ("density", "recall", "attention_fraction", "error_norm")
+METRICS = ("bytes_ratio", "density", "recall", "attention_fraction", "error_norm")
 TITLES = ("Keys attended", "Recall", "Attention fraction", "Error norm")
 
 
@@ -56,35 +54,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def at_bytes(figures: pd.DataFrame, share: float) -> dict[str, float] | None:
-    """A method's figures where it reads this share of full attention's bytes; None if it always
-    reads more.
-
-    Args:
-        figures: one row per budget, ascending; columns `topk`, `bytes_ratio` and METRICS.
-        share: 0.25 for a quarter of the bytes.
-    """
-    read = figures["bytes_ratio"].to_numpy()
-    if read[0] > share:
-        return None
-    # What a method reads need not grow with its budget: the last within the share counts.
-    last = int(np.flatnonzero(read <= share)[-1])
-    weight = 0.0
-    if last + 1 < len(read):
-        weight = (share - read[last]) / (read[last + 1] - read[last])
-    columns = ("topk", "bytes_ratio", *METRICS)
-    values = {name: figures[name].to_numpy(dtype=float) for name in columns}
-    following = min(last + 1, len(read) - 1)
-    return {
-        name: float((1 - weight) * value[last] + weight * value[following])
-        for name, value in values.items()
-    }
-
-
 def _page(trace: Trace, results: Results, arguments: argparse.Namespace) -> str:
-    means = results.metrics.groupby(["method", "topk", "metric"], sort=False)["mean"].mean()
-    table = means.unstack("metric").reset_index().sort_values("topk")
-    by_method = dict(iter(table.groupby("method")))
     run = results.run
     lines = [
         "# Methods at equal bytes",
@@ -104,23 +74,19 @@ def _page(trace: Trace, results: Results, arguments: argparse.Namespace) -> str:
         "Made by `python -m benchmarks.science.methods`.",
     ]
     for share in arguments.bytes:
-        rows, beyond = [], []
-        for method, figures in by_method.items():
-            found = at_bytes(figures, share)
-            if found is None:
-                beyond.append(f"{method} ({figures['bytes_ratio'].iloc[0]:.1%})")
-            else:
-                rows.append((method, found))
-        rows.sort(key=lambda row: -row[1]["attention_fraction"])
+        found = results.at_bytes([share], metrics=METRICS).dropna(subset="mean")
+        rows = found.pivot_table("mean", ["method", "topk"], "metric", sort=False)
         titles = ("Method", "Top-k", "Bytes", *TITLES)
         lines += ["", f"## {share:.1%} of the bytes", "", "| " + " | ".join(titles) + " |"]
         lines.append("| --- |" + " ---: |" * (len(titles) - 1))
-        for method, found in rows:
-            cells = [f"`{method}`", f"{found['topk']:.0f}", f"{found['bytes_ratio']:.1%}"]
-            cells += [f"{found['density']:.1%}", *(f"{found[m]:.3f}" for m in METRICS[1:])]
+        ranked = rows.sort_values("attention_fraction", ascending=False, kind="stable")
+        for (method, k), figures in ranked.iterrows():
+            cells = [f"`{method}`", f"{k:.0f}"]
+            cells += [f"{figures[m]:.1%}" for m in METRICS[:2]]
+            cells += [f"{figures[m]:.3f}" for m in METRICS[2:]]
             lines.append("| " + " | ".join(cells) + " |")
-        if beyond:
-            lines += ["", f"Read more at {arguments.topk[0]} keys already: {', '.join(beyond)}."]
+        if words := outside_words(results, share):
+            lines += ["", words]
     return "\n".join(lines) + "\n"
 
 

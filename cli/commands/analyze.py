@@ -26,12 +26,14 @@ from retrace.cli.parameters import (
     least_position,
     numbers,
     one_of,
+    shares,
 )
 from retrace.cli.progress import busy, progress_bar
 from retrace.cli.screen import (
     default_format,
     note,
     plural,
+    print_csv,
     print_facts,
     print_json,
     print_table,
@@ -60,7 +62,8 @@ Example:
   retrace analyze --method 'quest:page={8,16,32}' --topk 10,50
   retrace analyze --method exact --method ./mine.py:Mine --format json | jq '.[0]'
   retrace analyze --method exact --method quest --topk 16,64 --locality
-  retrace analyze traces/other-text.zarr --plan budgets.json""",
+  retrace analyze traces/other-text.zarr --plan budgets.json
+  retrace analyze --method quest --method sparq --topk 16,64,256 --at-bytes 0.125,0.25""",
 )
 @click.argument("trace", type=click.Path(), required=False)
 @click.option(
@@ -107,6 +110,14 @@ Example:
     help="Say on stderr where the time went: reading, exact attention, and each method's building, "
     "search and metrics.",
 )
+@click.option(
+    "--at-bytes",
+    type=shares,
+    metavar="0.125,0.25",
+    help="Compare these methods where they read the same share of full attention's bytes: read off "
+    "between their budgets, never beyond them. As JSON or CSV these figures stand in place of "
+    "those at the budgets.",
+)
 @analysis("--locality", is_flag=True)
 @analysis("--projected", is_flag=True)
 @analysis("--skip-damaged", is_flag=True)
@@ -130,6 +141,7 @@ def command(
     no_plots: bool,
     plot_format: tuple[str, ...],
     part: tuple[int, int] | None,
+    at_bytes: tuple[float, ...] | None,
     dry_run: bool,
     no_cache: bool,
     **settings: Any,
@@ -172,7 +184,11 @@ def command(
         return
     there = [name for name in map(str, specs) if name in results.methods()]
     budgets = {k for spec in specs if spec.name == "plan" for k in results.topk(str(spec))}
-    print_results(results, there, sorted({*topk, *budgets}), format or default_format())
+    form = format or default_format()
+    if at_bytes is None or form not in ("json", "csv"):
+        print_results(results, there, sorted({*topk, *budgets}), form)
+    if at_bytes is not None:
+        print_at_bytes(results, there, at_bytes, form)
     if profile:
         print_profile(results)
     note(f"Results: {out}")
@@ -258,6 +274,25 @@ def print_results(
     if not (errors := results.projected_summary(methods, topk)).empty:
         print_figures(PROJECTED_TITLE, errors, form)
     print_words(remarks(results.run))
+
+
+def print_at_bytes(
+    results: "Results", methods: Sequence[str], shares: Sequence[float], form: str
+) -> None:
+    """Print these methods where they read the same share of the bytes."""
+    from retrace.analyze.outputs.equal_bytes import equal_bytes_title, outside_words
+
+    if form in ("json", "csv"):
+        rows = results.at_bytes(shares, methods=methods).to_dict("records")
+        print_json(rows) if form == "json" else print_csv(rows)
+        return
+    say("")
+    for share in shares:
+        table = results.equal_bytes_summary(share, methods)
+        if not table.empty:
+            print_figures(equal_bytes_title(results, share), table, form)
+        if words := outside_words(results, share, methods):
+            print_words(f"At {share:.1%} of the bytes: {words}")
 
 
 def print_figures(title: str, table: "pd.DataFrame", form: str, over: str = "") -> None:

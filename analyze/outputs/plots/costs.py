@@ -26,21 +26,32 @@ def error_by_cost(results: Figures, onto: Onto = None) -> Figure:
     means = rows.pivot_table("mean", ["method", "topk"], "metric").reindex(columns=wanted)
     means = means.dropna(subset=cost).sort_values(cost).reset_index()
     of_bytes = cost == "bytes_ratio"
+    known = results.intervals("model", metrics=wanted[1:]).dropna(subset="low")
+    bars = "; bars: 95 % over sequences" if len(known) else ""
     sheet = panel_grid(2, width=4.2, height=3.4, onto=onto)
     sheet.title(
-        f"What {'bytes' if of_bytes else 'pairs'} buy, mean over heads and layers\n"
+        f"What {'bytes' if of_bytes else 'pairs'} buy, mean over heads and layers{bars}\n"
         f"{counted_words(results)}"
     )
     styles = styles_of(results.methods())
+    lost = {"error_norm": (0, 1), "attention_fraction": (1, -1)}  # begins at, and grows by
     for method in results.methods():
         points = means[means["method"] == method]
-        for panel, figures in zip(
-            sheet.panels, (points["error_norm"], 1 - points["attention_fraction"]), strict=True
-        ):
+        of_method = known[known["method"] == method]
+        for panel, (metric, (start, sign)) in zip(sheet.panels, lost.items(), strict=True):
             style = styles[method]
+            ends = of_method[of_method["metric"] == metric].merge(points[["topk", cost]], on="topk")
+            panel.vlines(
+                ends[cost],
+                start + sign * ends["low"],
+                start + sign * ends["high"],
+                color=style.colour,
+                linewidth=1.8,
+                alpha=0.6,
+            )
             panel.plot(
                 points[cost],
-                figures,
+                start + sign * points[metric],
                 **style.line,
                 markersize=4,
                 linewidth=1.3,

@@ -210,3 +210,25 @@ def test_locality_of_blocks_of_queries(run: Run, trace: Path) -> None:
     result = run("analyze", trace, *method, "--topk", "16", "--locality", code=2)
     [line] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert "under prefill:8 the queries of a block share those that a-shape:block=8 chose" in line
+
+
+def test_methods_at_equal_bytes(run: Run, trace: Path) -> None:
+    methods = ("--method", "random", "--method", "window", "--method", "exact")
+    asked = ("analyze", trace, *methods, "--topk", "2,5,9", "--no-plots", "--at-bytes")
+    result = run(*asked, "0.3")
+    results = Results.load("results/tiny")
+    found = results.at_bytes([0.3], metrics=["attention_fraction"]).set_index("method")["mean"]
+    there = found.dropna().sort_values(ascending=False)
+    assert 0 < len(there) < 3  # some read more, or less
+    table = result.stdout.partition("### At 30.0% of the bytes of full attention")[2]
+    lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert lines[2:] == list(there.index)
+    for method in found.index.difference(there.index):
+        assert f"{method} (" in table.splitlines()[-1]
+    rows = json.loads(run(*asked, "0.3,0.4", "--format", "json").stdout)
+    assert {row["share"] for row in rows} == {0.3, 0.4}
+    figures = {r["method"]: r["mean"] for r in rows if r["metric"] == "attention_fraction"}
+    assert {r["method"] for r in rows if r["mean"] is None} and set(figures) == set(found.index)
+    assert len(list(csv.DictReader(io.StringIO(run(*asked, "0.3", "--format", "csv").stdout)))) > 3
+    refused = run(*asked, "12%", code=2)
+    assert "'12%' is no share of the bytes, such as 0.125" in refused.stderr

@@ -308,3 +308,18 @@ def test_methods_are_told_apart_in_grey() -> None:
     for name in (SEQUENTIAL, DIVERGING):
         tones = [lightness(to_hex(colormaps[name](x))) for x in np.linspace(0, 1, 20)]
         assert min(np.diff(tones)) > 0
+
+
+def test_what_bytes_buy_has_bars_over_sequences() -> None:
+    results = swept_results({"quest": {}, "window": {}})
+    rows = results.metrics.drop(columns=["std", "protocol", "min_context"])
+    each = pd.concat([rows.assign(sequence=s, mean=rows["mean"] + s / 50) for s in range(4)])
+    results = Results(results.metrics, results.curves, results.run, each)
+    figure = error_by_cost(results)
+    assert "bars: 95 % over sequences" in figure.get_suptitle()
+    known = results.intervals("model").set_index("metric")
+    for axes, metric in zip(figure.axes, ("error_norm", "attention_fraction"), strict=True):
+        drawn = [path.vertices[:, 1] for bars in axes.collections for path in bars.get_paths()]
+        ends = known.loc[metric, ["low", "high"]].to_numpy(float)
+        expected = ends if metric == "error_norm" else 1 - ends[:, ::-1]
+        np.testing.assert_allclose(sorted(map(sorted, drawn)), sorted(expected.tolist()))

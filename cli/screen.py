@@ -119,12 +119,13 @@ def print_table(
     left: Sequence[str] = (),
     err: bool = False,
     form: str = "table",
+    widest: int | None = None,
 ) -> None:
     """Print a table on stdout, or stderr, that fits the terminal; the first column and those named
     in `left` begin at the left, the others end at the right.
 
-    Where that is no terminal, the table is as wide as its contents. With `markdown` as the form it
-    is a pipe table under a heading.
+    Where that is no terminal, the table is as wide as its contents, `widest` at the most. With
+    `markdown` as the form it is a pipe table under a heading.
     """
     if form == "markdown":
         heading = "" if title is None else f"### {title}\n"
@@ -134,7 +135,9 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    console, rows = _console(err), [[shown(cell) for cell in row] for row in rows]
+    console = _console(err)
+    rows = [[shown(cell) for cell in row] for row in rows]
+    console.width = min(console.width, widest or console.width)
     title = None if title is None else shown(title)
     cells = list(zip(columns, *rows, strict=True))
     widths = [max(map(len, column)) for column in cells]

@@ -8,6 +8,9 @@ from retrace.cli.command import Command
 from retrace.cli.completion import method_names
 from retrace.cli.screen import print_facts, print_json, print_table, print_words
 
+WIDEST = 120
+"""Columns of the list, however wide the terminal."""
+
 
 @click.command(
     "methods",
@@ -28,7 +31,7 @@ Example:
 def command(name: str | None, format: str) -> None:
     """List the methods that `retrace analyze --method` takes, or print all about the one NAME."""
     from retrace.analyze import method_names, parse_spec
-    from retrace.analyze.methods.describe import describe, page
+    from retrace.analyze.methods.describe import LEVEL_WORDS, describe, families, page
 
     if name is not None:
         facts = describe(name, parse_spec(name).method)
@@ -44,11 +47,14 @@ def command(name: str | None, format: str) -> None:
     if format == "json":
         print_json(found)
         return
-    print_table(
-        ["Method", "Level", "What it does", "Needs"],
-        [[one["name"], one["level"], one["summary"], _needs(one)] for one in found],
-        left=("Level", "What it does", "Needs"),
-    )
+    for (level, state), members in families(found).items():
+        print_table(
+            ["Method", "What it does", "Needs"],
+            [[one["name"], one["summary"], _needs(one)] for one in members],
+            title=f"{level}: {LEVEL_WORDS.get(level, '')}; {state}",
+            left=("What it does", "Needs"),
+            widest=WIDEST,
+        )
 
 
 def _needs(facts: dict[str, Any]) -> str:

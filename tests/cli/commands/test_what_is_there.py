@@ -10,6 +10,7 @@ import pytest
 from click.testing import Result
 
 from retrace.analyze import method_names
+from retrace.analyze.methods.describe import LEVELS
 from retrace.cli.screen import plural, ranges, size
 from retrace.traces import open_trace
 
@@ -88,9 +89,30 @@ def test_methods(run: Run) -> None:
     assert [one["name"] for one in found] == method_names()
     for one in found:
         assert one["name"] in page
-        assert one["level"] in ("evict", "score", "search", "attend", "block")
+        assert one["level"] in LEVELS
         assert one["summary"] and one["source"]
         assert all(parameter["help"] for parameter in one["parameters"])
+
+
+def test_methods_by_family(run: Run) -> None:
+    """In 120 columns at most, each method under its level and state."""
+    page = run("methods").stdout
+    assert max(map(len, page.splitlines())) <= 120
+    places = {line.split()[0]: i for i, line in enumerate(page.splitlines()) if line.strip()}
+    heads = [(i, line) for i, line in enumerate(page.splitlines()) if line[:1].isalpha()]
+    for one in json.loads(run("methods", "--format", "json").stdout):
+        above = [line for i, line in heads if i < places[one["name"]]][-1]
+        assert above.startswith(f"{one['level']}: ")
+        state = "one quantity per key" if not one["fitted"] else "earlier keys"
+        assert ("learnt" if one["calibrated"] else state) in above
+
+
+def test_shared_parameters_are_told_once(run: Run) -> None:
+    page = run("methods", "--format", "markdown").stdout
+    for name in ("cache", "pool", "keep", "budget", "output"):
+        assert page.count(f"\n| `{name}` |") == 1
+    quest = page.partition("## quest\n")[2].partition("\n## ")[0]
+    assert "- Shared parameters: `cache=none`, `pool=" in quest and "| `page` | `16` |" in quest
 
 
 def test_the_page_of_methods_is_current(run: Run) -> None:

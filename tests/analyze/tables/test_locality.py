@@ -285,7 +285,7 @@ def test_in_words_and_pictures(make_trace: MakeTrace, rules: Any, tmp_path: Path
         "buffer-hits.png",
         "buffer-link.png",
     }
-    figure = locality_figures(results)["buffer-link"]
+    figure = locality_figures(results)["buffer-link"](None)
     line = next(x for x in figure.axes[1].lines if x.get_label() == "exact")
     np.testing.assert_allclose(line.get_ydata(), means["link_bytes"])
 

@@ -5,6 +5,7 @@ from io import BytesIO
 from pathlib import Path
 
 from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from retrace.analyze.outputs.plots.style import Picture
 from retrace.traces import RetraceError
@@ -26,25 +27,40 @@ def save_pictures(
     Raises:
         RetraceError: a format that is none of `FORMATS`.
     """
-    for form in formats:
-        if form not in FORMATS:
-            raise RetraceError(f"Plots are not written as {form!r}: choose {', '.join(FORMATS)}.")
+    check_formats(formats)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, draw in pictures.items():
         remove_picture(folder, name, [form for form in FORMATS if form not in formats])
         for form in dict.fromkeys(formats):
-            figure = draw(None)  # anew, since a layout begins where the last one ended
-            drawn = BytesIO()
-            # TrueType letters, which journals ask for, and names inside a file that do not change.
-            with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "retrace"}):
-                figure.savefig(
-                    drawn, format=form, dpi=DPI.get(form, "figure"), metadata=UNDATED.get(form)
-                )
             files.append(folder / f"{name}.{form}")
-            with written_whole(files[-1]) as opened:
-                opened.write(drawn.getvalue())
+            # Drawn anew, since a layout begins where the last one ended.
+            save_picture(draw(None), files[-1])
     return files
+
+
+def save_picture(figure: Figure, file: Path) -> None:
+    """Write a figure in the format that a file's name ends in, whole; never through a link that
+    lies in its place.
+
+    Raises:
+        RetraceError: the format is none of `FORMATS`.
+    """
+    form = file.suffix.removeprefix(".").lower()
+    check_formats([form])
+    drawn = BytesIO()
+    # TrueType letters, which journals ask for, and names inside a file that do not change.
+    with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "retrace"}):
+        figure.savefig(drawn, format=form, dpi=DPI.get(form, "figure"), metadata=UNDATED.get(form))
+    with written_whole(file) as opened:
+        opened.write(drawn.getvalue())
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Refuse formats that plots are not written in."""
+    for form in formats:
+        if form not in FORMATS:
+            raise RetraceError(f"Plots are not written as {form!r}: choose {', '.join(FORMATS)}.")
 
 
 def remove_picture(folder: Path, name: str, formats: Sequence[str] = FORMATS) -> None:

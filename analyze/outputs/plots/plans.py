@@ -11,15 +11,14 @@ from retrace.analyze.outputs.plots.files import save_picture
 from retrace.analyze.outputs.plots.style import styles_of
 from retrace.analyze.plans.plan import FULL, Plan
 
-DPI = 130
 FULL_COLOUR = "#BBBBBB"
 
 
 def draw_plan(plan: Plan, file: str | Path) -> Path:
-    """Draw the map of layers and kv heads into a file; returns it."""
+    """Draw the map of layers and kv heads into a file, PNG, SVG or PDF by its name; returns it."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_picture(plan_map(plan), file, DPI)
+    save_picture(plan_map(plan), file)
     return file
 
 

@@ -2,7 +2,7 @@
 and as many as a budget buys."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def _rank(method: ScoreMethod, parts: list[Stretch], block: Block, ks: tuple[int
     """The best units for some budgets, by the scores that the method's heads pool."""
     no_state = parts[0].served.state is None
     size = 1 if no_state else method.unit_size
-    scores = _scores(method, parts, block)
+    scores = _scores(method, [(part.served.state, part.block) for part in parts], block)
     together = scores
     if parts[0].served.heads:
         together = _scores_of_layer(method, parts, block)
@@ -115,23 +115,20 @@ def _rank(method: ScoreMethod, parts: list[Stretch], block: Block, ks: tuple[int
     return _Ranked(parts, ids, scores, size, first_new, aux, each, unread)
 
 
-def _scores(method: ScoreMethod, parts: Sequence[Stretch], block: Block) -> Tensor:
-    """The method's scores of a block's queries, as `visible_scores` has them, of one state after
-    another."""
-    if parts[0].served.state is None:
+def _scores(method: ScoreMethod, answered: Sequence[tuple[Any, Block]], block: Block) -> Tensor:
+    """The method's scores of a block's queries, as `visible_scores` has them, that one state after
+    another answers: each with the block of its own."""
+    if answered[0][0] is None:
         return block.scores
-    return _only_visible(method, [_answer(method, p.served.state, p.block) for p in parts], block)
+    return _only_visible(method, [_answer(method, *each) for each in answered], block)
 
 
 def _scores_of_layer(method: ScoreMethod, parts: Sequence[Stretch], block: Block) -> Tensor:
     """Scores of every head of the layer (heads, queries, units)."""
     of_heads = []
     for i, (unit, _) in enumerate(parts[0].served.heads):
-        own = [
-            replace(part, block=part.block.of(unit), served=replace(part.served, state=state))
-            for part, (unit, state) in ((part, part.served.heads[i]) for part in parts)
-        ]
-        of_heads.append(_scores(method, own, block.of(unit)))
+        answered = [(part.served.heads[i][1], part.block.of(unit)) for part in parts]
+        of_heads.append(_scores(method, answered, block.of(unit)))
     return torch.cat(of_heads)
 
 
@@ -184,9 +181,7 @@ def _most_of(method: ScoreMethod, allowed: Tensor, ks: Sequence[int]) -> int:
 def visible_scores(method: ScoreMethod, state: Any, block: Block) -> Tensor:
     """The method's scores (group or 1, queries, units), -inf where a unit is not visible; exact
     ones while there is no state."""
-    if state is None:
-        return block.scores
-    return _only_visible(method, [_answer(method, state, block)], block)
+    return _scores(method, [(state, block)], block)
 
 
 def _answer(method: ScoreMethod, state: Any, block: Block) -> Tensor:

@@ -60,14 +60,10 @@ class Tails:
             positions: (queries,) ascending.
             sequence: the number of theirs.
         """
-        first = _badness(figures, 3).argmax(axis=-1)
-        worst = np.take_along_axis(figures, first[..., None], axis=-1)[..., 0]
-        binned = figures.copy()
-        with np.errstate(divide="ignore"):
-            for i in _SHARES:
-                shares = figures[:, i].clip(0.0, 1.0)
-                binned[:, i] = shares / (1 - shares)
-        return cls(Histogram.of(binned), _worst(worst, positions[first], sequence))
+        every = torch.from_numpy(figures)
+        worst, position = worst_of(every, torch.from_numpy(positions))
+        binned = Histogram.of(odds_of_shares(every).numpy())
+        return cls(binned, _worst(worst.numpy(), position.numpy(), sequence))
 
     @classmethod
     def of_parts(
@@ -91,7 +87,7 @@ class Tails:
     def merge(self, other: Self) -> Self:
         """Of both parts together, in whatever order."""
         ours, theirs = self.worst, other.worst
-        bad, worse = (_badness(one.figure, 2) for one in (ours, theirs))
+        bad, worse = (_badness(one.figure) for one in (ours, theirs))
         earlier = (theirs.sequence < ours.sequence) | (
             (theirs.sequence == ours.sequence) & (theirs.position < ours.position)
         )
@@ -195,8 +191,8 @@ def tails_of(parts: Sequence[EveryQuery]) -> Tails:
 
 
 def odds_of_shares(figures: Tensor) -> Tensor:
-    """What is counted in bins of figures (budgets, `TAILED`, heads, queries): `Tails.of` on any
-    device."""
+    """What is counted in bins of figures (budgets, `TAILED`, heads, queries): errors, and the odds
+    of shares."""
     binned = figures.clone()
     for i in _SHARES:
         shares = figures[:, i].clamp(0.0, 1.0)
@@ -206,7 +202,7 @@ def odds_of_shares(figures: Tensor) -> Tensor:
 
 def worst_of(figures: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """The worst of figures (budgets, `TAILED`, heads, queries), where NaN is never counted, and the
-    first position (queries,) that has it: `Tails.of` on any device."""
+    first position (queries,) that has it."""
     signs = constant(_SIGNS, figures.device).to(figures.dtype)[:, None]
     bad = figures * signs[..., None]
     bad = bad.masked_fill(bad.isnan(), -torch.inf)
@@ -217,9 +213,9 @@ def worst_of(figures: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     return (worst * signs).masked_fill(worst == -torch.inf, torch.nan), position
 
 
-def _badness(figures: npt.NDArray[np.float32], axes: int) -> npt.NDArray[np.float32]:
-    """How bad figures are whose metric is on the axis of this number from the end."""
-    signs = np.array(_SIGNS, np.float32).reshape(-1, *[1] * (axes - 1))
+def _badness(figures: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """How bad figures (budgets, `TAILED`, heads) are."""
+    signs = np.array(_SIGNS, np.float32)[:, None]
     return np.where(np.isnan(figures), np.float32(-np.inf), figures * signs)
 
 

@@ -8,9 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retrace.analyze.compiled import compiled, compiled_sums
+from retrace.analyze.compiled import compiled
 from retrace.analyze.methods.base import ScoreMethod
-from retrace.analyze.methods.toolkit.history import directions, follow_one_another
+from retrace.analyze.methods.toolkit.graphs import dot
+from retrace.analyze.methods.toolkit.history import check_history, directions
 from retrace.analyze.methods.toolkit.partial_attention import logits_at
 from retrace.analyze.units.attention import first_visible
 from retrace.analyze.units.past import Past
@@ -80,12 +81,7 @@ class ReTopK(ScoreMethod):
     def build(self, past: Past) -> Any:
         """The queries, and under each budget what they select: of each by itself and earlier ones
         alone."""
-        follow_one_another(past)
-        if past.group.rules.cached_bytes is not None:
-            raise RetraceError(
-                f"reads other keys for each query of layer {past.group.layer}, whose heads share "
-                "one cache: what they read of it together is not told. Name other layers."
-            )
+        check_history(past)
         return History(past=past)
 
     def scores(self, state: History, queries: Tensor, positions: Tensor) -> Tensor:
@@ -187,7 +183,7 @@ def _walk(
             turn = i * group + h
             found, most = 0, -2.0
             for e in range(since, i):
-                cosines[e - since] = _product(directions[h, e], directions[h, i])
+                cosines[e - since] = dot(directions[h, e], directions[h, i])
                 most = max(most, cosines[e - since])
             if last_all[h] < 0 or i - last_all[h] >= refresh or most < similarity:
                 last_all[h] = i
@@ -212,7 +208,7 @@ def _walk(
             ranked = np.sort(ids[:found])
             scores = np.empty(found, np.float32)
             for n in range(found):
-                scores[n] = _product(queries[h, i], keys[ranked[n]])
+                scores[n] = dot(queries[h, i], keys[ranked[n]])
                 if by_group[ranked[n]] != i:
                     by_group[ranked[n]] = i
                     read[i] += 1
@@ -220,11 +216,3 @@ def _walk(
             for n in range(len(best)):
                 selected[h, i, n] = ranked[best[n]]
     return selected, read, compared
-
-
-@compiled_sums
-def _product(a: Floats, b: Floats) -> np.float32:
-    total = np.float32(0.0)
-    for c in range(len(a)):
-        total += a[c] * b[c]
-    return total

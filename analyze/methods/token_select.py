@@ -15,7 +15,7 @@ from retrace.analyze.methods.base import KEEP, POOL, LearnedLike, ScoreMethod
 from retrace.analyze.methods.options.keep import Keep
 from retrace.analyze.methods.options.pooling import LAYER
 from retrace.analyze.methods.registry import made_inside
-from retrace.analyze.methods.toolkit.history import directions, follow_one_another
+from retrace.analyze.methods.toolkit.history import check_history, directions
 from retrace.analyze.units.attention import first_visible
 from retrace.analyze.units.past import Past
 from retrace.analyze.units.unit import HeadGroup
@@ -120,12 +120,7 @@ class TokenSelect(ScoreMethod):
     def build(self, past: Past) -> Any:
         """The other method's state, and the queries, of which each is compared with earlier ones
         alone."""
-        follow_one_another(past)
-        if past.group.rules.cached_bytes is not None:
-            raise RetraceError(
-                f"reads other keys for each query of layer {past.group.layer}, whose heads share "
-                "one cache: what they read of it together is not told. Name other layers."
-            )
+        check_history(past)
         heads = past.heads if self.pool.startswith(LAYER) else (past,)
         asked = torch.cat([head.queries_before_rotation for head in heads])
         together = asked.transpose(0, 1).flatten(1)

@@ -137,7 +137,7 @@ def _shared_reads(unit: Unit, plan: Plan, method: Replayed) -> SharedCacheReads:
     """Where what a method reads of a layer's cache is noted, unit after unit."""
     counted = torch.zeros(len(method.topk), len(unit.positions), dtype=torch.bool)
     for own, k in zip(counted, method.topk, strict=True):
-        for rows in plan.counted(unit.positions, plan.counting.first(k, len(unit.keys))):
+        for rows in plan.counted(unit.places, plan.counting.first(k, len(unit.keys))):
             own[rows] = True
     return SharedCacheReads(unit.group.rules, unit.positions, method.topk, counted)
 
@@ -262,7 +262,7 @@ def _steps(
         exact_answers = _exact_answers(unit, begin, ranks, kept, plan.block_elements)
     # One at a time: a block holds on to its scores.
     for block in unit.blocks(begin, plan.block_elements, protocol.block or 1):
-        counted = plan.counted(block.positions, first)
+        counted = plan.counted(block.places, first)
         if not counted and fresh is None:
             continue
         with clock.charge(answering):

@@ -127,7 +127,7 @@ def _work(plan: Plan, layer: Layer, sequence: int, store: ReferenceStore) -> _Wo
 def _scores(unit: Unit, plan: Plan, first: int) -> int:
     """Scores that a unit's blocks compute with a query that counts from a position on, those that
     are masked included."""
-    blocks = (block for block in unit.blocks(first) if plan.counted(block.positions, first))
+    blocks = (block for block in unit.blocks(first) if plan.counted(block.places, first))
     return sum(len(unit.queries) * len(block.positions) * block.end for block in blocks)
 
 

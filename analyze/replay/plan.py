@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
-
 from retrace.analyze.methods.base import EvictionMethod, ScoreMethod
 from retrace.analyze.methods.specs import MethodSpec, PlanSpec
 from retrace.analyze.replay.counting import Counting
@@ -98,6 +96,8 @@ class Plan:
     """Scores held at once."""
     locality: bool = False
     """Whether it is followed how keys move from query to query."""
+    projected: bool = False
+    """Whether errors are told after the output projection too."""
     within: Spans | None = None
     """Positions of the sequence that count; None for all."""
     evidence: Spans = ()
@@ -112,13 +112,10 @@ class Plan:
             evidence=() if evidence is None else spans_named(trace, evidence, sequence),
         )
 
-    def counted(self, positions: Tensor, first: int) -> list[slice]:
-        """The rows of ascending query positions (queries,) that count, of those from `first` on."""
-        everywhere = (range(first, int(positions[-1]) + 1),)
+    def counted(self, positions: Sequence[int], first: int) -> list[slice]:
+        """The rows of ascending query positions that count, of those from `first` on."""
+        everywhere = (range(first, positions[-1] + 1),)
         return rows_within(positions, everywhere if self.within is None else self.within, first)
-
-    projected: bool = False
-    """Whether errors are told after the output projection too."""
 
     def of_unit(self, unit: Unit) -> "Plan":
         """What is replayed of a kv head."""

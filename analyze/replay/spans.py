@@ -1,9 +1,10 @@
 """Spans of a sequence's positions by name: what the trace marks there, or the phase they have."""
 
+from bisect import bisect_left
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from retrace.traces import PHASES, RetraceError, Trace
 
@@ -41,13 +42,12 @@ def check_name(trace: Trace, name: str, option: str) -> None:
         )
 
 
-def rows_within(positions: Tensor, spans: Spans, first: int) -> list[slice]:
-    """The rows of ascending query positions (queries,) that are in some span and not before the
-    position `first`: as few slices as hold them, none of them empty."""
-    bounds = torch.tensor([[s.start, s.stop] for s in spans], dtype=torch.int64).clamp(min=first)
-    found = torch.searchsorted(positions, bounds.to(positions.device))
+def rows_within(positions: Sequence[int], spans: Spans, first: int) -> list[slice]:
+    """The rows of ascending query positions that are in some span and not before the position
+    `first`: as few slices as hold them, none of them empty."""
     slices: list[slice] = []
-    for start, stop in found.tolist():
+    for span in spans:
+        start, stop = (bisect_left(positions, max(at, first)) for at in (span.start, span.stop))
         if slices and slices[-1].stop == start < stop:
             slices[-1] = slice(slices[-1].start, stop)
         elif start < stop:
@@ -64,5 +64,5 @@ def counted_positions(
     if where is None:
         return positions[positions >= first]
     spans = spans_named(trace, where, sequence)
-    rows = rows_within(torch.from_numpy(positions.astype("int64")), spans, first)
+    rows = rows_within(positions.tolist(), spans, first)
     return np.concatenate([positions[:0], *(positions[part] for part in rows)])

@@ -117,7 +117,7 @@ class States:
     def serve(self, block: Block) -> Iterator[Served]:
         """The queries of a block, cut where the state changes."""
         own = self._unit.group.kv_head if self._pools_layer else 0
-        runs = list(self._runs(block.unit.places[block.rows]))
+        runs = list(self._runs(block.places))
         self._build_ahead([wanted[:2] for _, wanted in runs])
         for rows, wanted in runs:
             self._advance(*wanted)
@@ -138,7 +138,7 @@ class States:
 
     def together(self, block: Block, row: int) -> slice:
         """The rows of a block that are served together with one of them."""
-        runs = self._runs(block.unit.places[block.rows])
+        runs = self._runs(block.places)
         return next(rows for rows, _ in runs if rows.start <= row < rows.stop)
 
     def _runs(self, positions: list[int]) -> Iterator[tuple[slice, tuple[int, int, int, int]]]:

@@ -353,6 +353,11 @@ class Block:
         self.end: int = unit.places[min(rows.stop, len(unit.places)) - 1] + 1
         """One past the last key that is visible to any of the queries."""
 
+    @property
+    def places(self) -> list[int]:
+        """`positions` as numbers, known without waiting for a GPU."""
+        return self.unit.places[self.rows]
+
     @cached_property
     def first_visible(self) -> Int64[Tensor, "queries"]:
         """The first key that each query sees: it sees all from there to its own."""

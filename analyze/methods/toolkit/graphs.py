@@ -72,7 +72,7 @@ def beam(
     """Best-first search by inner product from one key: how many keys it holds at its end, best
     first, in `ids` and `scores` (width,), how many it compared, and how many it expanded. `seen`
     (keys,) becomes `mark` where a key was compared."""
-    ids[0], scores[0], expanded[0] = entry, _dot(keys[entry], query), False
+    ids[0], scores[0], expanded[0] = entry, dot(keys[entry], query), False
     seen[entry] = mark
     found, compared, hops, place = 1, 1, 0, 0
     while place < found:
@@ -89,7 +89,7 @@ def beam(
                 continue
             seen[other] = mark
             compared += 1
-            score = _dot(keys[other], query)
+            score = dot(keys[other], query)
             if found == len(ids) and score <= scores[found - 1]:
                 continue
             found = min(found + 1, len(ids))
@@ -104,7 +104,8 @@ def beam(
 
 
 @compiled_sums
-def _dot(one: Floats, other: Floats) -> np.float32:
+def dot(one: Floats, other: Floats) -> np.float32:
+    """The inner product of two vectors (channels,), summed in float32."""
     total = np.float32(0)
     for c in range(len(one)):
         total += one[c] * other[c]
@@ -146,7 +147,7 @@ def _choose(keys: Floats, row: Ids, key: int, others: Ids, chosen: Ids) -> None:
     # The nearest first, ties as they stand.
     products = np.empty(count, np.float32)
     for i in range(count):
-        candidate, product = candidates[i], _dot(keys[candidates[i]], keys[key])
+        candidate, product = candidates[i], dot(keys[candidates[i]], keys[key])
         at = i
         while at > 0 and products[at - 1] < product:
             candidates[at], products[at] = candidates[at - 1], products[at - 1]
@@ -156,7 +157,7 @@ def _choose(keys: Floats, row: Ids, key: int, others: Ids, chosen: Ids) -> None:
     for i in range(count):
         hidden = False
         for j in range(size):
-            if _dot(keys[candidates[i]], keys[chosen[j]]) > products[i]:
+            if dot(keys[candidates[i]], keys[chosen[j]]) > products[i]:
                 hidden = True
                 break
         if not hidden and size < len(row):

@@ -7,11 +7,12 @@ from retrace.analyze.units.past import Past
 from retrace.traces import RetraceError
 
 
-def follow_one_another(past: Past) -> Tensor:
-    """The positions of a past's queries (queries,), of which none between them is missing.
+def check_history(past: Past) -> None:
+    """Refuse a past of which a query cannot be answered by those before it.
 
     Raises:
-        RetraceError: one is.
+        RetraceError: a query between others is missing; or the heads of the layer share one cache,
+            of which each query then reads other keys.
     """
     positions = past.query_positions
     gaps = (positions.diff() != 1).nonzero()
@@ -21,7 +22,11 @@ def follow_one_another(past: Past) -> Tensor:
             f"answers a query by those before it, and the trace has that of position {before} and "
             f"next that of {after}: capture all of them (--queries all)."
         )
-    return positions
+    if past.group.rules.cached_bytes is not None:
+        raise RetraceError(
+            f"reads other keys for each query of layer {past.group.layer}, whose heads share "
+            "one cache: what they read of it together is not told. Name other layers."
+        )
 
 
 def directions(vectors: Tensor) -> Tensor:

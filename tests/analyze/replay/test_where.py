@@ -64,7 +64,7 @@ def test_spans_of_marks_and_phases(trace: Trace) -> None:
 def test_rows_are_as_few_slices_as_hold_them(first: int) -> None:
     positions = torch.tensor([1, 3, 4, 8, 9, 10, 20, 30])
     spans = (range(0, 4), range(4, 9), range(9, 10), range(11, 20), range(30, 31))
-    rows = rows_within(positions, spans, first)
+    rows = rows_within(positions.tolist(), spans, first)
     held = [int(p) for part in rows for p in positions[part]]
     wanted = [p for p in positions.tolist() if p >= first and any(p in span for span in spans)]
     assert held == wanted
